@@ -1,0 +1,8 @@
+"""The one error that is meant for the person at the keyboard."""
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence that names the thing, and one that names the remedy.
+
+    The `prosg` command prints it without a traceback and ends with exit code 2; in a notebook it is the last line.
+    """

@@ -1,0 +1,155 @@
+"""Files that are whole or not there: every write goes to a temporary file beside the target, is flushed to the disk and
+takes the target's name in one step. A crash, a kill or a full disk at any moment leaves the previous file as it was."""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from prosg_lib.errors import UserError
+
+# One key, so that the header's bytes do not depend on a hash map's order, and so that a foreign file is recognised.
+META_KEY = "prosg"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes temporary files for `path` whose writer was killed (the writer's process id is in the name)."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        pid = leftover.name.removesuffix(".tmp").rpartition(".")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            leftover.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes `content` to `path` atomically; creates the folder where it is missing.
+
+    Raises:
+        UserError: the disk (or the quota) is full. The temporary file is removed, a previous `path` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"The disk is full: {path} ({len(content) / 1e6:.1f} MB) could not be written. Nothing that was there "
+                "before is lost. Free some space (or set PROSG_RUNS to a folder on another disk) and run it again."
+            ) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the new name itself survive a power cut; not every file system lets a folder be opened or synced."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` for text, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically.
+
+    Raises:
+        ValueError: `value` holds NaN or an infinity, which JSON does not have.
+        UserError: the disk is full.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        UserError: the file is missing, or is not JSON; names the file and, where there is one, the line.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path} does not exist.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); restore it or write it anew.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); restore it or write it anew.") from error
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Writes tensors and a description of them as one safetensors file, atomically.
+
+    Args:
+        tensors: by name, any shapes, dtypes and devices; tensors that share memory are stored apart.
+        meta: JSON-able; kept in the file's header.
+    Raises:
+        UserError: the disk is full; a previous file is as it was.
+        ValueError, TypeError: `meta` is not JSON-able.
+    """
+    header = {META_KEY: json.dumps(meta, sort_keys=True, allow_nan=False)}
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    write_bytes(path, save(plain, metadata=header))
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save_tensors` wrote: the tensors, on the CPU, and their description.
+
+    Raises:
+        UserError: the file is missing, cut short, no safetensors file, or not written by this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; train it or copy it there.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            # Cloned, because the tensors are views of the mapped file, which the next save may replace.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} ({path.stat().st_size} bytes) is cut short or no safetensors file ({error}); "
+            "remove it and train or copy it again."
+        ) from error
+    if META_KEY not in header:
+        raise UserError(
+            f"{path} is a safetensors file, but not one of this project's (its header has no {META_KEY!r} entry); "
+            "give the path of a file that prosg wrote."
+        )
+    return tensors, json.loads(header[META_KEY])

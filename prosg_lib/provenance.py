@@ -1,0 +1,72 @@
+"""What a number came from: the code's commit, the device, the versions."""
+
+import functools
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+DISTRIBUTION = "prosg-notebooks"
+UNKNOWN = "unknown"
+
+
+def _git(*arguments: str) -> str | None:
+    """A git command's output in the folder of this package, None where there is no git or no checkout."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    """The checkout's commit, 12 digits, `+dirty` behind it where files differ from it; "unknown" outside a checkout."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    if not head:
+        return UNKNOWN
+    return head + ("+dirty" if _git("status", "--porcelain") else "")
+
+
+@functools.cache
+def device() -> str:
+    """The GPU's name where torch sees one, else the processor's name and its number of cores."""
+    import torch  # here, so that a light use (`prosg check`) does not wait for it
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass  # not Linux: the platform's own word for it stands
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"CPU: {name}, {cores} cores"
+
+
+def version(distribution: str) -> str:
+    """The installed version of a distribution, "unknown" where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return UNKNOWN
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a number."""
+    return {
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "prosg_lib": version(DISTRIBUTION),
+    }
+
+
+def facts() -> dict[str, str | dict[str, str]]:
+    """commit, device and versions of this run, JSON-able."""
+    return {"commit": commit(), "device": device(), "versions": versions()}
