@@ -42,6 +42,6 @@ def notebooks_dir() -> Path:
 
 
 def runs_dir(profile: str) -> Path:
-    """What runs of `profile` write: `$PROSG_RUNS/<profile>` where that variable is set, `<checkout>/runs/<profile>` else."""
+    """What runs of `profile` write: `$PROSG_RUNS/<profile>`, or `<checkout>/runs/<profile>` without that variable."""
     base = os.environ.get("PROSG_RUNS")
     return (Path(base).expanduser() if base else repo_root() / "runs") / profile
