@@ -24,6 +24,7 @@ from typing import Any
 
 from prosg_lib import files, paths, provenance
 from prosg_lib.errors import UserError
+from prosg_lib.profiles import get_profile
 
 KINDS = ("absolute", "relative", "at_least", "at_most", "ordering")
 DEFAULT_KIND = "absolute"
@@ -55,8 +56,6 @@ def begin(notebook: str, profile: str, seed: int) -> None:
     Raises:
         UserError: the profile is none of ours.
     """
-    from prosg_lib.profiles import get_profile
-
     global _current
     get_profile(profile)
     _current = Context(notebook, profile, int(seed))

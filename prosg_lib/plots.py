@@ -1,0 +1,114 @@
+"""What people look at: one palette, one style a method, and figures that say where they came from."""
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from prosg_lib import claims, files, paths, provenance
+from prosg_lib.errors import UserError
+
+# Okabe & Ito (2008), "Color Universal Design": told apart with any common colour vision.
+PALETTE = {
+    "black": "#000000",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "green": "#009E73",
+    "yellow": "#F0E442",
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "purple": "#CC79A7",
+    "grey": "#777777",
+}
+
+
+class MethodStyle(NamedTuple):
+    """How a method looks in every figure; no two share a marker, so colour is never the only difference."""
+
+    label: str
+    colour: str
+    marker: str
+    linestyle: str
+
+    def kwargs(self) -> dict[str, str]:
+        """Keyword arguments for `Axes.plot` and `Axes.errorbar`."""
+        return {"label": self.label, "color": self.colour, "marker": self.marker, "linestyle": self.linestyle}
+
+
+METHOD_STYLE = {
+    "base": MethodStyle("plain model", PALETTE["black"], "o", "-"),
+    "prosg-final": MethodStyle("ProSG, final state", PALETTE["orange"], "s", "-"),
+    "prosg-token": MethodStyle("ProSG, token by token", PALETTE["blue"], "^", "-"),
+    "wrong": MethodStyle("another prompt's delta", PALETTE["vermillion"], "x", "--"),
+    "static": MethodStyle("static delta", PALETTE["purple"], "D", "--"),
+    "none": MethodStyle("no prompt", PALETTE["grey"], "v", ":"),
+    "repeated": MethodStyle("prompt repeated", PALETTE["green"], "P", "-."),
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Readable defaults for the figures drawn inside `with plots.style():`."""
+    with mpl.rc_context(
+        {
+            "figure.figsize": (7.0, 4.2),
+            "figure.facecolor": "white",
+            "figure.constrained_layout.use": True,
+            "savefig.facecolor": "white",
+            "font.size": 11,
+            "axes.titlesize": 12,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.prop_cycle": mpl.cycler(color=[PALETTE[c] for c in PALETTE if c not in ("yellow", "grey")]),
+            "grid.alpha": 0.3,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 6,
+            "legend.frameon": False,
+        }
+    ):
+        yield
+
+
+def save_figure(fig: Figure, name: str, alt: str, claims: Sequence[str] = ()) -> Path:
+    """Writes runs/<profile>/figures/<name>.png and beside it <name>.json, which says where the figure came from.
+
+    Args:
+        name: a file name without folder and suffix.
+        alt: what the figure shows, in words, for those who do not see it.
+        claims: names of the claims that the figure shows.
+    Returns:
+        The image's path.
+    Raises:
+        UserError: `alt` is empty, `name` is no plain file name, or no claims were begun (`claims.begin` says which
+            notebook, profile and seed this is).
+    """
+    context = _context()
+    if not name or Path(name).name != name or Path(name).suffix in (".png", ".json"):
+        raise UserError(f"{name!r} cannot name a figure: give a plain file name without folder and suffix.")
+    if not alt.strip():
+        raise UserError(f"Figure {name!r} has no alt text; say in words what it shows.")
+    image = io.BytesIO()
+    fig.savefig(image, format="png", dpi=150)
+    folder = paths.runs_dir(context.profile) / "figures"
+    files.write_bytes(folder / f"{name}.png", image.getvalue())
+    files.write_json(
+        folder / f"{name}.json",
+        {
+            "notebook": context.notebook,
+            "profile": context.profile,
+            "seed": context.seed,
+            **provenance.facts(),
+            "claims": list(claims),
+            "alt": alt,
+        },
+    )
+    return folder / f"{name}.png"
+
+
+def _context() -> claims.Context:
+    return claims.current()  # a function, because `save_figure` has an argument named claims
