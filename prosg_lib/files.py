@@ -7,13 +7,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from prosg_lib.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and who writes JSON does not need it
+    from torch import Tensor
 
 # One key, so that the header's bytes do not depend on a hash map's order, and so that a foreign file is recognised.
 META_KEY = "prosg"
@@ -107,7 +106,7 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); restore it or write it anew.") from error
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+def save_tensors(path: str | Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any]) -> None:
     """Writes tensors and a description of them as one safetensors file, atomically.
 
     Args:
@@ -117,8 +116,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
         UserError: the disk is full; a previous file is as it was.
         ValueError, TypeError: `meta` is not JSON-able.
     """
+    from safetensors.torch import save
+
     header = {META_KEY: json.dumps(meta, sort_keys=True, allow_nan=False)}
-    plain: dict[str, Tensor] = {}
+    plain = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -128,12 +129,14 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
     write_bytes(path, save(plain, metadata=header))
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: str | Path) -> "tuple[dict[str, Tensor], dict[str, Any]]":
     """Reads what `save_tensors` wrote: the tensors, on the CPU, and their description.
 
     Raises:
         UserError: the file is missing, cut short, no safetensors file, or not written by this project.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; train it or copy it there.")

@@ -1,0 +1,174 @@
+"""Files are whole or not there, and what is wrong with one is said with its name and a remedy."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+from prosg_lib import files
+from prosg_lib.errors import UserError
+
+
+def leftovers(folder):
+    return [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_tensors_and_meta_come_back_bit_for_bit(tmp_path):
+    """Dtypes, shapes, bits and the description survive, also of views, transposes and tensors that share memory."""
+    base = torch.randn(3, 4)
+    tensors = {
+        "float": base,
+        "transposed": base.T,
+        "tied": base,
+        "row": base[1],
+        "half": base.bfloat16(),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "empty": torch.zeros(0, 2),
+    }
+    meta = {"step": 3, "nested": {"list": [1, 2.5, None]}, "text": "naïve"}
+    files.save_tensors(tmp_path / "new" / "folder" / "a.safetensors", tensors, meta)
+    loaded, loaded_meta = files.load_tensors(tmp_path / "new" / "folder" / "a.safetensors")
+    assert loaded_meta == meta
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_same_content_gives_the_same_bytes(tmp_path):
+    """Two saves of the same tensors and description are equal as files, so that hashes can be compared."""
+    for name in ("a", "b"):
+        files.save_tensors(tmp_path / name, {"x": torch.ones(3), "y": torch.zeros(2)}, {"b": 1, "a": 2})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_loaded_tensors_survive_the_file_being_replaced(tmp_path):
+    """A checkpoint that was loaded does not change when the next one is saved over it."""
+    path = tmp_path / "a.safetensors"
+    files.save_tensors(path, {"x": torch.ones(1000)}, {})
+    loaded, _ = files.load_tensors(path)
+    files.save_tensors(path, {"x": torch.zeros(1000)}, {})
+    assert loaded["x"].eq(1).all()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -1])
+def test_truncated_file_is_named(tmp_path, keep):
+    """A file cut short anywhere (empty, in the length, in the header, in the data) is refused by name."""
+    path = tmp_path / "cut.safetensors"
+    files.save_tensors(path, {"x": torch.randn(50)}, {"step": 1})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"cut\.safetensors.*cut short.*remove it"):
+        files.load_tensors(path)
+
+
+def test_missing_file_is_named(tmp_path):
+    """A missing file is a user's error, not a traceback from the library beneath."""
+    with pytest.raises(UserError, match=r"none\.safetensors does not exist"):
+        files.load_tensors(tmp_path / "none.safetensors")
+
+
+def test_text_is_no_tensor_file(tmp_path):
+    """A file of another format is refused by name."""
+    (tmp_path / "a.pth").write_text("not tensors at all, but long enough to have a header")
+    with pytest.raises(UserError, match=r"a\.pth.*no safetensors file"):
+        files.load_tensors(tmp_path / "a.pth")
+
+
+def test_foreign_safetensors_file_is_refused(tmp_path):
+    """Somebody else's safetensors file has no description of ours, and is not taken for a checkpoint."""
+    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "foreign.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"foreign\.safetensors.*not one of this project's"):
+        files.load_tensors(tmp_path / "foreign.safetensors")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_keeps_the_previous_file(tmp_path, monkeypatch, number):
+    """A full disk is said in words, leaves no temporary file, and the file that was there is as it was."""
+    path = tmp_path / "a.safetensors"
+    files.save_tensors(path, {"x": torch.ones(3)}, {"step": 1})
+
+    def full(descriptor):
+        raise OSError(number, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"disk is full.*a\.safetensors.*Nothing that was there before is lost"):
+        files.save_tensors(path, {"x": torch.zeros(3)}, {"step": 2})
+    monkeypatch.undo()
+    loaded, meta = files.load_tensors(path)
+    assert meta == {"step": 1}
+    assert loaded["x"].eq(1).all()
+    assert leftovers(tmp_path) == []
+
+
+def test_other_failures_leave_nothing_behind(tmp_path, monkeypatch):
+    """Any other error passes through as it is, and leaves no temporary file either."""
+
+    def broken(source, target):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(PermissionError):
+        files.write_bytes(tmp_path / "a", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_for_ever(path):
+    number = 0
+    while True:
+        files.write_json(path, {"number": number, "padding": "x" * 200_000})
+        number += 1
+
+
+def test_killed_writer_leaves_a_whole_file(tmp_path):
+    """SIGKILL in the middle of writing leaves a whole file; the next write takes the killed one's leftovers away."""
+    path = tmp_path / "a.json"
+    for delay in (0.05, 0.11, 0.17):
+        writer = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(path,))
+        files.write_json(path, {"padding": ""})
+        writer.start()
+        time.sleep(delay)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        assert "padding" in json.loads(path.read_text())
+    files.write_json(path, {})
+    assert leftovers(tmp_path) == []
+
+
+def test_leftover_of_a_living_writer_stays(tmp_path):
+    """Only dead writers' temporary files are removed: another process may be writing right now."""
+    ours = tmp_path / f".a.json.{os.getppid()}.tmp"
+    ours.write_text("half")
+    files.write_json(tmp_path / "a.json", {})
+    assert ours.exists()
+
+
+def test_json_refuses_what_json_has_not(tmp_path):
+    """NaN would be written as a word that other readers of JSON refuse."""
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b'{"a": 1,\n "b": }', r"a\.json, line 2: not JSON"), (b"\xff\xfe", r"a\.json is not UTF-8"), (None, "not exist")],
+)
+def test_unreadable_json_is_named(tmp_path, content, said):
+    """The file, and the line where there is one."""
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_permissions_are_those_of_an_ordinary_file(tmp_path):
+    """Others may read what the umask lets them read, as with any file that was written in place."""
+    files.write_json(tmp_path / "a.json", {})
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
