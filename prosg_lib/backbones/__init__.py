@@ -1,0 +1,1 @@
+"""Recurrent language models behind one interface (`backbones.base.RecurrentLM`)."""

@@ -1,0 +1,157 @@
+"""The interface of every backbone: logits and state, editable maps, state size, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from prosg_lib.errors import UserError
+from prosg_lib.lowrank import LowRankDelta, applied
+from prosg_lib.state import RecurrentState
+
+
+class RecurrentLM(nn.Module, ABC):
+    """A recurrent language model and its tokenizer.
+
+    Subclasses say how tokens become logits and state (`step_through`), which linear maps may be edited
+    (`editable`), what the features of a state are (`state_features`), and keep a dataclass `config`.
+    """
+
+    tokenizer = None  # prosg_lib.tokenizer.Tokenizer, where texts go in or out
+
+    @abstractmethod
+    def step_through(
+        self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None
+    ) -> tuple[Tensor, RecurrentState]:
+        """Final hidden states (B, T, D) and the state after the last token; see `forward`."""
+
+    @abstractmethod
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocab) of final hidden states (..., D)."""
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings as the first block sees them, (B, T) -> (B, T, D)."""
+
+    @abstractmethod
+    def editable(self) -> dict[str, nn.Linear]:
+        """The linear maps a delta may change, by module name."""
+
+    @abstractmethod
+    def state_features(self, state: RecurrentState) -> Tensor:
+        """What a generator reads of a state, (B, F): every vector on its own scale, gauge removed."""
+
+    def forward(
+        self,
+        ids: Tensor,
+        state: RecurrentState | None = None,
+        delta: LowRankDelta | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, RecurrentState]:
+        """Logits for every position and the state to go on from.
+
+        Args:
+            ids: token ids, (B, T).
+            state: where to go on from; None for a blank state. Never changed.
+            delta: change of the weights, one per sequence; None for none.
+            valid: (B, T), False at left padding. None: all valid.
+        Returns:
+            logits (B, T, vocab); meaningless where not valid. State after the last token.
+        """
+        with applied(self, delta):
+            hidden, state = self.step_through(ids, state, valid)
+        return self.read_out(hidden), state
+
+    def encode_prompts(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Prompts of different lengths as one left-padded batch: ids (B, T) and valid (B, T)."""
+        if isinstance(prompts, str):
+            raise UserError("prompts is one string; pass a list of prompts, [prompt] for a single one")
+        if len(prompts) == 0:
+            raise UserError("the list of prompts is empty; pass at least one prompt")
+        rows = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        for i, row in enumerate(rows):
+            if not row:
+                raise UserError(f"prompt {i} is empty; a prompt needs at least one token")
+        longest = max(map(len, rows))
+        device = next(self.parameters()).device
+        ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=device)
+        if ids.min() < 0 or ids.max() >= self.config.vocab:
+            raise UserError(
+                f"token id {int(ids.max())} is outside the model's vocabulary of {self.config.vocab}; "
+                "was the text encoded with another model's tokenizer?"
+            )
+        lengths = torch.tensor([len(r) for r in rows], device=device)
+        valid = torch.arange(longest, device=device) >= (longest - lengths)[:, None]
+        return ids, valid
+
+    @torch.no_grad()
+    def derive_state(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        state: RecurrentState | None = None,
+        delta: LowRankDelta | None = None,
+    ) -> RecurrentState:
+        """The state after each prompt, batched, right whatever the padding; goes on from `state` if one is given."""
+        ids, valid = self.encode_prompts(prompts)
+        with applied(self, delta):
+            _, state = self.step_through(ids, state, None if valid.all() else valid)
+        return state
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        state: RecurrentState | None = None,
+        delta: LowRankDelta | None = None,
+        max_new_tokens: int = 32,
+        stop: str | None = "\n",
+    ) -> list[str]:
+        """Greedy continuations of a batch of prompts, in constant memory.
+
+        Args:
+            prompts: texts or token ids, of any lengths.
+            state, delta: as in `forward`; one per prompt.
+            stop: a continuation ends before the first token whose text contains it; None: never.
+        """
+        rows: list[list[int]] = [[] for _ in prompts]
+        for tokens in self.stream(prompts, state, delta, max_new_tokens, stop):
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if token >= 0:
+                    row.append(token)
+        return [self.tokenizer.decode(row) for row in rows]
+
+    @torch.no_grad()
+    def stream(self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n") -> Iterator[Tensor]:
+        """The tokens of `generate`, (B,) a step, -1 for a sequence that has ended."""
+        ids, valid = self.encode_prompts(prompts)
+        if state is not None and state.batch != len(ids):
+            raise UserError(f"{len(ids)} prompts but a state of batch {state.batch}; select() one state per prompt")
+        stops = self.tokenizer.ids_containing(stop) if stop is not None else []
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        ends = torch.tensor(stops, dtype=torch.long, device=ids.device)
+        valid = None if valid.all() else valid
+        with applied(self, delta):
+            for _ in range(max_new_tokens):
+                hidden, state = self.step_through(ids, state, valid)
+                token = self.read_out(hidden[:, -1]).argmax(-1)
+                ended = ended | torch.isin(token, ends)
+                if ended.all():
+                    return
+                yield torch.where(ended, -1, token)
+                ids, valid = token[:, None], None
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that name this model: its configuration and every weight."""
+        key = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        if getattr(self, "_fingerprint", (None,))[0] != key:
+            digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+            for name, tensor in sorted(self.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self._fingerprint = (key, digest.hexdigest()[:16])
+        return self._fingerprint[1]

@@ -1,0 +1,260 @@
+"""RWKV-4 in plain PyTorch, written to be read.
+
+Source: Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", section 3. Module names are those of the
+original author's checkpoints (`blocks.0.att.time_decay`, ...), so that his .pth files load as they are; `from_hf` and
+`to_hf` translate to and from the layout of `transformers.RwkvForCausalLM`.
+
+Glossary of shapes: B batch, T time, D width, F feed-forward width, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.backbones.wkv import BLANK, WKVState, wkv_chunked, wkv_recurrent
+from prosg_lib.errors import UserError
+from prosg_lib.state import RecurrentState
+
+STATE_NAMES = ("att_shift", "ffn_shift", "num", "den", "m")
+
+
+@dataclass(frozen=True)
+class RWKV4Config:
+    """Sizes. ffn: the feed-forward width, 4 D in every published model."""
+
+    vocab: int
+    width: int
+    layers: int
+    ffn: int
+
+
+def shifted(x: Tensor, last: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The previous token's vector at every position: (B, T, D), `last` (B, D) before the first; and x with padding
+    replaced by `last`, so that the first valid token finds there what came before it."""
+    if valid is not None:
+        x = torch.where(valid[..., None], x, last[:, None])
+    return torch.cat([last[:, None], x[:, :-1]], 1), x
+
+
+class TimeMix(nn.Module):
+    """Attention's place: mixes over time by the WKV recurrence (RWKV-4 paper, eqs. 11-15)."""
+
+    def __init__(self, config: RWKV4Config, layer: int):
+        super().__init__()
+        width, depth = config.width, layer / max(config.layers - 1, 1)
+        channel = torch.arange(width) / max(width - 1, 1)
+        self.time_decay = nn.Parameter(-5 + 8 * channel ** (0.7 + 1.3 * depth))
+        self.time_first = nn.Parameter(torch.full((width,), math.log(0.3)) + 0.5 * ((torch.arange(width) + 1) % 3 - 1))
+        mix = (torch.arange(width) / width) ** (1 - layer / config.layers)
+        self.time_mix_k = nn.Parameter(mix.clone())
+        self.time_mix_v = nn.Parameter(mix + 0.3 * depth)
+        self.time_mix_r = nn.Parameter(mix**0.5)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.receptance = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, x: Tensor, last: Tensor, state: WKVState | None, valid: Tensor | None):
+        previous, x = shifted(x, last, valid)
+        k = self.key(torch.lerp(previous, x, self.time_mix_k))
+        v = self.value(torch.lerp(previous, x, self.time_mix_v))
+        r = torch.sigmoid(self.receptance(torch.lerp(previous, x, self.time_mix_r)))
+        wkv = wkv_recurrent if x.shape[1] == 1 else wkv_chunked
+        decay = torch.exp(self.time_decay.float() if k.dtype == torch.bfloat16 else self.time_decay)
+        first, k, v = (t.to(decay.dtype) for t in (self.time_first, k, v))
+        mixed, state = wkv(decay, first, k, v, state, valid)
+        return self.output(r * mixed.to(r.dtype)), x[:, -1], state
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward part: W_v relu(W_k x)^2, gated (RWKV-4 paper, eqs. 16-18)."""
+
+    def __init__(self, config: RWKV4Config, layer: int):
+        super().__init__()
+        mix = (torch.arange(config.width) / config.width) ** (1 - layer / config.layers)
+        self.time_mix_k = nn.Parameter(mix.clone())
+        self.time_mix_r = nn.Parameter(mix.clone())
+        self.key = nn.Linear(config.width, config.ffn, bias=False)
+        self.receptance = nn.Linear(config.width, config.width, bias=False)
+        self.value = nn.Linear(config.ffn, config.width, bias=False)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.receptance.weight)
+
+    def forward(self, x: Tensor, last: Tensor, valid: Tensor | None):
+        previous, x = shifted(x, last, valid)
+        k = torch.relu(self.key(torch.lerp(previous, x, self.time_mix_k))).square()
+        r = torch.sigmoid(self.receptance(torch.lerp(previous, x, self.time_mix_r)))
+        return r * self.value(k), x[:, -1]
+
+
+class Block(nn.Module):
+    def __init__(self, config: RWKV4Config, layer: int):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.width)
+        self.ln1 = nn.LayerNorm(config.width)
+        self.ln2 = nn.LayerNorm(config.width)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config, layer)
+
+    def forward(
+        self, x: Tensor, state: dict[str, Tensor] | None, valid: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if state is None:
+            att_shift = ffn_shift = x.new_zeros(x.shape[0], x.shape[2])
+            wkv = None
+        else:
+            att_shift, ffn_shift, *wkv = (state[name] for name in STATE_NAMES)
+            wkv = WKVState(*wkv)
+        out, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv, valid)
+        x = x + out
+        out, ffn_shift = self.ffn(self.ln2(x), ffn_shift, valid)
+        return x + out, (att_shift, ffn_shift, *wkv)
+
+
+class RWKV4(RecurrentLM):
+    """The language model. `forward`, `derive_state`, `generate`: see `RecurrentLM`."""
+
+    def __init__(self, config: RWKV4Config):
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.ln_out = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab, bias=False)
+        nn.init.uniform_(self.emb.weight, -1e-2, 1e-2)
+
+    def blank_state(self, batch: int) -> RecurrentState:
+        """The state before the first token."""
+        shape = (batch, self.config.layers, self.config.width)
+        zeros = torch.zeros(shape, dtype=self.state_dtype, device=self.emb.weight.device)
+        return RecurrentState({n: torch.full_like(zeros, BLANK) if n == "m" else zeros for n in STATE_NAMES})
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """States are float32 next to bfloat16 weights: sums over many tokens need the digits."""
+        dtype = self.emb.weight.dtype
+        return torch.float32 if dtype == torch.bfloat16 else dtype
+
+    def step_through(self, ids, state=None, valid=None):
+        x, after = self.embed(ids), []
+        for layer, block in enumerate(self.blocks):
+            before = None
+            if state is not None:
+                before = {n: t[:, layer].to(x.dtype if "shift" in n else t.dtype) for n, t in state.tensors.items()}
+            x, tensors = block(x, before, valid)
+            after.append(tensors)
+        stacked = (torch.stack(t, 1).to(self.state_dtype) for t in zip(*after, strict=True))
+        return self.ln_out(x), RecurrentState(dict(zip(STATE_NAMES, stacked, strict=True)))
+
+    def read_out(self, hidden):
+        return self.head(hidden)
+
+    def embed(self, ids):
+        return self.blocks[0].ln0(self.emb(ids))
+
+    def editable(self):
+        return {
+            name: module
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith("blocks.")
+        }
+
+    def state_features(self, state):
+        """Of the five vectors a block: both shifts, the ratio num / den (what WKV would read), and log den + m."""
+        s = state.tensors
+        den = s["den"].clamp(min=1e-30)
+        seen = s["den"] > 0
+        features = (
+            s["att_shift"],
+            s["ffn_shift"],
+            torch.where(seen, s["num"] / den, 0.0),
+            torch.where(seen, torch.log(den) + s["m"], 0.0),
+        )
+        return torch.cat(features, -1).flatten(1)  # (B, layers * 4 D)
+
+
+_HF_NAMES = (  # author's name -> transformers' name, applied in order
+    (r"^emb\.", "rwkv.embeddings."),
+    (r"^ln_out\.", "rwkv.ln_out."),
+    (r"^blocks\.(\d+)\.ln0\.", r"rwkv.blocks.\1.pre_ln."),
+    (r"^blocks\.(\d+)\.att\.", r"rwkv.blocks.\1.attention."),
+    (r"^blocks\.(\d+)\.ffn\.", r"rwkv.blocks.\1.feed_forward."),
+    (r"^blocks\.", "rwkv.blocks."),
+    (r"time_mix_k$", "time_mix_key"),
+    (r"time_mix_v$", "time_mix_value"),
+    (r"time_mix_r$", "time_mix_receptance"),
+)
+
+
+def _hf_name(name: str) -> str:
+    for pattern, replacement in _HF_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def config_of(weights: dict[str, Tensor]) -> RWKV4Config:
+    """The sizes, read off a state dict in the author's layout."""
+    try:
+        vocab, width = weights["emb.weight"].shape
+        layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        return RWKV4Config(vocab, width, layers, weights["blocks.0.ffn.key.weight"].shape[0])
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"these weights are not RWKV-4's: {error}; expected names like emb.weight, blocks.0.att.time_decay"
+        ) from error
+
+
+def from_weights(weights: dict[str, Tensor]) -> RWKV4:
+    """A model out of a state dict in the author's .pth layout (time_mix_* may be (1, 1, D)), in float32."""
+    model = RWKV4(config_of(weights))
+    own = model.state_dict()
+    missing, foreign = own.keys() - weights.keys(), weights.keys() - own.keys()
+    if missing or foreign:
+        raise UserError(
+            f"these weights are not RWKV-4's: {len(missing)} tensors missing ({', '.join(sorted(missing)[:3])}), "
+            f"{len(foreign)} unknown ({', '.join(sorted(foreign)[:3])})"
+        )
+    for name, tensor in weights.items():
+        if tensor.numel() != own[name].numel():
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+    model.load_state_dict({name: tensor.float().reshape(own[name].shape) for name, tensor in weights.items()})
+    return model
+
+
+def from_hf(weights: dict[str, Tensor]) -> RWKV4:
+    """A model out of the state dict of `transformers.RwkvForCausalLM`."""
+    layers = {int(n.split(".")[2]) for n in weights if n.startswith("rwkv.blocks.")}
+    if not layers or "rwkv.embeddings.weight" not in weights:
+        raise UserError("these weights are not those of transformers' RwkvForCausalLM: no rwkv.embeddings, rwkv.blocks")
+    width, ffn = weights["rwkv.embeddings.weight"].shape[1], weights["rwkv.blocks.0.feed_forward.key.weight"].shape[0]
+    config = RWKV4Config(weights["rwkv.embeddings.weight"].shape[0], width, len(layers), ffn)
+    with torch.device("meta"):
+        names = {_hf_name(name): name for name in RWKV4(config).state_dict()}
+    return from_weights({names.get(name, name): tensor for name, tensor in weights.items()})
+
+
+def to_hf(model: RWKV4) -> dict[str, Tensor]:
+    """The state dict in the layout of `transformers.RwkvForCausalLM`, time_mix_* (1, 1, D)."""
+    return {
+        _hf_name(name): tensor[None, None] if "time_mix" in name else tensor
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def to_weights(model: RWKV4) -> dict[str, Tensor]:
+    """The state dict in the author's .pth layout, time_mix_* (1, 1, D)."""
+    return {n: t[None, None] if "time_mix" in n else t for n, t in model.state_dict().items()}
+
+
+def training_flops(config: RWKV4Config) -> float:
+    """Floating point operations of one training step per token: 6 per weight of the linear maps (forward 2, backward 4)."""
+    block = 5 * config.width**2 + 2 * config.width * config.ffn
+    return 6.0 * (config.layers * block + config.width * config.vocab)

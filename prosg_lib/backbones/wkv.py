@@ -1,0 +1,176 @@
+"""The WKV recurrence of RWKV-4, twice: step by step, and chunk-parallel over time.
+
+Glossary of shapes: B batch, T time, D channels, C chunk length, n = T / C chunks.
+
+For every channel on its own (RWKV-4, "Reinventing RNNs for the Transformer Era", eq. 16)::
+
+    wkv_t = (sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t} v_t) / (the same sum with v = 1)
+
+The recurrence carries numerator and denominator. Both can be as large as e^80, so they are kept relative to a
+common factor e^m ("the gauge"): the pair (num, den) stands for (num e^m, den e^m), and any m is right.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLANK = -1e38
+"""Gauge of a state that has seen nothing: e^BLANK is zero in every dtype, and BLANK stays finite, unlike -inf."""
+
+CHUNK = 32
+"""Chunk length: a T x T sum per channel becomes T / 32 sums of 32 x 32; 32 and 64 were fastest on a CPU."""
+
+# Within one gauge, e^{k - m} must not underflow, nor 1 / den^2 (second derivatives) overflow. Largest spread of the
+# keys for which that holds; wider ones are computed in float64, and wider still step by step.
+_SPREAD = {torch.float32: 40.0, torch.float64: 300.0}
+
+
+class WKVState(NamedTuple):
+    """What the recurrence remembers, (B, D) each: sums num e^m over the values, den e^m over the weights."""
+
+    num: Tensor
+    den: Tensor
+    m: Tensor
+
+
+def blank_wkv(batch: int, width: int, *, dtype: torch.dtype, device: torch.device) -> WKVState:
+    """The state before the first token."""
+    zeros = torch.zeros(batch, width, dtype=dtype, device=device)
+    return WKVState(zeros, zeros, torch.full_like(zeros, BLANK))
+
+
+def wkv_recurrent(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: WKVState | None = None, valid: Tensor | None = None
+) -> tuple[Tensor, WKVState]:
+    """The recurrence as written, one token after the other: the reference, and the path for single tokens.
+
+    Accumulates in float64: next to a key of 80, float32 would round a decay of 1e-3 away.
+
+    Args:
+        w: decay per step, > 0, (D,).
+        u: bonus of the current token, (D,).
+        k, v: keys and values, (B, T, D).
+        state: what came before; None for nothing.
+        valid: (B, T), False at left padding, which the state must not see.
+    Returns:
+        wkv (B, T, D), zero where not valid, and the state after the last token.
+    """
+    dtype = k.dtype
+    if state is None:
+        state = blank_wkv(k.shape[0], k.shape[2], dtype=dtype, device=k.device)
+    w, u, k, v, num, den, m = (x.double() for x in (w, u, k, v, *state))
+    outputs = []
+    for t in range(k.shape[1]):
+        kt, vt = k[:, t], v[:, t]
+        top = torch.maximum(m, u + kt).detach()
+        past, now = torch.exp(m - top), torch.exp(u + kt - top)
+        out = (past * num + now * vt) / (past * den + now)
+        top = torch.maximum(m - w, kt).detach()
+        past, now = torch.exp(m - w - top), torch.exp(kt - top)
+        new = WKVState(past * num + now * vt, past * den + now, top)
+        if valid is not None:
+            keep = valid[:, t, None]
+            out = torch.where(keep, out, 0.0)
+            new = WKVState(*(torch.where(keep, a, b) for a, b in zip(new, (num, den, m), strict=True)))
+        outputs.append(out.to(dtype))
+        num, den, m = new
+    return torch.stack(outputs, 1), WKVState(num.to(dtype), den.to(dtype), m.to(dtype))
+
+
+def wkv_chunked(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: WKVState | None = None,
+    valid: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, WKVState]:
+    """The same sums for all times at once: causal convolutions, one small Toeplitz matrix product a channel.
+
+    Arguments and results as in `wkv_recurrent`. Exact for every length. Where the keys spread too wide for one
+    gauge in the given dtype, the sums are taken in float64, or step by step (`_SPREAD`).
+    """
+    lowest = _valid_or(torch.inf, k, valid).amin(1)
+    k = _valid_or(BLANK, k, valid)
+    gauge = k.amax(1)
+    if state is not None:
+        gauge = torch.maximum(gauge, state.m)
+    gauge = gauge.detach()
+    spread = (gauge - torch.minimum(lowest, gauge) + torch.relu(-u)).detach().amax().item()
+    if not spread <= _SPREAD[torch.float64]:
+        return wkv_recurrent(w, u, k, v, state, valid)
+    if spread <= _SPREAD.get(k.dtype, -1.0):
+        return _in_one_gauge(w, u, k, v, state, valid, gauge, chunk)
+    double = None if state is None else WKVState(*(x.double() for x in state))
+    wide = (x.double() for x in (w, u, k, v))
+    out, end = _in_one_gauge(*wide, double, valid, gauge.double(), chunk)
+    return out.to(k.dtype), WKVState(*(x.to(k.dtype) for x in end))
+
+
+def _valid_or(fill: float, x: Tensor, valid: Tensor | None) -> Tensor:
+    return x if valid is None else x.masked_fill(~valid[..., None], fill)
+
+
+def _in_one_gauge(w, u, k, v, state, valid, gauge, chunk) -> tuple[Tensor, WKVState]:
+    """Numerator and denominator for the whole sequence in one gauge, so that no maximum has to be carried along.
+
+    Works on (D, ..., T): every channel is then one matrix in a batched product, and nothing else is transposed.
+    """
+    batch, time, width = k.shape
+    k, v = _channels_first(k), _channels_first(v)  # (D, B, T)
+    w, gauge = w[:, None, None], gauge.t()  # (D, 1, 1), (D, B)
+    weight = torch.exp(k - gauge[..., None])
+    if valid is not None:
+        weight = weight * valid
+    sums, end = _decayed_sums(torch.stack([weight * v, weight], 1), w, u, min(chunk, time))
+    if state is not None:
+        past = torch.stack([state.num.t(), state.den.t()], 1) * torch.exp(state.m.t() - gauge)[:, None]  # (D, 2, B)
+        seen = torch.ones(1, time, device=k.device) if valid is None else valid.to(k.dtype)
+        age = seen.cumsum(1) - seen  # tokens since the given state
+        sums = sums + past[..., None] * torch.exp(-w * age)[:, None]
+        end = end + past * torch.exp(-w * seen.sum(1, keepdim=True).t())
+    num, den = sums.unbind(1)
+    if valid is not None:  # cut before dividing: 0/0 at a padded position would poison every gradient
+        num, den = num * valid, torch.where(valid, den, 1.0)
+    out = (num / den).view(width, -1).t().contiguous().view(batch, time, width)
+
+    # Carry the state with den = 1, so that its gauge follows what is remembered now and not the largest key ever.
+    num, den = (x.t() for x in end.unbind(1))
+    size = torch.where(den > 0, den, 1.0).detach()
+    m = torch.where(den > 0, gauge.t() + torch.log(size), BLANK).detach()
+    return out, WKVState(num / size, den / size, m)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    batch, time, width = x.shape
+    return x.reshape(batch * time, width).t().contiguous().view(width, batch, time)
+
+
+def _decayed_sums(x: Tensor, w: Tensor, u: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """x (D, 2, B, T) -> y_t = sum_{i<t} e^{-(t-1-i) w} x_i + e^u x_t, same shape, and the sum after T, (D, 2, B).
+
+    Two levels of the same thing: inside chunks, then over the chunks' totals, which decay by e^{-chunk w}.
+    """
+    width, two, batch, time = x.shape
+    n = -(-time // chunk)
+    x = torch.nn.functional.pad(x, (n * chunk - time, 0)).view(width, -1, chunk)
+    inside = torch.bmm(x, _toeplitz(w, torch.exp(u), chunk)).view(width, two * batch, n, chunk + 1)
+    above = torch.bmm(inside[..., -1], _toeplitz(chunk * w, None, n))  # (D, 2 B, n + 1)
+    steps = torch.arange(chunk, device=x.device)
+    total = torch.addcmul(inside[..., :-1], above[..., :-1, None], torch.exp(-w * steps)[:, None])
+    return total.reshape(width, two, batch, n * chunk)[..., n * chunk - time :], above[..., -1].view(width, two, batch)
+
+
+def _toeplitz(w: Tensor, bonus: Tensor | None, length: int) -> Tensor:
+    """(D, length, length + 1): column t weighs position i < t by e^{-(t-1-i) w}, i = t by the bonus (None: 0)."""
+    steps = torch.arange(length + 1, device=w.device)
+    lag = steps - 1 - steps[:-1, None]
+    past = torch.where(lag >= 0, torch.exp(-lag.clamp(min=0) * w), 0.0)
+    if bonus is None:
+        return past
+    now = (lag == -1) & (steps < length)
+    return torch.where(now, bonus[:, None, None], past)

@@ -1,0 +1,216 @@
+"""The synthetic gradient: from what a recurrent model makes of a prompt to a low-rank change of its weights.
+
+After the abstract of ProSG (arXiv 2311.01981); its base model, rank, layers and losses are not public, so all of them
+here are our reading. Two generators, both forward only, both without effect before training (last layer zero):
+
+- `FinalStateGenerator`: U from the state after the prompt alone. The most literal reading; it cannot know what the
+  state has forgotten already.
+- `TokenGenerator`: the true gradient is G = sum_t delta_t x_t^T. Keep the real inputs x_t, predict delta_t from the
+  hidden state at t and the next prompt token (the label; conditional DNI, Jaderberg et al. 2016, section 2), and read
+  the inputs along r learned directions V shared by all prompts: U = sum_t delta_t (V^T x_t)^T. A sum over tokens, so
+  that it streams and adds.
+
+`StaticDelta` is their control: a change of the same size, trained alike, blind to the prompt.
+
+Glossary of shapes: B batch, T prompt tokens, D model width, H hidden width, r rank, F state features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.errors import UserError
+from prosg_lib.lowrank import Factors, LowRankDelta, captured_inputs
+from prosg_lib.state import Normaliser, RecurrentState
+
+
+def edited_maps(lm: RecurrentLM, endings: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The editable maps of every block whose name ends so, e.g. "att.output".
+
+    Raises:
+        UserError: no map ends so.
+    """
+    maps = lm.editable()
+    for ending in endings:
+        if not any(name.endswith(ending) for name in maps):
+            raise UserError(f"this model has no linear map ...{ending}; it has {', '.join(maps)}")
+    return {name: module for name, module in maps.items() if name.endswith(endings)}
+
+
+def _directions(maps: dict[str, nn.Linear], rank: int) -> nn.ParameterDict:
+    """The reading directions V (in, r) of every map."""
+    if rank < 1:
+        raise UserError(f"rank {rank}: a delta needs at least rank 1")
+    return nn.ParameterDict(
+        {_key(name): nn.Parameter(torch.randn(m.in_features, rank) / m.in_features**0.5) for name, m in maps.items()}
+    )
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")  # parameter dictionaries allow no dots
+
+
+class Generator(nn.Module, ABC):
+    """A prompt, as a recurrent model has read it -> LowRankDelta.
+
+    Attributes:
+        names: the maps that are changed.
+        V: the reading directions, shared by all prompts.
+    """
+
+    def __init__(self, lm: RecurrentLM, rank: int, endings: tuple[str, ...]):
+        super().__init__()
+        maps = edited_maps(lm, endings)
+        self.names = list(maps)
+        self.V = _directions(maps, rank)
+        self.outs = {name: m.out_features for name, m in maps.items()}
+        self.rank = rank
+        self.fingerprint = lm.fingerprint()
+
+    def _delta(self, u: dict[str, Tensor]) -> LowRankDelta:
+        return LowRankDelta({n: Factors(u[n], self.V[_key(n)][None]) for n in self.names}, self.fingerprint)
+
+    @abstractmethod
+    def forward(self, lm: RecurrentLM, ids: Tensor, valid: Tensor | None = None) -> tuple[LowRankDelta, RecurrentState]:
+        """The change for each prompt of a left-padded batch (B, T), and the state after the prompt.
+
+        The model itself is only run forward and gets no gradient; the change has one for the generator's parameters.
+        """
+
+    @torch.no_grad()
+    def memorize(self, lm: RecurrentLM, prompts: list[str] | list[list[int]]) -> LowRankDelta:
+        """One change per prompt, forward only.
+
+        Raises:
+            UserError: a prompt is empty, or the generator was trained for another model.
+        """
+        self.check(lm)
+        ids, valid = lm.encode_prompts(prompts)
+        return self(lm, ids, None if valid.all() else valid)[0]
+
+    def check(self, lm: RecurrentLM) -> None:
+        if self.fingerprint != lm.fingerprint():
+            raise UserError(
+                f"this generator was trained for model {self.fingerprint}, not for this one ({lm.fingerprint()})"
+            )
+
+
+class FinalStateGenerator(Generator):
+    """U from the final state: normalised features -> residual trunk -> one head a map."""
+
+    def __init__(self, lm: RecurrentLM, rank: int, width: int, endings: tuple[str, ...]):
+        super().__init__(lm, rank, endings)
+        features = lm.state_features(lm.blank_state(1)).shape[1]
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+        self.inner = nn.Linear(features, width)
+        self.trunk = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict({_key(n): nn.Linear(width, out * rank) for n, out in self.outs.items()})
+        for head in self.heads.values():
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    @torch.no_grad()
+    def fit_normaliser(self, lm: RecurrentLM, ids: Tensor, valid: Tensor) -> None:
+        """Collect the features' statistics over a batch of prompts; once, before training."""
+        _, state = lm.step_through(ids, None, valid)
+        found = Normaliser.fit(lm.state_features(state))
+        self.mean.copy_(found.mean)
+        self.std.copy_(found.std)
+
+    def forward(self, lm, ids, valid=None):
+        with torch.no_grad():
+            _, state = lm.step_through(ids, None, valid)
+            features = Normaliser(self.mean, self.std)(lm.state_features(state))
+        h = self.inner(features)
+        for layer in self.trunk:
+            h = h + layer(h)
+        h = self.norm(h)
+        u = {name: self.heads[_key(name)](h).view(-1, out, self.rank) for name, out in self.outs.items()}
+        return self._delta(u), state
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A prompt absorbed so far, of a size that does not grow with it.
+
+    Attributes:
+        sums: map -> (B, H, r), sum over tokens of z_t (V^T x_t)^T; the delta is linear in it.
+        state: the model's state after the last token.
+        pending: the last token's hidden state (B, D) and reads V^T x (B, r) a map; its label is not known yet.
+        length: tokens absorbed.
+    """
+
+    sums: dict[str, Tensor]
+    state: RecurrentState
+    pending: tuple[Tensor, dict[str, Tensor]]
+    length: int
+
+
+class TokenGenerator(Generator):
+    """The synthetic gradient token by token: delta_t predicted from (hidden state at t, next token)."""
+
+    def __init__(self, lm: RecurrentLM, rank: int, width: int, endings: tuple[str, ...]):
+        super().__init__(lm, rank, endings)
+        size = lm.config.width
+        self.mlp = nn.Sequential(nn.Linear(2 * size, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.heads = nn.ModuleDict({_key(n): nn.Linear(width, out, bias=False) for n, out in self.outs.items()})
+        for head in self.heads.values():
+            nn.init.zeros_(head.weight)
+
+    def forward(self, lm, ids, valid=None):
+        memory = self.absorb(lm, ids, valid=valid)
+        return self.delta_of(memory), memory.state
+
+    def absorb(self, lm: RecurrentLM, ids: Tensor, memory: Memory | None = None, valid: Tensor | None = None) -> Memory:
+        """Take in (more of) a prompt, (B, T); pieces of any lengths add up to the whole.
+
+        Args:
+            memory: what was absorbed before; None: nothing. Cannot be combined with padding (`valid`).
+        """
+        if memory is not None and valid is not None:
+            raise UserError("a prompt that goes on cannot be padded in between; absorb pieces of equal length")
+        with torch.no_grad(), captured_inputs(lm, self.names) as inputs:
+            hidden, state = lm.step_through(ids, None if memory is None else memory.state, valid)
+            label = lm.embed(ids)
+        reads = {name: inputs[name].detach() @ self.V[_key(name)] for name in self.names}  # V^T x_t, (B, T, r)
+        pending = hidden[:, -1], {name: read[:, -1] for name, read in reads.items()}
+        here, after = hidden[:, :-1], label[:, 1:]
+        reads = {name: read[:, :-1] for name, read in reads.items()}
+        if memory is not None:
+            here = torch.cat([memory.pending[0][:, None], here], 1)
+            after = label
+            reads = {name: torch.cat([memory.pending[1][name][:, None], read], 1) for name, read in reads.items()}
+        z = self.mlp(torch.cat([here, after], -1))  # (B, T - 1, H), or T with a pending token
+        if valid is not None:
+            z = z * valid[:, :-1, None]
+        sums = {name: z.transpose(1, 2) @ read for name, read in reads.items()}
+        if memory is not None:
+            sums = {name: memory.sums[name] + new for name, new in sums.items()}
+        return Memory(sums, state, pending, ids.shape[1] + (memory.length if memory else 0))
+
+    def delta_of(self, memory: Memory) -> LowRankDelta:
+        """U = sum_t delta_t (V^T x_t)^T with delta_t = W z_t, taken as W (sum_t z_t (V^T x_t)^T)."""
+        return self._delta({name: self.heads[_key(name)].weight @ memory.sums[name] for name in self.names})
+
+
+class StaticDelta(Generator):
+    """One trained change for every prompt: what a generator would be worth that does not look at the prompt."""
+
+    def __init__(self, lm: RecurrentLM, rank: int, endings: tuple[str, ...]):
+        super().__init__(lm, rank, endings)
+        self.U = nn.ParameterDict({_key(n): nn.Parameter(torch.zeros(out, rank)) for n, out in self.outs.items()})
+
+    def forward(self, lm, ids, valid=None):
+        with torch.no_grad():
+            _, state = lm.step_through(ids, None, valid)
+        return self._delta({name: self.U[_key(name)].expand(len(ids), -1, -1) for name in self.names}), state

@@ -1,0 +1,245 @@
+"""Low-rank gradients, and low-rank changes of weights that are applied without touching the weights.
+
+The gradient of a linear map's weight is a sum of outer products, one a token: G = sum_t delta_t x_t^T, with x_t the
+map's input and delta_t the gradient at its output. Everything here works on the two factors and never on G.
+
+Glossary of shapes: B batch, T tokens, r rank; U (B, out, r), V (B, in, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from prosg_lib import files
+from prosg_lib.errors import UserError
+
+if TYPE_CHECKING:
+    from prosg_lib.backbones.base import RecurrentLM
+
+
+class Factors(NamedTuple):
+    """One map's change: U (B, out, r), V (B, in, r). B may be 1 for a factor that all sequences share."""
+
+    U: Tensor
+    V: Tensor
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """A change of some linear maps, W' = W + scale U V^T, one per sequence of a batch.
+
+    Attributes:
+        factors: module name -> Factors.
+        fingerprint: of the model that the change was made for.
+        scale: multiplies every change.
+    """
+
+    factors: Mapping[str, Factors]
+    fingerprint: str
+    scale: float = 1.0
+
+    @property
+    def batch(self) -> int:
+        return max(max(f.U.shape[0], f.V.shape[0]) for f in self.factors.values())
+
+    @property
+    def rank(self) -> int:
+        return max(f.U.shape[2] for f in self.factors.values())
+
+    def nbytes(self) -> int:
+        """Bytes of one sequence's change; factors shared by the whole batch count once."""
+        return sum(t[0].numel() * t.element_size() for f in self.factors.values() for t in f)
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, scale=self.scale * factor)
+
+    def select(self, rows) -> Self:
+        """The changes of some sequences; rows may repeat. Shared factors stay shared."""
+        return self._map(lambda t: t if t.shape[0] == 1 and self.batch > 1 else t[rows])
+
+    def detach(self) -> Self:
+        return self._map(Tensor.detach)
+
+    def to(self, *args, **kwargs) -> Self:
+        return self._map(lambda t: t.to(*args, **kwargs))
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, factors={n: Factors(f(u), f(v)) for n, (u, v) in self.factors.items()})
+
+    def __add__(self, other: Self) -> Self:
+        """Both changes at once: adds U where the reading directions V are the same, else concatenates ranks."""
+        if self.fingerprint != other.fingerprint:
+            raise UserError(
+                f"cannot add a delta for model {other.fingerprint} to one for {self.fingerprint}; "
+                "derive both with the same model"
+            )
+        total = dict(self.scaled(1 / self.scale)._scaled_into_u(self.scale).factors)
+        for name, (u, v) in other._scaled_into_u(other.scale).factors.items():
+            if name not in total:
+                total[name] = Factors(u, v)
+            elif total[name].V is v or (total[name].V.shape == v.shape and torch.equal(total[name].V, v)):
+                total[name] = Factors(total[name].U + u, v)
+            else:
+                mine = total[name]
+                n = max(len(mine.U), len(mine.V), len(u), len(v))
+                both = (
+                    torch.cat([a.expand(n, -1, -1), b.expand(n, -1, -1)], 2) for a, b in zip(mine, (u, v), strict=True)
+                )
+                total[name] = Factors(*both)
+        return replace(self, factors=total, scale=1.0)
+
+    def _scaled_into_u(self, factor: float) -> Self:
+        return replace(self, factors={n: Factors(u * factor, v) for n, (u, v) in self.factors.items()}, scale=1.0)
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file, atomically."""
+        tensors = {f"{name}.{part}": t for name, f in self.factors.items() for part, t in zip("UV", f, strict=True)}
+        files.save_tensors(path, tensors, {"kind": "delta", "fingerprint": self.fingerprint, "scale": self.scale})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing, damaged or no delta.
+        """
+        tensors, meta = files.load_tensors(path)
+        if meta.get("kind") != "delta":
+            raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a delta")
+        names = sorted({name.rsplit(".", 1)[0] for name in tensors})
+        factors = {name: Factors(tensors[f"{name}.U"], tensors[f"{name}.V"]) for name in names}
+        return cls(factors, meta["fingerprint"], meta["scale"])
+
+
+@contextmanager
+def applied(lm: RecurrentLM, delta: LowRankDelta | None) -> Iterator[None]:
+    """While it lasts, y = x W^T + scale (x V) U^T in every map that the delta names; W itself is never written.
+
+    Raises:
+        UserError: the delta was made for another model, or names a map that this one does not have.
+    """
+    if delta is None:
+        yield
+        return
+    if delta.fingerprint != lm.fingerprint():
+        raise UserError(
+            f"this delta was made for model {delta.fingerprint}, not for this one ({lm.fingerprint()}); "
+            "derive it again with this model"
+        )
+    maps = lm.editable()
+    unknown = delta.factors.keys() - maps.keys()
+    if unknown:
+        raise UserError(
+            f"the delta changes {', '.join(sorted(unknown))}, which this model has not (it has {', '.join(maps)})"
+        )
+    handles = [maps[name].register_forward_hook(_adder(f, delta.scale)) for name, f in delta.factors.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adder(factors: Factors, scale: float):
+    def add(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        (x,) = args
+        u, v = (t.to(x.dtype) for t in factors)
+        read = x @ v[0] if len(v) == 1 else torch.bmm(x, v)  # (B, T, r)
+        if len(u) == 1:
+            return out + scale * (read @ u[0].t())
+        return torch.baddbmm(out, read, u.transpose(1, 2), alpha=scale)
+
+    return add
+
+
+@contextmanager
+def captured_inputs(lm: RecurrentLM, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """While it lasts, every forward pass leaves the inputs x of the named maps, (B, T, in), in the dict it yields."""
+    inputs: dict[str, Tensor] = {}
+    maps = lm.editable()
+    handles = [
+        maps[name].register_forward_pre_hook(lambda module, args, name=name: inputs.__setitem__(name, args[0]))
+        for name in names
+    ]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TokenFactors(NamedTuple):
+    """A gradient as a sum over tokens, G = delta^T x: delta (tokens, out), x (tokens, in)."""
+
+    delta: Tensor
+    x: Tensor
+
+
+def gradient_factors(lm: RecurrentLM, names: list[str], loss_of: Callable[[], Tensor]) -> dict[str, TokenFactors]:
+    """Per-token factors of the weight gradient of each named map, from one backward pass.
+
+    Args:
+        names: editable maps.
+        loss_of: runs the model's forward pass and returns a scalar loss.
+    Returns:
+        name -> TokenFactors over all batch x time tokens; delta.T @ x equals the weight's gradient.
+    """
+    maps, outputs = lm.editable(), {}
+
+    def keep(name):
+        def hook(module, args, out):
+            # The weights may be frozen; the graph then has to start at the outputs.
+            outputs[name] = out if out.requires_grad else out.detach().requires_grad_()
+            return outputs[name]
+
+        return hook
+
+    handles = [maps[name].register_forward_hook(keep(name)) for name in names]
+    try:
+        with captured_inputs(lm, names) as inputs, torch.enable_grad():
+            loss = loss_of()
+    finally:
+        for handle in handles:
+            handle.remove()
+    grads = torch.autograd.grad(loss, [outputs[name] for name in names])
+    return {
+        name: TokenFactors(g.flatten(0, 1).detach(), inputs[name].flatten(0, 1).detach())
+        for name, g in zip(names, grads, strict=True)
+    }
+
+
+def spectrum(factors: TokenFactors) -> Tensor:
+    """Singular values of G = delta^T x, largest first, (min(tokens, in, out),), without forming G."""
+    return _thin_svd(factors)[1]
+
+
+def best_rank(factors: TokenFactors, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-`rank` approximation of G = delta^T x, without forming G (Eckart-Young).
+
+    Returns:
+        U (out, rank), V (in, rank) with U V^T the truncated SVD of G.
+    Raises:
+        UserError: rank is not in 1 .. min(tokens, out, in); the gradient has no more directions than that.
+    """
+    u, s, v = _thin_svd(factors)
+    if not 1 <= rank <= len(s):
+        raise UserError(f"rank {rank} asked for, but this gradient has 1 to {len(s)} directions")
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, v[:, :rank] * root
+
+
+def _thin_svd(factors: TokenFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """delta^T = Q_d R_d and x^T = Q_x R_x, so G = Q_d (R_d R_x^T) Q_x^T: the SVD of a core no larger than tokens."""
+    if len(factors.delta) != len(factors.x):
+        raise UserError(f"{len(factors.delta)} rows of delta but {len(factors.x)} of x; one of each per token")
+    q_d, r_d = torch.linalg.qr(factors.delta.t())
+    q_x, r_x = torch.linalg.qr(factors.x.t())
+    u, s, vt = torch.linalg.svd(r_d @ r_x.t(), full_matrices=False)
+    return q_d @ u, s, q_x @ vt.t()

@@ -1,0 +1,94 @@
+"""Profiles: sizes only, never another code path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prosg_lib.backbones.rwkv4 import RWKV4Config
+from prosg_lib.errors import UserError
+from prosg_lib.tasks.build import VOCAB
+
+
+@dataclass(frozen=True)
+class Training:
+    """Sizes of one training stage.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: dialogues a step.
+        lr: peak learning rate; rises linearly over `warmup` steps, then falls along a cosine to a twentieth.
+        facts: numbers of facts that prompts are drawn with; a step draws one.
+        distances: tokens between prompt and probes; a step draws one.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    facts: tuple[int, ...]
+    distances: tuple[int, ...]
+    warmup: int = 100
+
+
+@dataclass(frozen=True)
+class GeneratorSize:
+    """Sizes of a generator: rank of the delta, width of the hidden layers, the maps of every block it changes."""
+
+    rank: int
+    width: int
+    maps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sizes of an evaluation: prompts a seed, probes a prompt, seeds, and the two grids."""
+
+    prompts: int
+    probes: int
+    seeds: tuple[int, ...]
+    distances: tuple[int, ...]
+    facts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All sizes of one profile. autocast: train under bfloat16 autocast where the device has it."""
+
+    name: str
+    model: RWKV4Config
+    lm: Training
+    token: GeneratorSize
+    token_training: Training
+    final: GeneratorSize
+    final_training: Training
+    static_training: Training
+    evaluation: Evaluation
+    autocast: bool = False
+
+
+_MAPS = ("att.output", "att.value", "ffn.key", "ffn.value")
+_ALL_FACTS = (3, 6, 12, 24)
+
+PROFILES = {
+    "cpu": Profile(
+        name="cpu",
+        model=RWKV4Config(VOCAB, 128, 4, 512),
+        lm=Training(4500, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
+        token=GeneratorSize(16, 256, _MAPS),
+        token_training=Training(1500, 64, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        final=GeneratorSize(16, 256, ("att.output", "ffn.value")),
+        final_training=Training(1500, 64, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        static_training=Training(300, 64, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        evaluation=Evaluation(24, 6, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
+    ),
+}
+
+
+def get_profile(name: str) -> Profile:
+    """The profile of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in PROFILES:
+        raise UserError(f"unknown profile {name!r}; there are {', '.join(PROFILES)}")
+    return PROFILES[name]

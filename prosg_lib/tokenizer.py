@@ -1,0 +1,78 @@
+"""The project's tokenizer: byte-level BPE, trained by the project on prose and dialogues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Tokenizer as BPE
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from prosg_lib.errors import UserError
+from prosg_lib.paths import data_dir
+
+
+class Tokenizer:
+    """Text <-> token ids. Any UTF-8 text survives the round trip.
+
+    A text may be encoded in pieces: cut before a space or after a newline, the pieces' ids are those of the whole.
+    """
+
+    def __init__(self, bpe: BPE):
+        self._bpe = bpe
+        self.encode = lru_cache(maxsize=200_000)(self._encode)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._bpe.encode(text).ids)
+
+    def encode_long(self, text: str) -> list[int]:
+        """As `encode`, for long texts that are not worth remembering."""
+        return self._bpe.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._bpe.decode(list(ids))
+
+    @property
+    def vocab(self) -> int:
+        return self._bpe.get_vocab_size()
+
+    @lru_cache(maxsize=16)  # noqa: B019  (one tokenizer lives as long as the program)
+    def ids_containing(self, text: str) -> tuple[int, ...]:
+        """The tokens whose own text contains `text`."""
+        return tuple(i for i in range(self.vocab) if text in self.decode([i]))
+
+    def to_json(self) -> str:
+        return self._bpe.to_str(pretty=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        return cls(BPE.from_str(text))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:
+        """Learn the merges from texts; the same texts in the same order give the same tokenizer."""
+        bpe = BPE(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        )
+        bpe.train_from_iterator(texts, trainer)
+        return cls(bpe)
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
+    """The shipped tokenizer, or the one in a file.
+
+    Raises:
+        UserError: the file is missing or is no tokenizer.
+    """
+    path = Path(path) if path else data_dir() / "tokenizer.json"
+    try:
+        return Tokenizer.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no tokenizer at {path}; `prosg data build` makes the project's own") from None
+    except Exception as error:  # the tokenizers library raises bare Exception for malformed JSON
+        raise UserError(f"{path} is not a tokenizer file: {error}") from error
