@@ -8,13 +8,21 @@ import ast
 import json
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from prosg_lib.errors import UserError
+
+# jsonschema, beneath nbformat, imports rfc3987_syntax where it is installed, which takes four seconds in every process,
+# for a kind of address that no notebook holds. It does without where the import fails, so for this moment it does.
+_ABSENT = {} if "rfc3987_syntax" in sys.modules else {"rfc3987_syntax": None}
+sys.modules.update(_ABSENT)
+import nbformat  # noqa: E402
+
+for _name in _ABSENT:
+    del sys.modules[_name]
 
 PARAMETERS_TAG = "parameters"
 REQUIRED_PARAMETERS = ("profile", "seed")
@@ -39,7 +47,9 @@ def read(path: Path) -> nbformat.NotebookNode:
         UserError: it is missing or no notebook.
     """
     try:
-        return nbformat.read(path, as_version=nbformat.NO_CONVERT)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of ids that are there twice; `problems` says it
+            return nbformat.read(path, as_version=nbformat.NO_CONVERT)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, UnicodeDecodeError) as error:
@@ -96,7 +106,8 @@ def problems(path: Path) -> list[str]:
         found.append("it is a copy that papermill executed; commit the source")
     if (notebook["nbformat"], notebook["nbformat_minor"]) < (4, 5):
         found.append("it is older than nbformat 4.5, so its cells have no ids; open and save it in JupyterLab")
-    ids = [cell["id"] for cell in notebook["cells"] if "id" in cell]
+    # From the file itself, because reading a notebook repairs ids that are there twice.
+    ids = [cell["id"] for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if "id" in cell]
     if len(set(ids)) != len(ids):
         found.append("two cells have the same id")
     if ids and ids == [str(index) for index in range(len(ids))]:
