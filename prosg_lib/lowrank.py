@@ -80,7 +80,9 @@ class LowRankDelta:
                 f"cannot add a delta for model {other.fingerprint} to one for {self.fingerprint}; "
                 "derive both with the same model"
             )
-        total = dict(self.scaled(1 / self.scale)._scaled_into_u(self.scale).factors)
+        if len({1, self.batch, other.batch}) > 2:
+            raise UserError(f"cannot add deltas of batch {self.batch} and {other.batch}; select() as many of each")
+        total = dict(self._scaled_into_u(self.scale).factors)
         for name, (u, v) in other._scaled_into_u(other.scale).factors.items():
             if name not in total:
                 total[name] = Factors(u, v)
@@ -114,8 +116,11 @@ class LowRankDelta:
         if meta.get("kind") != "delta":
             raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a delta")
         names = sorted({name.rsplit(".", 1)[0] for name in tensors})
-        factors = {name: Factors(tensors[f"{name}.U"], tensors[f"{name}.V"]) for name in names}
-        return cls(factors, meta["fingerprint"], meta["scale"])
+        try:
+            factors = {name: Factors(tensors[f"{name}.U"], tensors[f"{name}.V"]) for name in names}
+            return cls(factors, meta["fingerprint"], meta["scale"])
+        except KeyError as error:
+            raise UserError(f"{path} is no complete delta, it lacks {error}; save it again") from error
 
 
 @contextmanager
@@ -151,6 +156,8 @@ def _adder(factors: Factors, scale: float):
     def add(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
         (x,) = args
         u, v = (t.to(x.dtype) for t in factors)
+        if not {len(u), len(v)} <= {1, len(x)}:
+            raise UserError(f"{len(x)} sequences but a delta of batch {max(len(u), len(v))}; select() one per sequence")
         read = x @ v[0] if len(v) == 1 else torch.bmm(x, v)  # (B, T, r)
         if len(u) == 1:
             return out + scale * (read @ u[0].t())
@@ -191,27 +198,32 @@ def gradient_factors(lm: RecurrentLM, names: list[str], loss_of: Callable[[], Te
     Returns:
         name -> TokenFactors over all batch x time tokens; delta.T @ x equals the weight's gradient.
     """
-    maps, outputs = lm.editable(), {}
+    maps = lm.editable()
+    passes = {name: [] for name in names}  # a text read in pieces goes through a map more than once
 
     def keep(name):
         def hook(module, args, out):
             # The weights may be frozen; the graph then has to start at the outputs.
-            outputs[name] = out if out.requires_grad else out.detach().requires_grad_()
-            return outputs[name]
+            out = out if out.requires_grad else out.detach().requires_grad_()
+            passes[name].append((args[0], out))
+            return out
 
         return hook
 
     handles = [maps[name].register_forward_hook(keep(name)) for name in names]
     try:
-        with captured_inputs(lm, names) as inputs, torch.enable_grad():
+        with torch.enable_grad():
             loss = loss_of()
     finally:
         for handle in handles:
             handle.remove()
-    grads = torch.autograd.grad(loss, [outputs[name] for name in names])
+    grads = iter(torch.autograd.grad(loss, [out for name in names for _, out in passes[name]]))
     return {
-        name: TokenFactors(g.flatten(0, 1).detach(), inputs[name].flatten(0, 1).detach())
-        for name, g in zip(names, grads, strict=True)
+        name: TokenFactors(
+            torch.cat([next(grads).flatten(0, 1) for _ in passes[name]]).detach(),
+            torch.cat([x.flatten(0, 1) for x, _ in passes[name]]).detach(),
+        )
+        for name in names
     }
 
 

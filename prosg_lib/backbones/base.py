@@ -74,16 +74,17 @@ class RecurrentLM(nn.Module, ABC):
             raise UserError("prompts is one string; pass a list of prompts, [prompt] for a single one")
         if len(prompts) == 0:
             raise UserError("the list of prompts is empty; pass at least one prompt")
-        rows = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        rows = [self._needed_tokenizer().encode(p) if isinstance(p, str) else list(p) for p in prompts]
         for i, row in enumerate(rows):
             if not row:
                 raise UserError(f"prompt {i} is empty; a prompt needs at least one token")
         longest = max(map(len, rows))
         device = next(self.parameters()).device
         ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=device)
-        if ids.min() < 0 or ids.max() >= self.config.vocab:
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= self.config.vocab:
             raise UserError(
-                f"token id {int(ids.max())} is outside the model's vocabulary of {self.config.vocab}; "
+                f"token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of {self.config.vocab}; "
                 "was the text encoded with another model's tokenizer?"
             )
         lengths = torch.tensor([len(r) for r in rows], device=device)
@@ -123,27 +124,34 @@ class RecurrentLM(nn.Module, ABC):
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 if token >= 0:
                     row.append(token)
-        return [self.tokenizer.decode(row) for row in rows]
+        tokenizer = self._needed_tokenizer()
+        return [tokenizer.decode(row) for row in rows]
 
     @torch.no_grad()
     def stream(self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n") -> Iterator[Tensor]:
         """The tokens of `generate`, (B,) a step, -1 for a sequence that has ended."""
         ids, valid = self.encode_prompts(prompts)
-        if state is not None and state.batch != len(ids):
-            raise UserError(f"{len(ids)} prompts but a state of batch {state.batch}; select() one state per prompt")
-        stops = self.tokenizer.ids_containing(stop) if stop is not None else []
+        stops = self._needed_tokenizer().ids_containing(stop) if stop is not None else []
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         ends = torch.tensor(stops, dtype=torch.long, device=ids.device)
         valid = None if valid.all() else valid
-        with applied(self, delta):
-            for _ in range(max_new_tokens):
+        for _ in range(max_new_tokens):
+            with applied(self, delta):  # for this step only: whoever takes the tokens may use the model in between
                 hidden, state = self.step_through(ids, state, valid)
-                token = self.read_out(hidden[:, -1]).argmax(-1)
-                ended = ended | torch.isin(token, ends)
-                if ended.all():
-                    return
-                yield torch.where(ended, -1, token)
-                ids, valid = token[:, None], None
+            token = self.read_out(hidden[:, -1]).argmax(-1)
+            ended = ended | torch.isin(token, ends)
+            if ended.all():
+                return
+            yield torch.where(ended, -1, token)
+            ids, valid = token[:, None], None
+
+    def _needed_tokenizer(self):
+        if self.tokenizer is None:
+            raise UserError(
+                "this model has no tokenizer; set lm.tokenizer = load_tokenizer(PATH) to the one it was trained with, "
+                "or work on token ids and stop=None"
+            )
+        return self.tokenizer
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that name this model: its configuration and every weight."""

@@ -144,6 +144,8 @@ class RWKV4(RecurrentLM):
         return torch.float32 if dtype == torch.bfloat16 else dtype
 
     def step_through(self, ids, state=None, valid=None):
+        if state is not None and state.batch != len(ids):
+            raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one state per sequence")
         x, after = self.embed(ids), []
         for layer, block in enumerate(self.blocks):
             before = None
@@ -223,21 +225,21 @@ def from_weights(weights: dict[str, Tensor]) -> RWKV4:
             f"{len(foreign)} unknown ({', '.join(sorted(foreign)[:3])})"
         )
     for name, tensor in weights.items():
-        if tensor.numel() != own[name].numel():
+        if [n for n in tensor.shape if n > 1] != [n for n in own[name].shape if n > 1]:
             raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        if not tensor.is_floating_point():
+            raise UserError(f"{name} is {tensor.dtype}; quantised weights cannot be read, take the float16 file")
     model.load_state_dict({name: tensor.float().reshape(own[name].shape) for name, tensor in weights.items()})
     return model
 
 
 def from_hf(weights: dict[str, Tensor]) -> RWKV4:
     """A model out of the state dict of `transformers.RwkvForCausalLM`."""
-    layers = {int(n.split(".")[2]) for n in weights if n.startswith("rwkv.blocks.")}
-    if not layers or "rwkv.embeddings.weight" not in weights:
-        raise UserError("these weights are not those of transformers' RwkvForCausalLM: no rwkv.embeddings, rwkv.blocks")
-    width, ffn = weights["rwkv.embeddings.weight"].shape[1], weights["rwkv.blocks.0.feed_forward.key.weight"].shape[0]
-    config = RWKV4Config(weights["rwkv.embeddings.weight"].shape[0], width, len(layers), ffn)
-    with torch.device("meta"):
-        names = {_hf_name(name): name for name in RWKV4(config).state_dict()}
+    layers = {name.split(".")[2] for name in weights if name.startswith("rwkv.blocks.")}
+    if not layers:
+        raise UserError("these weights are not those of transformers' RwkvForCausalLM: no names like rwkv.blocks.0.…")
+    with torch.device("meta"):  # only for the names
+        names = {_hf_name(name): name for name in RWKV4(RWKV4Config(1, 1, len(layers), 1)).state_dict()}
     return from_weights({names.get(name, name): tensor for name, tensor in weights.items()})
 
 
@@ -255,6 +257,6 @@ def to_weights(model: RWKV4) -> dict[str, Tensor]:
 
 
 def training_flops(config: RWKV4Config) -> float:
-    """Floating point operations of one training step per token: 6 per weight of the linear maps (forward 2, backward 4)."""
+    """Floating point operations of training per token: 6 per weight of the linear maps (forward 2, backward 4)."""
     block = 5 * config.width**2 + 2 * config.width * config.ffn
     return 6.0 * (config.layers * block + config.width * config.vocab)
