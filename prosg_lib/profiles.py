@@ -69,16 +69,39 @@ _MAPS = ("att.output", "att.value", "ffn.key", "ffn.value")
 _ALL_FACTS = (3, 6, 12, 24)
 
 PROFILES = {
+    "smoke": Profile(
+        name="smoke",
+        model=RWKV4Config(VOCAB, 64, 2, 256),
+        lm=Training(240, 16, 6e-3, (2, 3, 4), (0, 16, 32), warmup=20),
+        token=GeneratorSize(8, 64, _MAPS),
+        token_training=Training(60, 16, 4e-3, (3, 6), (0, 32), warmup=10),
+        final=GeneratorSize(8, 64, ("att.output", "ffn.value")),
+        final_training=Training(60, 16, 4e-3, (3, 6), (0, 32), warmup=10),
+        static_training=Training(20, 16, 4e-3, (3, 6), (0, 32), warmup=10),
+        evaluation=Evaluation(4, 3, (0, 1, 2), (0, 64, 256), (3, 6)),
+    ),
     "cpu": Profile(
         name="cpu",
         model=RWKV4Config(VOCAB, 128, 4, 512),
-        lm=Training(4500, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
+        lm=Training(2000, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
         token=GeneratorSize(16, 256, _MAPS),
         token_training=Training(1500, 64, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         final=GeneratorSize(16, 256, ("att.output", "ffn.value")),
         final_training=Training(1500, 64, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         static_training=Training(300, 64, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         evaluation=Evaluation(24, 6, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
+    ),
+    "gpu": Profile(
+        name="gpu",
+        model=RWKV4Config(VOCAB, 512, 12, 2048),
+        lm=Training(6000, 128, 1e-3, (2, 3, 4, 6, 6, 8, 12), (0, 0, 16, 32, 64, 128)),
+        token=GeneratorSize(16, 512, _MAPS),
+        token_training=Training(2000, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        final=GeneratorSize(8, 384, ("att.output", "ffn.value")),
+        final_training=Training(2000, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        static_training=Training(400, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        evaluation=Evaluation(64, 6, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
+        autocast=True,
     ),
 }
 

@@ -1,10 +1,10 @@
-"""The one training loop, and the objectives: first the language model, then a generator on the frozen model."""
+"""The one training loop: progress, checkpoints, resume. What is trained on what: `stages.py`."""
 
 from __future__ import annotations
 
 import json
 import math
-import random
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from prosg_lib import files
 from prosg_lib.errors import UserError
-from prosg_lib.lowrank import applied
 from prosg_lib.profiles import Training
-from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Batch, Dialogues, Shape, collate
+from prosg_lib.tasks.dialogue import Batch
 
 RECIPE = 1
-"""Goes up when the same sizes, seed and data would train to something else; checkpoints of another recipe do not load."""
+"""Goes up when the same sizes, seed and data would train to something else; other recipes' checkpoints do not load."""
 
 SAVE_EVERY_S = 60.0
 _CLIP = 1.0
@@ -44,7 +43,8 @@ class Loss:
 def fit(
     name: str,
     module: nn.Module,
-    loss_of: Callable[[int], Loss],
+    batch_of: Callable[[int], Batch],
+    loss_of: Callable[[int, Batch], Loss],
     sizes: Training,
     folder: Path,
     record: dict,
@@ -56,7 +56,8 @@ def fit(
     state, step) ends with the weights of one that was never stopped, bit for bit on the same machine and threads.
 
     Args:
-        loss_of: step -> Loss; draws its data from the step number.
+        batch_of: step -> the step's data, on the CPU; next to a GPU it is drawn ahead by other processes.
+        loss_of: (step, its data) -> Loss.
         folder: `<name>.checkpoint.safetensors` is kept here while training, `<name>.jsonl` logs every line.
         record: what was trained on which data; a checkpoint with another record is not continued.
     Raises:
@@ -68,10 +69,11 @@ def fit(
     path = folder / f"{name}.checkpoint.safetensors"
     start = _resume(path, module, optimiser, record) if path.exists() else 0
     log, saved = _Log(folder / f"{name}.jsonl", name, sizes.steps, start), time.monotonic()
-    for step in range(start, sizes.steps):
+    device = parameters[0].device
+    for step, batch in enumerate(_drawn_ahead(batch_of, start, sizes.steps, device), start):
         for group in optimiser.param_groups:
             group["lr"] = sizes.lr * schedule(step, sizes)
-        loss = loss_of(step)
+        loss = loss_of(step, batch.to(device))
         if not torch.isfinite(loss.total):
             log.close()
             raise Diverged(
@@ -88,6 +90,24 @@ def fit(
             _save(path, module, optimiser, step + 1, record)
             saved = time.monotonic()
     log.close()
+
+
+class _Steps(Dataset):
+    def __init__(self, batch_of: Callable[[int], Batch], start: int, stop: int):
+        self.batch_of, self.start, self.stop = batch_of, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.batch_of(self.start + index)
+
+
+def _drawn_ahead(batch_of: Callable[[int], Batch], start: int, stop: int, device: torch.device) -> DataLoader:
+    """The batches in order. A GPU takes them faster than one core draws them; a CPU has no core to spare."""
+    workers = min(8, max(0, (os.cpu_count() or 1) - 2)) if device.type == "cuda" else 0
+    own = torch.Generator()  # the loader draws a seed; it must not touch the state that a resumed run restores
+    return DataLoader(_Steps(batch_of, start, stop), batch_size=None, num_workers=workers, generator=own)
 
 
 def schedule(step: int, sizes: Training) -> float:
@@ -182,96 +202,3 @@ def _cut_after(path: Path, step: int) -> None:
             except (json.JSONDecodeError, KeyError):
                 continue  # the line that the kill cut in two
         files.write_text(path, "".join(line + "\n" for line in kept))
-
-
-# --- objectives ---------------------------------------------------------------------------------------------------
-
-
-def draw(
-    data: Dialogues, sizes: Training, step: int, device, *, distance: int | None = None, at_most: int = 24
-) -> Batch:
-    """The step's batch: number of facts (`at_most` so many) and distance drawn once for the whole batch."""
-    rng = random.Random(f"{data.seed}/{step}")
-    facts = min(rng.choice(sizes.facts), at_most)
-    far = rng.choice(sizes.distances) if distance is None else distance
-    shape = Shape(facts, far, min(facts, 6), instructions=rng.choice((0, 1, 1, 2)))
-    return collate(data, data.items(sizes.batch, shape, start=step * sizes.batch)).to(device)
-
-
-def token_losses(lm, hidden: Tensor, targets: Tensor, kind: Tensor, share: float, seed: int) -> dict[int, Tensor]:
-    """Mean cross-entropy by kind of target token, in nats.
-
-    Of the ordinary text only a random share is read out: an unbiased mean for a fraction of the softmax.
-
-    Args:
-        hidden: (B, T, D); targets: (B, T), the next tokens; kind: (B, T), of the targets.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    lottery = torch.rand(kind.shape, generator=generator).to(kind.device) < share
-    chosen = (kind >= ANSWER) | ((kind == TEXT) & lottery)
-    losses = F.cross_entropy(lm.read_out(hidden[chosen]).float(), targets[chosen], reduction="none")
-    return {k: losses[kind[chosen] == k].mean() for k in (TEXT, ANSWER, COMPETING) if (kind[chosen] == k).any()}
-
-
-NAMES = {TEXT: "text", ANSWER: "answer", COMPETING: "competing"}
-
-
-EASY = 0.35
-"""Share of the language model's training with few facts and questions right behind them: recall is learned there."""
-
-
-def lm_objective(lm, data: Dialogues, sizes: Training, autocast: bool = False) -> Callable[[int], Loss]:
-    """Next-token loss over whole dialogues; the words of answers count more than all the text around them."""
-
-    def loss_of(step: int) -> Loss:
-        easy = step < EASY * sizes.steps
-        device = next(lm.parameters()).device
-        batch = draw(data, sizes, step, device, **({"distance": 0, "at_most": 4} if easy else {}))
-        ids = torch.cat([batch.prompt, batch.rest], 1)
-        kind = torch.cat([batch.prompt_valid.long() * TEXT, batch.kind], 1)
-        valid = torch.cat([batch.prompt_valid, torch.ones_like(batch.rest, dtype=torch.bool)], 1)
-        with _autocast(ids.device, autocast):
-            hidden, _ = lm.step_through(ids[:, :-1], None, valid[:, :-1])
-            losses = token_losses(lm, hidden, ids[:, 1:], kind[:, 1:], 0.3, step)
-        weights = {TEXT: 0.3, ANSWER: 1.0, COMPETING: 0.5}
-        total = sum(weights[k] * v for k, v in losses.items())
-        return Loss(total, {NAMES[k]: v for k, v in losses.items()})
-
-    return loss_of
-
-
-ALONE = 0.4
-"""Share of a generator's training in which it works alone: blank state, questions right behind the prompt.
-
-With the state always carried over, the model answers from it at short distances and the change is never needed."""
-
-_BLANK_LATER = 0.3  # share of later steps that still start from a blank state
-
-
-def generator_objective(
-    lm, generator, data: Dialogues, sizes: Training, autocast: bool = False
-) -> Callable[[int], Loss]:
-    """End to end (V1): loss of the answers, given the change of the weights; the model itself stays frozen.
-
-    First the change alone, then distances and carried states are mixed, with the loss of competing answers and of the
-    text as the locality term: what the model could do without the change, it shall still do.
-    """
-
-    def loss_of(step: int) -> Loss:
-        alone = step < ALONE * sizes.steps
-        batch = draw(data, sizes, step, next(lm.parameters()).device, distance=0 if alone else None)
-        blank = alone or random.Random(f"blank/{data.seed}/{step}").random() < _BLANK_LATER
-        with _autocast(batch.rest.device, autocast):
-            delta, state = generator(lm, batch.prompt, batch.prompt_valid)
-            with applied(lm, delta):
-                hidden, _ = lm.step_through(batch.rest[:, :-1], None if blank else state)
-            losses = token_losses(lm, hidden, batch.rest[:, 1:], batch.kind[:, 1:], 0.3, step)
-        weights = {ANSWER: 1.0} if alone else {TEXT: 0.5, ANSWER: 1.0, COMPETING: 1.0}
-        total = sum(weight * losses[k] for k, weight in weights.items() if k in losses)
-        return Loss(total, {NAMES[k]: v for k, v in losses.items()})
-
-    return loss_of
-
-
-def _autocast(device: torch.device, wanted: bool):
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)

@@ -1,0 +1,219 @@
+"""Recall against distance: every method on the same prompts, texts and questions, with intervals.
+
+For each prompt one text of the largest distance is read once per method; at every distance the state is copied and
+each question asked from the copy. A question is answered greedily, as a user would see it, and judged as text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.baselines import Start, start
+from prosg_lib.errors import UserError
+from prosg_lib.generator import Generator
+from prosg_lib.lowrank import applied
+from prosg_lib.profiles import Evaluation
+from prosg_lib.state import RecurrentState
+from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Item, Shape, judge
+
+_ANSWER_TOKENS = 12  # the longest answer, with all three instructions, has 8
+_RESAMPLES = 2000
+
+
+@torch.no_grad()
+def measure(
+    lm: RecurrentLM,
+    generators: dict[str, Generator],
+    methods: Iterable[str],
+    data: Dialogues,
+    distances: Sequence[int],
+    facts: int,
+    prompts: int,
+    probes: int,
+) -> pd.DataFrame:
+    """Recall of every method at every distance.
+
+    Args:
+        data: the items' split and seed.
+        distances: tokens between prompt and question.
+        facts, prompts, probes: facts a prompt, number of prompts, questions a prompt (at most one a fact).
+    Returns:
+        One row a method, distance and prompt: recall and followed (shares of the questions answered right, of the
+        instructions kept), competing (share of the questions about other people in the text since the distance
+        before that were answered right; NaN where there were none).
+    """
+    distances = sorted(set(distances))
+    shape = Shape(facts, max(distances), min(probes, facts), instructions=2)
+    items = data.items(prompts, shape)
+    encoded = [list(data.encode_prompt(item)) for item in items]
+    rows = []
+    for method in methods:
+        begin = start(method, lm, generators, encoded)
+        for distance, state, competing in _read(lm, begin, items, distances):
+            answers = _ask(lm, data, items, encoded, begin, state)
+            for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
+                verdicts = [judge(text, p, item.instructions) for text, p in zip(texts, item.probes, strict=True)]
+                rows.append(
+                    {
+                        "method": method,
+                        "distance": distance,
+                        "facts": facts,
+                        "seed": data.seed,
+                        "prompt": number,
+                        "recall": float(np.mean([v.recalled for v in verdicts])),
+                        "followed": float(np.mean([v.followed for v in verdicts])),
+                        "competing": competing[number],
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _read(lm: RecurrentLM, begin: Start, items: list[Item], distances: list[int]):
+    """Reads the items' texts piece by piece; yields (distance, state there, competing recall a prompt since before)."""
+    device = next(lm.parameters()).device
+    body = torch.tensor([item.body for item in items], device=device)
+    kind = torch.tensor([item.body_kind for item in items], device=device)
+    state, last, before = begin.state, None, 0
+    for distance in distances:
+        competing = [float("nan")] * len(items)
+        if distance > before:
+            piece = body[:, before:distance]
+            with applied(lm, begin.delta):
+                hidden, state = lm.step_through(piece, state)
+            context = hidden[:, :-1] if last is None else torch.cat([last, hidden[:, :-1]], 1)
+            kinds, targets = kind[:, before:distance], piece
+            if last is None:
+                kinds, targets = kinds[:, 1:], targets[:, 1:]
+            asked = kinds == COMPETING
+            right = torch.zeros_like(asked)
+            if asked.any():
+                right[asked] = lm.read_out(context[asked]).argmax(-1) == targets[asked]
+            competing = (right.sum(1) / asked.sum(1)).tolist()
+            last, before = hidden[:, -1:], distance
+        yield distance, state, competing
+
+
+def _ask(
+    lm: RecurrentLM,
+    data: Dialogues,
+    items: list[Item],
+    prompts: list[list[int]],
+    begin: Start,
+    state: RecurrentState | None,
+) -> list[list[str]]:
+    """Every item's questions, each from its own copy of the state; the generated answers."""
+    newline = data.tokenizer.encode("\n")  # the text may have been cut in the middle of a line
+    owner = [i for i, item in enumerate(items) for _ in item.probes]
+    again = [list(newline) + prompts[i] if begin.repeat else list(newline) for i in range(len(items))]
+    questions = [again[i] + list(data.encode_probe(p)[0]) for i, item in enumerate(items) for p in item.probes]
+    forked = None if state is None else state.select(owner)
+    delta = None if begin.delta is None else begin.delta.select(owner)
+    texts = iter(lm.generate(questions, forked, delta, max_new_tokens=_ANSWER_TOKENS))
+    return [[next(texts) for _ in item.probes] for item in items]
+
+
+def sweep(
+    lm: RecurrentLM,
+    generators: dict[str, Generator],
+    methods: Iterable[str],
+    split: str,
+    sizes: Evaluation,
+    data_of,
+    facts: Sequence[int] | None = None,
+    distances: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """`measure` over the seeds and numbers of facts of a profile's sizes; data_of(split, seed) -> Dialogues."""
+    methods = list(methods)
+    frames = [
+        measure(
+            lm, generators, methods, data_of(split, seed), distances or sizes.distances, k, sizes.prompts, sizes.probes
+        )
+        for k in (facts or sizes.facts)
+        for seed in sizes.seeds
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def _table(frame: pd.DataFrame, column: str, facts: int, distance: int, methods: Sequence[str]) -> np.ndarray:
+    """(methods, prompts of all seeds), the same prompts in the same order for every method."""
+    part = frame[(frame.facts == facts) & (frame.distance == distance)]
+    wide = part.pivot(index=["seed", "prompt"], columns="method", values=column)
+    missing = [m for m in methods if m not in wide]
+    if missing:
+        raise UserError(f"{', '.join(missing)} was not measured at {distance} tokens with {facts} facts")
+    return wide[list(methods)].to_numpy().T
+
+
+def _resampled(table: np.ndarray, statistic) -> Estimate:
+    """Bootstrap over prompts; all methods keep the same resampled prompts, so differences and ratios are paired."""
+    rng = np.random.default_rng(0)
+    pick = rng.integers(table.shape[1], size=(_RESAMPLES, table.shape[1]))
+    value = statistic(np.nanmean(table, 1))
+    spread = statistic(np.nanmean(table[:, pick], 2))
+    low, high = np.nanpercentile(spread, [2.5, 97.5])
+    return Estimate(float(value), float(low), float(high))
+
+
+def estimate(frame: pd.DataFrame, method: str, distance: int, facts: int = 6, column: str = "recall") -> Estimate:
+    """Mean over all prompts and seeds, with a bootstrap interval over prompts."""
+    return _resampled(_table(frame, column, facts, distance, [method]), lambda means: means[0])
+
+
+def gap_recovered(frame: pd.DataFrame, method: str, distance: int, facts: int = 6) -> Estimate:
+    """(R - R_none) / (R_repeated - R_none): 0 is no better than no prompt, 1 as good as the prompt right there."""
+    table = _table(frame, "recall", facts, distance, [method, "none", "repeated"])
+    return _resampled(table, lambda m: (m[0] - m[1]) / np.maximum(m[2] - m[1], 1e-9))
+
+
+def difference(frame: pd.DataFrame, method: str, other: str, distance: int, facts: int = 6) -> Estimate:
+    """Recall of one method minus another's, paired."""
+    return _resampled(_table(frame, "recall", facts, distance, [method, other]), lambda m: m[0] - m[1])
+
+
+def half_life(frame: pd.DataFrame, method: str, facts: int = 6) -> float:
+    """Tokens after which recall is half of that at distance 0, linear between in log(1 + d); inf: not reached."""
+    part = frame[(frame.facts == facts) & (frame.method == method)]
+    means = part.groupby("distance").recall.mean()
+    x, y = np.log1p(means.index.to_numpy(float)), means.to_numpy()
+    half = y[0] / 2
+    below = np.flatnonzero(y < half)
+    if not len(below):
+        return float("inf")
+    j = below[0]
+    share = (y[j - 1] - half) / (y[j - 1] - y[j])
+    return float(np.expm1(x[j - 1] + share * (x[j] - x[j - 1])))
+
+
+@torch.no_grad()
+def prose_nll(
+    lm: RecurrentLM, generators: dict[str, Generator], method: str, data: Dialogues, prompts: int, length: int = 256
+) -> np.ndarray:
+    """Mean negative log likelihood of prose after each prompt, nats a token, (prompts,); exp of the mean: perplexity."""
+    items = data.items(prompts, Shape(6, 0, 1, instructions=2))
+    begin = start(method, lm, generators, [list(data.encode_prompt(item)) for item in items])
+    rng = random.Random(f"prose/{data.seed}/{data.split}")
+    device = next(lm.parameters()).device
+    ids = torch.tensor([data.prose.passage(length, rng) for _ in items], device=device)
+    logits, _ = lm(ids[:, :-1], begin.state, begin.delta)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1).mean(1).cpu().numpy()

@@ -1,0 +1,122 @@
+"""What is minimised: first the language model's loss, then a generator's on the frozen model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.generator import Generator
+from prosg_lib.lowrank import applied
+from prosg_lib.profiles import Training
+from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Batch, Dialogues, Shape, collate
+from prosg_lib.training import Loss
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Step -> batch. The number of facts and the distance are drawn once for a whole batch.
+
+    easy_steps: so many first steps have questions right behind the prompt, and at most `easy_facts` facts.
+    """
+
+    data: Dialogues
+    sizes: Training
+    easy_steps: int
+    easy_facts: int
+
+    def __call__(self, step: int) -> Batch:
+        rng = random.Random(f"{self.data.seed}/{step}")
+        facts, distance = rng.choice(self.sizes.facts), rng.choice(self.sizes.distances)
+        if step < self.easy_steps:
+            facts, distance = min(facts, self.easy_facts), 0
+        shape = Shape(facts, distance, min(facts, 6), instructions=rng.choice((0, 1, 1, 2)))
+        return collate(self.data, self.data.items(self.sizes.batch, shape, start=step * self.sizes.batch))
+
+
+def token_losses(lm, hidden: Tensor, targets: Tensor, kind: Tensor, share: float, seed: int) -> dict[int, Tensor]:
+    """Mean cross-entropy by kind of target token, in nats.
+
+    Of the ordinary text only a random share is read out: an unbiased mean for a fraction of the softmax.
+
+    Args:
+        hidden: (B, T, D); targets: (B, T), the next tokens; kind: (B, T), of the targets.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lottery = torch.rand(kind.shape, generator=generator).to(kind.device) < share
+    chosen = (kind >= ANSWER) | ((kind == TEXT) & lottery)
+    losses = F.cross_entropy(lm.read_out(hidden[chosen]).float(), targets[chosen], reduction="none")
+    return {k: losses[kind[chosen] == k].mean() for k in (TEXT, ANSWER, COMPETING) if (kind[chosen] == k).any()}
+
+
+NAMES = {TEXT: "text", ANSWER: "answer", COMPETING: "competing"}
+
+
+EASY = 0.35
+"""Share of the language model's training with few facts and questions right behind them: recall is learned there."""
+
+
+def lm_draw(data: Dialogues, sizes: Training) -> Draw:
+    return Draw(data, sizes, int(EASY * sizes.steps), 4)
+
+
+def lm_objective(lm: RecurrentLM, autocast: bool = False) -> Callable[[int, Batch], Loss]:
+    """Next-token loss over whole dialogues; the words of answers count more than all the text around them."""
+
+    def loss_of(step: int, batch: Batch) -> Loss:
+        ids = torch.cat([batch.prompt, batch.rest], 1)
+        kind = torch.cat([batch.prompt_valid.long() * TEXT, batch.kind], 1)
+        valid = torch.cat([batch.prompt_valid, torch.ones_like(batch.rest, dtype=torch.bool)], 1)
+        with _autocast(ids.device, autocast):
+            hidden, _ = lm.step_through(ids[:, :-1], None, valid[:, :-1])
+            losses = token_losses(lm, hidden, ids[:, 1:], kind[:, 1:], 0.3, step)
+        weights = {TEXT: 0.3, ANSWER: 1.0, COMPETING: 0.5}
+        total = sum(weights[k] * v for k, v in losses.items())
+        return Loss(total, {NAMES[k]: v for k, v in losses.items()})
+
+    return loss_of
+
+
+ALONE = 0.4
+"""Share of a generator's training in which it works alone: blank state, questions right behind the prompt.
+
+With the state always carried over, the model answers from it at short distances and the change is never needed."""
+
+_BLANK_LATER = 0.3  # share of later steps that still start from a blank state
+
+
+def generator_draw(data: Dialogues, sizes: Training) -> Draw:
+    return Draw(data, sizes, int(ALONE * sizes.steps), 24)
+
+
+def generator_objective(
+    lm: RecurrentLM, generator: Generator, sizes: Training, seed: int, autocast: bool = False
+) -> Callable[[int, Batch], Loss]:
+    """End to end (V1): loss of the answers, given the change of the weights; the model itself stays frozen.
+
+    First the change alone, then distances and carried states are mixed, with the loss of competing answers and of the
+    text as the locality term: what the model could do without the change, it shall still do.
+    """
+
+    def loss_of(step: int, batch: Batch) -> Loss:
+        alone = step < int(ALONE * sizes.steps)
+        blank = alone or random.Random(f"blank/{seed}/{step}").random() < _BLANK_LATER
+        with _autocast(batch.rest.device, autocast):
+            delta, state = generator(lm, batch.prompt, batch.prompt_valid)
+            with applied(lm, delta):
+                hidden, _ = lm.step_through(batch.rest[:, :-1], None if blank else state)
+            losses = token_losses(lm, hidden, batch.rest[:, 1:], batch.kind[:, 1:], 0.3, step)
+        weights = {ANSWER: 1.0} if alone else {TEXT: 0.5, ANSWER: 1.0, COMPETING: 1.0}
+        total = sum(weight * losses[k] for k, weight in weights.items() if k in losses)
+        return Loss(total, {NAMES[k]: v for k, v in losses.items()})
+
+    return loss_of
+
+
+def _autocast(device: torch.device, wanted: bool):
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
