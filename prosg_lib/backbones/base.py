@@ -84,8 +84,8 @@ class RecurrentLM(nn.Module, ABC):
         lowest, highest = int(ids.min()), int(ids.max())
         if lowest < 0 or highest >= self.config.vocab:
             raise UserError(
-                f"token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of {self.config.vocab}; "
-                "was the text encoded with another model's tokenizer?"
+                f"token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of "
+                f"{self.config.vocab}; was the text encoded with another model's tokenizer?"
             )
         lengths = torch.tensor([len(r) for r in rows], device=device)
         valid = torch.arange(longest, device=device) >= (longest - lengths)[:, None]

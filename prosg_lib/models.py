@@ -1,0 +1,196 @@
+"""Language models in and out: the project's own files, transformers' folders, the RWKV author's .pth, the hub.
+
+Only weights and sizes are read, never code: safetensors and JSON, and .pth and .bin files through `torch.load` with
+`weights_only=True`, which refuses every pickle that holds more than tensors.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prosg_lib import files, paths
+from prosg_lib.backbones.rwkv4 import RWKV4, from_hf, from_weights, to_hf, to_weights
+from prosg_lib.errors import UserError
+from prosg_lib.tokenizer import Tokenizer, load_tokenizer
+
+LAYOUTS = ("prosg", "transformers", "author")
+
+
+def load_model(source: str | Path) -> RWKV4:
+    """An RWKV-4 in evaluation mode, float32 on the CPU, whatever the file's precision.
+
+    Args:
+        source: an existing path, else a shipped checkpoint's name, else a hub id ("owner/name"). A path is one of
+            a folder in transformers' layout (config.json and model*.safetensors or pytorch_model*.bin), an original
+            author's .pth file, or a file of this project.
+    Returns:
+        The model, with its tokenizer where there is one (a folder's tokenizer.json, the project's for its own
+        checkpoints); an author's .pth has none, and `lm.tokenizer` is None.
+    Raises:
+        UserError: there is nothing of that name; the hub cannot be reached; the file is damaged, holds pickled
+            objects, or another architecture's weights.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        model = _from_folder(path)
+    elif path.is_file():
+        model = _from_prosg(path) if path.suffix == ".safetensors" else from_weights(_unpickled_tensors(path))
+    elif path.suffix in (".pth", ".safetensors") or path.is_absolute():
+        raise UserError(f"{path} does not exist; give the path of a model's file or folder")
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        model = _from_folder(_from_hub(str(source)))
+    else:
+        model = _from_prosg(_shipped(str(source)))
+    return model.eval()
+
+
+def save_model(model: RWKV4, path: str | Path, layout: str) -> None:
+    """Write a model, atomically file by file.
+
+    Args:
+        path: a folder for "transformers", else a file.
+        layout: "prosg" (safetensors with the tokenizer in its header), "transformers" (a folder that
+            `RwkvForCausalLM.from_pretrained` loads) or "author" (.pth, a state dict of tensors and nothing else: the
+            one place where the project writes a pickle, because that format is one).
+    Raises:
+        UserError: unknown layout.
+    """
+    path = Path(path)
+    tokenizer = None if model.tokenizer is None else model.tokenizer.to_json()
+    if layout == "prosg":
+        files.save_tensors(path, model.state_dict(), {"kind": "lm", "tokenizer": tokenizer})
+    elif layout == "author":
+        buffer = io.BytesIO()
+        torch.save({name: tensor.detach().cpu().clone() for name, tensor in to_weights(model).items()}, buffer)
+        files.write_bytes(path, buffer.getvalue())
+    elif layout == "transformers":
+        _to_folder(model, path, tokenizer)
+    else:
+        raise UserError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+
+
+def _shipped(name: str) -> Path:
+    folder = paths.data_dir() / "checkpoints"
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
+        raise UserError(
+            f"no model {name!r}: no such path, and no shipped checkpoint of that name (there are: {there}); "
+            "a model on the hub is named owner/name"
+        )
+    return path
+
+
+def _from_prosg(path: Path) -> RWKV4:
+    tensors, meta = files.load_tensors(path)
+    if meta.get("kind") != "lm":
+        raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a language model")
+    model = from_weights(tensors)
+    if meta.get("tokenizer"):
+        model.tokenizer = Tokenizer.from_json(meta["tokenizer"])
+    elif load_tokenizer().vocab == model.config.vocab:
+        model.tokenizer = load_tokenizer()
+    return model
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Two calls, because most repositories hold the same weights twice, and one copy is enough.
+        folder = Path(snapshot_download(name, allow_patterns=["config.json", "tokenizer.json", "model*.safetensors"]))
+        if not list(folder.glob("model*.safetensors")):
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
+    except Exception as error:  # the hub's, the HTTP client's and the operating system's errors have no common class
+        raise UserError(
+            f"{name!r} is no path here, and could not be fetched from the hub ({_first_line(error)}); "
+            "download it where there is a network and give the local folder's path instead"
+        ) from error
+    return folder
+
+
+def _sizes(model: RWKV4) -> dict[str, int | float]:
+    """The entries of transformers' config.json that decide what is computed."""
+    c = model.config
+    return {
+        "vocab_size": c.vocab,
+        "hidden_size": c.width,
+        "attention_hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "intermediate_size": c.ffn,
+        "layer_norm_epsilon": model.ln_out.eps,
+    }
+
+
+def _from_folder(folder: Path) -> RWKV4:
+    config = files.read_json(folder / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "rwkv":
+        raise UserError(f"{folder} holds a model of type {kind!r}; only 'rwkv' (RWKV-4) can be loaded")
+    shards = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not shards:
+        raise UserError(f"{folder} has no model.safetensors and no pytorch_model.bin; copy the weights there")
+    weights: dict[str, Tensor] = {}
+    for shard in shards:
+        weights |= _safe_tensors(shard) if shard.suffix == ".safetensors" else _unpickled_tensors(shard)
+    model = from_hf(weights)
+    for name, ours in _sizes(model).items():
+        if config.get(name) not in (None, ours):
+            raise UserError(
+                f"{folder}: config.json says {name} = {config[name]}, but the weights (or this RWKV-4) have {ours}"
+            )
+    if (folder / "tokenizer.json").exists():
+        model.tokenizer = load_tokenizer(folder / "tokenizer.json")
+    return model
+
+
+def _to_folder(model: RWKV4, folder: Path, tokenizer: str | None) -> None:
+    from safetensors.torch import save
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(model).items()}
+    files.write_bytes(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    if tokenizer is not None:
+        files.write_text(folder / "tokenizer.json", tokenizer)
+        files.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    rest = {
+        "architectures": ["RwkvForCausalLM"],
+        "model_type": "rwkv",
+        "dtype": str(model.emb.weight.dtype).removeprefix("torch."),
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "tie_word_embeddings": False,
+        "rescale_every": 0,  # otherwise transformers divides weights in place when the mode changes
+    }
+    files.write_json(folder / "config.json", rest | _sizes(model))
+
+
+def _safe_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is cut short or no safetensors file ({error}); copy it again") from error
+
+
+def _unpickled_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling, zip, decoding and end-of-file errors have no common class
+        raise UserError(
+            f"{path} cannot be read as a file of tensors: it is cut short, no PyTorch file, or holds pickled objects, "
+            f"which are never run ({_first_line(error)}); copy it again, or convert it to safetensors"
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise UserError(f"{path} holds something else than a model's tensors by name; give the weights' own file")
+    return weights
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
