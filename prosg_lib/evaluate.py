@@ -7,7 +7,7 @@ each question asked from the copy. A question is answered greedily, as a user wo
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,8 +47,8 @@ def measure(
         facts, prompts, probes: facts a prompt, number of prompts, questions a prompt (at most one a fact).
     Returns:
         One row a method, distance and prompt: recall and followed (shares of the questions answered right, of the
-        instructions kept), competing (share of the questions about other people in the text since the distance
-        before that were answered right; NaN where there were none).
+        instructions kept), asked and competing (words of answers about other people in the text since the distance
+        before, and the share of them that the model puts first; NaN where there were none).
     """
     distances = sorted(set(distances))
     shape = Shape(facts, max(distances), min(probes, facts), instructions=2)
@@ -57,7 +57,7 @@ def measure(
     rows = []
     for method in methods:
         begin = start(method, lm, generators, encoded)
-        for distance, state, competing in _read(lm, begin, items, distances):
+        for distance, state, asked, right in _read(lm, begin, items, distances):
             answers = _ask(lm, data, items, encoded, begin, state)
             for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
                 verdicts = [judge(text, p, item.instructions) for text, p in zip(texts, item.probes, strict=True)]
@@ -70,20 +70,22 @@ def measure(
                         "prompt": number,
                         "recall": float(np.mean([v.recalled for v in verdicts])),
                         "followed": float(np.mean([v.followed for v in verdicts])),
-                        "competing": competing[number],
+                        "asked": asked[number],
+                        "competing": right[number] / asked[number] if asked[number] else float("nan"),
                     }
                 )
     return pd.DataFrame(rows)
 
 
 def _read(lm: RecurrentLM, begin: Start, items: list[Item], distances: list[int]):
-    """Reads the items' texts piece by piece; yields (distance, state there, competing recall a prompt since before)."""
+    """Reads the items' texts piece by piece; yields (distance, state there, and for every item the number of words of
+    competing answers since the distance before, and how many of them were right)."""
     device = next(lm.parameters()).device
     body = torch.tensor([item.body for item in items], device=device)
     kind = torch.tensor([item.body_kind for item in items], device=device)
     state, last, before = begin.state, None, 0
     for distance in distances:
-        competing = [float("nan")] * len(items)
+        asked = right = [0] * len(items)
         if distance > before:
             piece = body[:, before:distance]
             with applied(lm, begin.delta):
@@ -92,13 +94,13 @@ def _read(lm: RecurrentLM, begin: Start, items: list[Item], distances: list[int]
             kinds, targets = kind[:, before:distance], piece
             if last is None:
                 kinds, targets = kinds[:, 1:], targets[:, 1:]
-            asked = kinds == COMPETING
-            right = torch.zeros_like(asked)
-            if asked.any():
-                right[asked] = lm.read_out(context[asked]).argmax(-1) == targets[asked]
-            competing = (right.sum(1) / asked.sum(1)).tolist()
+            chosen = kinds == COMPETING
+            hit = torch.zeros_like(chosen)
+            if chosen.any():
+                hit[chosen] = lm.read_out(context[chosen]).argmax(-1) == targets[chosen]
+            asked, right = chosen.sum(1).tolist(), hit.sum(1).tolist()
             last, before = hidden[:, -1:], distance
-        yield distance, state, competing
+        yield distance, state, asked, right
 
 
 def _ask(
@@ -126,15 +128,25 @@ def sweep(
     methods: Iterable[str],
     split: str,
     sizes: Evaluation,
-    data_of,
+    data_of: Callable[[str, int], Dialogues],
     facts: Sequence[int] | None = None,
     distances: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    """`measure` over the seeds and numbers of facts of a profile's sizes; data_of(split, seed) -> Dialogues."""
+    """`measure` over the seeds and numbers of facts of a profile's sizes; data_of(split, seed) -> Dialogues.
+
+    `sizes.prompts` prompts a seed with the main number of facts, `sizes.other_prompts` with the others.
+    """
     methods = list(methods)
     frames = [
         measure(
-            lm, generators, methods, data_of(split, seed), distances or sizes.distances, k, sizes.prompts, sizes.probes
+            lm,
+            generators,
+            methods,
+            data_of(split, seed),
+            distances or sizes.distances,
+            k,
+            sizes.prompts if k == sizes.main_facts else sizes.other_prompts,
+            sizes.probes,
         )
         for k in (facts or sizes.facts)
         for seed in sizes.seeds
@@ -170,7 +182,8 @@ def _resampled(table: np.ndarray, statistic) -> Estimate:
     pick = rng.integers(table.shape[1], size=(_RESAMPLES, table.shape[1]))
     value = statistic(np.nanmean(table, 1))
     spread = statistic(np.nanmean(table[:, pick], 2))
-    low, high = np.nanpercentile(spread, [2.5, 97.5])
+    spread = spread[~np.isnan(spread)]
+    low, high = np.percentile(spread, [2.5, 97.5]) if len(spread) else (np.nan, np.nan)
     return Estimate(float(value), float(low), float(high))
 
 
@@ -180,14 +193,41 @@ def estimate(frame: pd.DataFrame, method: str, distance: int, facts: int = 6, co
 
 
 def gap_recovered(frame: pd.DataFrame, method: str, distance: int, facts: int = 6) -> Estimate:
-    """(R - R_none) / (R_repeated - R_none): 0 is no better than no prompt, 1 as good as the prompt right there."""
+    """(R - R_none) / (R_repeated - R_none): 0 is no better than no prompt, 1 as good as the prompt right there.
+
+    NaN where there is no gap, that is where the repeated prompt does not help either.
+    """
     table = _table(frame, "recall", facts, distance, [method, "none", "repeated"])
-    return _resampled(table, lambda m: (m[0] - m[1]) / np.maximum(m[2] - m[1], 1e-9))
+    return _resampled(table, lambda m: _ratio(m[0] - m[1], m[2] - m[1]))
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.where(below > 1e-9, above / np.where(below > 1e-9, below, 1.0), np.nan)
 
 
 def difference(frame: pd.DataFrame, method: str, other: str, distance: int, facts: int = 6) -> Estimate:
     """Recall of one method minus another's, paired."""
     return _resampled(_table(frame, "recall", facts, distance, [method, other]), lambda m: m[0] - m[1])
+
+
+def locality(frame: pd.DataFrame, method: str, other: str = "base", facts: int = 6) -> Estimate:
+    """Right answers about other people, pooled over the whole text, as a ratio of two methods: 1 is nothing lost."""
+    part = frame[(frame.facts == facts) & (frame.asked > 0)]
+    right = (part.competing * part.asked).groupby([part.method, part.seed, part.prompt]).sum().unstack([1, 2])
+    return _resampled(right.loc[[method, other]].to_numpy(), lambda m: _ratio(m[0], m[1]))
+
+
+def by_distance(
+    statistic: Callable[..., Estimate], frame: pd.DataFrame, methods: Iterable[str], facts: int = 6
+) -> pd.DataFrame:
+    """A table of estimates, one row a method and one column a distance.
+
+    Args:
+        statistic: (frame, method, distance, facts) -> Estimate, as `estimate` and `gap_recovered` are.
+    """
+    distances = sorted(frame[frame.facts == facts].distance.unique().tolist())
+    cells = [[statistic(frame, method, d, facts) for d in distances] for method in methods]
+    return pd.DataFrame(cells, index=list(methods), columns=distances)
 
 
 def half_life(frame: pd.DataFrame, method: str, facts: int = 6) -> float:
@@ -208,7 +248,7 @@ def half_life(frame: pd.DataFrame, method: str, facts: int = 6) -> float:
 def prose_nll(
     lm: RecurrentLM, generators: dict[str, Generator], method: str, data: Dialogues, prompts: int, length: int = 256
 ) -> np.ndarray:
-    """Mean negative log likelihood of prose after each prompt, nats a token, (prompts,); exp of the mean: perplexity."""
+    """Mean negative log likelihood of prose after each prompt, nats a token, (prompts,); exp of its mean: perplexity."""
     items = data.items(prompts, Shape(6, 0, 1, instructions=2))
     begin = start(method, lm, generators, [list(data.encode_prompt(item)) for item in items])
     rng = random.Random(f"prose/{data.seed}/{data.split}")

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prosg_lib import claims, files, paths, provenance
@@ -45,6 +47,7 @@ METHOD_STYLE = {
     "prosg-token": MethodStyle("ProSG, token by token", PALETTE["blue"], "^", "-"),
     "wrong": MethodStyle("another prompt's delta", PALETTE["vermillion"], "x", "--"),
     "static": MethodStyle("static delta", PALETTE["purple"], "D", "--"),
+    "static-read": MethodStyle("static delta, prompt read", PALETTE["sky"], "*", "--"),
     "none": MethodStyle("no prompt", PALETTE["grey"], "v", ":"),
     "repeated": MethodStyle("prompt repeated", PALETTE["green"], "P", "-."),
 }
@@ -112,3 +115,31 @@ def save_figure(fig: Figure, name: str, alt: str, claims: Sequence[str] = ()) ->
 
 def _context() -> claims.Context:
     return claims.current()  # a function, because `save_figure` has an argument named claims
+
+
+def distance_axis(ax: Axes, distances: Sequence[int]) -> None:
+    """An x axis for distances in tokens: logarithmic, with 0 at its left end and every distance named."""
+    lowest = min((d for d in distances if d > 0), default=1)
+    ax.set_xscale("symlog", linthresh=lowest, linscale=0.5)
+    ax.set_xticks(list(distances), [f"{d:,}" for d in distances])
+    ax.minorticks_off()
+    ax.set_xlabel("distance between prompt and question (tokens)")
+
+
+def estimates_by_distance(ax: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle] | None = None) -> None:
+    """One line a method with its intervals, out of a table of `evaluate.by_distance`.
+
+    Args:
+        table: one row a method, one column a distance, cells `evaluate.Estimate`.
+        styles: method -> style; METHOD_STYLE where None.
+    """
+    styles = METHOD_STYLE if styles is None else styles
+    for method, cells in table.iterrows():
+        values = [cell.value for cell in cells]
+        # A statistic of resamples need not enclose the statistic of the sample, and matplotlib takes no negative bar.
+        bars = [
+            [max(0.0, cell.value - cell.low) for cell in cells],
+            [max(0.0, cell.high - cell.value) for cell in cells],
+        ]
+        ax.errorbar(table.columns, values, bars, capsize=2.5, elinewidth=1.0, **styles[method].kwargs())
+    distance_axis(ax, list(table.columns))
