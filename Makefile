@@ -21,6 +21,7 @@ help:
 # One step: done once, and again when what is installed changes. A set-up that was cut short has no stamp.
 $(STAMP): requirements.lock pyproject.toml
 	@test -n '$(PYTHON)' || { echo 'Python 3.11, 3.12 or 3.13 was not found; install one, or name it: make PYTHON=/path/to/python'; exit 1; }
+	@echo 'Setting up $(VENV), once; this takes some minutes.'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -r requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .

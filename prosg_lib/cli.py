@@ -1,6 +1,7 @@
 """The `prosg` command. What is slow to import is imported where it is used, so that `prosg --help` is not."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -80,6 +81,8 @@ def _add_sizes(parser: argparse.ArgumentParser, default: str) -> None:
 def _reproduce(options: argparse.Namespace) -> int:
     from prosg_lib.reproduce import reproduce
 
+    # Being told to end is like Ctrl-C: the running notebook is stopped, and the report is written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parameters = {}
     for text in options.param:
         name, equals, value = text.partition("=")

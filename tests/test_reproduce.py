@@ -4,8 +4,13 @@ import base64
 import contextlib
 import io
 import json
+import os
 import re
+import signal
 import struct
+import subprocess
+import sys
+import time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -240,6 +245,53 @@ def test_claims_of_an_earlier_run_do_not_count(course):
     assert silent.code == 1
     assert "04_silent failed: it ended without claims.finish()" in silent.printed
     assert not stale.exists()
+
+
+def test_ctrl_c_stops_the_notebook_and_still_writes_the_report(tmp_path):
+    """The kernel does not go on alone; the report says that the notebook was interrupted, and the exit code is 130."""
+    sleep = f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}\\n')\ntime.sleep(100)"
+    write_notebook(tmp_path / "notebooks", "00_long", sleep, begin=False)
+    code = (
+        "import sys; from pathlib import Path; from prosg_lib import cli, paths\n"
+        "for name in ('notebooks', 'expected', 'figures'):\n"
+        f"    setattr(paths, name + '_dir', lambda name=name: Path({str(tmp_path)!r}, name))\n"
+        "sys.exit(cli.main(['reproduce', '--profile', 'smoke']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PROSG_RUNS": str(tmp_path / "runs")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text().endswith("\n"))
+        kernel = int((tmp_path / "pid").read_text())
+        process.send_signal(signal.SIGTERM)  # what `kill` sends; Ctrl-C arrives as the same exception
+        printed, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "00_long failed: it was interrupted" in printed
+    assert "prosg: interrupted." in said
+    built = json.loads((tmp_path / "runs" / "smoke" / "report.json").read_text())
+    assert [notebook["status"] for notebook in built["notebooks"]] == ["failed"]
+    wait_until(lambda: not is_running(kernel))
+
+
+def is_running(process_id):
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
 
 
 def test_update_writes_ledger_and_reference_figures(tmp_path):
