@@ -1,0 +1,46 @@
+"""Shared by all tests: one thread, and small models whose every part has an effect."""
+
+import pytest
+import torch
+
+from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.tokenizer import load_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_lm():
+    """Builds a small random RWKV-4 with the project's tokenizer. A fresh model has zero layers; here none is zero."""
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 3, width: int = 16) -> RWKV4:
+        tokenizer = load_tokenizer()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            lm = RWKV4(RWKV4Config(tokenizer.vocab, width, layers, 2 * width))
+            for name, p in lm.named_parameters():
+                if p.ndim == 2:
+                    torch.nn.init.normal_(p, std=1.0 if "emb" in name else 1.5 / p.shape[1] ** 0.5)
+                elif "ln" in name:
+                    torch.nn.init.normal_(p, mean=1.0 if "weight" in name else 0.0, std=0.2)
+        lm.tokenizer = tokenizer
+        return lm.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def lm(make_lm) -> RWKV4:
+    return make_lm()
+
+
+@pytest.fixture
+def lm64(make_lm) -> RWKV4:
+    return make_lm(dtype=torch.float64)
+
+
+@pytest.fixture
+def prompts() -> list[list[int]]:
+    """Token ids of very different lengths, one of them longer than two chunks."""
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 2000, (n,), generator=g).tolist() for n in (5, 1, 70, 33)]
