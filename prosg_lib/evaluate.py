@@ -19,7 +19,7 @@ from prosg_lib.backbones.base import RecurrentLM
 from prosg_lib.baselines import Start, start
 from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
-from prosg_lib.lowrank import applied
+from prosg_lib.lowrank import LowRankDelta, applied
 from prosg_lib.profiles import Evaluation
 from prosg_lib.state import RecurrentState
 from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Item, Shape, judge
@@ -120,6 +120,25 @@ def _ask(
     delta = None if begin.delta is None else begin.delta.select(owner)
     texts = iter(lm.generate(questions, forked, delta, max_new_tokens=_ANSWER_TOKENS))
     return [[next(texts) for _ in item.probes] for item in items]
+
+
+@torch.no_grad()
+def recall_alone(lm: RecurrentLM, delta: LowRankDelta | None, data: Dialogues, items: list[Item]) -> np.ndarray:
+    """Share of each item's questions answered right from a blank state, the prompt's delta alone in the weights.
+
+    Args:
+        delta: one change per item; None: none, so the prompt is nowhere.
+    Returns:
+        (items,).
+    """
+    prompts = [list(data.encode_prompt(item)) for item in items]
+    answers = _ask(lm, data, items, prompts, Start(None, delta), None)
+    return np.array(
+        [
+            np.mean([judge(text, p, item.instructions).recalled for text, p in zip(texts, item.probes, strict=True)])
+            for item, texts in zip(items, answers, strict=True)
+        ]
+    )
 
 
 def sweep(
@@ -248,7 +267,7 @@ def half_life(frame: pd.DataFrame, method: str, facts: int = 6) -> float:
 def prose_nll(
     lm: RecurrentLM, generators: dict[str, Generator], method: str, data: Dialogues, prompts: int, length: int = 256
 ) -> np.ndarray:
-    """Mean negative log likelihood of prose after each prompt, nats a token, (prompts,); exp of its mean: perplexity."""
+    """Mean negative log likelihood of prose after each prompt, nats a token, (prompts,); perplexity is exp of it."""
     items = data.items(prompts, Shape(6, 0, 1, instructions=2))
     begin = start(method, lm, generators, [list(data.encode_prompt(item)) for item in items])
     rng = random.Random(f"prose/{data.seed}/{data.split}")
