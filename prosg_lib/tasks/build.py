@@ -1,4 +1,4 @@
-"""Makes what `data/` ships of the data set: the tokenizer, a small sample, and a manifest of what went in and came out."""
+"""Makes what `data/` ships of the data set: the tokenizer, a small sample, and a manifest of what went in and out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from prosg_lib import files
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
 from prosg_lib.tasks import dialogue
-from prosg_lib.tasks.prose import Prose, ProseTokens, load_prose, own_sentences
-from prosg_lib.tokenizer import Tokenizer
+from prosg_lib.tasks.prose import Prose, ProseTokens, books_by_split, books_folder, load_prose, own_sentences
+from prosg_lib.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB = 2048
 """Tokens: every name and value is one, and the softmax stays cheap on a CPU."""
@@ -19,38 +19,124 @@ VOCAB = 2048
 _DIALOGUES = 32_000  # facts told and asked about in the tokenizer's training text, about as much text as the prose
 _REPEATS = 2_000  # of the list of all values and names, which makes each of them one token
 _SAMPLE = {"train": 40, "validation": 20, "test": 20}
+_SAMPLE_SHAPE = dialogue.Shape(facts=6, distance=96, probes=3, instructions=1)
+
+_WORDS, _TOKENIZER, _SAMPLE_FILE, _MANIFEST = (
+    "dialogue_words.json",
+    "tokenizer.json",
+    "dialogue_sample.jsonl",
+    "MANIFEST.json",
+)
 
 
 def build() -> dict[str, str]:
-    """Write tokenizer.json, dialogue_sample.jsonl and MANIFEST.json to `data/`; returns the hashes."""
-    made = _make()
-    for name, text in made.items():
-        files.write_text(data_dir() / name, text)
-    return {name: _sha(text) for name, text in made.items()}
+    """Write tokenizer.json, dialogue_sample.jsonl and MANIFEST.json to `data/`; says and returns their hashes.
 
-
-def check() -> dict[str, bool]:
-    """Make everything again in memory and compare with `data/`: file -> equal?"""
-    made = _make()
-    return {name: _sha(text) == _sha((data_dir() / name).read_text(encoding="utf-8")) for name, text in made.items()}
-
-
-def _make() -> dict[str, str]:
-    prose = load_prose()
-    if prose.source == "own sentences":
+    Raises:
+        UserError: the books are not there, or are not those of the manifest: another tokenizer would fit none of the
+            shipped checkpoints.
+    """
+    books = _books()
+    if books is None:
         raise UserError(
-            "the tokenizer was trained on the books that data/DATASHEET.md lists; "
+            "the tokenizer is trained on the books that data/DATASHEET.md lists; "
             "set PROSG_TEST_DATA to a folder whose subfolder `books` holds them"
         )
-    tokenizer = Tokenizer.train([*_every_word(), *_told_and_asked(), *prose.paragraphs["train"]], VOCAB)
-    out = {"tokenizer.json": tokenizer.to_json() + "\n", "dialogue_sample.jsonl": _sample(tokenizer)}
+    path = data_dir() / _MANIFEST
+    if path.exists() and files.read_json(path)["books"] != books:
+        raise UserError(
+            f"these are not the books of {path}, and another tokenizer would fit none of the shipped checkpoints; "
+            "use those books, or remove that file to begin a data set of your own"
+        )
+    tokenizer = _train()
+    made = {_TOKENIZER: _file(tokenizer), _SAMPLE_FILE: _sample(tokenizer)}
+    made[_MANIFEST] = _manifest(tokenizer, books, made)
+    for name, text in made.items():
+        files.write_text(data_dir() / name, text)
+    load_tokenizer.cache_clear()
+    hashes = {name: _sha(text) for name, text in made.items()}
+    for name, digest in hashes.items():
+        print(f"{name}: written, sha256 {digest}")
+    return hashes
+
+
+def check() -> bool:
+    """Make again what can be made here, and compare it with `data/`; says for every file what was found.
+
+    The sample and the manifest need nothing; the tokenizer needs the books. Returns whether all that was compared is
+    equal.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+    """
+    manifest = files.read_json(data_dir() / _MANIFEST)
+    tokenizer = load_tokenizer()
+    shipped = {name: _shipped(name) for name in (_WORDS, _TOKENIZER, _SAMPLE_FILE, _MANIFEST)}
+    results = {
+        f"{name}: is the one that {_MANIFEST} names": _sha(shipped[name]) == manifest["sha256"].get(name)
+        for name in (_WORDS, _TOKENIZER, _SAMPLE_FILE)
+    }
+    results[f"{_SAMPLE_FILE}: made again, the same"] = _sample(tokenizer) == shipped[_SAMPLE_FILE]
+    again = _manifest(tokenizer, manifest["books"], shipped)
+    results[f"{_MANIFEST}: made again, the same (what it says of the books apart)"] = again == shipped[_MANIFEST]
+    books = _books()
+    not_checked = None
+    if books is None:
+        not_checked = "PROSG_TEST_DATA is not set; data/DATASHEET.md lists the books"
+    elif books != manifest["books"]:
+        not_checked = "the books in PROSG_TEST_DATA are not those that data/DATASHEET.md lists"
+    else:
+        results["books: those that the manifest names"] = True
+        results[f"{_TOKENIZER}: trained again, the same"] = _file(_train()) == shipped[_TOKENIZER]
+    for what, equal in results.items():
+        print(f"{'ok ' if equal else 'NOT'} {what}")
+    if not_checked:
+        print(f"--  {_TOKENIZER}: not trained again, {not_checked}")
+    return all(results.values())
+
+
+def _shipped(name: str) -> str:
+    try:
+        return (data_dir() / name).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{data_dir() / name} is missing; restore it from the repository") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{data_dir() / name} is not UTF-8 text; restore it from the repository") from error
+
+
+def _train() -> Tokenizer:
+    return Tokenizer.train([*_every_word(), *_told_and_asked(), *load_prose().paragraphs["train"]], VOCAB)
+
+
+def _file(tokenizer: Tokenizer) -> str:
+    return tokenizer.to_json() + "\n"
+
+
+def _manifest(tokenizer: Tokenizer, books: dict, made: dict[str, str]) -> str:
+    names = (_TOKENIZER, _SAMPLE_FILE)
     manifest = {
         "version": dialogue.VERSION,
-        "prose": _describe(prose),
-        "sha256": {name: _sha(text) for name, text in out.items()},
+        "data_hash": dialogue.data_hash(tokenizer),
+        "sha256": {_WORDS: _sha(_shipped(_WORDS)), **{name: _sha(made[name]) for name in names}},
+        "books": books,
     }
-    out["MANIFEST.json"] = json.dumps(manifest, indent=2) + "\n"
-    return out
+    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+
+
+def _books() -> dict | None:
+    """What the prose was: by split the books' files, and size and hash of their paragraphs; None without a folder."""
+    folder = books_folder()
+    if folder is None:
+        return None
+    prose = load_prose(str(folder))
+    return {
+        split: {
+            "files": sorted(p.name for p in paths),
+            "characters": sum(map(len, prose.paragraphs[split])),
+            "sha256": _sha("\n".join(prose.paragraphs[split])),
+        }
+        for split, paths in books_by_split(folder).items()
+    }
 
 
 def _every_word() -> list[str]:
@@ -78,17 +164,9 @@ def _sample(tokenizer: Tokenizer) -> str:
     for split, count in _SAMPLE.items():
         own = ProseTokens.of(Prose("own", {split: own_sentences(split)}), split, tokenizer)
         data = dialogue.Dialogues(tokenizer, own, split, seed=0)
-        for item in data.items(count, dialogue.Shape(facts=6, distance=96, probes=3, instructions=1)):
+        for item in data.items(count, _SAMPLE_SHAPE):
             rows.append(json.dumps(dialogue.to_row(data, item), ensure_ascii=False))
     return "\n".join(rows) + "\n"
-
-
-def _describe(prose: Prose) -> dict:
-    return {
-        "source": prose.source,
-        "characters": {split: sum(map(len, lines)) for split, lines in prose.paragraphs.items()},
-        "sha256": {split: _sha("\n".join(lines)) for split, lines in prose.paragraphs.items()},
-    }
 
 
 def _sha(text: str) -> str:

@@ -37,7 +37,7 @@ VERSION = 1
 """Goes up when the same seed would give other items; checkpoints of another version are not loaded."""
 
 TEXT, ANSWER, COMPETING = 1, 2, 3
-"""What a token counts as: ordinary text, a word of an answer about the prompt, or of one about other people; 0: padding."""
+"""What a token counts as: text, a word of an answer about the prompt, or of one about other people; 0: padding."""
 
 _OWN_CLASS = 3  # facts of the split's own value class in a validation or test prompt
 _RECENT = 4  # a competing question is about one of the last so many competing facts
@@ -163,13 +163,13 @@ def judge(generated: str, probe: Probe, instructions: dict[str, str]) -> Verdict
     the value.
     """
     parts = generated.strip().removesuffix(".").split(", ")
-    spoken = {kind: set(spec["words"]) for kind, spec in words()["instructions"].items()}
+    spoken = {kind: {*spec["words"], instructions.get(kind)} for kind, spec in words()["instructions"].items()}
     opener = parts.pop(0) if parts and parts[0] in spoken["opener"] else None
     closer = parts.pop() if parts and parts[-1] in spoken["closer"] else None
     address = parts.pop() if parts and parts[-1] in spoken["address"] else None
     said = {"opener": opener, "address": address, "closer": closer}
     followed = [said[kind] == word for kind, word in instructions.items()]
-    return Verdict(parts == [probe.fact.value], sum(followed) / len(followed) if followed else None)
+    return Verdict(", ".join(parts) == probe.fact.value, sum(followed) / len(followed) if followed else None)
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,8 @@ class Dialogues:
                 slot = rng.choice(slots)
                 fact = Fact(slot, rng.choice(words()["slots"][slot]["values"]))
                 who = rng.choice(words()["others"])
-                recent = [r for r in recent if (r[0], r[1].slot) != (who, slot)][-_RECENT + 1 :] + [(who, fact)]
+                others = [r for r in recent if (r[0], r[1].slot) != (who, slot)]
+                recent = [*others[-_RECENT + 1 :], (who, fact)]
                 unit = encode(statement(fact, who, self.split, rng) + "\n")
             else:
                 who, fact = rng.choice(recent)

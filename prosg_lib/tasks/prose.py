@@ -1,7 +1,7 @@
 """Prose: what a dialogue is interrupted by, and what perplexity is measured on.
 
-Three sources: a folder of .txt files (one paragraph a line or blank lines between them), WikiText through `datasets`,
-or, where neither is there, sentences of our own making. A book is never in two splits.
+Three sources: a folder of .txt files (one paragraph a line, or hard-wrapped with blank lines between paragraphs),
+WikiText through `datasets`, or, where neither is there, sentences of our own making. A book is never in two splits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,13 @@ def load_prose(source: str = "auto") -> Prose:
 
     Args:
         source: "own"; "wikitext" (hub id Salesforce/wikitext, wikitext-2-raw-v1); a folder of .txt files; or "auto":
-            the folder `books` in $PROSG_TEST_DATA if that is set, else our own sentences.
+            the folder `books` in $PROSG_TEST_DATA if that is set, else WikiText where an earlier load left it on this
+            machine, else our own sentences. "auto" never uses the network.
     Raises:
-        UserError: the folder holds no text, or WikiText cannot be had.
+        UserError: the folder is missing or holds no text, or WikiText cannot be had.
     """
     if source == "auto":
-        root = os.environ.get("PROSG_TEST_DATA")
-        source = str(Path(root) / "books") if root else "own"
+        source = str(books_folder() or ("wikitext" if _cached_wikitext() else "own"))
     if source == "own":
         return Prose("own sentences", {split: own_sentences(split) for split in SPLITS})
     if source == "wikitext":
@@ -48,22 +49,73 @@ def load_prose(source: str = "auto") -> Prose:
     return _folder(Path(source))
 
 
-def _folder(folder: Path) -> Prose:
-    paths = sorted(folder.glob("*.txt"))
+def books_folder() -> Path | None:
+    """The folder `books` in $PROSG_TEST_DATA; None where that is not set.
+
+    Raises:
+        UserError: it is set, and there is no such folder.
+    """
+    root = os.environ.get("PROSG_TEST_DATA")
+    if not root:
+        return None
+    folder = Path(root).expanduser() / "books"
+    if not folder.is_dir():
+        raise UserError(
+            f"PROSG_TEST_DATA is {root}, but there is no folder {folder}; put .txt files there, or unset the variable"
+        )
+    return folder
+
+
+def books_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The .txt files of a folder by split: a tenth, at least one, each to validation and test.
+
+    The order depends on the titles (file names) alone. With fewer than three files every split has all of them, and
+    the paragraphs are divided instead.
+
+    Raises:
+        UserError: there is no such folder, or no .txt file in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; name a folder of plain-text books, or use prose='own'")
+    paths = sorted(p for p in folder.glob("*.txt") if p.is_file())
     if not paths:
         raise UserError(f"no .txt files in {folder}; name a folder of plain-text books, or use prose='own'")
-    texts = {p: _paragraphs(p) for p in paths}
     if len(paths) < 3:
-        lines = [line for p in paths for line in texts[p]]
-        if len(lines) < 30:
-            raise UserError(f"{folder} holds {len(lines)} paragraphs; three splits need at least 30")
-        a, b = int(0.8 * len(lines)), int(0.9 * len(lines))
-        return Prose(folder.name, dict(zip(SPLITS, (lines[:a], lines[a:b], lines[b:]), strict=True)))
-    # By title, in an order that depends on the titles alone: a tenth, at least one book, each to validation and test.
+        return dict.fromkeys(SPLITS, paths)
     order = sorted(paths, key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
     held = max(1, len(order) // 10)
-    parts = order[2 * held :], order[:held], order[held : 2 * held]
-    return Prose(folder.name, {s: [x for p in part for x in texts[p]] for s, part in zip(SPLITS, parts, strict=True)})
+    return dict(zip(SPLITS, (order[2 * held :], order[:held], order[held : 2 * held]), strict=True))
+
+
+def _folder(folder: Path) -> Prose:
+    books = books_by_split(folder)
+    texts = {p: _paragraphs(p) for p in sorted({p for part in books.values() for p in part})}
+    if len(texts) < 3:
+        lines = [line for text in texts.values() for line in text]
+        if len(lines) < 30:
+            raise UserError(
+                f"{folder} holds {len(lines)} paragraphs of {_SHORTEST} characters or more; three splits need at least "
+                "30; add text, or use prose='own'"
+            )
+        a, b = int(0.8 * len(lines)), int(0.9 * len(lines))
+        return Prose(folder.name, dict(zip(SPLITS, (lines[:a], lines[a:b], lines[b:]), strict=True)))
+    _refuse_copies(texts)
+    return Prose(folder.name, {split: [x for p in part for x in texts[p]] for split, part in books.items()})
+
+
+def _refuse_copies(texts: dict[Path, list[str]]) -> None:
+    """The same book under two names could be in two splits."""
+    seen: dict[tuple[str, ...], Path] = {}
+    for path, lines in texts.items():
+        if not lines:
+            raise UserError(f"{path} has no paragraph of {_SHORTEST} characters or more; take it out of the folder")
+        twin = seen.setdefault(tuple(lines), path)
+        if twin is not path:
+            raise UserError(f"{twin} and {path.name} hold the same text; take one of them out of the folder")
+
+
+_SHORTEST = 40  # characters of a paragraph; shorter ones are headings and the like
+_WRAPPED = 100  # a file whose lines are all shorter than this is hard-wrapped
 
 
 def _paragraphs(path: Path) -> list[str]:
@@ -71,20 +123,47 @@ def _paragraphs(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it or take it out") from error
-    return [line for raw in text.splitlines() if len(line := " ".join(raw.split())) >= 40]
+    lines = [" ".join(raw.split()) for raw in text.splitlines()]
+    if "" in lines and max(map(len, lines)) < _WRAPPED:
+        lines = [" ".join(block) for filled, block in groupby(lines, key=bool) if filled]
+    return [line for line in lines if len(line) >= _SHORTEST]
 
 
 def _wikitext() -> Prose:
-    from datasets import load_dataset
+    """WikiText from the local cache, or else from the hub."""
+    from datasets import Dataset, load_dataset
 
-    try:
-        data = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
-    except Exception as error:
-        raise UserError(
-            f"WikiText cannot be loaded ({type(error).__name__}); without a network use prose='own' or a folder of .txt"
-        ) from error
+    if cached := _cached_wikitext():
+        try:
+            data = {s: Dataset.from_file(str(file)) for s, file in cached.items()}
+        except Exception as error:
+            folder = cached["train"].parent
+            raise UserError(f"the WikiText in {folder} cannot be read ({error}); remove that folder") from error
+    else:
+        try:
+            data = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+        except Exception as error:
+            raise UserError(
+                f"WikiText cannot be loaded ({type(error).__name__}); "
+                "without a network use prose='own' or a folder of .txt files"
+            ) from error
     lines = {s: [" ".join(x.split()) for x in data[s]["text"]] for s in SPLITS}
-    return Prose("wikitext-2", {s: [x for x in lines[s] if len(x) >= 40] for s in SPLITS})
+    return Prose("wikitext-2", {s: [x for x in lines[s] if len(x) >= _SHORTEST] for s in SPLITS})
+
+
+def _cached_wikitext() -> dict[str, Path]:
+    """The files by split that `datasets` left in its cache, the newest; empty where there are none.
+
+    Looked up by hand: `datasets` itself asks the hub first, and takes seconds to import.
+    """
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(home, "datasets")).expanduser()
+    folders = list(cache.glob("Salesforce___wikitext/wikitext-2-raw-v1/*/*"))
+    for folder in sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True):
+        files = {split: folder / f"wikitext-{split}.arrow" for split in SPLITS}
+        if all(file.is_file() for file in files.values()):
+            return files
+    return {}
 
 
 _WHO = [
@@ -173,6 +252,8 @@ class ProseTokens:
     def of(cls, prose: Prose, split: str, tokenizer: Tokenizer) -> ProseTokens:
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+        if not prose.paragraphs[split]:
+            raise UserError(f"the {split} split of this prose ({prose.source}) is empty; add more text")
         lines = [tokenizer.encode_long(p + "\n") for p in prose.paragraphs[split]]
         lengths = np.array([len(x) for x in lines])
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
