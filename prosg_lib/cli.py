@@ -118,10 +118,9 @@ def _check(options: argparse.Namespace) -> int:
 def _data(options: argparse.Namespace) -> int:
     from prosg_lib.tasks import build
 
-    if options.action == "build":
-        build.build()
-    else:
-        build.check()
+    if options.action == "check":
+        return 0 if build.check() else FAILED
+    build.build()
     return 0
 
 
