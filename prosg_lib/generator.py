@@ -21,12 +21,20 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prosg_lib.backbones.base import RecurrentLM
 from prosg_lib.errors import UserError
 from prosg_lib.lowrank import Factors, LowRankDelta, captured_inputs
 from prosg_lib.state import Normaliser, RecurrentState
+
+SCALE = 0.1
+"""Of the synthetic gradient, as in DNI: sums over a hundred tokens would otherwise break the model at the first steps."""
+
+
+DROPOUT = 0.1
+"""Of what a generator reads, while it trains: without it, the wording of the training prompts is learned by heart."""
 
 
 def edited_maps(lm: RecurrentLM, endings: tuple[str, ...]) -> dict[str, nn.Linear]:
@@ -73,7 +81,7 @@ class Generator(nn.Module, ABC):
         self.fingerprint = lm.fingerprint()
 
     def _delta(self, u: dict[str, Tensor]) -> LowRankDelta:
-        return LowRankDelta({n: Factors(u[n], self.V[_key(n)][None]) for n in self.names}, self.fingerprint)
+        return LowRankDelta({n: Factors(u[n], self.V[_key(n)][None]) for n in self.names}, self.fingerprint, SCALE)
 
     @abstractmethod
     def forward(self, lm: RecurrentLM, ids: Tensor, valid: Tensor | None = None) -> tuple[LowRankDelta, RecurrentState]:
@@ -131,7 +139,7 @@ class FinalStateGenerator(Generator):
         with torch.no_grad():
             _, state = lm.step_through(ids, None, valid)
             features = Normaliser(self.mean, self.std)(lm.state_features(state))
-        h = self.inner(features)
+        h = self.inner(F.dropout(features, DROPOUT, self.training))
         for layer in self.trunk:
             h = h + layer(h)
         h = self.norm(h)
@@ -162,7 +170,9 @@ class TokenGenerator(Generator):
     def __init__(self, lm: RecurrentLM, rank: int, width: int, endings: tuple[str, ...]):
         super().__init__(lm, rank, endings)
         size = lm.config.width
-        self.mlp = nn.Sequential(nn.Linear(2 * size, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.mlp = nn.Sequential(
+            nn.Dropout(DROPOUT), nn.Linear(2 * size, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+        )
         self.heads = nn.ModuleDict({_key(n): nn.Linear(width, out, bias=False) for n, out in self.outs.items()})
         for head in self.heads.values():
             nn.init.zeros_(head.weight)

@@ -95,10 +95,10 @@ PROFILES = {
         model=RWKV4Config(VOCAB, 128, 4, 512),
         lm=Training(2000, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
         token=GeneratorSize(16, 256, _MAPS),
-        token_training=Training(1500, 64, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        token_training=Training(800, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         final=GeneratorSize(16, 256, ("att.output", "ffn.value")),
-        final_training=Training(1500, 64, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
-        static_training=Training(300, 64, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        final_training=Training(700, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        static_training=Training(120, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         evaluation=Evaluation(24, 12, 6, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
     ),
     "gpu": Profile(

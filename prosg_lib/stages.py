@@ -40,10 +40,9 @@ def checkpoint_name(stage: str, profile: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def dialogues(split: str, seed: int) -> Dialogues:
+def dialogues(split: str, seed: int, rich: bool = False) -> Dialogues:
     """The data set of a split and seed, with whatever prose this machine has."""
-    tokenizer = load_tokenizer()
-    return Dialogues(tokenizer, _prose(split), split, seed)
+    return Dialogues(load_tokenizer(), _prose(split), split, seed, rich)
 
 
 @lru_cache(maxsize=3)
@@ -85,7 +84,7 @@ def _record(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None) -> dict:
         "stage": stage,
         "seed": seed,
         "recipe": RECIPE,
-        "data": data_hash(load_tokenizer()),
+        "data": data_hash(load_tokenizer(), rich=lm is not None),
         "model": asdict(sizes.model),
         "training": asdict(getattr(sizes, "lm" if lm is None else f"{stage}_training")),
     }
@@ -123,7 +122,7 @@ def _size(stage: str, sizes: Profile) -> RWKV4Config | GeneratorSize:
 
 
 def _train(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None, record: dict, path: Path) -> nn.Module:
-    data = dialogues("train", seed)
+    data = dialogues("train", seed, rich=lm is not None)
     torch.manual_seed(seed)
     module = _new(stage, _size(stage, sizes), lm).to(device())
     autocast = sizes.autocast and device().type == "cuda"

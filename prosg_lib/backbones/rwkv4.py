@@ -42,6 +42,11 @@ def shifted(x: Tensor, last: Tensor, valid: Tensor | None) -> tuple[Tensor, Tens
     return torch.cat([last[:, None], x[:, :-1]], 1), x
 
 
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of states and of the sums in them: float32 next to half precision."""
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
 class TimeMix(nn.Module):
     """Attention's place: mixes over time by the WKV recurrence (RWKV-4 paper, eqs. 11-15)."""
 
@@ -67,9 +72,9 @@ class TimeMix(nn.Module):
         v = self.value(torch.lerp(previous, x, self.time_mix_v))
         r = torch.sigmoid(self.receptance(torch.lerp(previous, x, self.time_mix_r)))
         wkv = wkv_recurrent if x.shape[1] == 1 else wkv_chunked
-        decay = torch.exp(self.time_decay.float() if k.dtype == torch.bfloat16 else self.time_decay)
-        first, k, v = (t.to(decay.dtype) for t in (self.time_first, k, v))
-        mixed, state = wkv(decay, first, k, v, state, valid)
+        with torch.autocast(x.device.type, enabled=False):  # sums over many tokens need the digits
+            decay, first = torch.exp(self.time_decay.to(_sum_dtype(k))), self.time_first.to(_sum_dtype(k))
+            mixed, state = wkv(decay, first, k.to(decay.dtype), v.to(decay.dtype), state, valid)
         return self.output(r * mixed.to(r.dtype)), x[:, -1], state
 
 
@@ -134,14 +139,8 @@ class RWKV4(RecurrentLM):
     def blank_state(self, batch: int) -> RecurrentState:
         """The state before the first token."""
         shape = (batch, self.config.layers, self.config.width)
-        zeros = torch.zeros(shape, dtype=self.state_dtype, device=self.emb.weight.device)
+        zeros = torch.zeros(shape, dtype=_sum_dtype(self.emb.weight), device=self.emb.weight.device)
         return RecurrentState({n: torch.full_like(zeros, BLANK) if n == "m" else zeros for n in STATE_NAMES})
-
-    @property
-    def state_dtype(self) -> torch.dtype:
-        """States are float32 next to bfloat16 weights: sums over many tokens need the digits."""
-        dtype = self.emb.weight.dtype
-        return torch.float32 if dtype == torch.bfloat16 else dtype
 
     def step_through(self, ids, state=None, valid=None):
         if state is not None and state.batch != len(ids):
@@ -153,7 +152,7 @@ class RWKV4(RecurrentLM):
                 before = {n: t[:, layer].to(x.dtype if "shift" in n else t.dtype) for n, t in state.tensors.items()}
             x, tensors = block(x, before, valid)
             after.append(tensors)
-        stacked = (torch.stack(t, 1).to(self.state_dtype) for t in zip(*after, strict=True))
+        stacked = (torch.stack(t, 1).to(_sum_dtype(self.emb.weight)) for t in zip(*after, strict=True))
         return self.ln_out(x), RecurrentState(dict(zip(STATE_NAMES, stacked, strict=True)))
 
     def read_out(self, hidden):

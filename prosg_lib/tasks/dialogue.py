@@ -126,6 +126,28 @@ def statement(fact: Fact, who: str | None, split: str, rng: random.Random) -> st
     return rng.choice(words()["frames"]["statements"][split]).format_map(_names(fact, who))
 
 
+@lru_cache(maxsize=1)
+def asides() -> dict:
+    """More wording for training only: `data/dialogue_asides.json`."""
+    return json.loads((data_dir() / "dialogue_asides.json").read_text(encoding="utf-8"))
+
+
+def reworded(sentence: str, kind: str, fact: Fact, rng: random.Random) -> str:
+    """A sentence about the user in other words: half of the time another frame, some with an aside before or behind.
+
+    A generator that has seen few wordings learns them by heart, and writes nothing for the next one; the language
+    model has not seen these, so that the generator meets what the model makes of unfamiliar wording.
+    """
+    if rng.random() < 0.5:
+        sentence = rng.choice(asides()[kind]).format_map(_names(fact, None))
+    if rng.random() < 0.3:
+        start = sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
+        sentence = f"{rng.choice(asides()['before'])} {start}"
+    if kind == "statements" and rng.random() < 0.2:
+        sentence = f"{sentence.removesuffix('.')}, {rng.choice(asides()['after'])}."
+    return sentence
+
+
 def _names(fact: Fact, who: str | None) -> dict[str, str]:
     mine = who is None
     return {
@@ -174,12 +196,16 @@ def judge(generated: str, probe: Probe, instructions: dict[str, str]) -> Verdict
 
 @dataclass(frozen=True)
 class Dialogues:
-    """The data set of one split and seed. Items are a pure function of (seed, split, number, shape)."""
+    """The data set of one split and seed. Items are a pure function of (seed, split, number, shape).
+
+    rich: word prompts and questions in more ways (`reworded`); for the training of generators.
+    """
 
     tokenizer: Tokenizer
     prose: ProseTokens
     split: str
     seed: int
+    rich: bool = False
 
     def __post_init__(self):
         if self.split not in SPLITS:
@@ -198,16 +224,22 @@ class Dialogues:
         table = words()["instructions"]
         kinds = rng.sample(sorted(table), min(shape.instructions, len(table)))
         instructions = {kind: rng.choice(table[kind]["words"]) for kind in sorted(kinds)}
-        sentences = [statement(f, None, self.split, rng) for f in facts]
+        sentences = [self._said(statement, "statements", f, rng) for f in facts]
         for kind, word in instructions.items():
-            said = rng.choice(table[kind][self.split]).format(v=word)
-            sentences.insert(rng.randrange(len(sentences) + 1), said)
+            said = rng.choice(table[kind][self.split])
+            if self.rich and rng.random() < 0.5:
+                said = rng.choice(asides()["instructions"][kind])
+            sentences.insert(rng.randrange(len(sentences) + 1), said.format(v=word))
         body, kind = self._body(shape, rng)
         probes = tuple(
-            Probe(f, question(f, None, self.split, rng), full_answer(f.value, instructions))
+            Probe(f, self._said(question, "questions", f, rng), full_answer(f.value, instructions))
             for f in rng.sample(facts, shape.probes)
         )
         return Item("User: " + " ".join(sentences) + "\n", facts, instructions, tuple(body), tuple(kind), probes)
+
+    def _said(self, sentence, kind: str, fact: Fact, rng: random.Random) -> str:
+        plain = sentence(fact, None, self.split, rng)
+        return reworded(plain, kind, fact, rng) if self.rich else plain
 
     def items(self, count: int, shape: Shape, start: int = 0) -> list[Item]:
         return [self.item(start + i, shape) for i in range(count)]
@@ -323,7 +355,7 @@ def to_row(data: Dialogues, item: Item) -> dict:
     }
 
 
-def data_hash(tokenizer: Tokenizer) -> str:
+def data_hash(tokenizer: Tokenizer, rich: bool = False) -> str:
     """Names the data that a checkpoint was trained on, apart from the prose: tokenizer, words and the drawing of items.
 
     The prose between is the user's (a folder, WikiText, or our own), so it is recorded and not part of the hash.
@@ -331,4 +363,6 @@ def data_hash(tokenizer: Tokenizer) -> str:
     digest = hashlib.sha256(f"{VERSION}".encode())
     digest.update(tokenizer.to_json().encode())
     digest.update(json.dumps(words(), sort_keys=True).encode())
+    if rich:
+        digest.update(json.dumps(asides(), sort_keys=True).encode())
     return digest.hexdigest()[:16]
