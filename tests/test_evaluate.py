@@ -1,0 +1,332 @@
+"""Evaluation: known numbers come out of a model whose knowledge is known, and statistics are what they say."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from prosg_lib import evaluate
+from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.baselines import METHODS, start
+from prosg_lib.errors import UserError
+from prosg_lib.evaluate import by_distance, difference, estimate, gap_recovered, half_life, locality, measure
+from prosg_lib.generator import TokenGenerator
+from prosg_lib.lowrank import Factors, LowRankDelta
+from prosg_lib.profiles import Evaluation
+from prosg_lib.state import RecurrentState
+from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Shape
+from prosg_lib.tasks.prose import ProseTokens, own_sentences
+from prosg_lib.tokenizer import load_tokenizer
+
+WINDOW = 100  # tokens that the model of these tests remembers; its prompts have fewer
+PAD = -1  # stands where the window holds nothing yet
+FACTS, PROMPTS, PROBES = 3, 5, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Dialogues of the test split, with a little prose."""
+    tokenizer = load_tokenizer()
+    lines = [np.array(tokenizer.encode_long(text + "\n"), dtype=np.int32) for text in own_sentences("test")[:60]]
+    starts = np.concatenate([[0], np.cumsum([len(line) for line in lines])[:-1]])
+    return Dialogues(tokenizer, ProseTokens(np.concatenate(lines), starts), "test", 0)
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab: int
+    width: int = 1
+
+
+class Window(RecurrentLM):
+    """Knows exactly the last WINDOW tokens, and answers a question right if a prompt with its fact is among them, or
+    among the tokens that a delta holds. Of the text it knows what once followed a token."""
+
+    def __init__(self, data: Dialogues, items):
+        super().__init__()
+        self.tokenizer, self.config = data.tokenizer, Config(data.tokenizer.vocab)
+        self.only = nn.Linear(1, 1, bias=False)
+        self.known = {data.encode_prompt(item): item for item in items}
+        self.follows = torch.zeros(self.config.vocab, dtype=torch.long)
+        for item in items:
+            self.follows[list(item.body[:-1])] = torch.tensor(item.body[1:])
+
+    def blank_state(self, batch):
+        return RecurrentState({"window": torch.full((batch, WINDOW), PAD)})
+
+    def step_through(self, ids, state, valid=None):
+        if state is None:
+            state = self.blank_state(len(ids))
+        if valid is not None:
+            ids = ids.masked_fill(~valid, PAD)
+        window = torch.cat([state.tensors["window"], ids], 1)[:, -WINDOW:]
+        return ids[..., None].float(), RecurrentState({"window": window})
+
+    def read_out(self, hidden):
+        return nn.functional.one_hot(self.follows[hidden[..., 0].long()], self.config.vocab).float()
+
+    def embed(self, ids):
+        return ids[..., None].float()
+
+    def editable(self):
+        return {"only": self.only}
+
+    def state_features(self, state):
+        return state.tensors["window"].float()
+
+    def generate(self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n"):
+        answers = []
+        for row, prompt in enumerate(prompts):
+            memory = [] if state is None else state.tensors["window"][row].tolist()
+            memory = (memory + list(prompt))[-WINDOW - len(prompt) :]
+            if delta is not None:
+                memory += delta.factors["only"].U[row, :, 0].long().tolist()
+            answers.append(self.answer(memory, self.tokenizer.decode(prompt)))
+        return answers
+
+    def answer(self, memory, question):
+        text = ",".join(map(str, memory)) + ","
+        for prompt, item in self.known.items():
+            if ",".join(map(str, prompt)) + "," in text:
+                for probe in item.probes:
+                    if probe.question in question:
+                        return " " + probe.answer
+        return " I do not know."
+
+
+class Copy:
+    """Its delta holds the tokens of the prompt; `blind`: of nothing."""
+
+    def __init__(self, blind=False):
+        self.blind = blind
+
+    def __call__(self, lm, ids, valid=None):
+        held = torch.full_like(ids, PAD) if self.blind else ids.masked_fill(~valid, PAD)
+        delta = LowRankDelta({"only": Factors(held[..., None].float(), torch.zeros(1, 1, 1))}, lm.fingerprint())
+        return delta, lm.step_through(ids, None, valid)[1]
+
+
+@pytest.fixture(scope="module")
+def rows(data):
+    shape = Shape(FACTS, 256, PROBES, instructions=2)
+    items = data.items(PROMPTS, shape)
+    lm = Window(data, items)
+    generators = {"token": Copy(), "final": Copy(), "static": Copy(blind=True)}
+    return lm, items, measure(lm, generators, METHODS, data, (0, 16, 256), FACTS, PROMPTS, PROBES)
+
+
+def mean(frame, method, distance, column="recall"):
+    return frame[(frame.method == method) & (frame.distance == distance)][column].mean()
+
+
+def test_each_method_knows_what_it_should(rows):
+    """The plain model knows its prompt until it left the window; a delta and a repeated prompt always do; blind
+    methods never do."""
+    _, _, frame = rows
+    assert len(frame) == len(METHODS) * 3 * PROMPTS
+    for method, expected in {
+        "base": (1, 1, 0),
+        "prosg-token": (1, 1, 1),
+        "prosg-final": (1, 1, 1),
+        "static": (0, 0, 0),
+        "static-read": (1, 1, 0),
+        "none": (0, 0, 0),
+        "repeated": (1, 1, 1),
+    }.items():
+        assert [mean(frame, method, d) for d in (0, 16, 256)] == list(expected), method
+        # The right answer keeps its two instructions, "I do not know" keeps none.
+        assert [mean(frame, method, d, "followed") for d in (0, 16, 256)] == list(expected), method
+
+
+def test_wrong_answers_from_another_prompt(rows):
+    """The control has the state and the delta of the prompt before, so it is right only where both say the same."""
+    _, items, frame = rows
+    for distance in (0, 256):
+        found = frame[(frame.method == "wrong") & (frame.distance == distance)].recall.tolist()
+        for number, item in enumerate(items):
+            other = {p.question: p.fact for p in items[number - 1].probes}
+            right = [other.get(p.question) == p.fact for p in item.probes]
+            assert found[number] == np.mean(right)
+    assert mean(frame, "wrong", 256) < 0.5
+
+
+def test_wrong_takes_state_and_delta_of_one_other_prompt(data, rows):
+    """Both belong to the same other prompt, and one prompt alone has no other."""
+    lm, items, _ = rows
+    prompts = [list(data.encode_prompt(item)) for item in items]
+    begin = start("wrong", lm, {"token": Copy()}, prompts)
+    held = begin.delta.factors["only"].U[..., 0].long().tolist()
+    for number in range(PROMPTS):
+        other = prompts[number - 1]
+        assert held[number][-len(other) :] == other
+        assert begin.state.tensors["window"][number].tolist()[-len(other) :] == other
+    with pytest.raises(UserError, match="at least 2 prompts"):
+        start("wrong", lm, {"token": Copy()}, prompts[:1])
+
+
+def test_competing_answers_are_counted_across_pieces(rows):
+    """Every word of a competing answer counts once, in the piece that it stands in, the first token of a piece too."""
+    lm, items, frame = rows
+    base = frame[frame.method == "base"].set_index(["distance", "prompt"])
+    for number, item in enumerate(items):
+        for distance, before in ((16, 0), (256, 16)):
+            asked = [t for t in range(before, distance) if item.body_kind[t] == COMPETING]
+            right = [lm.follows[item.body[t - 1]] == item.body[t] for t in asked]
+            assert base.asked[distance, number] == len(asked)
+            expected = np.mean(right) if asked else math.nan
+            assert base.competing[distance, number] == pytest.approx(expected, nan_ok=True)
+    assert base.asked.sum() > 10
+    assert 0 < base.competing.mean() < 1
+
+
+@pytest.mark.parametrize("method", ["base", "prosg-token"])
+def test_reading_on_equals_reading_from_scratch(data, method):
+    """The state at every distance of one pass is the state of a text read to there at once, with a delta and without,
+    and questions asked at one distance do not change what is read after them."""
+    torch.manual_seed(0)
+    lm = RWKV4(RWKV4Config(data.tokenizer.vocab, 16, 2, 32)).eval().requires_grad_(False)
+    lm.tokenizer = data.tokenizer
+    generator = TokenGenerator(lm, 2, 8, ("att.output", "ffn.value")).requires_grad_(False)
+    for head in generator.heads.values():
+        nn.init.normal_(head.weight)
+    items = data.items(2, Shape(FACTS, 70, 1, instructions=1))
+    prompts = [list(data.encode_prompt(item)) for item in items]
+    begin = start(method, lm, {"token": generator}, prompts)
+    found = []
+    for distance, state, _, _ in evaluate._read(lm, begin, items, [0, 33, 70]):
+        texts = evaluate._ask(lm, data, items, prompts, begin, state)
+        found.append((distance, state, texts))
+    for distance, state, texts in found:
+        alone = begin.state
+        if distance:
+            alone = lm(torch.tensor([item.body[:distance] for item in items]), begin.state, begin.delta)[1]
+        for name in state.tensors:
+            torch.testing.assert_close(state.tensors[name], alone.tensors[name], rtol=1e-4, atol=1e-5)
+        assert texts == evaluate._ask(lm, data, items, prompts, begin, alone)
+
+
+def test_measure_asks_from_every_method_the_same(rows):
+    """Comparisons are paired: the same prompts, texts and questions for every method."""
+    _, _, frame = rows
+    counts = frame.groupby("method").asked.sum()
+    assert counts.nunique() == 1
+    assert (frame.groupby(["distance", "prompt"]).size() == len(METHODS)).all()
+
+
+def test_sweep_takes_fewer_prompts_beside_the_main_number_of_facts(data):
+    """The main number of facts is 6 where the grid has it, else the largest."""
+    sizes = Evaluation(prompts=3, other_prompts=2, probes=1, seeds=(0,), distances=(0, 8), facts=(2, 3))
+    assert sizes.main_facts == 3
+    assert Evaluation(1, 1, 1, (0,), (0,), (3, 6, 12)).main_facts == 6
+    lm = Window(data, [])
+    frame = evaluate.sweep(lm, {}, ["base", "none"], "test", sizes, lambda split, seed: data)
+    assert frame.groupby("facts").prompt.nunique().to_dict() == {2: 2, 3: 3}
+
+
+# Statistics
+
+
+def made(recall, distances=(0, 64, 256), seeds=(0,), facts=6, **columns):
+    """A frame out of {method: one list of prompts' recalls a distance}."""
+    return pd.DataFrame(
+        [
+            {"method": m, "distance": d, "facts": facts, "seed": s, "prompt": i, "recall": r, "followed": r}
+            | {name: values[m][j][i] for name, values in columns.items()}
+            for m, table in recall.items()
+            for j, (d, prompts) in enumerate(zip(distances, table, strict=True))
+            for s in seeds
+            for i, r in enumerate(prompts)
+        ]
+    )
+
+
+def test_gap_recovered_is_its_formula():
+    """(R - none) / (repeated - none) of the means, not the mean of the ratios."""
+    frame = made({"prosg-token": [[0.9, 0.5]], "none": [[0.1, 0.1]], "repeated": [[1.0, 0.8]]}, distances=(64,))
+    found = gap_recovered(frame, "prosg-token", 64)
+    assert found.value == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
+    assert found.low == pytest.approx((0.5 - 0.1) / (0.8 - 0.1))  # both times the second prompt
+    assert found.high == pytest.approx((0.9 - 0.1) / (1.0 - 0.1))
+    assert gap_recovered(frame, "none", 64).value == 0
+    assert gap_recovered(frame, "repeated", 64).value == 1
+
+
+def test_no_gap_no_share_of_it():
+    """Where even the repeated prompt does not help, nothing is said to be recovered."""
+    frame = made({"base": [[0.5, 0.0]], "none": [[0.2, 0.2]], "repeated": [[0.2, 0.2]]}, distances=(64,))
+    found = gap_recovered(frame, "base", 64)
+    assert math.isnan(found.value)
+    assert math.isnan(found.low)
+
+
+def test_half_life_is_between_the_distances_that_enclose_it():
+    """Linear in log(1 + d); infinite where half is never reached; the first crossing counts."""
+    frame = made(
+        {"base": [[1.0], [0.75], [0.25]], "prosg-token": [[1.0], [1.0], [0.5]], "wrong": [[1.0], [0.0], [1.0]]}
+    )
+    assert half_life(frame, "base") == pytest.approx(math.expm1((math.log(65) + math.log(257)) / 2))
+    assert half_life(frame, "prosg-token") == math.inf
+    assert half_life(frame, "wrong") == pytest.approx(math.expm1(math.log(65) / 2))
+
+
+def test_interval_covers():
+    """A 95 % interval encloses the true mean about that often: 60 prompts, 150 times."""
+    rng = np.random.default_rng(1)
+    found = [evaluate._resampled(rng.binomial(6, 0.7, (1, 60)) / 6, lambda means: means[0]) for _ in range(150)]
+    assert 0.88 <= np.mean([e.low <= 0.7 <= e.high for e in found]) <= 0.99
+
+
+def test_differences_are_paired():
+    """Two methods that differ by the same amount in every prompt differ by it for sure, however prompts differ."""
+    recalls = np.linspace(0.2, 0.8, 7)
+    frame = made({"wrong": [recalls - 0.1], "none": [recalls]}, distances=(64,))
+    found = difference(frame, "wrong", "none", 64)
+    assert (found.value, found.low, found.high) == pytest.approx((-0.1, -0.1, -0.1))
+
+
+def test_locality_pools_words_and_not_shares():
+    """Prompts with more questions about other people weigh more; pieces without any say nothing."""
+    recall = {"base": [[0, 0], [0, 0]], "prosg-token": [[0, 0], [0, 0]]}
+    nan = float("nan")
+    frame = made(
+        recall,
+        distances=(0, 64),
+        asked={"base": [[0, 0], [10, 2]], "prosg-token": [[0, 0], [10, 2]]},
+        competing={"base": [[nan, nan], [0.8, 1.0]], "prosg-token": [[nan, nan], [0.6, 1.0]]},
+    )
+    assert locality(frame, "prosg-token").value == pytest.approx((6 + 2) / (8 + 2))
+    assert locality(frame, "base").value == 1
+
+
+def test_by_distance_is_a_table_of_estimates():
+    """One row a method in the order given, one column a distance in rising order."""
+    frame = made({"base": [[1.0], [0.5], [0.0]], "none": [[0.0], [0.0], [0.0]]}, distances=(256, 0, 64))
+    table = by_distance(estimate, frame, ["none", "base"])
+    assert list(table.index) == ["none", "base"]
+    assert list(table.columns) == [0, 64, 256]
+    assert table.loc["base", 256].value == 1.0
+    assert str(table.loc["base", 0]) == "0.50 [0.50, 0.50]"
+
+
+def test_what_was_not_measured_is_named():
+    """An estimate of a method or distance that is not in the frame says so."""
+    with pytest.raises(UserError, match="repeated was not measured at 64"):
+        gap_recovered(made({"base": [[1.0]], "none": [[0.0]]}, distances=(64,)), "base", 64)
+    with pytest.raises(UserError, match="unknown method 'magic'"):
+        start("magic", None, {}, [[1]])
+    lm = RWKV4(RWKV4Config(10, 4, 1, 8))
+    with pytest.raises(UserError, match="needs the 'token' generator"):
+        start("prosg-token", lm, {}, [[1]])

@@ -1,0 +1,203 @@
+"""Load or train: a checkpoint is used where its record fits, and only there; what was decided is said."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prosg_lib import files, paths, profiles, stages, training
+from prosg_lib.backbones.rwkv4 import RWKV4Config
+from prosg_lib.errors import UserError
+from prosg_lib.profiles import Evaluation, GeneratorSize, Profile, Training
+from prosg_lib.stages import load_generator, load_or_train
+from prosg_lib.tasks.build import VOCAB
+from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
+
+STEPS = Training(steps=2, batch=2, lr=1e-2, facts=(1,), distances=(0,), warmup=1)
+SIZE = GeneratorSize(rank=2, width=8, maps=("att.output",))
+TINY = Profile(
+    "tiny", RWKV4Config(VOCAB, 8, 1, 16), STEPS, SIZE, STEPS, SIZE, STEPS, STEPS, Evaluation(1, 1, 1, (0,), (0,), (1,))
+)
+LM = "rwkv4-dialogue-tiny.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_prose():
+    """Enough text for bodies of no tokens; what `dialogues` remembers of it is forgotten afterwards."""
+    lines = own_sentences("test")[:20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "load_prose", lambda: Prose("a little", dict.fromkeys(SPLITS, lines)))
+        stages.dialogues.cache_clear()
+        stages._prose.cache_clear()
+        yield
+    stages.dialogues.cache_clear()
+    stages._prose.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with checkpoints of every stage of the profile `tiny`."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROSG_RUNS", str(folder))
+        patch.setitem(profiles.PROFILES, "tiny", TINY)
+        for stage in ("token", "final", "static"):
+            load_or_train(stage, "tiny")
+    return folder / "tiny" / "checkpoints"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, trained):
+    """This test's own folder of checkpoints, with the trained ones in it."""
+    monkeypatch.setenv("PROSG_RUNS", str(tmp_path))
+    monkeypatch.setitem(profiles.PROFILES, "tiny", TINY)
+    folder = tmp_path / "tiny" / "checkpoints"
+    folder.mkdir(parents=True)
+    for path in trained.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*arguments, **named):
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(stages, "fit", refuse)
+
+
+def same(one, other):
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_keeps_checkpoint_log_and_provenance(trained):
+    """What is left: one file a stage that says what it is and came from, its log, and no resume file."""
+    names = {path.name for path in trained.iterdir()}
+    kinds = ("", "-token", "-final", "-static")
+    stems = [f"rwkv4-dialogue{kind}-tiny" for kind in kinds]
+    assert names == {f"{stem}.{ending}" for stem in stems for ending in ("safetensors", "jsonl")}
+    for stem, kind in zip(stems, kinds, strict=True):
+        _, meta = files.load_tensors(trained / f"{stem}.safetensors")
+        assert meta["kind"] == ("generator" if kind else "lm")
+        assert meta["record"]["stage"] == (kind[1:] or "lm")
+        assert meta["record"].keys() >= {"seed", "recipe", "data", "model", "training"}
+        assert meta["provenance"].keys() >= {"commit", "device", "versions", "prose", "seconds"}
+        assert json.loads((trained / f"{stem}.jsonl").read_text().splitlines()[-1])["step"] == STEPS.steps
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_a_fitting_checkpoint_is_loaded(place, no_training, capsys, stage):
+    """Every stage; it says what and why; the module is ready for use, and frozen."""
+    module = load_or_train(stage, "tiny")
+    assert f"{stage}: loaded {stages.checkpoint_name(stage, 'tiny')}.safetensors" in capsys.readouterr().out
+    assert not module.training
+    assert not any(p.requires_grad for p in module.parameters())
+    if stage == "lm":
+        assert module.tokenizer.encode("Oslo")
+
+
+def test_loading_again_gives_the_same(place, no_training):
+    """Loading twice gives the same weights."""
+    assert same(load_or_train("token", "tiny"), load_or_train("token", "tiny"))
+
+
+def test_shipped_checkpoint_comes_first(place, tmp_path, no_training, monkeypatch, capsys):
+    """A checkpoint in data/ is looked at before one that was trained here."""
+    shipped = tmp_path / "data" / "checkpoints"
+    shipped.mkdir(parents=True)
+    (place / LM).rename(shipped / LM)
+    monkeypatch.setattr(paths, "data_dir", lambda: tmp_path / "data")
+    load_or_train("lm", "tiny")
+    assert "lm: loaded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "seed", "why"),
+    [
+        ({}, 1, "seed"),
+        ({"lm": replace(STEPS, steps=3)}, 0, "training"),
+        ({"model": RWKV4Config(VOCAB, 12, 1, 16)}, 0, "model"),
+    ],
+)
+def test_another_seed_or_size_trains_anew(place, monkeypatch, capsys, change, seed, why):
+    """It says what differs, does not use the file, and replaces it in the end."""
+    old = load_or_train("lm", "tiny")
+    monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, **change))
+    new = load_or_train("lm", "tiny", seed)
+    said = capsys.readouterr().out
+    assert f"lm: {LM} was trained otherwise ({why}); not used" in said
+    assert "lm: training, " in said
+    assert not same(old, new)
+    load_or_train("lm", "tiny", seed)
+    assert f"lm: loaded {LM}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RECIPE", training.RECIPE + 1), ("data_hash", lambda *args, **named: "other data")]
+)
+def test_another_recipe_or_data_trains_anew(place, monkeypatch, capsys, name, value):
+    """The same sizes with other code or data are another model."""
+    monkeypatch.setattr(stages, name, value)
+    load_or_train("lm", "tiny")
+    assert f"trained otherwise ({'recipe' if name == 'RECIPE' else 'data'})" in capsys.readouterr().out
+
+
+def test_a_generator_belongs_to_its_model(place, monkeypatch, capsys):
+    """With another language model the generator is trained anew."""
+    load_or_train("lm", "tiny", seed=1)
+    tensors, meta = files.load_tensors(place / LM)
+    files.save_tensors(place / LM, tensors, meta | {"record": meta["record"] | {"seed": 0}})
+    load_or_train("token", "tiny")
+    assert "rwkv4-dialogue-token-tiny.safetensors was trained otherwise (lm); not used" in capsys.readouterr().out
+
+
+def test_retrain_trains_although_it_fits(place, capsys):
+    """The language model below a generator is still loaded."""
+    load_or_train("static", "tiny", retrain=True)
+    said = capsys.readouterr().out
+    assert "lm: loaded" in said
+    assert "static: training" in said
+
+
+def test_the_same_seed_trains_the_same(place):
+    """Training again gives the same bits, and what training returns is what loading gives, half precision and all."""
+    first = load_or_train("final", "tiny")
+    again = load_or_train("final", "tiny", retrain=True)
+    assert same(first, again)
+
+
+def test_damaged_checkpoint_is_no_reason_to_train_silently(place):
+    """It is named, with its remedy."""
+    (place / LM).write_bytes((place / LM).read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"rwkv4-dialogue-tiny\.safetensors .*cut short"):
+        load_or_train("lm", "tiny")
+
+
+def test_unknown_stage_and_profile(place):
+    """Both name what there is."""
+    with pytest.raises(UserError, match="unknown stage 'lora'; there are lm, token, final, static"):
+        load_or_train("lora", "tiny")
+    with pytest.raises(UserError, match="unknown profile 'huge'"):
+        load_or_train("lm", "huge")
+
+
+def test_load_generator_of_a_file(place):
+    """A generator is rebuilt from its file alone, for its own model only."""
+    lm = load_or_train("lm", "tiny")
+    path = place / "rwkv4-dialogue-token-tiny.safetensors"
+    assert same(load_generator(str(path), lm), load_or_train("token", "tiny"))
+    with pytest.raises(UserError, match="a lm, not a generator"):
+        load_generator(str(place / LM), lm)
+    other = load_or_train("lm", "tiny", seed=1)
+    with pytest.raises(UserError, match="was trained for model"):
+        load_generator(str(path), other)

@@ -1,0 +1,236 @@
+"""The training loop: killed and started again it ends with the same bits; it refuses what it should, and says why."""
+
+import functools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from prosg_lib import files, training
+from prosg_lib.errors import UserError
+from prosg_lib.profiles import Training
+from prosg_lib.tasks.dialogue import Batch
+from prosg_lib.training import Diverged, Loss, fit, schedule
+
+SIZES = Training(steps=16, batch=4, lr=1e-2, facts=(1,), distances=(0,), warmup=5)
+RECORD = {"stage": "test", "seed": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """A kill needs no sync, only a power cut does; on a busy disk each costs a tenth of a second."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def module():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def batch_of(step):
+    """A step's data is a function of its number alone, as the data set's is."""
+    ids = torch.randint(0, 6, (4, 5), generator=torch.Generator().manual_seed(step))
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), ids, torch.ones_like(ids))
+
+
+def loss_of(net):
+    """Has dropout in it, so that a lost random state would show."""
+
+    def loss(step, batch):
+        scores = net(nn.functional.one_hot(batch.rest, 6).float())
+        return Loss(scores.square().mean() + (scores.mean() - 1).square(), {"text": scores.mean()})
+
+    return loss
+
+
+def train(folder, net=None, loss=None, record=RECORD, sizes=SIZES):
+    """All of it, with a checkpoint every step; returns the final weights."""
+    net = module() if net is None else net
+    fit("net", net, batch_of, loss or loss_of(net), sizes, folder, record, save_every_s=0.0)
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def bits(weights):
+    return {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+
+
+@pytest.fixture
+def log_every_step(monkeypatch):
+    monkeypatch.setattr(training, "_Log", functools.partial(training._Log, every_s=0.0))
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "net.jsonl").read_text().splitlines()]
+
+
+# Runs in a process of its own; every step takes a little while, so that the kill comes in the middle of it.
+RUN = """
+import functools, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_training as t
+from prosg_lib import files
+t.torch.set_num_threads(1)
+t.training._Log = functools.partial(t.training._Log, every_s=0.0)
+net = t.module()
+inner = t.loss_of(net)
+def slow(step, batch):
+    time.sleep(0.05)
+    return inner(step, batch)
+folder = Path(sys.argv[1])
+files.save_tensors(folder / "end.safetensors", t.train(folder, net, slow), {{}})
+"""
+
+
+def test_killed_and_started_again_ends_with_the_same_bits(tmp_path, log_every_step):
+    """SIGKILL at a random moment, then again: weights, log and number of steps are those of a run never stopped."""
+    expected = bits(train(tmp_path / "whole"))
+    script = RUN.format(tests=str(Path(__file__).parent))
+    folder = tmp_path / "killed"
+    checkpoint, end = folder / "net.checkpoint.safetensors", folder / "end.safetensors"
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder)])
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.3))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not end.exists()
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=True)
+    assert bits(files.load_tensors(end)[0]) == expected
+    steps = [line["step"] for line in log_of(folder)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == SIZES.steps
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_stopped_after_any_step(tmp_path):
+    """The step that failed is done again from its start: its random numbers, its data, its learning rate."""
+    expected = bits(train(tmp_path / "whole"))
+    for stop in (1, 9, SIZES.steps - 1):
+        net = module()
+        inner = loss_of(net)
+
+        def stopping(step, batch, stop=stop, inner=inner):
+            loss = inner(step, batch)
+            if step == stop:
+                raise KeyboardInterrupt
+            return loss
+
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / str(stop), net, stopping)
+        torch.manual_seed(99)  # whatever happens in between
+        assert bits(train(tmp_path / str(stop))) == expected
+
+
+def test_log_of_a_killed_run_goes_on(tmp_path, log_every_step):
+    """Lines of steps that are done again, and a line that the kill cut in two, are dropped; the rest stays."""
+    net = module()
+    inner = loss_of(net)
+
+    def stopping(step, batch):
+        if step == 9:
+            raise KeyboardInterrupt
+        return inner(step, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, net, stopping)
+    early = log_of(tmp_path)[:5]
+    with (tmp_path / "net.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 11, "loss": 1.0}) + '\n{"step": 12, "lo')
+    train(tmp_path)
+    lines = log_of(tmp_path)
+    assert lines[:5] == early
+    assert [line["step"] for line in lines] == list(range(1, SIZES.steps + 1))
+    assert {"step", "of", "steps_per_s", "loss", "text"} == lines[-1].keys()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path, bad):
+    """The error names the step, the loss and the checkpoint, which holds the weights of the steps before."""
+    net = module()
+    inner = loss_of(net)
+
+    def breaking(step, batch):
+        loss = inner(step, batch)
+        return Loss(loss.total * bad, loss.parts) if step == 7 else loss
+
+    kept = tmp_path / "net.checkpoint.safetensors"
+    with pytest.raises(Diverged, match=rf"training net: the loss is {bad} at step 7.*{re.escape(str(kept))}"):
+        train(tmp_path, net, breaking)
+    tensors, meta = files.load_tensors(kept)
+    assert meta["step"] == 7
+    assert all(torch.isfinite(t).all() for name, t in tensors.items() if name.startswith("module."))
+    assert bits(train(tmp_path)) == bits(train(tmp_path / "whole"))  # with the fault gone, it goes on from there
+
+
+def test_divergence_before_the_first_checkpoint_says_so(tmp_path):
+    """No checkpoint is named that is not there."""
+
+    def broken(step, batch):
+        return Loss(torch.tensor(float("nan"), requires_grad=True), {})
+
+    with pytest.raises(Diverged, match="before the first was written"):
+        train(tmp_path, loss=broken)
+    assert not (tmp_path / "net.checkpoint.safetensors").exists()
+
+
+def test_checkpoint_of_another_configuration_is_refused(tmp_path):
+    """What differs is named, and the file is left alone."""
+    train(tmp_path)
+    before = (tmp_path / "net.checkpoint.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"seed: 0 there, 1 here\); delete it to train anew"):
+        train(tmp_path, record=RECORD | {"seed": 1})
+    assert (tmp_path / "net.checkpoint.safetensors").read_bytes() == before
+
+
+def test_damaged_checkpoint_is_refused(tmp_path):
+    """A file cut short is named with its remedy, not continued from."""
+    train(tmp_path)
+    path = tmp_path / "net.checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"net\.checkpoint\.safetensors .*cut short.*remove it"):
+        train(tmp_path)
+
+
+def test_schedule_rises_then_falls_to_a_twentieth():
+    """A linear warm-up to the peak, then a cosine."""
+    rates = [schedule(step, SIZES) for step in range(SIZES.steps + 1)]
+    peak = rates.index(max(rates))
+    assert rates[0] == pytest.approx(1 / SIZES.warmup, rel=0.01)
+    assert peak == SIZES.warmup - 1
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] == pytest.approx(0.05)
+
+
+def test_progress_where_there_is_no_terminal(tmp_path, log_every_step, capsys):
+    """Lines with the step, the losses, the rate and the time left."""
+    train(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"net 16/16  loss \d+\.\d{3}  text -?\d+\.\d{3}  \d+\.\d\d steps/s  0 s left", lines[-1])
+
+
+def test_weights_without_gradient_stay(tmp_path):
+    """Only parameters that ask for a gradient are trained."""
+    net = module()
+    net[0].requires_grad_(False)
+    before = bits(net[0].state_dict())
+    train(tmp_path, net, loss_of(net))
+    assert bits(net[0].state_dict()) == before
