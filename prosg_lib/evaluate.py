@@ -141,6 +141,54 @@ def recall_alone(lm: RecurrentLM, delta: LowRankDelta | None, data: Dialogues, i
     )
 
 
+@torch.no_grad()
+def knowledge(
+    lm: RecurrentLM,
+    generators: dict[str, Generator],
+    methods: Iterable[str],
+    data: Dialogues,
+    distances: Sequence[int],
+    facts: int,
+    prompts: int,
+) -> pd.DataFrame:
+    """Every single answer: which facts of which prompt a method still knows at which distance.
+
+    Args:
+        as in `measure`; every fact of a prompt is asked about.
+    Returns:
+        One row a method, distance, prompt and fact, facts in the order in which the prompt tells them: method,
+        distance, prompt, slot, value, question, answer (as generated), right (the value, exactly), followed (share of
+        the instructions kept).
+    """
+    distances = sorted(set(distances))
+    items = data.items(prompts, Shape(facts, max(distances), facts, instructions=2))
+    encoded = [list(data.encode_prompt(item)) for item in items]
+    rows = []
+    for method in methods:
+        begin = start(method, lm, generators, encoded)
+        for distance, state, _, _ in _read(lm, begin, items, distances):
+            answers = _ask(lm, data, items, encoded, begin, state)
+            for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
+                for probe, text in sorted(
+                    zip(item.probes, texts, strict=True), key=lambda pair: item.facts.index(pair[0].fact)
+                ):
+                    verdict = judge(text, probe, item.instructions)
+                    rows.append(
+                        {
+                            "method": method,
+                            "distance": distance,
+                            "prompt": number,
+                            "slot": probe.fact.slot,
+                            "value": probe.fact.value,
+                            "question": probe.question,
+                            "answer": text.strip(),
+                            "right": verdict.recalled,
+                            "followed": verdict.followed,
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
 def sweep(
     lm: RecurrentLM,
     generators: dict[str, Generator],
