@@ -143,3 +143,58 @@ def estimates_by_distance(ax: Axes, table: pd.DataFrame, styles: Mapping[str, Me
         ]
         ax.errorbar(table.columns, values, bars, capsize=2.5, elinewidth=1.0, **styles[method].kwargs())
     distance_axis(ax, list(table.columns))
+
+
+def knowledge_grid(axes: Sequence[Axes], table: pd.DataFrame, prompt: int) -> None:
+    """One panel a method: a prompt's facts downwards, distances to the right, and in every cell the answer given.
+
+    Right answers stand on blue with a tick, wrong ones on white with a cross.
+
+    Args:
+        axes: one a method, in the order of the table.
+        table: of `evaluate.knowledge`.
+    """
+    part = table[table.prompt == prompt]
+    facts, distances = list(dict.fromkeys(part.slot)), sorted(part.distance.unique().tolist())
+    for ax, (method, rows) in zip(axes, part.groupby("method", sort=False), strict=True):
+        for row in rows.itertuples():
+            x, y = distances.index(row.distance), facts.index(row.slot)
+            colour = PALETTE["blue"] if row.right else "white"
+            ax.add_patch(mpl.patches.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, edgecolor="0.75"))
+            text = ("✓ " if row.right else "✗ ") + (row.answer if len(row.answer) <= 22 else row.answer[:21] + "…")
+            ax.text(x, y, text.replace(", ", ",\n"), ha="center", va="center", fontsize=7.5,
+                    color="white" if row.right else "black")  # fmt: skip
+        ax.set_title(METHOD_STYLE[method].label)
+        ax.set_xlim(-0.5, len(distances) - 0.5)
+        ax.set_ylim(len(facts) - 0.5, -0.5)
+        ax.set_xticks(range(len(distances)), [f"{d:,}" for d in distances])
+        ax.set_yticks(range(len(facts)), [f"{r.slot}: {r.value}" for r in rows.drop_duplicates("slot").itertuples()])
+        ax.set_xlabel("distance between prompt and question (tokens)")
+        ax.grid(False)
+
+
+def knowledge_mosaic(axes: Sequence[Axes], table: pd.DataFrame) -> None:
+    """One panel a method: every fact of every prompt a row, distances to the right; filled: right, a dot: wrong.
+
+    Args:
+        axes: one a method, in the order of the table.
+        table: of `evaluate.knowledge`.
+    """
+    distances = sorted(table.distance.unique().tolist())
+    for ax, (method, rows) in zip(axes, table.groupby("method", sort=False), strict=True):
+        wide = rows.pivot(index=["prompt", "slot"], columns="distance", values="right").to_numpy(dtype=bool)
+        ys, xs = wide.nonzero()
+        ax.scatter(xs, ys, marker="s", s=34, color=METHOD_STYLE[method].colour)
+        ys, xs = (~wide).nonzero()
+        ax.scatter(xs, ys, marker=".", s=8, color=PALETTE["grey"])
+        per = len(wide) // rows.prompt.nunique()
+        for line in range(per, len(wide), per):
+            ax.axhline(line - 0.5, color="0.8", linewidth=0.8)
+        ax.set_title(f"{METHOD_STYLE[method].label}\n" + ", ".join(f"{share:.0%}" for share in wide.mean(0)))
+        ax.set_xlim(-0.5, len(distances) - 0.5)
+        ax.set_ylim(len(wide) - 0.5, -0.5)
+        ax.set_xticks(range(len(distances)), [f"{d:,}" for d in distances])
+        ax.set_yticks([(i + 0.5) * per - 0.5 for i in range(rows.prompt.nunique())],
+                      [f"prompt {i}" for i in range(rows.prompt.nunique())])  # fmt: skip
+        ax.set_xlabel("distance (tokens)")
+        ax.grid(False)

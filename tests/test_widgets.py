@@ -1,0 +1,114 @@
+"""The widgets, and the table of single answers that they and their figures show."""
+
+import pandas as pd
+import pytest
+from ipywidgets import HTML, SelectionSlider
+from matplotlib import pyplot as plt
+
+from prosg_lib import evaluate, plots, widgets
+from prosg_lib.errors import UserError
+from prosg_lib.generator import TokenGenerator
+from prosg_lib.tasks.dialogue import Dialogues
+from prosg_lib.tasks.prose import Prose, ProseTokens, own_sentences
+
+
+def row(method, distance, slot, value, answer, right):
+    question = f"Tell me my {slot}."
+    return {"method": method, "distance": distance, "prompt": 0, "slot": slot, "value": value, "question": question,
+            "answer": answer, "right": right, "followed": 1.0}  # fmt: skip
+
+
+@pytest.fixture
+def table():
+    """Two facts at two distances; the plain model loses one of them."""
+    return pd.DataFrame(
+        [
+            row("base", 0, "pet", "parrot", "parrot.", True),
+            row("base", 0, "home", "Oslo", "Oslo.", True),
+            row("base", 64, "pet", "parrot", "<b>cat & dog</b>.", False),
+            row("base", 64, "home", "Oslo", "Oslo.", True),
+            row("prosg-token", 0, "pet", "parrot", "parrot.", True),
+            row("prosg-token", 0, "home", "Oslo", "", False),
+            row("prosg-token", 64, "pet", "parrot", "parrot.", True),
+            row("prosg-token", 64, "home", "Oslo", "Oslo.", True),
+        ]
+    )
+
+
+@pytest.fixture
+def measured(lm):
+    """The same prompts by `knowledge` and by `measure`, with an untrained model."""
+    data = Dialogues(lm.tokenizer, ProseTokens.of(Prose("own", {"test": own_sentences("test")}), "test", lm.tokenizer),
+                     "test", seed=3)  # fmt: skip
+    generators = {"token": TokenGenerator(lm, 2, 8, ("att.output",))}
+    methods = ("base", "prosg-token")
+    known = evaluate.knowledge(lm, generators, methods, data, (0, 24), facts=3, prompts=2)
+    return data, known, evaluate.measure(lm, generators, methods, data, (0, 24), facts=3, prompts=2, probes=3)
+
+
+def test_slider_shows_the_distance_that_it_stands_at(table):
+    """Moving the slider redraws the table, and moving it back gives the first one again."""
+    slider, shown = widgets.knowledge_slider(table, prompt=0).children
+    assert isinstance(slider, SelectionSlider)
+    assert isinstance(shown, HTML)
+    first = shown.value
+    assert "0 tokens after the prompt, still known: plain model 2 of 2, ProSG, token by token 1 of 2" in first
+    slider.value = 64
+    assert "64 tokens after the prompt, still known: plain model 1 of 2, ProSG, token by token 2 of 2" in shown.value
+    slider.value = 0
+    assert shown.value == first
+
+
+def test_right_and_wrong_are_said_in_words(table):
+    """Four answers at a distance, each with its verdict in words; an empty answer is visible as one."""
+    near, far = (widgets.knowledge_html(table, d, 0) for d in (0, 64))
+    assert (near.count("✓ right"), near.count("✗ wrong")) == (3, 1)
+    assert (far.count("✓ right"), far.count("✗ wrong")) == (3, 1)
+    assert "(nothing)" in near
+
+
+def test_generated_text_is_escaped(table):
+    """A model may generate anything, markup included."""
+    shown = widgets.knowledge_html(table, 64, 0)
+    assert "&lt;b&gt;cat &amp; dog&lt;/b&gt;." in shown
+    assert "<b>" not in shown
+
+
+@pytest.mark.parametrize(("distance", "prompt"), [(63, 0), (0, 1)])
+def test_what_was_not_asked_is_refused(table, distance, prompt):
+    """The message says what there is."""
+    with pytest.raises(UserError, match="distances 0, 64"):
+        widgets.knowledge_html(table, distance, prompt)
+
+
+def test_knowledge_counts_what_measure_counts(measured):
+    """The share of right answers a prompt is its recall, the mean of `followed` its instruction rate."""
+    _, known, means = measured
+    shares = known.groupby(["method", "distance", "prompt"])[["right", "followed"]].mean()
+    wanted = means.set_index(["method", "distance", "prompt"])
+    pd.testing.assert_series_equal(shares.right, wanted.recall.sort_index(), check_names=False)
+    pd.testing.assert_series_equal(shares.followed, wanted.followed.sort_index(), check_names=False)
+
+
+def test_knowledge_tells_the_facts_in_the_order_of_the_prompt(measured):
+    """Every fact once, with its own question, as the prompt tells them."""
+    data, known, _ = measured
+    for number, part in known[(known.method == "base") & (known.distance == 24)].groupby("prompt"):
+        item = data.item(number, evaluate.Shape(3, 24, 3, instructions=2))
+        assert list(zip(part.slot, part.value, strict=True)) == [(f.slot, f.value) for f in item.facts]
+        assert set(part.question) == {p.question for p in item.probes}
+
+
+def test_figures_say_what_the_table_says(table):
+    """Grid: the answers of every cell, ticked or crossed; mosaic: as many squares as right answers."""
+    figure, axes = plt.subplots(1, 2)
+    plots.knowledge_grid(axes, table, prompt=0)
+    texts = [[t.get_text() for t in ax.texts] for ax in axes]
+    assert [sum(t.startswith("✓") for t in panel) for panel in texts] == [3, 3]
+    assert "✗ <b>cat & dog</b>." in texts[0]
+    plt.close(figure)
+    figure, axes = plt.subplots(1, 2)
+    plots.knowledge_mosaic(axes, table)
+    assert [len(ax.collections[0].get_offsets()) for ax in axes] == [3, 3]
+    assert [len(ax.collections[1].get_offsets()) for ax in axes] == [1, 1]
+    plt.close(figure)
