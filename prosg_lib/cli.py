@@ -125,9 +125,9 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib.training import train_stage
+    from prosg_lib.stages import load_or_train
 
-    train_stage(options.stage, options.profile, options.seed, options.retrain)
+    load_or_train(options.stage, options.profile, options.seed, options.retrain)
     return 0
 
 
