@@ -58,7 +58,7 @@ def measure(
     for method in methods:
         begin = start(method, lm, generators, encoded)
         for distance, state, asked, right in _read(lm, begin, items, distances):
-            answers = _ask(lm, data, items, encoded, begin, state)
+            answers = _ask(lm, data, items, encoded, begin, state, distance)
             for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
                 verdicts = [judge(text, p, item.instructions) for text, p in zip(texts, item.probes, strict=True)]
                 rows.append(
@@ -110,12 +110,14 @@ def _ask(
     prompts: list[list[int]],
     begin: Start,
     state: RecurrentState | None,
+    distance: int,
 ) -> list[list[str]]:
     """Every item's questions, each from its own copy of the state; the generated answers."""
-    newline = data.tokenizer.encode("\n")  # the text may have been cut in the middle of a line
+    newline = data.tokenizer.encode("\n")
+    # Right before the question a line ends: the prompt's, the text's, or one that the distance cut in the middle.
+    ends = [list(newline) if distance and item.body[distance - 1] != newline[-1] else [] for item in items]
     owner = [i for i, item in enumerate(items) for _ in item.probes]
-    again = [list(newline) + prompts[i] if begin.repeat else list(newline) for i in range(len(items))]
-    questions = [again[i] + list(data.encode_probe(p)[0]) for i, item in enumerate(items) for p in item.probes]
+    questions = [ends[i] + (prompts[i] if begin.repeat else []) + list(data.encode_probe(p)[0]) for i, item in enumerate(items) for p in item.probes]
     forked = None if state is None else state.select(owner)
     delta = None if begin.delta is None else begin.delta.select(owner)
     texts = iter(lm.generate(questions, forked, delta, max_new_tokens=_ANSWER_TOKENS))
@@ -132,7 +134,7 @@ def recall_alone(lm: RecurrentLM, delta: LowRankDelta | None, data: Dialogues, i
         (items,).
     """
     prompts = [list(data.encode_prompt(item)) for item in items]
-    answers = _ask(lm, data, items, prompts, Start(None, delta), None)
+    answers = _ask(lm, data, items, prompts, Start(None, delta), None, 0)
     return np.array(
         [
             np.mean([judge(text, p, item.instructions).recalled for text, p in zip(texts, item.probes, strict=True)])
@@ -167,7 +169,7 @@ def knowledge(
     for method in methods:
         begin = start(method, lm, generators, encoded)
         for distance, state, _, _ in _read(lm, begin, items, distances):
-            answers = _ask(lm, data, items, encoded, begin, state)
+            answers = _ask(lm, data, items, encoded, begin, state, distance)
             for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
                 for probe, text in sorted(
                     zip(item.probes, texts, strict=True), key=lambda pair: item.facts.index(pair[0].fact)

@@ -97,8 +97,8 @@ PROFILES = {
         token=GeneratorSize(16, 256, _MAPS),
         token_training=Training(800, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         final=GeneratorSize(16, 256, ("att.output", "ffn.value")),
-        final_training=Training(700, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
-        static_training=Training(120, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        final_training=Training(500, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        static_training=Training(100, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         evaluation=Evaluation(24, 12, 6, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
     ),
     "gpu": Profile(
