@@ -1,0 +1,39 @@
+"""What README shows, works: its example runs, and what it points to is there."""
+
+import re
+
+import pytest
+
+from prosg_lib import paths
+
+
+@pytest.fixture(scope="module")
+def text():
+    return (paths.repo_root() / "README.md").read_text(encoding="utf-8")
+
+
+def test_example_runs(text, tmp_path, monkeypatch, capsys):
+    """The Python block, as it stands; it prints one answer and leaves the file that it saves."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert re.fullmatch(r"\[['\"].+['\"]\]\n", capsys.readouterr().out)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompt.safetensors"]
+
+
+def test_everything_linked_is_there(text):
+    """Relative links and pictures."""
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert links
+    assert [link for link in links if not (paths.repo_root() / link).exists()] == []
+
+
+def test_every_notebook_is_in_the_table(text):
+    """In their order."""
+    listed = re.findall(r"\(notebooks/(\w+)\.ipynb\) \|", text)
+    assert listed == sorted(path.stem for path in paths.notebooks_dir().glob("*.ipynb"))
+
+
+def test_numbers_are_filled_in(text):
+    """No place is left where a number should stand."""
+    assert "{{" not in re.sub(r"```.*?```", "", text, flags=re.DOTALL)
