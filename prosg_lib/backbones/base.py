@@ -74,7 +74,7 @@ class RecurrentLM(nn.Module, ABC):
             raise UserError("prompts is one string; pass a list of prompts, [prompt] for a single one")
         if len(prompts) == 0:
             raise UserError("the list of prompts is empty; pass at least one prompt")
-        rows = [self._needed_tokenizer().encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        rows = [list(self._needed_tokenizer().encode(p) if isinstance(p, str) else p) for p in prompts]
         for i, row in enumerate(rows):
             if not row:
                 raise UserError(f"prompt {i} is empty; a prompt needs at least one token")
