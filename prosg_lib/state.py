@@ -62,7 +62,7 @@ class Normaliser:
     @classmethod
     def fit(cls, features: Tensor) -> Self:
         """Statistics of features (N, F) over the N texts; channels that never change get the unit scale."""
-        std = features.std(0)
+        std = features.std(0) if len(features) > 1 else torch.zeros_like(features[0])
         return cls(features.mean(0), torch.where(std > 1e-6, std, 1.0))
 
     def __call__(self, features: Tensor) -> Tensor:
