@@ -16,8 +16,8 @@ from prosg_lib.paths import data_dir
 class Tokenizer:
     """Text <-> token ids. Any UTF-8 text survives the round trip.
 
-    A text may be encoded in pieces: cut before a space that follows a mark or letter, or after a newline that a mark
-    or letter follows, the pieces' ids are those of the whole. (Inside a run of white space they need not be.)
+    A text may be encoded in pieces: cut before a space or after a newline, the pieces' ids are those of the whole,
+    because a token holds at most one white-space character, and that at its start.
     """
 
     def __init__(self, bpe: BPE):

@@ -21,12 +21,8 @@ _REPEATS = 2_000  # of the list of all values and names, which makes each of the
 _SAMPLE = {"train": 40, "validation": 20, "test": 20}
 _SAMPLE_SHAPE = dialogue.Shape(facts=6, distance=96, probes=3, instructions=1)
 
-_WORDS, _TOKENIZER, _SAMPLE_FILE, _MANIFEST = (
-    "dialogue_words.json",
-    "tokenizer.json",
-    "dialogue_sample.jsonl",
-    "MANIFEST.json",
-)
+_WRITTEN = ("dialogue_words.json", "dialogue_asides.json")  # by hand; all else is made from them
+_TOKENIZER, _SAMPLE_FILE, _MANIFEST = "tokenizer.json", "dialogue_sample.jsonl", "MANIFEST.json"
 
 
 def build() -> dict[str, str]:
@@ -71,10 +67,10 @@ def check() -> bool:
     """
     manifest = files.read_json(data_dir() / _MANIFEST)
     tokenizer = load_tokenizer()
-    shipped = {name: _shipped(name) for name in (_WORDS, _TOKENIZER, _SAMPLE_FILE, _MANIFEST)}
+    shipped = {name: _shipped(name) for name in (*_WRITTEN, _TOKENIZER, _SAMPLE_FILE, _MANIFEST)}
     results = {
         f"{name}: is the one that {_MANIFEST} names": _sha(shipped[name]) == manifest["sha256"].get(name)
-        for name in (_WORDS, _TOKENIZER, _SAMPLE_FILE)
+        for name in (*_WRITTEN, _TOKENIZER, _SAMPLE_FILE)
     }
     results[f"{_SAMPLE_FILE}: made again, the same"] = _sample(tokenizer) == shipped[_SAMPLE_FILE]
     again = _manifest(tokenizer, manifest["books"], shipped)
@@ -113,11 +109,12 @@ def _file(tokenizer: Tokenizer) -> str:
 
 
 def _manifest(tokenizer: Tokenizer, books: dict, made: dict[str, str]) -> str:
-    names = (_TOKENIZER, _SAMPLE_FILE)
+    texts = {name: _shipped(name) for name in _WRITTEN} | {name: made[name] for name in (_TOKENIZER, _SAMPLE_FILE)}
     manifest = {
         "version": dialogue.VERSION,
         "data_hash": dialogue.data_hash(tokenizer),
-        "sha256": {_WORDS: _sha(_shipped(_WORDS)), **{name: _sha(made[name]) for name in names}},
+        "data_hash_rich": dialogue.data_hash(tokenizer, rich=True),
+        "sha256": {name: _sha(text) for name, text in texts.items()},
         "books": books,
     }
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"

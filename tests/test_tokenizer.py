@@ -1,0 +1,92 @@
+"""The tokenizer: any text survives, pieces equal the whole, every word that is asked for is one token."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prosg_lib.errors import UserError
+from prosg_lib.tasks.build import VOCAB
+from prosg_lib.tasks.dialogue import words
+from prosg_lib.tokenizer import Tokenizer, load_tokenizer
+
+ENGLISH = st.lists(
+    st.sampled_from(
+        ["Oslo", "is", " ", "  ", "\n", "\n\n", ".", ", ", "User:", "Bot:", "’s", "'s", "captain", "7", "é"]
+    )
+).map("".join)
+
+
+@settings(deadline=None)
+@given(st.text() | ENGLISH)
+def test_any_text_survives_the_round_trip(text):
+    """Whatever can be written in UTF-8 is decoded to what was encoded, and the ids are in range."""
+    tokenizer = load_tokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tuple(tokenizer.encode_long(text)) == ids
+    assert all(0 <= i < tokenizer.vocab for i in ids)
+
+
+@settings(deadline=None)
+@given(ENGLISH | st.text(), st.data())
+def test_pieces_give_the_ids_of_the_whole(text, data):
+    """Cut anywhere before a space or after a newline, nothing changes."""
+    tokenizer = load_tokenizer()
+    places = [i for i in range(1, len(text)) if text[i] == " " or text[i - 1] == "\n"]
+    cuts = sorted(data.draw(st.sets(st.sampled_from(places)))) if places else []
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert tuple(i for piece in pieces for i in tokenizer.encode(piece)) == tokenizer.encode(text)
+
+
+def test_no_token_spans_white_space():
+    """What the promise about pieces rests on: white space only at a token's start, and one character of it."""
+    tokenizer = load_tokenizer()
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab)]
+    assert not [t for t in texts if any(c.isspace() for c in t[1:])]
+
+
+def test_every_value_name_and_instruction_word_is_one_token():
+    """So that recall of any value is one prediction, and none is easier for being shorter."""
+    tokenizer, table = load_tokenizer(), words()
+    all_words = [v for spec in table["slots"].values() for v in spec["values"]]
+    all_words += [v for spec in table["instructions"].values() for v in spec["words"]] + table["others"]
+    assert [w for w in all_words if len(tokenizer.encode(" " + w)) != 1] == []
+
+
+def test_marks_are_tokens_of_their_own():
+    """A value, the comma and the full stop behind it, and the end of the line are one token each."""
+    tokenizer = load_tokenizer()
+    assert [tokenizer.decode([i]) for i in tokenizer.encode(" Oslo, captain.\n")] == [
+        " Oslo",
+        ",",
+        " captain",
+        ".",
+        "\n",
+    ]
+
+
+def test_training_is_repeatable():
+    """The same texts in the same order give the same tokenizer, of the size asked for."""
+    texts = ["My home town is Oslo, over.\nMy pet is a parrot.", "Ünïcode – “quoted”"] * 20
+    first, second = (Tokenizer.train(texts, 300) for _ in range(2))
+    assert first.to_json() == second.to_json()
+    assert first.vocab == 300
+    assert Tokenizer.from_json(first.to_json()).encode("Oslo, 東京") == first.encode("Oslo, 東京")
+
+
+def test_shipped_tokenizer_has_the_size_that_models_expect():
+    assert load_tokenizer().vocab == VOCAB
+
+
+def test_tokens_with_a_text_in_them():
+    """`ids_containing` finds exactly the tokens whose text has a line's end."""
+    tokenizer = load_tokenizer()
+    assert tokenizer.ids_containing("\n") == tokenizer.encode("\n")
+
+
+def test_a_missing_or_foreign_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer at .*nowhere\.json"):
+        load_tokenizer(tmp_path / "nowhere.json")
+    (tmp_path / "foreign.json").write_text("{}")
+    with pytest.raises(UserError, match=r"foreign\.json is not a tokenizer file"):
+        load_tokenizer(tmp_path / "foreign.json")
