@@ -1,6 +1,7 @@
 """What people look at: one palette, one style a method, and figures that say where they came from."""
 
 import contextlib
+import html
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -198,3 +199,26 @@ def knowledge_mosaic(axes: Sequence[Axes], table: pd.DataFrame) -> None:
                       [f"prompt {i}" for i in range(rows.prompt.nunique())])  # fmt: skip
         ax.set_xlabel("distance (tokens)")
         ax.grid(False)
+
+
+def coloured_tokens(tokens: Sequence[str], values: Sequence[float]) -> str:
+    """A text as HTML, each token on blue, the deeper the larger its value; the value itself shows under the pointer.
+
+    Args:
+        tokens: their own texts, blanks included.
+        values: one a token, 0 or more.
+    Raises:
+        UserError: not one value per token.
+    """
+    if len(tokens) != len(values):
+        raise UserError(f"{len(tokens)} tokens but {len(values)} values; one of each is needed")
+    largest = max(values, default=0) or 1
+    spans = []
+    for token, value in zip(tokens, values, strict=True):
+        share = max(0.0, value / largest)
+        text = html.escape(token).replace("\n", "⏎")
+        spans.append(
+            f'<span title="{value:.3g}" style="background: rgba(0, 114, 178, {share:.2f}); '
+            f'color: {"white" if share > 0.6 else "black"}">{text}</span>'
+        )
+    return '<p style="background: white; padding: 0.5em; line-height: 1.7">' + "".join(spans) + "</p>"
