@@ -175,7 +175,9 @@ def knowledge_grid(axes: Sequence[Axes], table: pd.DataFrame, prompt: int) -> No
 
 
 def knowledge_mosaic(axes: Sequence[Axes], table: pd.DataFrame) -> None:
-    """One panel a method: every fact of every prompt a row, distances to the right; filled: right, a dot: wrong.
+    """One panel a method: every fact of every prompt a row, distances to the right; a square: right, a dot: wrong.
+
+    Above every column stands the share of right answers.
 
     Args:
         axes: one a method, in the order of the table.
@@ -191,7 +193,10 @@ def knowledge_mosaic(axes: Sequence[Axes], table: pd.DataFrame) -> None:
         per = len(wide) // rows.prompt.nunique()
         for line in range(per, len(wide), per):
             ax.axhline(line - 0.5, color="0.8", linewidth=0.8)
-        ax.set_title(f"{METHOD_STYLE[method].label}\n" + ", ".join(f"{share:.0%}" for share in wide.mean(0)))
+        ax.set_title(METHOD_STYLE[method].label, pad=22)
+        for x, share in enumerate(wide.mean(0)):
+            ax.annotate(f"{share:.0%}", (x, 1), (0, 4), xycoords=("data", "axes fraction"),
+                        textcoords="offset points", ha="center")  # fmt: skip
         ax.set_xlim(-0.5, len(distances) - 0.5)
         ax.set_ylim(len(wide) - 0.5, -0.5)
         ax.set_xticks(range(len(distances)), [f"{d:,}" for d in distances])
