@@ -13,11 +13,11 @@ def text():
 
 
 def test_example_runs(text, tmp_path, monkeypatch, capsys):
-    """The Python block, as it stands; it prints one answer and leaves the file that it saves."""
+    """The Python block, as it stands: it still knows the home town, and leaves the file that it saves."""
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    assert re.fullmatch(r"\[['\"].+['\"]\]\n", capsys.readouterr().out)
+    assert "Oslo" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["prompt.safetensors"]
 
 
