@@ -162,8 +162,8 @@ def knowledge_grid(axes: Sequence[Axes], table: pd.DataFrame, prompt: int) -> No
             x, y = distances.index(row.distance), facts.index(row.slot)
             colour = PALETTE["blue"] if row.right else "white"
             ax.add_patch(mpl.patches.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, edgecolor="0.75"))
-            text = ("✓ " if row.right else "✗ ") + (row.answer if len(row.answer) <= 22 else row.answer[:21] + "…")
-            ax.text(x, y, text.replace(", ", ",\n"), ha="center", va="center", fontsize=7.5,
+            text = ("✓ " if row.right else "✗ ") + (row.answer if len(row.answer) <= 32 else row.answer[:31] + "…")
+            ax.text(x, y, text.replace(", ", ",\n").replace(". ", ".\n"), ha="center", va="center", fontsize=7.5,
                     color="white" if row.right else "black")  # fmt: skip
         ax.set_title(METHOD_STYLE[method].label)
         ax.set_xlim(-0.5, len(distances) - 0.5)
