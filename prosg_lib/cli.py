@@ -125,8 +125,10 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib.stages import load_or_train
+    from prosg_lib.stages import forget, load_or_train
 
+    if options.retrain:
+        forget(options.profile, (options.stage,))
     load_or_train(options.stage, options.profile, options.seed, options.retrain)
     return 0
 

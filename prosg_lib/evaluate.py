@@ -117,7 +117,8 @@ def _ask(
     # Right before the question a line ends: the prompt's, the text's, or one that the distance cut in the middle.
     ends = [list(newline) if distance and item.body[distance - 1] != newline[-1] else [] for item in items]
     owner = [i for i, item in enumerate(items) for _ in item.probes]
-    questions = [ends[i] + (prompts[i] if begin.repeat else []) + list(data.encode_probe(p)[0]) for i, item in enumerate(items) for p in item.probes]
+    again = [ends[i] + (prompts[i] if begin.repeat else []) for i in range(len(items))]
+    questions = [again[i] + list(data.encode_probe(p)[0]) for i, item in enumerate(items) for p in item.probes]
     forked = None if state is None else state.select(owner)
     delta = None if begin.delta is None else begin.delta.select(owner)
     texts = iter(lm.generate(questions, forked, delta, max_new_tokens=_ANSWER_TOKENS))

@@ -30,7 +30,7 @@ from prosg_lib.lowrank import Factors, LowRankDelta, captured_inputs
 from prosg_lib.state import Normaliser, RecurrentState
 
 SCALE = 0.1
-"""Of the synthetic gradient, as in DNI: sums over a hundred tokens would otherwise break the model at the first steps."""
+"""Of the synthetic gradient, as in DNI: sums over a hundred tokens would otherwise break the model at first."""
 
 
 DROPOUT = 0.1
@@ -98,6 +98,7 @@ class Generator(nn.Module, ABC):
             UserError: a prompt is empty, or the generator was trained for another model.
         """
         self.check(lm)
+        self.eval()  # no dropout
         ids, valid = lm.encode_prompts(prompts)
         return self(lm, ids, None if valid.all() else valid)[0]
 

@@ -131,6 +131,10 @@ def reproduce(
     selected = select(course, names)
     arguments = bind(selected, {"profile": profile, "seed": seed, "retrain": retrain}, parameters or {})
     run_dir = places.runs / profile
+    if retrain:
+        from prosg_lib.stages import forget  # slow to import, and seldom needed
+
+        forget(profile)
     _forget(run_dir, None if len(selected) == len(course) else [path.stem for path in selected])
 
     failed = None

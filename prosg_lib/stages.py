@@ -55,28 +55,39 @@ def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False
 
     Args:
         stage: "lm", or a generator: "token", "final", "static" (trains what it builds on first, if need be).
-        retrain: train although a fitting checkpoint is there; a training that was interrupted goes on.
+        retrain: do not load what is shipped; what was trained here since (`forget`) is loaded, and what is missing is
+            trained, so that several notebooks of one run train each stage once.
     Raises:
         UserError: unknown stage or profile; damaged checkpoint; diverged training.
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}; there are {', '.join(STAGES)}")
     sizes = get_profile(profile)
-    lm = None if stage == "lm" else load_or_train("lm", profile, seed, retrain=False)
+    lm = None if stage == "lm" else load_or_train("lm", profile, seed, retrain)
     record = _record(stage, sizes, seed, lm)
     name = checkpoint_name(stage, profile)
-    kept = paths.runs_dir(profile) / "checkpoints" / f"{name}.safetensors"
-    if not retrain:
-        for path in (paths.data_dir() / "checkpoints" / f"{name}.safetensors", kept):
-            if path.exists():
-                tensors, meta = files.load_tensors(path)
-                if meta.get("record") == record:
-                    print(
-                        f"{stage}: loaded {path.name}, trained on {meta['provenance']['device']}: same sizes, seed, data"
-                    )
-                    return _built(stage, _size(stage, sizes), lm, tensors)
-                print(f"{stage}: {path.name} was trained otherwise ({_why(meta.get('record', {}), record)}); not used")
+    kept = _kept(profile) / f"{name}.safetensors"
+    shipped = paths.data_dir() / "checkpoints" / f"{name}.safetensors"
+    for path in (kept,) if retrain else (shipped, kept):
+        if path.exists():
+            tensors, meta = files.load_tensors(path)
+            if meta.get("record") == record:
+                where = meta["provenance"]["device"]
+                print(f"{stage}: loaded {path.name}, trained on {where}: same sizes, seed and data")
+                return _built(stage, _size(stage, sizes), lm, tensors)
+            print(f"{stage}: {path.name} was trained otherwise ({_why(meta.get('record', {}), record)}); not used")
     return _train(stage, sizes, seed, lm, record, kept)
+
+
+def _kept(profile: str) -> Path:
+    return paths.runs_dir(profile) / "checkpoints"
+
+
+def forget(profile: str, stages: tuple[str, ...] = STAGES) -> None:
+    """Remove what was trained here, so that it is trained anew; trainings that were interrupted still go on."""
+    get_profile(profile)
+    for stage in stages:
+        (_kept(profile) / f"{checkpoint_name(stage, profile)}.safetensors").unlink(missing_ok=True)
 
 
 def _record(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None) -> dict:

@@ -161,8 +161,9 @@ def test_a_generator_belongs_to_its_model(place, monkeypatch, capsys):
     assert "rwkv4-dialogue-token-tiny.safetensors was trained otherwise (lm); not used" in capsys.readouterr().out
 
 
-def test_retrain_trains_although_it_fits(place, capsys):
-    """The language model below a generator is still loaded."""
+def test_what_was_forgotten_is_trained_anew(place, capsys):
+    """Only that: the language model below a generator, trained here too, is still loaded."""
+    stages.forget("tiny", ("static",))
     load_or_train("static", "tiny", retrain=True)
     said = capsys.readouterr().out
     assert "lm: loaded" in said
@@ -172,6 +173,7 @@ def test_retrain_trains_although_it_fits(place, capsys):
 def test_the_same_seed_trains_the_same(place):
     """Training again gives the same bits, and what training returns is what loading gives, half precision and all."""
     first = load_or_train("final", "tiny")
+    stages.forget("tiny", ("final",))
     again = load_or_train("final", "tiny", retrain=True)
     assert same(first, again)
 
