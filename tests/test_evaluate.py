@@ -207,7 +207,7 @@ def test_reading_on_equals_reading_from_scratch(data, method):
     begin = start(method, lm, {"token": generator}, prompts)
     found = []
     for distance, state, _, _ in evaluate._read(lm, begin, items, [0, 33, 70]):
-        texts = evaluate._ask(lm, data, items, prompts, begin, state)
+        texts = evaluate._ask(lm, data, items, prompts, begin, state, distance)
         found.append((distance, state, texts))
     for distance, state, texts in found:
         alone = begin.state
@@ -215,7 +215,7 @@ def test_reading_on_equals_reading_from_scratch(data, method):
             alone = lm(torch.tensor([item.body[:distance] for item in items]), begin.state, begin.delta)[1]
         for name in state.tensors:
             torch.testing.assert_close(state.tensors[name], alone.tensors[name], rtol=1e-4, atol=1e-5)
-        assert texts == evaluate._ask(lm, data, items, prompts, begin, alone)
+        assert texts == evaluate._ask(lm, data, items, prompts, begin, alone, distance)
 
 
 def test_measure_asks_from_every_method_the_same(rows):
