@@ -4,12 +4,17 @@ A notebook records; the ledger (`expected/<notebook>.<profile>.json`) holds for 
 
     value      the bar: the number to meet, or for an ordering the name of the claim to reach
     tolerance  how far from the bar still counts as met
-    kind       absolute   |measured - value| <= tolerance
+    kind       exact      measured = value, up to the last bits
+               absolute   |measured - value| <= tolerance
                relative   |measured - value| <= tolerance * |value|
                at_least   measured >= value - tolerance
                at_most    measured <= value + tolerance
                ordering   measured >= (measured value of the claim named by `value`) - tolerance
     reference  what the reference run measured; the number that texts quote
+
+The text between prompt and question is whatever prose a machine has, and numbers depend on it: `absolute` and
+`relative` claims, which ask for the reference run's numbers, are judged only in a run on that run's prose. Promises
+(`at_least`, `at_most`, `ordering`) and counts (`exact`) are always judged.
 """
 
 import html
@@ -25,12 +30,14 @@ from typing import Any
 from prosg_lib import files, paths, provenance
 from prosg_lib.errors import UserError
 from prosg_lib.profiles import get_profile
+from prosg_lib.tasks.prose import load_prose
 
-KINDS = ("absolute", "relative", "at_least", "at_most", "ordering")
+KINDS = ("exact", "absolute", "relative", "at_least", "at_most", "ordering")
 DEFAULT_KIND = "absolute"
 DEFAULT_TOLERANCE = (
     0.05  # five points of a recall or a rate, which most claims are; others are set by hand in the ledger
 )
+OF_THE_PROSE = ("absolute", "relative")
 UNEXPECTED = "unexpected"  # the kind shown for a claim that no ledger knows; a claim nobody checks is no claim
 
 Row = dict[str, Any]
@@ -119,21 +126,21 @@ def finish() -> None:
     context = current()
     if context.finished:
         raise UserError("claims.finish() ran already; run the notebook again from the cell with claims.begin.")
-    files.write_json(
-        measured_path(paths.runs_dir(context.profile), context.notebook),
-        {
-            "notebook": context.notebook,
-            "profile": context.profile,
-            "seed": context.seed,
-            # Set by `prosg reproduce`: tells the file of this very run from one that an earlier run left.
-            "run_id": os.environ.get("PROSG_RUN_ID"),
-            "finished": time.time(),
-            **provenance.facts(),
-            "claims": context.values,
-        },
-    )
+    prose = load_prose()
+    record = {
+        "notebook": context.notebook,
+        "profile": context.profile,
+        "seed": context.seed,
+        # Set by `prosg reproduce`: tells the file of this very run from one that an earlier run left.
+        "run_id": os.environ.get("PROSG_RUN_ID"),
+        "finished": time.time(),
+        **provenance.facts(),
+        "prose": {"source": prose.source, "sha256": prose.sha256},
+        "claims": context.values,
+    }
+    files.write_json(measured_path(paths.runs_dir(context.profile), context.notebook), record)
     context.finished = True
-    show(compare(context.values, expected_claims(context.notebook, context.profile)))
+    show(judge(record, context.notebook, context.profile))
 
 
 def ledger_path(notebook: str, profile: str, expected_dir: Path | None = None) -> Path:
@@ -142,7 +149,7 @@ def ledger_path(notebook: str, profile: str, expected_dir: Path | None = None) -
 
 
 def expected(notebook: str, profile: str, expected_dir: Path | None = None) -> dict[str, Any]:
-    """One file of the ledger: notebook, profile, seeds, device, versions, claims.
+    """One file of the ledger: notebook, profile, seeds, device, versions, prose, claims.
 
     Raises:
         UserError: it is missing or malformed; names the file and the claim.
@@ -151,6 +158,8 @@ def expected(notebook: str, profile: str, expected_dir: Path | None = None) -> d
     ledger = files.read_json(path)
     if not isinstance(ledger, dict) or not isinstance(ledger.get("claims"), dict):
         raise UserError(f"{path} has no object 'claims'; restore it or write it anew with --update-expected.")
+    if "prose" in ledger and not isinstance((ledger["prose"] or {}).get("sha256"), str):
+        raise UserError(f"{path}: 'prose' has no text 'sha256'; restore it or write it anew with --update-expected.")
     for name, entry in ledger["claims"].items():
         _check_entry(path, name, entry, ledger["claims"])
     return ledger
@@ -187,16 +196,31 @@ def _check_entry(path: Path, name: str, entry: Any, entries: Mapping[str, Any]) 
         raise UserError(f"{where}: the reference is {entry['reference']!r}; a number.")
 
 
-def compare(measured: Mapping[str, float], expected: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+def judge(found: Mapping[str, Any] | None, notebook: str, profile: str, expected_dir: Path | None = None) -> list[Row]:
+    """The rows of `compare` for what a notebook recorded.
+
+    Args:
+        found: what `finish` wrote; None: nothing, so that nothing holds.
+    """
+    ledger = expected(notebook, profile, expected_dir) if ledger_path(notebook, profile, expected_dir).is_file() else {}
+    prose = [side["prose"]["sha256"] for side in (found or {}, ledger) if side.get("prose")]
+    return compare(found["claims"] if found else {}, ledger.get("claims", {}), same_prose=len(set(prose)) < 2)
+
+
+def compare(
+    measured: Mapping[str, float], expected: Mapping[str, Mapping[str, Any]], same_prose: bool = True
+) -> list[Row]:
     """Measured numbers against the ledger's.
 
     Args:
         measured: claim name -> number.
         expected: claim name -> {"value", "tolerance", "kind"}.
+        same_prose: both are of the same prose.
     Returns:
         One row a claim, measured ones first in their order: name, value (None: not measured), expected (the number to
         meet, None where there is none), tolerance, kind, holds; an ordering has `than`, the other claim's name, too.
-        What was expected but not measured does not hold, nor does what was measured but not expected.
+        What was expected but not measured does not hold, nor does what was measured but not expected. holds is None
+        where a measured number cannot be judged, because it depends on the prose, which is another.
     """
     rows = []
     for name in [*measured, *(name for name in expected if name not in measured)]:
@@ -212,12 +236,16 @@ def compare(measured: Mapping[str, float], expected: Mapping[str, Mapping[str, A
             row["than"], bar = bar, measured.get(bar)
             row["expected"] = bar
         row["holds"] = value is not None and bar is not None and _holds(kind, value, bar, tolerance)
+        if value is not None and kind in OF_THE_PROSE and not same_prose:
+            row["holds"] = None
         rows.append(row)
     return rows
 
 
 def _holds(kind: str, value: float, bar: float, tolerance: float) -> bool:
     rounding = 1e-12 * max(1.0, abs(bar))  # so that 0.97 +- 0.01 holds 0.98, whatever binary fractions make of it
+    if kind == "exact":
+        return abs(value - bar) <= rounding
     if kind == "absolute":
         return abs(value - bar) <= tolerance + rounding
     if kind == "relative":
@@ -235,6 +263,8 @@ def bar_text(row: Row) -> str:
     if kind == UNEXPECTED:
         return "not in the ledger"
     number = "not measured" if bar is None else f"{bar:.4g}"
+    if kind == "exact":
+        return f"exactly {number}"
     if kind == "absolute":
         return f"{number} ± {tolerance:g}"
     if kind == "relative":
@@ -251,10 +281,14 @@ def value_text(row: Row) -> str:
     return "not measured" if row["value"] is None else f"{row['value']:.4g}"
 
 
+HOLDS = {True: "yes", False: "NO", None: "other prose"}
+"""What a table says of a row; None: it cannot be judged on this prose."""
+
+
 def table_text(rows: Sequence[Row]) -> str:
     """The rows as lines of plain text, for a terminal."""
     head = ("claim", "measured", "expected", "holds")
-    cells = [(row["name"], value_text(row), bar_text(row), "yes" if row["holds"] else "NO") for row in rows]
+    cells = [(row["name"], value_text(row), bar_text(row), HOLDS[row["holds"]]) for row in rows]
     widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
     lines = [head, tuple("-" * width for width in widths), *cells]
     return "\n".join(
@@ -268,7 +302,7 @@ def table_html(rows: Sequence[Row]) -> str:
     body = "".join(
         f'<tr><th scope="row"><code>{html.escape(row["name"])}</code></th>'
         f"<td>{value_text(row)}</td><td>{html.escape(bar_text(row))}</td>"
-        f"<td>{'yes' if row['holds'] else '<strong>no</strong>'}</td></tr>"
+        f"<td>{'<strong>no</strong>' if row['holds'] is False else HOLDS[row['holds']]}</td></tr>"
         for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -297,7 +331,7 @@ def show(rows: Sequence[Row]) -> None:
 def update(
     run_dir: Path, profile: str, expected_dir: Path | None = None, notebooks: Iterable[str] | None = None
 ) -> list[Path]:
-    """Writes the ledger from a finished run: refreshes every `reference`, the seeds, device and versions.
+    """Writes the ledger from a finished run: refreshes every `reference`, the seeds, device, versions and prose.
 
     Entries that exist keep their kind, value and tolerance, so a bar is never loosened here, and stay where the run did
     not measure them. New ones get kind "absolute", the measured value and a tolerance of 0.05 (`DEFAULT_TOLERANCE`);
@@ -336,6 +370,7 @@ def update(
                 "seeds": [measured["seed"]],
                 "device": measured["device"],
                 "versions": measured["versions"],
+                "prose": measured["prose"],
                 "claims": entries,
             },
         )

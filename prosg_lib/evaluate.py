@@ -50,31 +50,43 @@ def measure(
         instructions kept), asked and competing (words of answers about other people in the text since the distance
         before, and the share of them that the model puts first; NaN where there were none).
     """
-    distances = sorted(set(distances))
     shape = Shape(facts, max(distances), min(probes, facts), instructions=2)
     items = data.items(prompts, shape)
-    encoded = [list(data.encode_prompt(item)) for item in items]
     rows = []
+    for method, distance, answers, asked, right in _answered(lm, generators, methods, data, items, distances):
+        for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
+            verdicts = [judge(text, p, item.instructions) for text, p in zip(texts, item.probes, strict=True)]
+            rows.append(
+                {
+                    "method": method,
+                    "distance": distance,
+                    "facts": facts,
+                    "seed": data.seed,
+                    "prompt": number,
+                    "recall": float(np.mean([v.recalled for v in verdicts])),
+                    "followed": float(np.mean([v.followed for v in verdicts])),
+                    "asked": asked[number],
+                    "competing": right[number] / asked[number] if asked[number] else float("nan"),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _answered(
+    lm: RecurrentLM,
+    generators: dict[str, Generator],
+    methods: Iterable[str],
+    data: Dialogues,
+    items: list[Item],
+    distances: Sequence[int],
+):
+    """Every method reads every item's text once; yields at each distance, nearest first: (method, distance, the answers
+    to every item's questions there, and the two counts of `_read`)."""
+    encoded = [list(data.encode_prompt(item)) for item in items]
     for method in methods:
         begin = start(method, lm, generators, encoded)
-        for distance, state, asked, right in _read(lm, begin, items, distances):
-            answers = _ask(lm, data, items, encoded, begin, state, distance)
-            for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
-                verdicts = [judge(text, p, item.instructions) for text, p in zip(texts, item.probes, strict=True)]
-                rows.append(
-                    {
-                        "method": method,
-                        "distance": distance,
-                        "facts": facts,
-                        "seed": data.seed,
-                        "prompt": number,
-                        "recall": float(np.mean([v.recalled for v in verdicts])),
-                        "followed": float(np.mean([v.followed for v in verdicts])),
-                        "asked": asked[number],
-                        "competing": right[number] / asked[number] if asked[number] else float("nan"),
-                    }
-                )
-    return pd.DataFrame(rows)
+        for distance, state, asked, right in _read(lm, begin, items, sorted(set(distances))):
+            yield method, distance, _ask(lm, data, items, encoded, begin, state, distance), asked, right
 
 
 def _read(lm: RecurrentLM, begin: Start, items: list[Item], distances: list[int]):
@@ -163,32 +175,27 @@ def knowledge(
         distance, prompt, slot, value, question, answer (as generated), right (the value, exactly), followed (share of
         the instructions kept).
     """
-    distances = sorted(set(distances))
     items = data.items(prompts, Shape(facts, max(distances), facts, instructions=2))
-    encoded = [list(data.encode_prompt(item)) for item in items]
     rows = []
-    for method in methods:
-        begin = start(method, lm, generators, encoded)
-        for distance, state, _, _ in _read(lm, begin, items, distances):
-            answers = _ask(lm, data, items, encoded, begin, state, distance)
-            for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
-                for probe, text in sorted(
-                    zip(item.probes, texts, strict=True), key=lambda pair: item.facts.index(pair[0].fact)
-                ):
-                    verdict = judge(text, probe, item.instructions)
-                    rows.append(
-                        {
-                            "method": method,
-                            "distance": distance,
-                            "prompt": number,
-                            "slot": probe.fact.slot,
-                            "value": probe.fact.value,
-                            "question": probe.question,
-                            "answer": text.strip(),
-                            "right": verdict.recalled,
-                            "followed": verdict.followed,
-                        }
-                    )
+    for method, distance, answers, _, _ in _answered(lm, generators, methods, data, items, distances):
+        for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
+            for probe, text in sorted(
+                zip(item.probes, texts, strict=True), key=lambda pair: item.facts.index(pair[0].fact)
+            ):
+                verdict = judge(text, probe, item.instructions)
+                rows.append(
+                    {
+                        "method": method,
+                        "distance": distance,
+                        "prompt": number,
+                        "slot": probe.fact.slot,
+                        "value": probe.fact.value,
+                        "question": probe.question,
+                        "answer": text.strip(),
+                        "right": verdict.recalled,
+                        "followed": verdict.followed,
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -275,9 +282,22 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.where(below > 1e-9, above / np.where(below > 1e-9, below, 1.0), np.nan)
 
 
-def difference(frame: pd.DataFrame, method: str, other: str, distance: int, facts: int = 6) -> Estimate:
-    """Recall of one method minus another's, paired."""
-    return _resampled(_table(frame, "recall", facts, distance, [method, other]), lambda m: m[0] - m[1])
+def differences(frame: pd.DataFrame, method: str, other: str, facts: int = 6) -> dict[int, Estimate]:
+    """Recall of one method minus another's by distance, paired, with a simultaneous 95 % band (bootstrap, max-t).
+
+    The band covers the whole curve: where there is no difference at any distance, it leaves out 0 somewhere in one case
+    of twenty, while one interval a distance would do so in up to one case of twenty for each of them.
+    """
+    distances = sorted(frame[frame.facts == facts].distance.unique().tolist())
+    tables = [_table(frame, "recall", facts, d, [method, other]) for d in distances]
+    apart = np.stack([table[0] - table[1] for table in tables])  # (distances, prompts)
+    pick = np.random.default_rng(0).integers(apart.shape[1], size=(_RESAMPLES, apart.shape[1]))
+    means = apart[:, pick].mean(2)  # (distances, resamples)
+    error = means.std(1, keepdims=True)
+    away = np.abs(means - apart.mean(1, keepdims=True)) / np.where(error > 1e-12, error, 1.0)
+    width = np.quantile(away.max(0), 0.95) * error[:, 0]
+    middle = apart.mean(1)
+    return {d: Estimate(float(m), float(m - w), float(m + w)) for d, m, w in zip(distances, middle, width, strict=True)}
 
 
 def locality(frame: pd.DataFrame, method: str, other: str = "base", facts: int = 6) -> Estimate:

@@ -6,9 +6,9 @@ here are our reading. Two generators, both forward only, both without effect bef
 - `FinalStateGenerator`: U from the state after the prompt alone. The most literal reading; it cannot know what the
   state has forgotten already.
 - `TokenGenerator`: the true gradient is G = sum_t delta_t x_t^T. Keep the real inputs x_t, predict delta_t from the
-  hidden state at t and the next prompt token (the label; conditional DNI, Jaderberg et al. 2016, section 2), and read
-  the inputs along r learned directions V shared by all prompts: U = sum_t delta_t (V^T x_t)^T. A sum over tokens, so
-  that it streams and adds.
+  hidden state at t, token t and the next prompt token (the label; conditional DNI, Jaderberg et al. 2016, section 2),
+  and read the inputs along r learned directions V shared by all prompts: U = sum_t delta_t (V^T x_t)^T. A sum over
+  tokens, so that it streams and adds.
 
 `StaticDelta` is their control: a change of the same size, trained alike, blind to the prompt.
 
@@ -155,7 +155,8 @@ class Memory:
     Attributes:
         sums: map -> (B, H, r), sum over tokens of z_t (V^T x_t)^T; the delta is linear in it.
         state: the model's state after the last token.
-        pending: the last token's hidden state (B, D) and reads V^T x (B, r) a map; its label is not known yet.
+        pending: the last token's hidden state and embedding (B, 2 D) and reads V^T x (B, r) a map; its label is not
+            known yet.
         length: tokens absorbed.
     """
 
@@ -166,13 +167,17 @@ class Memory:
 
 
 class TokenGenerator(Generator):
-    """The synthetic gradient token by token: delta_t predicted from (hidden state at t, next token)."""
+    """The synthetic gradient token by token: delta_t predicted from (hidden state at t, token t, next token).
+
+    A fact can be written where the text says what it is about: before its value ("my pet is a" -> parrot), or, where
+    only the value tells that ("I brought home a parrot."), at the value itself, which is then token t and no label.
+    """
 
     def __init__(self, lm: RecurrentLM, rank: int, width: int, endings: tuple[str, ...]):
         super().__init__(lm, rank, endings)
         size = lm.config.width
         self.mlp = nn.Sequential(
-            nn.Dropout(DROPOUT), nn.Linear(2 * size, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+            nn.Dropout(DROPOUT), nn.Linear(3 * size, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
         )
         self.heads = nn.ModuleDict({_key(n): nn.Linear(width, out, bias=False) for n, out in self.outs.items()})
         for head in self.heads.values():
@@ -193,9 +198,10 @@ class TokenGenerator(Generator):
         with torch.no_grad(), captured_inputs(lm, self.names) as inputs:
             hidden, state = lm.step_through(ids, None if memory is None else memory.state, valid)
             label = lm.embed(ids)
+            seen = torch.cat([hidden, label], -1)
         reads = {name: inputs[name].detach() @ self.V[_key(name)] for name in self.names}  # V^T x_t, (B, T, r)
-        pending = hidden[:, -1], {name: read[:, -1] for name, read in reads.items()}
-        here, after = hidden[:, :-1], label[:, 1:]
+        pending = seen[:, -1], {name: read[:, -1] for name, read in reads.items()}
+        here, after = seen[:, :-1], label[:, 1:]
         reads = {name: read[:, :-1] for name, read in reads.items()}
         if memory is not None:
             here = torch.cat([memory.pending[0][:, None], here], 1)

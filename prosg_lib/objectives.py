@@ -23,19 +23,21 @@ class Draw:
     """Step -> batch. The number of facts and the distance are drawn once for a whole batch.
 
     easy_steps: so many first steps have questions right behind the prompt, and at most `easy_facts` facts.
+    instructions: numbers of instructions that prompts are drawn with; a step draws one.
     """
 
     data: Dialogues
     sizes: Training
     easy_steps: int
     easy_facts: int
+    instructions: tuple[int, ...]
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"{self.data.seed}/{step}")
         facts, distance = rng.choice(self.sizes.facts), rng.choice(self.sizes.distances)
         if step < self.easy_steps:
             facts, distance = min(facts, self.easy_facts), 0
-        shape = Shape(facts, distance, min(facts, 6), instructions=rng.choice((0, 1, 1, 2)))
+        shape = Shape(facts, distance, min(facts, 6), instructions=rng.choice(self.instructions))
         return collate(self.data, self.data.items(self.sizes.batch, shape, start=step * self.sizes.batch))
 
 
@@ -66,7 +68,7 @@ EASY = 0.35
 
 
 def lm_draw(data: Dialogues, sizes: Training) -> Draw:
-    return Draw(data, sizes, int(EASY * sizes.steps), 4)
+    return Draw(data, sizes, int(EASY * sizes.steps), 4, (0, 1, 1, 2))
 
 
 def lm_objective(lm: RecurrentLM, autocast: bool = False) -> Callable[[int, Batch], Loss]:
@@ -91,7 +93,7 @@ ALONE = 0.4
 
 With the state always carried over, the model answers from it at short distances and the change is never needed."""
 
-_BLANK_LATER = 0.3  # share of later steps that still start from a blank state
+_BLANK_LATER = 0.5  # share of later steps that still start from a blank state
 
 
 LOCAL = 0.6
@@ -101,7 +103,7 @@ _LOCALITY = 3.0  # weight of that term; with the text's own loss alone, prose ca
 
 
 def generator_draw(data: Dialogues, sizes: Training) -> Draw:
-    return Draw(data, sizes, int(ALONE * sizes.steps), 24)
+    return Draw(data, sizes, int(ALONE * sizes.steps), 24, (0, 1, 2, 2))
 
 
 def generator_objective(

@@ -95,7 +95,7 @@ PROFILES = {
         model=RWKV4Config(VOCAB, 128, 4, 512),
         lm=Training(2000, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
         token=GeneratorSize(16, 256, _MAPS),
-        token_training=Training(800, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        token_training=Training(1000, 48, 2e-3, (3, 6, 12, 24, 24), (0, 64, 256, 512), warmup=50),
         final=GeneratorSize(16, 256, ("att.output", "ffn.value")),
         final_training=Training(500, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         static_training=Training(100, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),

@@ -33,8 +33,8 @@ def build(profile: str, run_dir: Path, expected_dir: Path, course: Iterable[str]
     Args:
         course: names of all notebooks, in order.
     Returns:
-        profile, seed, commit, device, versions (several values are joined with commas where notebooks were run at
-        different times), complete (every notebook finished), passed (complete, and every claim holds), claims (one
+        profile, seed, commit, device, prose, versions (several values are joined with commas where notebooks were run
+        at different times), complete (every notebook finished), passed (complete, and no claim fails), claims (one
         entry a claim: notebook and a row of `claims.compare`), notebooks (name, status, seconds, peak_mb, seed,
         parameters, commit, error) and figures (name and sidecar).
     Raises:
@@ -51,8 +51,7 @@ def build(profile: str, run_dir: Path, expected_dir: Path, course: Iterable[str]
             continue
         found = measured(run_dir, record)
         facts.append(found or {})
-        compared = claims.compare(found["claims"] if found else {}, claims.expected_claims(name, profile, expected_dir))
-        rows += [{"notebook": name, **row} for row in compared]
+        rows += [{"notebook": name, **row} for row in claims.judge(found, name, profile, expected_dir)]
         notebooks.append({"name": name, **{key: value for key, value in record.items() if key != "notebook"}})
     complete = all(notebook["status"] == "finished" for notebook in notebooks)
     return {
@@ -60,12 +59,13 @@ def build(profile: str, run_dir: Path, expected_dir: Path, course: Iterable[str]
         "seed": _joined(record["seed"] for record in records.values()),
         "commit": _joined(fact.get("commit") for fact in facts),
         "device": _joined(fact.get("device") for fact in facts),
+        "prose": _joined(fact.get("prose", {}).get("source") for fact in facts),
         "versions": {
             key: _joined(fact.get("versions", {}).get(key) for fact in facts)
             for key in sorted({key for fact in facts for key in fact.get("versions", {})})
         },
         "complete": complete,
-        "passed": complete and all(row["holds"] for row in rows),
+        "passed": complete and not any(row["holds"] is False for row in rows),
         "claims": rows,
         "notebooks": notebooks,
         "figures": figures(run_dir),
@@ -148,13 +148,15 @@ def _text(value: Any) -> str:
 
 def verdict(report: dict[str, Any]) -> str:
     """One sentence, as HTML."""
-    failed = sum(not row["holds"] for row in report["claims"])
+    failed, open_ = (sum(row["holds"] is said for row in report["claims"]) for said in (False, None))
     missing = sum(notebook["status"] != "finished" for notebook in report["notebooks"])
     parts = []
     if failed:
         parts.append(f"<strong>{failed} of {len(report['claims'])} claims do not hold.</strong>")
     else:
-        parts.append(f"All {len(report['claims'])} claims hold.")
+        parts.append(f"All {len(report['claims']) - open_} claims {'that can be judged ' if open_ else ''}hold.")
+    if open_:
+        parts.append(f"{open_} ask for numbers of a run on other prose, and were not judged.")
     if missing:
         parts.append(f"<strong>{missing} of {len(report['notebooks'])} notebooks were not finished.</strong>")
     return " ".join(parts)
@@ -199,7 +201,7 @@ def _notebooks(report: dict[str, Any]) -> str:
 
 
 def _provenance(report: dict[str, Any]) -> str:
-    facts = {key: report[key] for key in ("profile", "seed", "commit", "device")} | report["versions"]
+    facts = {key: report[key] for key in ("profile", "seed", "commit", "device", "prose")} | report["versions"]
     lines = "".join(
         f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>' for key, value in facts.items()
     )

@@ -194,11 +194,17 @@ def show(profile: str, places: Places | None = None, only: Sequence[str] | None 
         rows = [row for row in built["claims"] if row["notebook"] == name]
         if rows:
             print(f"\n{name}\n{claims.table_text(rows)}")
-    wrong = [row for row in built["claims"] if not row["holds"] and (only is None or row["notebook"] in only)]
+    decide = [row for row in built["claims"] if only is None or row["notebook"] in only]
+    wrong = [row for row in decide if row["holds"] is False]
     if wrong:
         print(f"\n{len(wrong)} claims do not hold:" if len(wrong) > 1 else "\n1 claim does not hold:")
         for row in wrong:
             print(f"  {row['notebook']} {row['name']}: measured {_measured(row)}, expected {claims.bar_text(row)}")
+    if any(row["holds"] is None for row in decide):
+        print(
+            f"\nThe text between prompts and questions was {built['prose']}, and another one in the reference run: "
+            "promises and counts were judged,\nand what depends on the prose was not. README says which prose that was."
+        )
     if any(row["kind"] == claims.UNEXPECTED for row in wrong):
         print("Claims that are not in the ledger are added to it with --update-expected.")
     print(f"\nreport: {page}", flush=True)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from prosg_lib import claims, quotes
 from prosg_lib.errors import UserError
+from prosg_lib.tasks.prose import Prose
 
 
 @pytest.fixture
@@ -122,6 +123,8 @@ def test_begin_refuses_an_unknown_profile(runs):
 @pytest.mark.parametrize(
     ("kind", "value", "bar", "tolerance", "expected"),
     [
+        ("exact", 458752, 458752, 0, True),
+        ("exact", 458753, 458752, 5, False),
         ("absolute", 0.98, 0.97, 0.01, True),  # 0.98 - 0.97 is more than 0.01 in binary fractions
         ("absolute", 0.96, 0.97, 0.01, True),
         ("absolute", 0.981, 0.97, 0.01, False),
@@ -143,7 +146,7 @@ def test_kinds_hold_up_to_their_tolerance_and_no_further(kind, value, bar, toler
     assert holds(kind, value, bar, tolerance) is expected
 
 
-@given(st.sampled_from(claims.KINDS[:4]), st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.floats(0, 10))
+@given(st.sampled_from(claims.KINDS[:5]), st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.floats(0, 10))
 def test_a_wider_tolerance_never_turns_a_claim_down(kind, value, bar, tolerance):
     """Whatever holds with a tolerance holds with a wider one; and the bar itself always holds."""
     assert holds(kind, bar, bar, 0)
@@ -172,6 +175,49 @@ def test_missing_and_unexpected_claims_do_not_hold():
     new, gone = claims.compare({"new": 1.0}, {"gone": entry(1.0)})
     assert (new["name"], new["kind"], new["holds"], new["expected"]) == ("new", "unexpected", False, None)
     assert (gone["name"], gone["value"], gone["holds"]) == ("gone", None, False)
+
+
+def test_on_other_prose_only_promises_and_counts_are_judged():
+    """What asks for the reference run's own numbers is left open, right or wrong; what was not measured still fails."""
+    ledger = {
+        "near": entry(0.5, 0.1),
+        "share": entry(10, 0.1, "relative"),
+        "least": entry(0.9, 0, "at_least"),
+        "most": entry(0.9, 0, "at_most"),
+        "count": entry(3, 0, "exact"),
+        "order": entry("near", 0, "ordering"),
+        "gone": entry(0.5, 0.1),
+    }
+    measured = {"near": 0.5, "share": 20, "least": 0.8, "most": 0.8, "count": 3, "order": 0.4}
+    same = {row["name"]: row["holds"] for row in claims.compare(measured, ledger)}
+    other = {row["name"]: row["holds"] for row in claims.compare(measured, ledger, same_prose=False)}
+    judged = {"least": False, "most": True, "count": True, "order": False, "gone": False}
+    assert same == {"near": True, "share": False} | judged
+    assert other == {"near": None, "share": None} | judged
+    rows = claims.compare(measured, ledger, same_prose=False)
+    assert claims.table_text(rows).count("other prose") == claims.table_html(rows).count("other prose") == 2
+
+
+def test_a_run_is_judged_by_the_prose_of_the_ledger(runs, tmp_path, monkeypatch):
+    """`finish` records the prose and `update` keeps it; the same text is the same prose under any name."""
+    ledger = tmp_path / "expected"
+    prose = Prose("some folder", {"train": ["a"], "validation": ["b"], "test": ["c"]})
+    monkeypatch.setattr(claims, "load_prose", lambda: prose)
+    finish_run(a=0.5)
+    claims.update(runs / "smoke", "smoke", ledger)
+    kept = claims.expected("99_test", "smoke", ledger)["prose"]
+    assert kept == {"source": "some folder", "sha256": prose.sha256}
+
+    def hold():
+        finish_run(a=0.9)
+        found = json.loads(claims.measured_path(runs / "smoke", "99_test").read_text())
+        return [row["holds"] for row in claims.judge(found, "99_test", "smoke", ledger)]
+
+    prose = Prose("moved", prose.paragraphs)
+    assert hold() == [False]
+    prose = Prose("moved", prose.paragraphs | {"test": ["d"]})
+    assert hold() == [None]
+    assert claims.judge(None, "99_test", "smoke", ledger)[0]["holds"] is False
 
 
 def test_tables_say_in_words_what_holds():
@@ -218,6 +264,14 @@ def test_malformed_ledger_names_file_and_claim(tmp_path, broken, said):
     """A hand edits the ledger, so a slip is said with its place."""
     write_ledger(tmp_path, a=broken)
     with pytest.raises(UserError, match=rf"99_test\.smoke\.json, claim 'a': .*{said}"):
+        claims.expected("99_test", "smoke", tmp_path)
+
+
+def test_ledger_with_malformed_prose_is_named(tmp_path):
+    """It decides what is judged."""
+    path = write_ledger(tmp_path, a=entry(1))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prose": {"source": "books"}}))
+    with pytest.raises(UserError, match=r"99_test\.smoke\.json: 'prose' has no text 'sha256'"):
         claims.expected("99_test", "smoke", tmp_path)
 
 

@@ -222,6 +222,45 @@ def test_richer_training_words_the_same_dialogues_otherwise():
         assert not prompts & {item.prompt for item in many(split, 200)}
 
 
+def test_richer_training_tells_facts_with_verbs_of_other_slots_too():
+    """About a fifth of the statements have a verb of any slot, so the verb does not say which slot it is."""
+    plain = data_of("train")
+    rich = Dialogues(plain.tokenizer, plain.prose, "train", 0, rich=True)
+    verbs = {slot: [v[0] for v in spec["verbs"]] for slot, spec in dialogue.words()["slots"].items()}
+    stray = total = 0
+    for item in rich.items(150, Shape(facts=6, distance=0, probes=1)):
+        for fact in item.facts:
+            total += 1
+            others = [v for slot, known in verbs.items() if slot != fact.slot for v in known]
+            stray += any(f"I {verb} {fact.value}" in item.prompt for verb in others)
+    assert total == 900
+    assert 0.13 < stray / total < 0.27
+
+
+def test_richer_training_weighs_the_form_of_an_answer_too():
+    """The plain kind of a comma, a full stop and a line's end is text; in richer data all of an answer is answer."""
+    plain = data_of("train")
+    rich = Dialogues(plain.tokenizer, plain.prose, "train", 0, rich=True)
+    for data, marks in ((plain, TEXT), (rich, ANSWER)):
+        item = data.item(0, Shape(facts=3, distance=0, probes=2, instructions=2))
+        _, kind = data.probes_of(item)
+        expected = []
+        for probe in item.probes:
+            question, answer = data.encode_probe(probe)
+            texts = [data.tokenizer.decode([t]) for t in answer]
+            assert {",", ".", "\n"} <= set(texts)
+            expected += [TEXT] * len(question) + [marks if t in (",", ".", "\n") else ANSWER for t in texts]
+        assert kind == expected
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_held_out_splits_have_no_richer_form(split):
+    """What a generator is measured on is never in the wording that it was trained with."""
+    plain = data_of(split)
+    with pytest.raises(UserError, match=f"the {split} split has no richer form"):
+        Dialogues(plain.tokenizer, plain.prose, split, 0, rich=True)
+
+
 def test_training_sees_every_value():
     """Held-out values are unseen together, not unseen."""
     rng = random.Random(0)

@@ -14,7 +14,7 @@ from prosg_lib.backbones.base import RecurrentLM
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.baselines import METHODS, start
 from prosg_lib.errors import UserError
-from prosg_lib.evaluate import by_distance, difference, estimate, gap_recovered, half_life, locality, measure
+from prosg_lib.evaluate import by_distance, differences, estimate, gap_recovered, half_life, locality, measure
 from prosg_lib.generator import TokenGenerator
 from prosg_lib.lowrank import Factors, LowRankDelta
 from prosg_lib.profiles import Evaluation
@@ -26,14 +26,6 @@ from prosg_lib.tokenizer import load_tokenizer
 WINDOW = 100  # tokens that the model of these tests remembers; its prompts have fewer
 PAD = -1  # stands where the window holds nothing yet
 FACTS, PROMPTS, PROBES = 3, 5, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +218,20 @@ def test_measure_asks_from_every_method_the_same(rows):
     assert (frame.groupby(["distance", "prompt"]).size() == len(METHODS)).all()
 
 
+def test_recall_alone_is_what_the_delta_knows_by_itself(data, rows):
+    """From a blank state, one value a prompt: 1 with its own delta, 0 with none; with the next prompt's, only what
+    both say."""
+    lm, items, _ = rows
+    ids, valid = lm.encode_prompts([list(data.encode_prompt(item)) for item in items])
+    delta, _ = Copy()(lm, ids, valid)
+    assert evaluate.recall_alone(lm, delta, data, items).tolist() == [1.0] * PROMPTS
+    assert evaluate.recall_alone(lm, None, data, items).tolist() == [0.0] * PROMPTS
+    swapped = evaluate.recall_alone(lm, delta.select(torch.arange(PROMPTS).roll(1)), data, items)
+    for number, item in enumerate(items):
+        other = {p.question: p.fact for p in items[number - 1].probes}
+        assert swapped[number] == np.mean([other.get(p.question) == p.fact for p in item.probes])
+
+
 def test_sweep_takes_fewer_prompts_beside_the_main_number_of_facts(data):
     """The main number of facts is 6 where the grid has it, else the largest."""
     sizes = Evaluation(prompts=3, other_prompts=2, probes=1, seeds=(0,), distances=(0, 8), facts=(2, 3))
@@ -293,8 +299,23 @@ def test_differences_are_paired():
     """Two methods that differ by the same amount in every prompt differ by it for sure, however prompts differ."""
     recalls = np.linspace(0.2, 0.8, 7)
     frame = made({"wrong": [recalls - 0.1], "none": [recalls]}, distances=(64,))
-    found = difference(frame, "wrong", "none", 64)
+    found = differences(frame, "wrong", "none")[64]
     assert (found.value, found.low, found.high) == pytest.approx((-0.1, -0.1, -0.1))
+
+
+def test_the_band_of_differences_covers_a_whole_curve():
+    """Of curves that differ nowhere, about one in twenty leaves the band somewhere; single intervals miss far more."""
+    rng = np.random.default_rng(3)
+    distances, missed, single = (0, 16, 64, 256, 512, 1024, 4096), 0, 0
+    for _ in range(200):
+        draws = rng.normal(size=(2, len(distances), 40))
+        frame = made({"wrong": list(draws[0]), "none": list(draws[1])}, distances=distances)
+        band = differences(frame, "wrong", "none")
+        missed += any(not e.low <= 0 <= e.high for e in band.values())
+        apart = draws[0] - draws[1]
+        single += bool((np.abs(apart.mean(1)) > 1.96 * apart.std(1) / 40**0.5).any())
+    assert 0.01 <= missed / 200 <= 0.11
+    assert single / 200 > 0.2
 
 
 def test_locality_pools_words_and_not_shares():

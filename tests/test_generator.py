@@ -94,8 +94,8 @@ def test_token_wise_is_the_sum_of_its_terms(lm64):
     v = generator.V["blocks_1_ffn_key"]
     total = 0
     for t in range(5):
-        label = lm.embed(ids)[0, t + 1]
-        predicted = generator.heads["blocks_1_ffn_key"](generator.mlp(torch.cat([hidden[0, t], label])))
+        token, label = lm.embed(ids)[0, t : t + 2]
+        predicted = generator.heads["blocks_1_ffn_key"](generator.mlp(torch.cat([hidden[0, t], token, label])))
         total = total + predicted[:, None] * (v @ (v.t() @ inputs[0][0, t]))[None]
     assert_close(full(delta, name)[0], delta.scale * total, rtol=1e-10, atol=1e-12)
 
@@ -137,13 +137,13 @@ def test_memory_does_not_grow(lm):
     generator = make("token", lm)
 
     def size(memory):
-        hidden, reads = memory.pending
-        tensors = [*memory.sums.values(), *memory.state.tensors.values(), hidden, *reads.values()]
+        seen, reads = memory.pending
+        tensors = [*memory.sums.values(), *memory.state.tensors.values(), seen, *reads.values()]
         return sum(t.numel() for t in tensors)
 
     short, long = generator.absorb(lm, ids_of(1, 2)), generator.absorb(lm, ids_of(1, 300))
-    # sums: 9 maps of 24 x 3; state: 5 x 3 x 16; pending: 16 and 9 maps of 3
-    assert size(short) == size(long) == 9 * 24 * 3 + 5 * 3 * 16 + 16 + 9 * 3
+    # sums: 9 maps of 24 x 3; state: 5 x 3 x 16; pending: 2 x 16 and 9 maps of 3
+    assert size(short) == size(long) == 9 * 24 * 3 + 5 * 3 * 16 + 2 * 16 + 9 * 3
     deltas = [generator.delta_of(m).nbytes() for m in (short, long)]
     assert deltas[0] == deltas[1] == 3 * 3 * 4 * (16 + 16 + 32 + 16 + 16 + 32)
 

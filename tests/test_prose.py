@@ -53,6 +53,15 @@ def write_cached_wikitext(cache, text):
 # Our own sentences
 
 
+def test_sha256_names_the_text():
+    """Neither the source nor the order of the splits matters; every paragraph, its end and its split do."""
+    one = Prose("a", {"train": ["x", "y"], "validation": ["z"], "test": ["w"]})
+    assert one.sha256 == Prose("b", dict(reversed(one.paragraphs.items()))).sha256
+    others = [{"train": ["x\ny"]}, {"train": ["y", "x"]}, {"train": ["x"], "validation": ["y", "z"]}, {"test": ["v"]}]
+    hashes = {Prose("a", one.paragraphs | other).sha256 for other in others}
+    assert len(hashes - {one.sha256}) == len(others)
+
+
 def test_own_sentences_follow_from_the_split():
     """The same split gives the same paragraphs; of two splits' paragraphs none is the same."""
     made = {split: own_sentences(split) for split in SPLITS}

@@ -306,6 +306,30 @@ def test_update_writes_ledger_and_reference_figures(tmp_path):
     assert (tmp_path / "figures" / "line.png").is_file()
 
 
+def test_a_run_on_other_prose_is_judged_by_promises_alone(tmp_path, capsys):
+    """It ends well, and terminal and page say what was not judged and why."""
+    cells = ("claims.record('recall', 0.5)", "claims.record('gap', 0.95)", "claims.finish()")
+    write_notebook(tmp_path / "notebooks", "00_new", *cells)
+    run(tmp_path, update_expected=True)
+    path = tmp_path / "expected" / "00_new.smoke.json"
+    ledger = json.loads(path.read_text())
+    ledger["prose"]["sha256"] = "of other text"
+    ledger["claims"]["recall"]["value"] = 0.8
+    ledger["claims"]["gap"] |= {"kind": "at_least", "value": 0.9}
+    path.write_text(json.dumps(ledger))
+    capsys.readouterr()
+    assert reproduce.show("smoke", places(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"recall +0\.5 +0\.8 ± 0\.05 +other prose", printed)
+    assert re.search(r"gap +0\.95 +at least 0\.9 - 0\.05 +yes", printed)
+    assert "another one in the reference run" in printed
+    made = json.loads((tmp_path / "runs" / "smoke" / "report.json").read_text())
+    assert [row["holds"] for row in made["claims"]] == [None, True]
+    assert made["passed"]
+    page = (tmp_path / "runs" / "smoke" / "report.html").read_text()
+    assert "All 1 claims that can be judged hold. 1 ask for numbers of a run on other prose" in page
+
+
 # What is refused before anything runs
 
 

@@ -23,14 +23,6 @@ LM = "rwkv4-dialogue-tiny.safetensors"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
 def little_prose():
     """Enough text for bodies of no tokens; what `dialogues` remembers of it is forgotten afterwards."""
     lines = own_sentences("test")[:20]

@@ -25,14 +25,6 @@ SIZES = Training(steps=16, batch=4, lr=1e-2, facts=(1,), distances=(0,), warmup=
 RECORD = {"stage": "test", "seed": 0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
     """A kill needs no sync, only a power cut does; on a busy disk each costs a tenth of a second."""

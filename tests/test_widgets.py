@@ -1,5 +1,8 @@
 """The widgets, and the table of single answers that they and their figures show."""
 
+import html
+import re
+
 import pandas as pd
 import pytest
 from ipywidgets import HTML, SelectionSlider
@@ -112,3 +115,14 @@ def test_figures_say_what_the_table_says(table):
     assert [len(ax.collections[0].get_offsets()) for ax in axes] == [3, 3]
     assert [len(ax.collections[1].get_offsets()) for ax in axes] == [1, 1]
     plt.close(figure)
+
+
+def test_coloured_tokens_show_the_text_itself():
+    """Every token once and in order, escaped; the larger its value the deeper its colour, the largest in full."""
+    shown = plots.coloured_tokens(["a<b", " c", "\n"], [0.5, 2.0, 0.0])
+    texts = re.findall(r">([^<]*)</span>", shown)
+    assert [html.unescape(t) for t in texts] == ["a<b", " c", "⏎"]
+    assert re.findall(r"rgba\(0, 114, 178, ([0-9.]+)\)", shown) == ["0.25", "1.00", "0.00"]
+    assert re.findall(r'title="([^"]*)"', shown) == ["0.5", "2", "0"]
+    with pytest.raises(UserError, match="2 tokens but 1 values"):
+        plots.coloured_tokens(["a", "b"], [1.0])

@@ -133,19 +133,35 @@ def asides() -> dict:
 
 
 def reworded(sentence: str, kind: str, fact: Fact, rng: random.Random) -> str:
-    """A sentence about the user in other words: half of the time another frame, some with an aside before or behind.
+    """A sentence about the user in other words: another frame or any slot's verb, some with an aside before or behind.
 
     A generator that has seen few wordings learns them by heart, and writes nothing for the next one; the language
-    model has not seen these, so that the generator meets what the model makes of unfamiliar wording.
+    model has not seen these, so that the generator meets what the model makes of unfamiliar wording. With the verb of
+    another slot ("I play the cloak.") the value alone says what is told, as it does with a verb never seen.
     """
-    if rng.random() < 0.5:
+    draw = rng.random()
+    if kind == "statements" and draw < 0.2:
+        sentence = f"I {rng.choice(_verbs())} {fact.value}."
+    elif draw < 0.6:
         sentence = rng.choice(asides()[kind]).format_map(_names(fact, None))
-    if rng.random() < 0.3:
-        start = sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
-        sentence = f"{rng.choice(asides()['before'])} {start}"
+    sentence = introduced(sentence, rng)
     if kind == "statements" and rng.random() < 0.2:
         sentence = f"{sentence.removesuffix('.')}, {rng.choice(asides()['after'])}."
     return sentence
+
+
+@cache
+def _verbs() -> tuple[str, ...]:
+    """The training verbs of all slots."""
+    return tuple(verb[0] for spec in words()["slots"].values() for verb in spec["verbs"])
+
+
+def introduced(sentence: str, rng: random.Random) -> str:
+    """Some sentences with an aside before them."""
+    if rng.random() >= 0.3:
+        return sentence
+    start = sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
+    return f"{rng.choice(asides()['before'])} {start}"
 
 
 def _names(fact: Fact, who: str | None) -> dict[str, str]:
@@ -198,7 +214,8 @@ def judge(generated: str, probe: Probe, instructions: dict[str, str]) -> Verdict
 class Dialogues:
     """The data set of one split and seed. Items are a pure function of (seed, split, number, shape).
 
-    rich: word prompts and questions in more ways (`reworded`); for the training of generators.
+    rich: word prompts and questions in more ways (`reworded`), and count the punctuation of answers as part of them;
+        for the training of generators. A changed model is to keep the form of its answers, which the plain one has.
     """
 
     tokenizer: Tokenizer
@@ -210,6 +227,8 @@ class Dialogues:
     def __post_init__(self):
         if self.split not in SPLITS:
             raise UserError(f"unknown split {self.split!r}; there are {', '.join(SPLITS)}")
+        if self.rich and self.split != "train":
+            raise UserError(f"the {self.split} split has no richer form; it is for training")
 
     def item(self, number: int, shape: Shape) -> Item:
         """Item `number` of this shape.
@@ -227,8 +246,8 @@ class Dialogues:
         sentences = [self._said(statement, "statements", f, rng) for f in facts]
         for kind, word in instructions.items():
             said = rng.choice(table[kind][self.split])
-            if self.rich and rng.random() < 0.5:
-                said = rng.choice(asides()["instructions"][kind])
+            if self.rich:
+                said = introduced(rng.choice(asides()["instructions"][kind]) if rng.random() < 0.5 else said, rng)
             sentences.insert(rng.randrange(len(sentences) + 1), said.format(v=word))
         body, kind = self._body(shape, rng)
         probes = tuple(
@@ -291,15 +310,16 @@ class Dialogues:
     def probes_of(self, item: Item) -> tuple[list[int], list[int]]:
         """All probes with their answers, one after the other: ids, and the kind of each."""
         ids, kind = [], []
+        marks = frozenset() if self.rich else self._marks
         for probe in item.probes:
             question, answer = self.encode_probe(probe)
             ids += [*question, *answer]
-            kind += [TEXT] * len(question) + [TEXT if t in self._marks else ANSWER for t in answer]
+            kind += [TEXT] * len(question) + [TEXT if t in marks else ANSWER for t in answer]
         return ids, kind
 
     @cached_property
     def _marks(self) -> frozenset[int]:
-        """Punctuation: the same in every answer, so not what an answer is measured by."""
+        """Punctuation, the same in every answer: not what a language model's answers are weighed by."""
         return frozenset(t for mark in (",", ".", "\n") for t in self.tokenizer.encode(mark))
 
 
