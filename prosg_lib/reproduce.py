@@ -5,14 +5,18 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import psutil
 
 from prosg_lib import claims, files, notebooks, paths, quotes, report
 from prosg_lib.errors import UserError
@@ -21,6 +25,12 @@ from prosg_lib.profiles import get_profile
 # Only these runs' figures are kept in the repository, and where.
 REFERENCE_FIGURES = {"cpu": ".", "gpu": "gpu"}
 GIVEN = ("profile", "seed", "retrain")  # parameters that have an option of their own
+
+STUCK_S = 180.0
+"""A notebook whose processes have not computed anything for so long is stuck: a message between papermill and kernel
+can get lost, and then each waits for the other for ever (papermill's issue 711 is one such case)."""
+
+_IDLE = 0.01  # share of one core; the two of them, waiting for each other, take 0.003
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,10 @@ def reproduce(
         label = f"[{number}/{len(selected)}] {path.stem}"
         print(f"{label} ...", flush=True)
         record, interrupted = _run(path, run_dir, arguments[path.stem])
+        if record["stuck"]:
+            kept = _log(run_dir, path.stem).rename(run_dir / "logs" / f"{path.stem}.stuck.log")
+            print(f"{label} {record['error']}: {kept}; starting it again", flush=True)
+            record, interrupted = _run(path, run_dir, arguments[path.stem])
         files.write_json(run_dir / report.RUN_FILE, report.load_records(run_dir) | {path.stem: record})
         peak = "" if record["peak_mb"] is None else f", peak {record['peak_mb']:.0f} MB"
         print(f"{label} {record['status']}: {record['seconds']:.0f} s{peak}", flush=True)
@@ -245,7 +259,10 @@ def _forget(run_dir: Path, names: Sequence[str] | None) -> None:
 
 
 def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Executes one notebook in a process of its own; returns its record, and whether Ctrl-C ended it."""
+    """Executes one notebook in a process of its own; returns its record, and whether Ctrl-C ended it.
+
+    A process that got stuck is ended; the record's "stuck" says so, and its log ends with where each thread was.
+    """
     copy, log_path = _copy(run_dir, path.stem), _log(run_dir, path.stem)
     for file in (copy, log_path):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -254,6 +271,7 @@ def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> tuple[dict[str
     environment = os.environ | {
         "PROSG_RUN_ID": run_id,
         "PROSG_RUNS": str(run_dir.parent.resolve()),
+        "PYTHONFAULTHANDLER": "1",  # whatever kills a process, its threads' places are in the log
         # The kernel shall run the code that runs here, installed or not.
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }
@@ -266,6 +284,8 @@ def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> tuple[dict[str
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+        guard = _Guard(process.pid)
+        guard.start()
         try:
             _follow(process.stdout, log)
             code, peak_mb = _wait(process)
@@ -273,6 +293,9 @@ def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> tuple[dict[str
             interrupted = True
             process.terminate()
             code, peak_mb = _wait(process)
+        finally:
+            guard.done.set()
+            guard.join()
     record = {
         "notebook": path.stem,
         "status": "finished",
@@ -281,10 +304,13 @@ def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> tuple[dict[str
         "seed": values["seed"],
         "parameters": dict(values),
         "run_id": run_id,
+        "stuck": guard.stuck and not interrupted,
         "error": None,
     }
     if interrupted:
         record["error"] = "it was interrupted"
+    elif record["stuck"]:
+        record["error"] = f"it had not computed anything for {STUCK_S:.0f} s; its log says where it hung"
     elif code != 0:
         record["error"] = _why(path, copy, log_path, code)
     elif report.measured(run_dir, record) is None:
@@ -293,6 +319,59 @@ def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> tuple[dict[str
         record["status"] = "failed"
         claims.measured_path(run_dir, path.stem).unlink(missing_ok=True)  # a cell after finish() may have failed
     return record, interrupted
+
+
+class _Guard(threading.Thread):
+    """Ends a process, with its children, once none of them has computed for `STUCK_S`.
+
+    It asks for processor time and not for output, because a cell may work for hours and say nothing. Only looks that
+    follow each other count, not the clock, so that a run that was suspended is not taken for one that is stuck.
+    """
+
+    _LOOKS = 6
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.done = threading.Event()
+        self.stuck = False
+        self._root = psutil.Process(pid)
+
+    def run(self) -> None:
+        between, quiet, before = STUCK_S / self._LOOKS, 0, self._computed()
+        while quiet < self._LOOKS:
+            if self.done.wait(between):
+                return
+            now = self._computed()
+            quiet = quiet + 1 if abs(now - before) < _IDLE * between else 0
+            before = now
+        self.stuck = True
+        stuck = self._processes()
+        for end in ("abort", "kill"):  # abort makes Python say where it is; kill is for what does not listen
+            for process in stuck:
+                try:
+                    process.send_signal(signal.SIGABRT) if end == "abort" and os.name == "posix" else process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            if self.done.wait(10):
+                return
+
+    def _processes(self) -> list[psutil.Process]:
+        """Children first, so that the kernel speaks before papermill."""
+        try:
+            return [*self._root.children(recursive=True), self._root]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _computed(self) -> float:
+        """Processor seconds of all of them so far."""
+        total = 0.0
+        for process in self._processes():
+            try:
+                times = process.cpu_times()
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            total += times.user + times.system
+        return total
 
 
 def _follow(stream: BinaryIO, log: BinaryIO) -> None:

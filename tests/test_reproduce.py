@@ -279,6 +279,36 @@ def test_ctrl_c_stops_the_notebook_and_still_writes_the_report(tmp_path):
     wait_until(lambda: not is_running(kernel))
 
 
+def test_a_notebook_that_gets_stuck_is_ended_and_started_again(tmp_path, monkeypatch):
+    """It waits for nothing the first time and is fine the second: the run ends well; the log says where it hung."""
+    monkeypatch.setattr(reproduce, "STUCK_S", 6.0)
+    once = tmp_path / "once"
+    wait = f"import pathlib, time\nonce = pathlib.Path({str(once)!r})\nif not once.exists():\n"
+    wait += "    once.touch()\n    time.sleep(600)"
+    write_notebook(tmp_path / "notebooks", "00_lost", wait, "claims.record('a', 1)", "claims.finish()")
+    done = run(tmp_path, update_expected=True)
+    assert done.code == 0
+    assert done.report["notebooks"][0]["status"] == "finished"
+    assert "[1/1] 00_lost it had not computed anything for 6 s" in done.printed
+    hung = (done.folder / "logs" / "00_lost.stuck.log").read_text()
+    assert "Fatal Python error: Aborted" in hung
+    assert "ipykernel" in hung
+    assert "async_poll_for_reply" in hung or "run_until_complete" in hung
+
+
+def test_a_notebook_that_gets_stuck_twice_fails_and_one_that_works_in_silence_does_not(tmp_path, monkeypatch):
+    """The second time it is an error; ten seconds of work without a word are none."""
+    monkeypatch.setattr(reproduce, "STUCK_S", 6.0)
+    work = "import time\nend = time.process_time() + 10\nwhile time.process_time() < end:\n    pass"
+    write_notebook(tmp_path / "notebooks", "00_works", work, "claims.record('a', 1)", "claims.finish()")
+    write_notebook(tmp_path / "notebooks", "01_stuck", "import time\ntime.sleep(600)", "claims.finish()")
+    done = run(tmp_path)
+    assert done.code == 1
+    assert [notebook["status"] for notebook in done.report["notebooks"]] == ["finished", "failed"]
+    assert "01_stuck failed: it had not computed anything for 6 s" in done.printed
+    assert "00_works it had not" not in done.printed
+
+
 def is_running(process_id):
     try:
         os.kill(process_id, 0)
