@@ -180,8 +180,9 @@ class TokenGenerator(Generator):
             nn.Dropout(DROPOUT), nn.Linear(3 * size, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
         )
         self.heads = nn.ModuleDict({_key(n): nn.Linear(width, out, bias=False) for n, out in self.outs.items()})
-        for head in self.heads.values():
-            nn.init.zeros_(head.weight)
+        self.keys = nn.ModuleDict({_key(n): nn.Linear(width, rank, bias=False) for n in self.outs})
+        for start in (*self.heads.values(), *self.keys.values()):
+            nn.init.zeros_(start.weight)
 
     def forward(self, lm, ids, valid=None):
         memory = self.absorb(lm, ids, valid=valid)
@@ -210,7 +211,7 @@ class TokenGenerator(Generator):
         z = self.mlp(torch.cat([here, after], -1))  # (B, T - 1, H), or T with a pending token
         if valid is not None:
             z = z * valid[:, :-1, None]
-        sums = {name: z.transpose(1, 2) @ read for name, read in reads.items()}
+        sums = {name: z.transpose(1, 2) @ (read + self.keys[_key(name)](z)) for name, read in reads.items()}
         if memory is not None:
             sums = {name: memory.sums[name] + new for name, new in sums.items()}
         return Memory(sums, state, pending, ids.shape[1] + (memory.length if memory else 0))
