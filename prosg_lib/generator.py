@@ -5,10 +5,10 @@ here are our reading. Two generators, both forward only, both without effect bef
 
 - `FinalStateGenerator`: U from the state after the prompt alone. The most literal reading; it cannot know what the
   state has forgotten already.
-- `TokenGenerator`: the true gradient is G = sum_t delta_t x_t^T. Keep the real inputs x_t, predict delta_t from the
-  hidden state at t, token t and the next prompt token (the label; conditional DNI, Jaderberg et al. 2016, section 2),
-  and read the inputs along r learned directions V shared by all prompts: U = sum_t delta_t (V^T x_t)^T. A sum over
-  tokens, so that it streams and adds.
+- `TokenGenerator`: the true gradient is G = sum_t delta_t x_t^T. Predict delta_t from the hidden state at t, token t
+  and the next prompt token (the label; conditional DNI, Jaderberg et al. 2016, section 2), read the real inputs x_t
+  along r learned directions V shared by all prompts, and add a predicted part: U = sum_t delta_t (V^T x_t + K z_t)^T,
+  z_t being what delta_t is predicted from, too. A sum over tokens, so that it streams and adds.
 
 `StaticDelta` is their control: a change of the same size, trained alike, blind to the prompt.
 
@@ -153,7 +153,7 @@ class Memory:
     """A prompt absorbed so far, of a size that does not grow with it.
 
     Attributes:
-        sums: map -> (B, H, r), sum over tokens of z_t (V^T x_t)^T; the delta is linear in it.
+        sums: map -> (B, H, r), sum over tokens of z_t (V^T x_t + K z_t)^T; the delta is linear in it.
         state: the model's state after the last token.
         pending: the last token's hidden state and embedding (B, 2 D) and reads V^T x (B, r) a map; its label is not
             known yet.
@@ -171,6 +171,9 @@ class TokenGenerator(Generator):
 
     A fact can be written where the text says what it is about: before its value ("my pet is a" -> parrot), or, where
     only the value tells that ("I brought home a parrot."), at the value itself, which is then token t and no label.
+
+    V^T x_t is the key that the fact is written under, and V^T x at the question the one that it is looked up by. They
+    are alike only as far as statement and question are; K z_t brings them closer where they are not.
     """
 
     def __init__(self, lm: RecurrentLM, rank: int, width: int, endings: tuple[str, ...]):
@@ -217,7 +220,7 @@ class TokenGenerator(Generator):
         return Memory(sums, state, pending, ids.shape[1] + (memory.length if memory else 0))
 
     def delta_of(self, memory: Memory) -> LowRankDelta:
-        """U = sum_t delta_t (V^T x_t)^T with delta_t = W z_t, taken as W (sum_t z_t (V^T x_t)^T)."""
+        """U = sum_t delta_t (V^T x_t + K z_t)^T with delta_t = W z_t, taken as W (sum_t z_t (V^T x_t + K z_t)^T)."""
         return self._delta({name: self.heads[_key(name)].weight @ memory.sums[name] for name in self.names})
 
 

@@ -44,6 +44,7 @@ class Evaluation:
 
     Attributes:
         prompts: with the main number of facts; other_prompts: with every other number.
+        probes: at most one a fact.
     """
 
     prompts: int
@@ -99,18 +100,18 @@ PROFILES = {
         final=GeneratorSize(16, 256, ("att.output", "ffn.value")),
         final_training=Training(500, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         static_training=Training(100, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
-        evaluation=Evaluation(24, 12, 6, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
+        evaluation=Evaluation(24, 12, 24, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
     ),
     "gpu": Profile(
         name="gpu",
         model=RWKV4Config(VOCAB, 512, 12, 2048),
         lm=Training(6000, 128, 1e-3, (2, 3, 4, 6, 6, 8, 12), (0, 0, 16, 32, 64, 128)),
-        token=GeneratorSize(16, 512, _MAPS),
-        token_training=Training(2000, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        token=GeneratorSize(32, 512, _MAPS),
+        token_training=Training(2000, 128, 1e-3, (3, 6, 12, 24, 24), (0, 64, 256, 512), warmup=50),
         final=GeneratorSize(8, 384, ("att.output", "ffn.value")),
         final_training=Training(2000, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         static_training=Training(400, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
-        evaluation=Evaluation(64, 32, 6, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
+        evaluation=Evaluation(64, 32, 24, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
         autocast=True,
     ),
 }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from prosg_lib.errors import UserError
@@ -19,7 +20,7 @@ def make(kind, lm, rank=3, trained=True, seed=0):
         last = generator.U
     else:
         generator = {"final": FinalStateGenerator, "token": TokenGenerator}[kind](lm, rank, 24, ENDINGS)
-        last = generator.heads
+        last = nn.ModuleList([generator.heads, *([generator.keys] if kind == "token" else [])])
     if trained:
         for p in last.parameters():
             torch.nn.init.normal_(p, std=0.1)
@@ -82,7 +83,7 @@ def test_only_the_static_delta_ignores_the_prompt(lm, prompts, kind):
 
 
 def test_token_wise_is_the_sum_of_its_terms(lm64):
-    """scale U V^T = scale sum_t delta_t (V V^T x_t)^T, token by token, from a plain pass."""
+    """scale U V^T = scale sum_t delta_t (V (V^T x_t + K z_t))^T, token by token, from a plain pass."""
     lm, ids = lm64, ids_of(1, 6)
     generator = make("token", lm)
     delta = generator.memorize(lm, ids.tolist())
@@ -95,8 +96,10 @@ def test_token_wise_is_the_sum_of_its_terms(lm64):
     total = 0
     for t in range(5):
         token, label = lm.embed(ids)[0, t : t + 2]
-        predicted = generator.heads["blocks_1_ffn_key"](generator.mlp(torch.cat([hidden[0, t], token, label])))
-        total = total + predicted[:, None] * (v @ (v.t() @ inputs[0][0, t]))[None]
+        z = generator.mlp(torch.cat([hidden[0, t], token, label]))
+        predicted, key = generator.heads["blocks_1_ffn_key"](z), generator.keys["blocks_1_ffn_key"](z)
+        assert key.abs().max() > 1e-3
+        total = total + predicted[:, None] * (v @ (v.t() @ inputs[0][0, t] + key))[None]
     assert_close(full(delta, name)[0], delta.scale * total, rtol=1e-10, atol=1e-12)
 
 
