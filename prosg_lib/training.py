@@ -25,6 +25,7 @@ RECIPE = 1
 """Goes up when the same sizes, seed and data would train to something else; other recipes' checkpoints do not load."""
 
 SAVE_EVERY_S = 60.0
+_LINES = 100  # of a log, at most
 _CLIP = 1.0
 
 
@@ -152,7 +153,8 @@ def _difference(theirs: dict, ours: dict) -> str:
 
 
 class _Log:
-    """A progress bar on a terminal, a line every few seconds elsewhere, and every line as JSON in a file."""
+    """Lines of JSON in a file, at most a hundred, whatever the machine's pace, so that runs can be compared; of
+    those a progress bar on a terminal, and elsewhere one every few seconds in words."""
 
     def __init__(self, path: Path, name: str, steps: int, start: int, every_s: float = 10.0):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,22 +170,23 @@ class _Log:
             total, count = self._sums.get(key, (0.0, 0))
             self._sums[key] = (total + value.detach().item(), count + 1)
         self._bar.update()
+        done = step + 1
+        if done % -(-self._steps // _LINES) and done != self._steps:
+            return
+        means = {key: round(total / count, 4) for key, (total, count) in self._sums.items()}
         now = time.monotonic()
-        if now - self._said > self._every or step + 1 == self._steps:
-            means = {key: round(total / count, 4) for key, (total, count) in self._sums.items()}
-            rate = (step + 1 - self._start) / (now - self._began)
-            line = {"step": step + 1, "of": self._steps, "steps_per_s": round(rate, 3), **means}
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-            self._sums, self._said = {}, now
-            if self._bar.disable:
-                left = (self._steps - step - 1) / rate
-                text = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
-                print(
-                    f"{self._name} {step + 1}/{self._steps}  {text}  {rate:.2f} steps/s  {left:.0f} s left", flush=True
-                )
-            else:
-                self._bar.set_postfix(means)
+        rate = (done - self._start) / (now - self._began)
+        line = {"step": done, "of": self._steps, "steps_per_s": round(rate, 3), **means}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._sums = {}
+        if not self._bar.disable:
+            self._bar.set_postfix(means)
+        elif now - self._said > self._every or done == self._steps:
+            self._said = now
+            text = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
+            left = (self._steps - done) / rate
+            print(f"{self._name} {done}/{self._steps}  {text}  {rate:.2f} steps/s  {left:.0f} s left", flush=True)
 
     def close(self) -> None:
         self._bar.close()

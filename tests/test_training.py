@@ -1,6 +1,5 @@
 """The training loop: killed and started again it ends with the same bits; it refuses what it should, and says why."""
 
-import functools
 import json
 import os
 import random
@@ -9,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from prosg_lib import files, training
+from prosg_lib import files
 from prosg_lib.errors import UserError
 from prosg_lib.profiles import Training
 from prosg_lib.tasks.dialogue import Batch
@@ -63,24 +63,19 @@ def bits(weights):
     return {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
 
 
-@pytest.fixture
-def log_every_step(monkeypatch):
-    monkeypatch.setattr(training, "_Log", functools.partial(training._Log, every_s=0.0))
-
-
 def log_of(folder):
     return [json.loads(line) for line in (folder / "net.jsonl").read_text().splitlines()]
 
 
 # Runs in a process of its own; every step takes a little while, so that the kill comes in the middle of it.
 RUN = """
-import functools, sys, time
+import sys, time
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_training as t
 from prosg_lib import files
 t.torch.set_num_threads(1)
-t.training._Log = functools.partial(t.training._Log, every_s=0.0)
 net = t.module()
 inner = t.loss_of(net)
 def slow(step, batch):
@@ -91,7 +86,7 @@ files.save_tensors(folder / "end.safetensors", t.train(folder, net, slow), {{}})
 """
 
 
-def test_killed_and_started_again_ends_with_the_same_bits(tmp_path, log_every_step):
+def test_killed_and_started_again_ends_with_the_same_bits(tmp_path):
     """SIGKILL at a random moment, then again: weights, log and number of steps are those of a run never stopped."""
     expected = bits(train(tmp_path / "whole"))
     script = RUN.format(tests=str(Path(__file__).parent))
@@ -131,7 +126,7 @@ def test_stopped_after_any_step(tmp_path):
         assert bits(train(tmp_path / str(stop))) == expected
 
 
-def test_log_of_a_killed_run_goes_on(tmp_path, log_every_step):
+def test_log_of_a_killed_run_goes_on(tmp_path):
     """Lines of steps that are done again, and a line that the kill cut in two, are dropped; the rest stays."""
     net = module()
     inner = loss_of(net)
@@ -212,7 +207,25 @@ def test_schedule_rises_then_falls_to_a_twentieth():
     assert rates[-1] == pytest.approx(0.05)
 
 
-def test_progress_where_there_is_no_terminal(tmp_path, log_every_step, capsys):
+def test_log_has_the_same_lines_on_every_machine(tmp_path):
+    """At most a hundred, evenly spread, and one of the last step, whatever time they take; each is the mean since the
+    one before."""
+    sizes = replace(SIZES, steps=250)
+    net = module()
+    inner, seen = loss_of(net), []
+
+    def keeping(step, batch):
+        loss = inner(step, batch)
+        seen.append(loss.total.item())
+        return loss
+
+    train(tmp_path, net, keeping, sizes=sizes)
+    lines = log_of(tmp_path)
+    assert [line["step"] for line in lines] == [*range(3, 250, 3), 250]
+    assert lines[60]["loss"] == pytest.approx(sum(seen[180:183]) / 3, abs=1e-4)
+
+
+def test_progress_where_there_is_no_terminal(tmp_path, capsys):
     """Lines with the step, the losses, the rate and the time left."""
     train(tmp_path)
     lines = capsys.readouterr().out.splitlines()
