@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prosg_lib.errors import UserError
+from prosg_lib.files import json_kind
 from prosg_lib.tasks.dialogue import TEXT, Fact, Item, Probe, Verdict, full_answer, judge, words
-from prosg_lib.tasks.prose import SPLITS
+from prosg_lib.tasks.prose import SPLITS, check_split
 from prosg_lib.tokenizer import Tokenizer
 
 COLUMNS = ("split", "prompt", "body", "probes", "instructions")
@@ -42,8 +43,8 @@ def read_items(path: str | Path, tokenizer: Tokenizer, split: str | None = None)
             named by its line and column.
     """
     path = Path(path)
-    if split is not None and split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    if split is not None:
+        check_split(split)
     readers: dict[str, Callable[[Path, str], Iterator[tuple[_Place, dict]]]] = {".jsonl": _jsonl, ".csv": _csv}
     if path.suffix.lower() not in readers:
         raise UserError(
@@ -92,7 +93,9 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[_Place, dict]]:
         place = _Place(path, number)
         row = _json(place, None, line)
         if not isinstance(row, dict):
-            raise place.error(f"a JSON object was expected, not {_kind(row)}; write {{...}} with the columns {_list()}")
+            raise place.error(
+                f"a JSON object was expected, not {json_kind(row)}; write {{...}} with the columns {_list()}"
+            )
         yield place, row
 
 
@@ -151,7 +154,7 @@ def _row(place: _Place, row: dict) -> dict:
 
 def _check_text(place: _Place, column: str, value, *, empty: bool = False, one_line: bool = False) -> None:
     if not isinstance(value, str):
-        raise place.error(f"text was expected, not {_kind(value)}; write it in quotes", column)
+        raise place.error(f"text was expected, not {json_kind(value)}; write it in quotes", column)
     if not empty and not value.strip():
         raise place.error("empty; write some text, or remove the row", column)
     if one_line and "\n" in value.strip():
@@ -165,7 +168,7 @@ def _check_text(place: _Place, column: str, value, *, empty: bool = False, one_l
 def _check_instructions(place: _Place, value) -> None:
     if not isinstance(value, dict):
         raise place.error(
-            f"an object was expected, not {_kind(value)}; write {{}} where nothing is instructed", "instructions"
+            f"an object was expected, not {json_kind(value)}; write {{}} where nothing is instructed", "instructions"
         )
     kinds = sorted(words()["instructions"])
     for kind, word in value.items():
@@ -176,7 +179,9 @@ def _check_instructions(place: _Place, value) -> None:
 
 def _check_probe(place: _Place, column: str, probe, instructions: dict[str, str]) -> None:
     if not isinstance(probe, dict):
-        raise place.error(f"an object was expected, not {_kind(probe)}; write {{...}} with {', '.join(_PROBE)}", column)
+        raise place.error(
+            f"an object was expected, not {json_kind(probe)}; write {{...}} with {', '.join(_PROBE)}", column
+        )
     for name in _PROBE:
         if name not in probe:
             raise place.error(f"missing; a probe has {', '.join(_PROBE)}", f"{column}.{name}")
@@ -224,8 +229,3 @@ def _stripped(instructions: dict[str, str]) -> dict[str, str]:
 
 def _list() -> str:
     return ", ".join(COLUMNS)
-
-
-def _kind(value) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "an object")
