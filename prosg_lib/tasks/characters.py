@@ -58,4 +58,4 @@ def characters(split: str, seed: int = 0, count: int | None = None) -> tuple[Pai
     Raises:
         UserError: an unknown split, or a count that is no whole number from 1 to `people.CAPACITY`.
     """
-    return people.pairs(CONTEXTS, True, split, seed, count)
+    return people.pairs(CONTEXTS, split, seed, count, paraphrased=True)

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prosg_lib.errors import UserError
+from prosg_lib.files import json_kind
 from prosg_lib.tasks.dialogue import TEXT, Fact, Item, Probe, Verdict, full_answer, judge, words
-from prosg_lib.tasks.prose import SPLITS
-from prosg_lib.tasks.rows import Place, check_columns, check_text, json_rows, kind_of, read_json, text_of
+from prosg_lib.tasks.prose import SPLITS, check_split
+from prosg_lib.tasks.rows import Place, check_columns, check_text, json_rows, read_json, text_of
 from prosg_lib.tokenizer import Tokenizer
 
 COLUMNS = ("split", "prompt", "body", "probes", "instructions")
@@ -41,8 +42,8 @@ def read_items(path: str | Path, tokenizer: Tokenizer, split: str | None = None)
             named by its line and column.
     """
     path = Path(path)
-    if split is not None and split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    if split is not None:
+        check_split(split)
     readers: dict[str, Callable[[Path, str], Iterator[tuple[Place, dict]]]] = {".jsonl": _jsonl, ".csv": _csv}
     if path.suffix.lower() not in readers:
         raise UserError(
@@ -99,7 +100,7 @@ def _row(place: Place, row: dict) -> dict:
 def _check_instructions(place: Place, value) -> None:
     if not isinstance(value, dict):
         raise place.error(
-            f"an object was expected, not {kind_of(value)}; write {{}} where nothing is instructed", "instructions"
+            f"an object was expected, not {json_kind(value)}; write {{}} where nothing is instructed", "instructions"
         )
     kinds = sorted(words()["instructions"])
     for kind, word in value.items():
@@ -111,7 +112,7 @@ def _check_instructions(place: Place, value) -> None:
 def _check_probe(place: Place, column: str, probe, instructions: dict[str, str]) -> None:
     if not isinstance(probe, dict):
         raise place.error(
-            f"an object was expected, not {kind_of(probe)}; write {{...}} with {', '.join(_PROBE)}", column
+            f"an object was expected, not {json_kind(probe)}; write {{...}} with {', '.join(_PROBE)}", column
         )
     for name in _PROBE:
         if name not in probe:

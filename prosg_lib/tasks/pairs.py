@@ -30,6 +30,10 @@ class Pair:
             if not getattr(self, name).strip():
                 raise UserError(f"a pair has an empty {name}; each needs a context, a query and an answer")
 
+    def accepts(self, generated: str) -> bool:
+        """Whether a continuation of the query is a right answer; here: its first line is the answer, normalised."""
+        return is_right(generated, self.answer)
+
 
 @dataclass(frozen=True)
 class Fitted:

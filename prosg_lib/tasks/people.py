@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.pairs import Pair
-from prosg_lib.tasks.prose import SPLITS
+from prosg_lib.tasks.prose import SPLITS, check_split
 
 VERSION = 1
 """Goes up when the same seed would give other items."""
@@ -157,7 +157,7 @@ def person(split: str, seed: int, index: int) -> Person:
 
 
 def pairs(
-    contexts: Mapping[str, Sequence[str]], paraphrased: bool, split: str, seed: int, count: int | None
+    contexts: Mapping[str, Sequence[str]], split: str, seed: int, count: int | None, *, paraphrased: bool
 ) -> tuple[Pair, ...]:
     """Items about the people of a split: a context that names and describes one, and a question for the name.
 
@@ -168,8 +168,7 @@ def pairs(
     Raises:
         UserError: an unknown split, or a count that is no whole number from 1 to CAPACITY.
     """
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    check_split(split)
     count = COUNTS[split] if count is None else count
     if type(count) is not int or not 1 <= count <= CAPACITY:
         raise UserError(f"{count!r} items asked for; a split has 1 to {CAPACITY}, ask for a whole number of them")

@@ -69,7 +69,7 @@ def reversal(split: str, seed: int = 0, count: int | None = None) -> tuple[Pair,
     Raises:
         UserError: an unknown split, or a count that is no whole number from 1 to `people.CAPACITY`.
     """
-    return people.pairs(CONTEXTS, False, split, seed, count)
+    return people.pairs(CONTEXTS, split, seed, count, paraphrased=False)
 
 
 def read_release(path: str | Path) -> list[Pair]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prosg_lib.errors import UserError
+from prosg_lib.files import json_kind
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def json_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[tuple[P
         row = read_json(place, None, line)
         if not isinstance(row, dict):
             wanted = f"write {{...}} with the columns {', '.join(columns)}"
-            raise place.error(f"a JSON object was expected, not {kind_of(row)}; {wanted}")
+            raise place.error(f"a JSON object was expected, not {json_kind(row)}; {wanted}")
         yield place, row
 
 
@@ -84,7 +85,7 @@ def check_columns(place: Place, found: Sequence[str], columns: Sequence[str]) ->
 def check_text(place: Place, column: str, value, *, empty: bool = False, one_line: bool = False) -> None:
     """A UserError unless the value is text, with something in it (or empty), in one line where it has to be."""
     if not isinstance(value, str):
-        raise place.error(f"text was expected, not {kind_of(value)}; write it in quotes", column)
+        raise place.error(f"text was expected, not {json_kind(value)}; write it in quotes", column)
     if not empty and not value.strip():
         raise place.error("empty; write some text, or remove the row", column)
     if one_line and "\n" in value.strip():
@@ -93,9 +94,3 @@ def check_text(place: Place, column: str, value, *, empty: bool = False, one_lin
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise place.error("holds half of a surrogate pair, which is no character; correct it", column) from None
-
-
-def kind_of(value) -> str:
-    """What a JSON value is, in words."""
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "an object")
