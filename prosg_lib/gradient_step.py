@@ -13,7 +13,7 @@ Glossary of shapes: B batch, T tokens of the context, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +28,14 @@ Params = Mapping[str, Tensor]
 LossOf = Callable[[dict[str, Tensor]], Tensor]
 
 
-def gradient_step(loss_of: LossOf, start: Params, lr: float, second_order: bool = True) -> dict[str, Tensor]:
-    """One plain SGD step, start - lr grad loss_of(start), that can be differentiated through (equation 1 there).
+def gradient_step(parts: Sequence[LossOf], start: Params, lr: float, second_order: bool = True) -> dict[str, Tensor]:
+    """One plain SGD step, start - lr grad loss(start), that can be differentiated through (equation 1 there).
 
     Args:
-        loss_of: tensors by name, as in `start`, -> scalar loss. Run twice: here, and once more for the outer gradient,
-            with tangents (forward mode over reverse mode), so its operations must have both; attention: eager.
-            Nothing else that it uses gets a gradient through the step.
+        parts: the loss as a sum of parts, each tensors by name, as in `start`, -> scalar. One is enough; more, over a
+            few contexts each, need the memory of the largest of them. Each is run here, and once more for the outer
+            gradient, so all that it does must be twice differentiable (attention: eager). Nothing else that it uses
+            gets a gradient through the step.
         start: what is changed. With one copy an example, (B, ...), and the sum of the examples' losses, each example
             takes a step of its own.
         second_order: the exact outer gradient; False: as if the inner gradient were a constant (first-order MAML).
@@ -42,38 +43,46 @@ def gradient_step(loss_of: LossOf, start: Params, lr: float, second_order: bool 
         UserError: the loss at the start, or its gradient, is not finite.
     """
     names = list(start)
-    stepped = _Step.apply(
-        lambda *tensors: loss_of(dict(zip(names, tensors, strict=True))), lr, second_order, *start.values()
-    )
+    positional = [lambda *tensors, part=part: part(dict(zip(names, tensors, strict=True))) for part in parts]
+    stepped = _Step.apply(positional, lr, second_order, *start.values())
     return dict(zip(names, stepped, strict=True))
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss_of, lr, second_order, *start):
-        ctx.loss_of, ctx.lr, ctx.second_order = loss_of, lr, second_order
+    def forward(ctx, parts, lr, second_order, *start):
+        ctx.parts, ctx.lr, ctx.second_order = parts, lr, second_order
         ctx.save_for_backward(*start)
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in start]
-            loss = loss_of(*leaves)
-            if not torch.isfinite(loss):
-                raise UserError(
-                    f"the loss of the context is {loss.item()} before the step; look at the start, and at the context"
-                )
-            slopes = torch.autograd.grad(loss, leaves)
+        slopes = [torch.zeros_like(t) for t in start]
+        for part in parts:
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in start]
+                loss = part(*leaves)
+                if not torch.isfinite(loss):
+                    raise UserError(f"the loss of the context is {loss.item()} before the step; look at both of them")
+                _add(slopes, torch.autograd.grad(loss, leaves, allow_unused=True))
         if not all(torch.isfinite(g).all() for g in slopes):
-            raise UserError("the gradient of the context's loss is not finite; a smaller learning rate will not help")
+            raise UserError("the gradient of the context's loss is not finite; look at the start, and at the context")
         return tuple(t - lr * g for t, g in zip(start, slopes, strict=True))
 
     @staticmethod
     def backward(ctx, *outer):
-        if not ctx.second_order:
-            return None, None, None, *outer
-        start = tuple(t.detach().contiguous() for t in ctx.saved_tensors)
-        along = tuple(v.contiguous() for v in outer)
-        slopes_of = torch.func.grad(ctx.loss_of, argnums=tuple(range(len(start))))
-        _, curved = torch.func.jvp(slopes_of, start, along)  # H v
-        return None, None, None, *(v - ctx.lr * h for v, h in zip(outer, curved, strict=True))
+        changes = [v.clone() for v in outer]
+        for part in ctx.parts if ctx.second_order else ():
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+                slopes = torch.autograd.grad(part(*leaves), leaves, create_graph=True, materialize_grads=True)
+                along = [(g, v) for g, v in zip(slopes, outer, strict=True) if g.requires_grad]  # the rest is linear
+                slopes, weights = zip(*along, strict=True) if along else ((), ())
+                curved = torch.autograd.grad(slopes, leaves, weights, allow_unused=True) if along else ()  # H v
+            _add(changes, curved, -ctx.lr)
+        return None, None, None, *changes
+
+
+def _add(sums: list[Tensor], terms: Sequence[Tensor | None], factor: float = 1.0) -> None:
+    for total, term in zip(sums, terms, strict=bool(terms)):
+        if term is not None:
+            total.add_(term, alpha=factor)
 
 
 def context_nll(lm: RecurrentLM, ids: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -119,4 +128,4 @@ class AdapterStep(Generator):
                 start[f"{name}.{kind}"] = matrix.expand(batch, -1, -1)
         with torch.no_grad():
             _, state = lm.step_through(ids, None, valid)
-        return delta_of(gradient_step(loss_of, start, self.lr, self.second_order)), state
+        return delta_of(gradient_step([loss_of], start, self.lr, self.second_order)), state

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.errors import UserError
@@ -48,9 +50,22 @@ def test_quadratic_step_and_its_outer_gradient():
     w = torch.tensor([1.0, -3.0], dtype=torch.float64, requires_grad=True)
     v = torch.tensor([0.7, 0.2], dtype=torch.float64)
     for second_order, expected in ((True, v - 0.1 * a @ v), (False, v)):
-        (stepped,) = gradient_step(lambda p: p["w"] @ a @ p["w"] / 2, {"w": w}, 0.1, second_order).values()
+        (stepped,) = gradient_step([lambda p: p["w"] @ a @ p["w"] / 2], {"w": w}, 0.1, second_order).values()
         assert_close(stepped, w - 0.1 * a @ w)
         assert_close(torch.autograd.grad(stepped @ v, w)[0], expected)
+
+
+def test_parts_of_a_loss_give_the_step_of_their_sum():
+    """Step and outer gradient alike; a part that is linear, or without one of the tensors, has no curvature to add."""
+    a = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    start = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in (("w", [1.0, -3.0]), ("b", [0.5]))}
+    parts = [lambda p: p["w"] @ a @ p["w"], lambda p: (p["b"] ** 3).sum() * p["w"][0], lambda p: 2 * p["b"].sum()]
+    found = []
+    for given in (parts, [lambda p: sum(part(p) for part in parts)]):
+        stepped = gradient_step(given, start, 0.1)
+        outer = (stepped["w"] ** 2).sum() + stepped["b"].sum()
+        found.append([*stepped.values(), *torch.autograd.grad(outer, list(start.values()))])
+    assert_close(*found)
 
 
 def test_outer_gradient_is_that_of_finite_differences(lm):
@@ -76,6 +91,40 @@ def test_outer_gradient_is_that_of_finite_differences(lm):
         h = 1e-4
         measured = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
         assert math.isclose(slope, measured, rel_tol=1e-6)
+
+
+def transformer(kind):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "attn_implementation": "eager"}
+    narrow = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    if kind == "gpt2":
+        config = GPT2Config(**sizes, **ends, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    elif kind == "llama":
+        config = LlamaConfig(**sizes, **narrow, **ends)
+    else:
+        config = Qwen3Config(**sizes, **narrow, **ends, num_key_value_heads=1, head_dim=8)
+    return AutoModelForCausalLM.from_config(config).double().eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
+def test_outer_gradient_of_a_transformers_step_on_all_weights(kind):
+    """Causal transformers of `transformers`, eager attention: the gradient through the unrolled graph of both passes.
+
+    Finite differences would not do: Llama and Qwen3 normalise in float32, whatever the weights' type.
+    """
+    model, context, query = transformer(kind), ids_of(2, 9), ids_of(2, 7, seed=5)
+    weights = dict(model.named_parameters())
+
+    def nll(params, ids):
+        out = torch.func.functional_call(model, params, (), {"input_ids": ids, "use_cache": False})
+        return cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    slopes = torch.autograd.grad(nll(weights, context), list(weights.values()), create_graph=True)
+    unrolled = {name: w - 0.5 * g for (name, w), g in zip(weights.items(), slopes, strict=True)}
+    stepped = gradient_step([lambda p: nll(p, context)], weights, 0.5)
+    expected, found = (torch.autograd.grad(nll(p, query), list(weights.values())) for p in (unrolled, stepped))
+    assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_first_order_differs_and_is_the_gradient_at_the_step(lm):
@@ -109,4 +158,4 @@ def test_a_step_lowers_the_contexts_loss(lm):
 
 def test_a_loss_that_is_not_finite_is_one_clear_error():
     with pytest.raises(UserError, match="loss of the context is inf"):
-        gradient_step(lambda p: p["w"].sum() / 0.0, {"w": torch.ones(2)}, 0.1)
+        gradient_step([lambda p: p["w"].sum() / 0.0], {"w": torch.ones(2)}, 0.1)
