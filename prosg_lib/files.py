@@ -106,6 +106,12 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); restore it or write it anew.") from error
 
 
+def json_kind(value: Any) -> str:
+    """What a value read from JSON is, in words for a person: "a number", "an object"."""
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+    return names.get(type(value), "an object")
+
+
 def save_tensors(path: str | Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any]) -> None:
     """Writes tensors and a description of them as one safetensors file, atomically.
 

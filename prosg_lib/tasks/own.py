@@ -14,14 +14,14 @@ or CSV with the same five columns, `probes` and `instructions` holding JSON. The
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from prosg_lib.errors import UserError
+from prosg_lib.files import json_kind
 from prosg_lib.tasks.dialogue import TEXT, Fact, Item, Probe, Verdict, full_answer, judge, words
-from prosg_lib.tasks.prose import SPLITS
+from prosg_lib.tasks.prose import SPLITS, check_split
+from prosg_lib.tasks.rows import Place, check_columns, check_text, json_rows, read_json, text_of
 from prosg_lib.tokenizer import Tokenizer
 
 COLUMNS = ("split", "prompt", "body", "probes", "instructions")
@@ -42,14 +42,14 @@ def read_items(path: str | Path, tokenizer: Tokenizer, split: str | None = None)
             named by its line and column.
     """
     path = Path(path)
-    if split is not None and split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-    readers: dict[str, Callable[[Path, str], Iterator[tuple[_Place, dict]]]] = {".jsonl": _jsonl, ".csv": _csv}
+    if split is not None:
+        check_split(split)
+    readers: dict[str, Callable[[Path, str], Iterator[tuple[Place, dict]]]] = {".jsonl": _jsonl, ".csv": _csv}
     if path.suffix.lower() not in readers:
         raise UserError(
             f"{path} is neither .jsonl nor .csv; write one dialogue a line as data/dialogue_sample.jsonl does"
         )
-    rows = [(place, _row(place, row)) for place, row in readers[path.suffix.lower()](path, _text_of(path))]
+    rows = [(place, _row(place, row)) for place, row in readers[path.suffix.lower()](path, text_of(path))]
     if not rows:
         raise UserError(f"{path} has no rows; write one dialogue a line as data/dialogue_sample.jsonl does")
     kept = [_item(row, tokenizer) for _, row in rows if split in (None, row["split"])]
@@ -59,88 +59,36 @@ def read_items(path: str | Path, tokenizer: Tokenizer, split: str | None = None)
     return kept
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where in the file we are, for the error that may follow."""
-
-    path: Path
-    line: int
-
-    def error(self, what: str, column: str | None = None) -> UserError:
-        return UserError(f"{self.path}, line {self.line}" + (f", column {column!r}" if column else "") + f": {what}")
+def _jsonl(path: Path, text: str) -> Iterator[tuple[Place, dict]]:
+    return json_rows(path, text, COLUMNS)
 
 
-def _text_of(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise _Place(path, line).error(f"not UTF-8 text (byte {error.start} of the file); save it as UTF-8") from error
-
-
-def _jsonl(path: Path, text: str) -> Iterator[tuple[_Place, dict]]:
-    # Only "\n" ends a row; splitlines() would also cut at separators that JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = _Place(path, number)
-        row = _json(place, None, line)
-        if not isinstance(row, dict):
-            raise place.error(f"a JSON object was expected, not {_kind(row)}; write {{...}} with the columns {_list()}")
-        yield place, row
-
-
-def _csv(path: Path, text: str) -> Iterator[tuple[_Place, dict]]:
+def _csv(path: Path, text: str) -> Iterator[tuple[Place, dict]]:
     csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a body may be longer than csv's 131,072 characters
     reader = csv.reader(text.splitlines(keepends=True), strict=True)
     try:
         header = next(reader, [])
-        _check_columns(_Place(path, 1), header)
+        check_columns(Place(path, 1), header, COLUMNS)
         before = reader.line_num
         for cells in reader:
-            place, before = _Place(path, before + 1), reader.line_num
+            place, before = Place(path, before + 1), reader.line_num
             if not cells:
                 continue
             if len(cells) != len(header):
                 raise place.error(f"{len(cells)} cells under {len(header)} columns; quote cells that hold commas")
             row = dict(zip(header, cells, strict=True))
-            yield place, row | {c: _json(place, c, row[c]) for c in ("probes", "instructions")}
+            yield place, row | {c: read_json(place, c, row[c]) for c in ("probes", "instructions")}
     except csv.Error as error:
-        raise _Place(path, reader.line_num).error(f"not CSV ({error}); check the quotes") from error
+        raise Place(path, reader.line_num).error(f"not CSV ({error}); check the quotes") from error
 
 
-def _json(place: _Place, column: str | None, text: str):
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise place.error(f"not JSON{where} ({getattr(error, 'msg', 'nested too deep')}); correct it", column) from None
-
-
-def _check_columns(place: _Place, columns: list[str]) -> None:
-    for name in columns:
-        if name not in COLUMNS:
-            raise place.error(f"unknown column; remove or rename it, there are {_list()}", name)
-        if columns.count(name) > 1:
-            raise place.error("the column is there twice; remove one", name)
-    for name in COLUMNS:
-        if name not in columns:
-            raise place.error(f"the column is missing; every row has {_list()}", name)
-
-
-def _row(place: _Place, row: dict) -> dict:
+def _row(place: Place, row: dict) -> dict:
     """The row, checked: what follows may rely on its types."""
-    _check_columns(place, list(row))
+    check_columns(place, list(row), COLUMNS)
     if row["split"] not in SPLITS:
         raise place.error(f"unknown split {row['split']!r}; write one of {', '.join(SPLITS)}", "split")
-    _check_text(place, "prompt", row["prompt"])
-    _check_text(place, "body", row["body"], empty=True)
+    check_text(place, "prompt", row["prompt"])
+    check_text(place, "body", row["body"], empty=True)
     _check_instructions(place, row["instructions"])
     if not isinstance(row["probes"], list) or not row["probes"]:
         raise place.error("a list of one question or more was expected; write [{...}, ...]", "probes")
@@ -149,41 +97,30 @@ def _row(place: _Place, row: dict) -> dict:
     return row
 
 
-def _check_text(place: _Place, column: str, value, *, empty: bool = False, one_line: bool = False) -> None:
-    if not isinstance(value, str):
-        raise place.error(f"text was expected, not {_kind(value)}; write it in quotes", column)
-    if not empty and not value.strip():
-        raise place.error("empty; write some text, or remove the row", column)
-    if one_line and "\n" in value.strip():
-        raise place.error("holds a line break, which ends a question or an answer; write it in one line", column)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise place.error("holds half of a surrogate pair, which is no character; correct it", column) from None
-
-
-def _check_instructions(place: _Place, value) -> None:
+def _check_instructions(place: Place, value) -> None:
     if not isinstance(value, dict):
         raise place.error(
-            f"an object was expected, not {_kind(value)}; write {{}} where nothing is instructed", "instructions"
+            f"an object was expected, not {json_kind(value)}; write {{}} where nothing is instructed", "instructions"
         )
     kinds = sorted(words()["instructions"])
     for kind, word in value.items():
         if kind not in kinds:
             raise place.error(f"unknown kind of instruction; there are {', '.join(kinds)}", f"instructions.{kind}")
-        _check_text(place, f"instructions.{kind}", word, one_line=True)
+        check_text(place, f"instructions.{kind}", word, one_line=True)
 
 
-def _check_probe(place: _Place, column: str, probe, instructions: dict[str, str]) -> None:
+def _check_probe(place: Place, column: str, probe, instructions: dict[str, str]) -> None:
     if not isinstance(probe, dict):
-        raise place.error(f"an object was expected, not {_kind(probe)}; write {{...}} with {', '.join(_PROBE)}", column)
+        raise place.error(
+            f"an object was expected, not {json_kind(probe)}; write {{...}} with {', '.join(_PROBE)}", column
+        )
     for name in _PROBE:
         if name not in probe:
             raise place.error(f"missing; a probe has {', '.join(_PROBE)}", f"{column}.{name}")
     for name, text in probe.items():
         if name not in _PROBE + _PROBE_OPTIONAL:
             raise place.error(f"unknown column; a probe has {', '.join(_PROBE)}", f"{column}.{name}")
-        _check_text(place, f"{column}.{name}", text, one_line=True)
+        check_text(place, f"{column}.{name}", text, one_line=True)
     right = Verdict(recalled=True, followed=1.0 if instructions else None)
     best = full_answer(probe["value"].strip(), _stripped(instructions))
     if judge(best, _probe(probe), _stripped(instructions)) != right:
@@ -220,12 +157,3 @@ def _probe(probe: dict) -> Probe:
 
 def _stripped(instructions: dict[str, str]) -> dict[str, str]:
     return {kind: word.strip() for kind, word in instructions.items()}
-
-
-def _list() -> str:
-    return ", ".join(COLUMNS)
-
-
-def _kind(value) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "an object")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +22,23 @@ from prosg_lib.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 _OWN_SENTENCES = {"train": 20_000, "validation": 3_000, "test": 3_000}
+
+
+def check_split(split: str) -> None:
+    """Says so where there is no split of this name.
+
+    Raises:
+        UserError: it is none of `SPLITS`.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+
+
+def split_titles(titles: Iterable[str]) -> dict[str, list[str]]:
+    """Titles by split: a tenth, at least one, each to validation and test. The order depends on the titles alone."""
+    order = sorted(set(titles), key=lambda title: hashlib.sha256(title.encode()).hexdigest())
+    held = max(1, len(order) // 10)
+    return dict(zip(SPLITS, (order[2 * held :], order[:held], order[held : 2 * held]), strict=True))
 
 
 @dataclass(frozen=True)
@@ -89,9 +107,7 @@ def books_by_split(folder: Path) -> dict[str, list[Path]]:
         raise UserError(f"no .txt files in {folder}; name a folder of plain-text books, or use prose='own'")
     if len(paths) < 3:
         return dict.fromkeys(SPLITS, paths)
-    order = sorted(paths, key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
-    held = max(1, len(order) // 10)
-    return dict(zip(SPLITS, (order[2 * held :], order[:held], order[held : 2 * held]), strict=True))
+    return {split: [folder / name for name in names] for split, names in split_titles(p.name for p in paths).items()}
 
 
 def _folder(folder: Path) -> Prose:
@@ -126,14 +142,25 @@ _WRAPPED = 100  # a file whose lines are all shorter than this is hard-wrapped
 
 
 def _paragraphs(path: Path) -> list[str]:
+    return [line for line in text_lines(path) if len(line) >= _SHORTEST]
+
+
+def text_lines(path: Path) -> list[str]:
+    """The paragraphs of a plain-text file, headings and other short ones among them, white space made even.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or is not UTF-8.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it or take it out") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name a file of plain text") from error
     lines = [" ".join(raw.split()) for raw in text.splitlines()]
     if "" in lines and max(map(len, lines)) < _WRAPPED:
         lines = [" ".join(block) for filled, block in groupby(lines, key=bool) if filled]
-    return [line for line in lines if len(line) >= _SHORTEST]
+    return [line for line in lines if line]
 
 
 def _wikitext() -> Prose:
@@ -152,7 +179,7 @@ def _wikitext() -> Prose:
         except Exception as error:
             raise UserError(
                 f"WikiText cannot be loaded ({type(error).__name__}); "
-                "without a network use prose='own' or a folder of .txt files"
+                "without a network use a folder of .txt files or, where prose is asked for, prose='own'"
             ) from error
     lines = {s: [" ".join(x.split()) for x in data[s]["text"]] for s in SPLITS}
     return Prose("wikitext-2", {s: [x for x in lines[s] if len(x) >= _SHORTEST] for s in SPLITS})
@@ -257,8 +284,7 @@ class ProseTokens:
 
     @classmethod
     def of(cls, prose: Prose, split: str, tokenizer: Tokenizer) -> ProseTokens:
-        if split not in SPLITS:
-            raise UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+        check_split(split)
         if not prose.paragraphs[split]:
             raise UserError(f"the {split} split of this prose ({prose.source}) is empty; add more text")
         lines = [tokenizer.encode_long(p + "\n") for p in prose.paragraphs[split]]

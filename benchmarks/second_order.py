@@ -1,0 +1,156 @@
+"""The outer gradient through one inner step: exact against first-order, and against TorchOpt's.
+
+A 4-layer, width-128 RWKV-4; the inner step changes all its weights on a batch of contexts, the outer loss is that of
+as many queries of the same length. The exact gradient goes through the contexts in parts. Each way is timed in turn in
+one process, and its peak memory is that of a process of its own, above what the process had before the step. Prints a
+table, and one JSON line last.
+
+Goals: the exact gradient takes at most 2.3 times the first-order one's time and at most twice its memory, and no more
+time or memory than TorchOpt's exact one. Needs `pip install torchopt`, which nothing else here does.
+
+    python benchmarks/second_order.py [--rounds 7]
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prosg_lib import provenance
+from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.gradient_step import gradient_step
+
+GOALS = {
+    "time/exact-over-first-order": 2.3,
+    "memory/exact-over-first-order": 2.0,
+    "time/ours-over-torchopt": 1.0,
+    "memory/ours-over-torchopt": 1.0,
+}
+BATCH, TOKENS, PART, LR = 8, 256, 2, 1e-3
+
+
+def setting() -> tuple[RWKV4, Tensor, Tensor]:
+    """Model, contexts and queries, the same in every process."""
+    torch.manual_seed(0)
+    lm = RWKV4(RWKV4Config(vocab=2048, width=128, layers=4, ffn=512))
+    for p in lm.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.02)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ids = torch.randint(0, 2048, (2, BATCH, TOKENS + 1), generator=torch.Generator().manual_seed(1)).to(device)
+    return lm.to(device).train(), *ids
+
+
+def nll(model, ids: Tensor) -> Tensor:
+    logits, _ = model(ids[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def ours(lm: RWKV4, context: Tensor, query: Tensor, second_order: bool) -> Tensor:
+    def call(params):
+        return lambda ids: torch.func.functional_call(lm, params, (ids,))
+
+    start = dict(lm.named_parameters())
+    pieces = context.split(PART if second_order else BATCH)
+    parts = [lambda params, ids=ids: nll(call(params), ids) * len(ids) / len(context) for ids in pieces]
+    stepped = gradient_step(parts, start, LR, second_order)
+    return nll(call(stepped), query)
+
+
+def theirs_torchopt(lm: RWKV4, context: Tensor, query: Tensor) -> Tensor:
+    import torchopt
+
+    before = torchopt.extract_state_dict(lm, by="reference", detach_buffers=True)
+    torchopt.MetaSGD(lm, lr=LR).step(nll(lm, context))
+    loss = nll(lm, query)
+    torchopt.recover_state_dict(lm, before)
+    return loss
+
+
+WAYS = {
+    "first-order": lambda *what: ours(*what, second_order=False),
+    "exact": lambda *what: ours(*what, second_order=True),
+    "torchopt": theirs_torchopt,
+}
+
+
+def outer_gradient(way: str, lm: RWKV4, context: Tensor, query: Tensor) -> Tensor:
+    """The whole outer gradient as one vector."""
+    lm.zero_grad(set_to_none=True)
+    WAYS[way](lm, context, query).backward()
+    return torch.cat([p.grad.flatten() for p in lm.parameters()])
+
+
+def peak_bytes(way: str) -> int:
+    """Peak memory of one outer gradient, above model and data; on the CPU of the whole process: run it in its own."""
+    lm, context, query = setting()
+    if context.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outer_gradient(way, lm, context, query)
+        return torch.cuda.max_memory_allocated() - before
+    outer_gradient(way, lm, context[:1, :9], query[:1, :9])  # what a first pass leaves behind for good
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outer_gradient(way, lm, context, query)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+def times(rounds: int) -> dict[str, float]:
+    """Median seconds of one outer gradient of every way, measured in turn; the exact ones are checked to be equal."""
+    lm, context, query = setting()
+    found = {way: outer_gradient(way, lm, context, query) for way in WAYS}
+    apart = (found["torchopt"] - found["exact"]).norm() / found["exact"].norm()
+    assert apart < 1e-4, f"TorchOpt has another gradient: relative difference {apart:.1e}"
+    seconds = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, taken in seconds.items():
+            start = time.perf_counter()
+            outer_gradient(way, lm, context, query)
+            if context.is_cuda:
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+    return {way: statistics.median(taken) for way, taken in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7, help="measured gradients each (default: 7)")
+    parser.add_argument("--peak-of", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak_of:
+        print(peak_bytes(arguments.peak_of))
+        return
+    memory = {}
+    for way in WAYS:
+        done = subprocess.run([sys.executable, __file__, "--peak-of", way], check=True, capture_output=True, text=True)
+        memory[way] = int(done.stdout.split()[-1])
+    seconds = times(arguments.rounds)
+    print(f"{'':>12} {'seconds':>8} {'MB':>7}")
+    for way in WAYS:
+        print(f"{way:>12} {seconds[way]:>8.3f} {memory[way] / 1e6:>7.0f}")
+    ratios = {}
+    for kind, values in (("time", seconds), ("memory", memory)):
+        ratios[f"{kind}/exact-over-first-order"] = values["exact"] / values["first-order"]
+        ratios[f"{kind}/ours-over-torchopt"] = values["exact"] / values["torchopt"]
+    facts = provenance.facts()
+    result = {
+        "ratios": {name: round(ratios[name], 2) for name in GOALS},
+        "goals": GOALS,
+        "lower_is_better": True,
+        "device": facts["device"],
+        "versions": facts["versions"],
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

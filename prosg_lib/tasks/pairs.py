@@ -1,0 +1,86 @@
+"""What the tasks of the gradient step have in common: a context, a query that needs it, and the answer."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prosg_lib.errors import UserError
+from prosg_lib.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A context and a query about it (Zhang, Choshen, Andreas 2025, section 2): texts that a model reads as they are.
+
+    Attributes:
+        context: what is learned, or put in front of the query.
+        query: ends where the answer begins.
+        answer: what a right continuation says, without the space before it.
+    """
+
+    context: str
+    query: str
+    answer: str
+
+    def __post_init__(self):
+        for name in ("context", "query", "answer"):
+            if not getattr(self, name).strip():
+                raise UserError(f"a pair has an empty {name}; each needs a context, a query and an answer")
+
+    def accepts(self, generated: str) -> bool:
+        """Whether a continuation of the query is a right answer; here: its first line is the answer, normalised."""
+        return is_right(generated, self.answer)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The pairs that fit, in their order, and how many did not."""
+
+    pairs: tuple[Pair, ...]
+    too_long: int
+
+    def __str__(self) -> str:
+        return f"{len(self.pairs):,} pairs; {self.too_long:,} were too long and left out"
+
+
+def fitted(pairs: Iterable[Pair], tokenizer: Tokenizer, context: int, query: int) -> Fitted:
+    """Leaves out, and counts, the pairs that are too long. None is ever cut.
+
+    Args:
+        context: tokens that a context may have; query: tokens that a query with its answer may have.
+    Raises:
+        UserError: no pair fits.
+    """
+    kept, too_long = [], 0
+    for pair in pairs:
+        fits = (
+            len(tokenizer.encode(pair.context)) <= context
+            and len(tokenizer.encode(f"{pair.query} {pair.answer}")) <= query
+        )
+        if fits:
+            kept.append(pair)
+        else:
+            too_long += 1
+    if not kept:
+        raise UserError(
+            f"none of {too_long} pairs fits into {context} tokens of context and {query} of query; allow more tokens"
+        )
+    return Fitted(tuple(kept), too_long)
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def normalised(text: str) -> str:
+    """As SQuAD compares answers: lower case, without punctuation, articles and superfluous spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def is_right(generated: str, answer: str) -> bool:
+    """Whether the first line of a continuation is the answer, normalised."""
+    lines = generated.strip().splitlines()
+    return bool(lines) and normalised(lines[0]) == normalised(answer)

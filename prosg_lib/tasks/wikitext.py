@@ -1,0 +1,189 @@
+"""WikiText as pairs of a passage and a sentence of it that breaks off before a name or a number.
+
+A task of Zhang, Choshen and Andreas (2025, arXiv 2506.20989), on the text of Merity et al. (2016, arXiv 1609.07843).
+How they made queries of WikiText is not public; this is our reading of the task, a cloze
+
+    context:  The case attracted ... Another contemporary, Gilbert Foliot, who was Bishop of Hereford, wrote ...
+    query:    Complete from the passage:
+              Another contemporary, Gilbert Foliot, who was Bishop of
+    answer:   Hereford
+
+whose answer stands in the passage and cannot be known otherwise: it stands in no other passage of the split, and none
+of its words in the query.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from prosg_lib.errors import UserError
+from prosg_lib.tasks.pairs import Pair, normalised
+from prosg_lib.tasks.prose import SPLITS, check_split, load_prose, split_titles, text_lines
+
+INSTRUCTION = "Complete from the passage:\n"
+LEAD = 5  # words of a sentence that are shown at least; fewer do not say what is asked for
+LONGEST = 4  # words of an answer
+
+
+class Cloze(Pair):
+    """A pair whose right continuation goes on after the answer, to the end of its sentence."""
+
+    def accepts(self, generated: str) -> bool:
+        """Whether a continuation begins with the answer, word for word."""
+        answer = normalised(self.answer).split()
+        return normalised(generated).split()[: len(answer)] == answer
+
+
+def wikitext(split: str, source: str | Path = "hub", seed: int = 0) -> tuple[Cloze, ...]:
+    """One pair for each passage (a paragraph of two sentences or more) that has a fitting name or number.
+
+    Articles of a local source are divided by title, a tenth, at least one, each to validation and test; an article is
+    never in two splits. A title is a line ` = Title = `, as WikiText has it, or else the file's name; with fewer than
+    three titles the paragraphs are divided instead. A folder with train.txt, valid.txt and test.txt is left as it is.
+
+    Args:
+        split: "train", "validation" or "test".
+        source: "hub" (`Salesforce/wikitext`, wikitext-2-raw-v1, through `datasets`), a folder of .txt files, or a file
+            of plain text. WikiText's tokenised form is turned into ordinary text.
+        seed: chooses among a passage's names and numbers.
+    Returns:
+        In the text's order, the same for the same text and seed.
+    Raises:
+        UserError: there is no such split; the hub cannot be reached; a file is missing or no UTF-8 text; or the text
+            yields no pair.
+    """
+    check_split(split)
+    lines = load_prose("wikitext").paragraphs[split] if source == "hub" else _local(split, Path(source))
+    passages = [detokenised(line) for line in lines if not line.startswith("= ")]
+    pairs = tuple(_pairs(passages, seed))
+    if not pairs:
+        raise UserError(
+            f"the {split} split of {'WikiText' if source == 'hub' else source} has {len(passages)} paragraphs, but "
+            "none of several sentences with a name or number of its own; give more text"
+        )
+    return pairs
+
+
+_OFFICIAL = dict(zip(SPLITS, ("train.txt", "valid.txt", "test.txt"), strict=True))
+_TITLE = re.compile(r"= ([^=].*) =")
+
+
+def _local(split: str, path: Path) -> list[str]:
+    if path.is_dir():
+        if all((path / name).is_file() for name in _OFFICIAL.values()):
+            return text_lines(path / _OFFICIAL[split])
+        files = sorted(p for p in path.glob("*.txt") if p.is_file())
+        if not files:
+            raise UserError(f"no .txt files in {path}; give a folder of plain text, or source='hub'")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise UserError(f"{path} does not exist; give a file or a folder of plain text, or source='hub'")
+    articles: dict[str, list[str]] = {}
+    for file in files:
+        title = file.name
+        for line in text_lines(file):
+            if found := _TITLE.fullmatch(line):
+                title = found[1]
+            else:
+                articles.setdefault(title, []).append(line)
+    if len(articles) < len(SPLITS):
+        articles = {line: [line] for part in articles.values() for line in part}
+    kept = set(split_titles(articles)[split])
+    return [line for title, part in articles.items() if title in kept for line in part]
+
+
+# WikiText's tokens
+
+_TOKENISED, _ORDINARY = re.compile(r" [,;] | @[-,.]@ | \.$"), re.compile(r"\w, ")
+_CLOSING = re.compile(r"[,.;:!?)\]%°′″♭♯”’]|\.\.\.|['’]\w+")
+_OPENING = re.compile(r"[(\[$£€¥#“‘]")
+_BOTH = re.compile(r" @([-,.])@ | ([/‑]) | (’) (?=(?:s|t|m|d|re|ve|ll) )|(?<=\d) ([–:]) (?=\d)")
+
+
+def detokenised(text: str) -> str:
+    """Ordinary text from a tokenised paragraph (` @-@ `, ` , `, ` " `). Ordinary text stays as it is."""
+    if len(_TOKENISED.findall(text)) <= len(_ORDINARY.findall(text)):
+        return text
+    tokens = _BOTH.sub(lambda m: "".join(filter(None, m.groups())), text).split(" ")
+    pieces, glue = [], True
+    quoted = {'"': False, "'": False}
+    for before, token in pairwise(["", *tokens]):
+        closes, opens = _CLOSING.fullmatch(token), _OPENING.fullmatch(token)
+        # An apostrophe that stands alone is a quotation mark, or a plural's: the ships ' guns.
+        if token in quoted and (token == '"' or quoted[token] or not before.endswith(("s", "<unk>"))):
+            closes, opens = quoted[token], not quoted[token]
+            quoted[token] = opens
+        elif token == "'":
+            closes = True
+        pieces.append(token if glue or closes else " " + token)
+        glue = bool(opens)
+    return "".join(pieces)
+
+
+# Names and numbers
+
+_NAME = r"[A-ZÀ-ÖØ-Þ]\w*(?:-\w+|['’](?!s\b)\w+)*"
+_NUMBER = r"[$£€]?\d+(?:[.,:]\d+)*(?:–\d+(?:[.,]\d+)*)?(?:%|s|st|nd|rd|th)?"
+_MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
+# Whole (a name is not cut, not even before its "J."), and not in front of what goes on with the word.
+_RUN = re.compile(
+    rf"(?<= )(?>\d\d? {_MONTH}(?: \d+)?|{_NAME}(?: {_NAME})*(?: {_NUMBER})?|{_NUMBER})(?![\w'’%°/–-]|(?<= [A-Z])\.)"
+)
+_SENTENCE_END = re.compile(r"[.!?][\"”’')\]]* (?=[\"“‘(\[]?[A-ZÀ-ÖØ-Þ0-9])")
+_ABBREVIATION = re.compile(r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|Mt|Ft|Lt|Col|Gen|Maj|Capt|Sgt|Rev|Prof|Sr|Jr|No|Vol|vs|ca|c)\.")
+
+
+def _pairs(passages: list[str], seed: int) -> Iterator[Cloze]:
+    offered = [list(_clozes(passage)) for passage in passages]
+    wanted = {tuple(_words(answer)) for clozes in offered for _, answer in clozes}
+    lengths = {len(words) for words in wanted}
+    found: Counter[tuple[str, ...]] = Counter()
+    for passage in passages:
+        words = _words(passage)
+        found.update({tuple(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1)} & wanted)
+    for passage, clozes in zip(passages, offered, strict=True):
+        own = [cloze for cloze in clozes if found[tuple(_words(cloze[1]))] == 1]
+        if own:
+            # The text itself is in the seed, so that a passage's query does not depend on the passages before it.
+            start, answer = random.Random(f"{seed} {passage}").choice(own)
+            yield Cloze(passage, INSTRUCTION + start, answer)
+
+
+def _clozes(passage: str) -> Iterator[tuple[str, str]]:
+    """The start of a sentence and the name or number that comes next, for every one in the passage that will do."""
+    sentences = list(_sentences(passage))
+    for sentence in sentences if len(sentences) > 1 else []:
+        for run in _RUN.finditer(sentence):
+            start, answer = sentence[: run.start() - 1], run[0]
+            last = start.split()[-1]
+            if (
+                len(start.split()) >= LEAD
+                and len(answer.split()) <= LONGEST
+                and len(normalised(answer)) > 1
+                and "<unk>" not in sentence[: run.end() + len(" <unk>")]  # nothing unreadable; and the name is whole
+                # After a colon or a quotation mark a capital need not mean a name; after another name it is a part.
+                and (last[-1] in ",;)" or (last[-1].isalnum() and last.lstrip("\"'“‘(")[0].islower()))
+                and start.count("(") == start.count(")")  # in brackets a number is often another one's conversion
+                and not set(_words(answer)) & set(_words(start))
+                and passage.count(start) == 1
+            ):
+                yield start, answer
+
+
+def _sentences(passage: str) -> Iterator[str]:
+    start = 0
+    for end in _SENTENCE_END.finditer(passage):
+        if not any(m.end() == end.start() + 1 for m in _ABBREVIATION.finditer(passage, start, end.start() + 1)):
+            yield passage[start : end.end() - 1]
+            start = end.end()
+    yield passage[start:]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+(?:[.,]\d+)*", text.lower())
