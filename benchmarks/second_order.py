@@ -12,18 +12,17 @@ time or memory than TorchOpt's exact one. Needs `pip install torchopt`, which no
 """
 
 import argparse
-import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
 
+import result
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prosg_lib import provenance
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.gradient_step import gradient_step
 
@@ -140,16 +139,7 @@ def main() -> None:
     for kind, values in (("time", seconds), ("memory", memory)):
         ratios[f"{kind}/exact-over-first-order"] = values["exact"] / values["first-order"]
         ratios[f"{kind}/ours-over-torchopt"] = values["exact"] / values["torchopt"]
-    facts = provenance.facts()
-    result = {
-        "ratios": {name: round(ratios[name], 2) for name in GOALS},
-        "goals": GOALS,
-        "lower_is_better": True,
-        "device": facts["device"],
-        "versions": facts["versions"],
-        "threads": torch.get_num_threads(),
-    }
-    print(json.dumps(result))
+    print(result.line(ratios, GOALS, lower_is_better=True))
 
 
 if __name__ == "__main__":

@@ -7,16 +7,15 @@ machine meets both. Prints a table, and one JSON line last: ratios are their sec
 """
 
 import argparse
-import json
 import statistics
 import time
 
+import result
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from prosg_lib import provenance
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config, to_hf
 
 GOALS = {"16x256": 3, "4x1024": 8}
@@ -81,18 +80,9 @@ def main() -> None:
     ratios = {}
     for name, goal in GOALS.items():
         ours, theirs = measure(*map(int, name.split("x")), rounds, device)
-        ratios[name] = round(theirs / ours, 2)
+        ratios[name] = theirs / ours
         print(f"{name:>8} {ours:>9.3f} {theirs:>9.3f} {theirs / ours:>7.2f} {goal:>5}", flush=True)
-    facts = provenance.facts()
-    result = {
-        "ratios": ratios,
-        "goals": GOALS,
-        "lower_is_better": False,
-        "device": facts["device"],
-        "versions": facts["versions"],
-        "threads": torch.get_num_threads(),
-    }
-    print(json.dumps(result))
+    print(result.line(ratios, GOALS, lower_is_better=False))
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def bar_text(row: Row) -> str:
     kind, bar, tolerance = row["kind"], row["expected"], row["tolerance"]
     if kind == UNEXPECTED:
         return "not in the ledger"
-    number = "not measured" if bar is None else f"{bar:.4g}"
+    number = _number_text(bar)
     if kind == "exact":
         return f"exactly {number}"
     if kind == "absolute":
@@ -278,7 +278,14 @@ def bar_text(row: Row) -> str:
 
 def value_text(row: Row) -> str:
     """The measured number of a row, to be read."""
-    return "not measured" if row["value"] is None else f"{row['value']:.4g}"
+    return _number_text(row["value"])
+
+
+def _number_text(value: float | None) -> str:
+    """Counts, of bytes for instance, in full; anything else to four digits."""
+    if value is None:
+        return "not measured"
+    return f"{int(value):,}" if abs(value) >= 1000 and float(value).is_integer() else f"{value:.4g}"
 
 
 HOLDS = {True: "yes", False: "NO", None: "other prose"}

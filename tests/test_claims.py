@@ -247,6 +247,16 @@ def test_tables_say_in_words_what_holds():
 
 
 @pytest.mark.parametrize(
+    ("value", "said"),
+    [(917504.0, "917,504"), (0.97222, "0.9722"), (128.04, "128"), (7.0, "7"), (5.69e-6, "5.69e-06"), (1234.5, "1234")],
+)
+def test_counts_are_said_in_full_and_measurements_to_four_digits(value, said):
+    row = {"notebook": "n", "name": "a", "value": value, "expected": value, "tolerance": 0.0, "kind": "exact"}
+    assert claims.value_text(row) == said
+    assert claims.bar_text(row) == f"exactly {said}"
+
+
+@pytest.mark.parametrize(
     ("broken", "said"),
     [
         (entry(1, 0, "about"), "unknown kind 'about'"),
