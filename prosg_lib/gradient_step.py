@@ -72,15 +72,18 @@ class _Step(torch.autograd.Function):
             with torch.enable_grad():
                 leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
                 slopes = torch.autograd.grad(part(*leaves), leaves, create_graph=True, materialize_grads=True)
-                along = [(g, v) for g, v in zip(slopes, outer, strict=True) if g.requires_grad]  # the rest is linear
-                slopes, weights = zip(*along, strict=True) if along else ((), ())
-                curved = torch.autograd.grad(slopes, leaves, weights, allow_unused=True) if along else ()  # H v
+                bent = [(g, v) for g, v in zip(slopes, outer, strict=True) if g.requires_grad]
+                if not bent:
+                    continue  # a linear part has no curvature
+                curved = torch.autograd.grad(
+                    [g for g, _ in bent], leaves, [v for _, v in bent], allow_unused=True
+                )  # H v
             _add(changes, curved, -ctx.lr)
         return None, None, None, *changes
 
 
 def _add(sums: list[Tensor], terms: Sequence[Tensor | None], factor: float = 1.0) -> None:
-    for total, term in zip(sums, terms, strict=bool(terms)):
+    for total, term in zip(sums, terms, strict=True):
         if term is not None:
             total.add_(term, alpha=factor)
 
