@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prosg_lib import files, paths
+from prosg_lib.allocator import keep_freed_memory
 from prosg_lib.backbones.rwkv4 import RWKV4, from_hf, from_weights, to_hf, to_weights
 from prosg_lib.errors import UserError
 from prosg_lib.tokenizer import Tokenizer, load_tokenizer
@@ -35,6 +36,7 @@ def load_model(source: str | Path) -> RWKV4:
         UserError: there is nothing of that name; the hub cannot be reached; the file is damaged, holds pickled
             objects, or another architecture's weights.
     """
+    keep_freed_memory()
     path = Path(source).expanduser()
     if path.is_dir():
         model = _from_folder(path)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from prosg_lib import files, paths, provenance
+from prosg_lib.allocator import keep_freed_memory
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, Generator, StaticDelta, TokenGenerator
@@ -62,6 +63,7 @@ def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}; there are {', '.join(STAGES)}")
+    keep_freed_memory()
     sizes = get_profile(profile)
     lm = None if stage == "lm" else load_or_train("lm", profile, seed, retrain)
     record = _record(stage, sizes, seed, lm)

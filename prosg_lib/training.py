@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from prosg_lib import files
+from prosg_lib.allocator import keep_freed_memory
 from prosg_lib.errors import UserError
 from prosg_lib.profiles import Training
 from prosg_lib.tasks.dialogue import Batch
@@ -65,6 +66,7 @@ def fit(
         Diverged: the loss is not finite; the last good checkpoint stays.
         UserError: the checkpoint in `folder` belongs to another configuration, or is damaged.
     """
+    keep_freed_memory()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=sizes.lr, betas=(0.9, 0.99), weight_decay=0.01)
     path = folder / f"{name}.checkpoint.safetensors"

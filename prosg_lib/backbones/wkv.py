@@ -27,6 +27,10 @@ CHUNK = 32
 # keys for which that holds; wider ones are computed in float64, and wider still step by step.
 _SPREAD = {torch.float32: 40.0, torch.float64: 300.0}
 
+# Ages, in units of the decay, after which a token counts for nothing: beside the token at hand, whose weight is at
+# least e^{-_SPREAD}, it is lost in rounding.
+_FADED = {torch.float32: 70.0, torch.float64: 600.0}
+
 
 class WKVState(NamedTuple):
     """What the recurrence remembers, (B, D) each: sums num e^m over the values, den e^m over the weights."""
@@ -131,8 +135,8 @@ def _in_one_gauge(w, u, k, v, state, valid, gauge, chunk) -> tuple[Tensor, WKVSt
         past = torch.stack([state.num.t(), state.den.t()], 1) * torch.exp(state.m.t() - gauge)[:, None]  # (D, 2, B)
         seen = torch.ones(1, time, device=k.device) if valid is None else valid.to(k.dtype)
         age = seen.cumsum(1) - seen  # tokens since the given state
-        sums = sums + past[..., None] * torch.exp(-w * age)[:, None]
-        end = end + past * torch.exp(-w * seen.sum(1, keepdim=True).t())
+        sums = sums + past[..., None] * _faded(w * age)[:, None]
+        end = end + past * _faded(w * seen.sum(1, keepdim=True).t())
     num, den = sums.unbind(1)
     if valid is not None:  # cut before dividing: 0/0 at a padded position would poison every gradient
         num, den = num * valid, torch.where(valid, den, 1.0)
@@ -158,19 +162,27 @@ def _decayed_sums(x: Tensor, w: Tensor, u: Tensor, chunk: int) -> tuple[Tensor, 
     width, two, batch, time = x.shape
     n = -(-time // chunk)
     x = torch.nn.functional.pad(x, (n * chunk - time, 0)).view(width, -1, chunk)
-    inside = torch.bmm(x, _toeplitz(w, torch.exp(u), chunk)).view(width, two * batch, n, chunk + 1)
-    above = torch.bmm(inside[..., -1], _toeplitz(chunk * w, None, n))  # (D, 2 B, n + 1)
-    steps = torch.arange(chunk, device=x.device)
-    total = torch.addcmul(inside[..., :-1], above[..., :-1, None], torch.exp(-w * steps)[:, None])
-    return total.reshape(width, two, batch, n * chunk)[..., n * chunk - time :], above[..., -1].view(width, two, batch)
+    totals = torch.bmm(x, _ages(w, chunk)).view(width, two * batch, n)
+    before = torch.bmm(totals, _toeplitz(chunk * w, None, n))  # what each chunk finds, (D, 2 B, n)
+    end = torch.bmm(totals, _ages(chunk * w, n)).view(width, two, batch)
+    decay = _faded(w * torch.arange(chunk, device=x.device))  # (D, 1, C)
+    sums = torch.bmm(x, _toeplitz(w, torch.exp(u), chunk)).baddbmm_(before.view(width, -1, 1), decay)
+    return sums.view(width, two, batch, n * chunk)[..., n * chunk - time :], end
+
+
+def _ages(w: Tensor, length: int) -> Tensor:
+    """(D, length, 1): e^{-(length-1-i) w}, the weight of position i in the sum after the last."""
+    return _faded(w * torch.arange(length - 1, -1, -1, device=w.device)).transpose(1, 2)
 
 
 def _toeplitz(w: Tensor, bonus: Tensor | None, length: int) -> Tensor:
-    """(D, length, length + 1): column t weighs position i < t by e^{-(t-1-i) w}, i = t by the bonus (None: 0)."""
-    steps = torch.arange(length + 1, device=w.device)
-    lag = steps - 1 - steps[:-1, None]
-    past = torch.where(lag >= 0, torch.exp(-lag.clamp(min=0) * w), 0.0)
-    if bonus is None:
-        return past
-    now = (lag == -1) & (steps < length)
-    return torch.where(now, bonus[:, None, None], past)
+    """(D, length, length): column t weighs position i < t by e^{-(t-1-i) w}, i = t by the bonus (None: 0)."""
+    steps = torch.arange(length, device=w.device)
+    lag = steps - 1 - steps[:, None]
+    past = torch.where(lag >= 0, _faded(lag.clamp(min=0) * w), 0.0)
+    return past if bonus is None else torch.where(lag == -1, bonus[:, None, None], past)
+
+
+def _faded(age: Tensor) -> Tensor:
+    """e^{-age}, and 0 where that is too little to matter: a processor needs many times longer for denormal numbers."""
+    return torch.where(age < _FADED[age.dtype], torch.exp(-age), 0.0)
