@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
 from prosg_lib.lowrank import LowRankDelta
@@ -38,7 +38,7 @@ class Start:
 
 
 @torch.no_grad()
-def start(method: str, lm: RecurrentLM, generators: dict[str, Generator], prompts: list[list[int]]) -> Start:
+def start(method: str, lm: LanguageModel, generators: dict[str, Generator], prompts: list[list[int]]) -> Start:
     """The start of a method for a batch of prompts (token ids).
 
     Args:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.baselines import Start, start
 from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
@@ -30,7 +30,7 @@ _RESAMPLES = 2000
 
 @torch.no_grad()
 def measure(
-    lm: RecurrentLM,
+    lm: LanguageModel,
     generators: dict[str, Generator],
     methods: Iterable[str],
     data: Dialogues,
@@ -73,7 +73,7 @@ def measure(
 
 
 def _answered(
-    lm: RecurrentLM,
+    lm: LanguageModel,
     generators: dict[str, Generator],
     methods: Iterable[str],
     data: Dialogues,
@@ -89,7 +89,7 @@ def _answered(
             yield method, distance, _ask(lm, data, items, encoded, begin, state, distance), asked, right
 
 
-def _read(lm: RecurrentLM, begin: Start, items: list[Item], distances: list[int]):
+def _read(lm: LanguageModel, begin: Start, items: list[Item], distances: list[int]):
     """Reads the items' texts piece by piece; yields (distance, state there, and for every item the number of words of
     competing answers since the distance before, and how many of them were right)."""
     device = next(lm.parameters()).device
@@ -116,7 +116,7 @@ def _read(lm: RecurrentLM, begin: Start, items: list[Item], distances: list[int]
 
 
 def _ask(
-    lm: RecurrentLM,
+    lm: LanguageModel,
     data: Dialogues,
     items: list[Item],
     prompts: list[list[int]],
@@ -138,7 +138,7 @@ def _ask(
 
 
 @torch.no_grad()
-def recall_alone(lm: RecurrentLM, delta: LowRankDelta | None, data: Dialogues, items: list[Item]) -> np.ndarray:
+def recall_alone(lm: LanguageModel, delta: LowRankDelta | None, data: Dialogues, items: list[Item]) -> np.ndarray:
     """Share of each item's questions answered right from a blank state, the prompt's delta alone in the weights.
 
     Args:
@@ -158,7 +158,7 @@ def recall_alone(lm: RecurrentLM, delta: LowRankDelta | None, data: Dialogues, i
 
 @torch.no_grad()
 def knowledge(
-    lm: RecurrentLM,
+    lm: LanguageModel,
     generators: dict[str, Generator],
     methods: Iterable[str],
     data: Dialogues,
@@ -200,7 +200,7 @@ def knowledge(
 
 
 def sweep(
-    lm: RecurrentLM,
+    lm: LanguageModel,
     generators: dict[str, Generator],
     methods: Iterable[str],
     split: str,
@@ -336,7 +336,7 @@ def half_life(frame: pd.DataFrame, method: str, facts: int = 6) -> float:
 
 @torch.no_grad()
 def prose_nll(
-    lm: RecurrentLM, generators: dict[str, Generator], method: str, data: Dialogues, prompts: int, length: int = 256
+    lm: LanguageModel, generators: dict[str, Generator], method: str, data: Dialogues, prompts: int, length: int = 256
 ) -> np.ndarray:
     """Mean negative log likelihood of prose after each prompt, nats a token, (prompts,); perplexity is exp of it."""
     items = data.items(prompts, Shape(6, 0, 1, instructions=2))

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
 from prosg_lib.lowrank import Factors, LowRankDelta, captured_inputs
 from prosg_lib.state import Normaliser, RecurrentState
@@ -37,7 +37,7 @@ DROPOUT = 0.1
 """Of what a generator reads, while it trains: without it, the wording of the training prompts is learned by heart."""
 
 
-def edited_maps(lm: RecurrentLM, endings: tuple[str, ...]) -> dict[str, nn.Linear]:
+def edited_maps(lm: LanguageModel, endings: tuple[str, ...]) -> dict[str, nn.Linear]:
     """The editable maps of every block whose name ends so, e.g. "att.output".
 
     Raises:
@@ -55,12 +55,13 @@ def _directions(maps: dict[str, nn.Linear], rank: int) -> nn.ParameterDict:
     if rank < 1:
         raise UserError(f"rank {rank}: a delta needs at least rank 1")
     return nn.ParameterDict(
-        {_key(name): nn.Parameter(torch.randn(m.in_features, rank) / m.in_features**0.5) for name, m in maps.items()}
+        {key(name): nn.Parameter(torch.randn(m.in_features, rank) / m.in_features**0.5) for name, m in maps.items()}
     )
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "_")  # parameter dictionaries allow no dots
+def key(name: str) -> str:
+    """A module's name as one of a parameter dictionary, which allows no dots."""
+    return name.replace(".", "_")
 
 
 class Generator(nn.Module, ABC):
@@ -71,7 +72,7 @@ class Generator(nn.Module, ABC):
         V: the reading directions, shared by all prompts.
     """
 
-    def __init__(self, lm: RecurrentLM, rank: int, endings: tuple[str, ...]):
+    def __init__(self, lm: LanguageModel, rank: int, endings: tuple[str, ...]):
         super().__init__()
         maps = edited_maps(lm, endings)
         self.names = list(maps)
@@ -81,17 +82,19 @@ class Generator(nn.Module, ABC):
         self.fingerprint = lm.fingerprint()
 
     def _delta(self, u: dict[str, Tensor]) -> LowRankDelta:
-        return LowRankDelta({n: Factors(u[n], self.V[_key(n)][None]) for n in self.names}, self.fingerprint, SCALE)
+        return LowRankDelta({n: Factors(u[n], self.V[key(n)][None]) for n in self.names}, self.fingerprint, SCALE)
 
     @abstractmethod
-    def forward(self, lm: RecurrentLM, ids: Tensor, valid: Tensor | None = None) -> tuple[LowRankDelta, RecurrentState]:
+    def forward(
+        self, lm: LanguageModel, ids: Tensor, valid: Tensor | None = None
+    ) -> tuple[LowRankDelta, RecurrentState]:
         """The change for each prompt of a left-padded batch (B, T), and the state after the prompt.
 
         The model itself is only run forward and gets no gradient; the change has one for the generator's parameters.
         """
 
     @torch.no_grad()
-    def memorize(self, lm: RecurrentLM, prompts: list[str] | list[list[int]]) -> LowRankDelta:
+    def memorize(self, lm: LanguageModel, prompts: list[str] | list[list[int]]) -> LowRankDelta:
         """One change per prompt, forward only.
 
         Raises:
@@ -102,7 +105,7 @@ class Generator(nn.Module, ABC):
         ids, valid = lm.encode_prompts(prompts)
         return self(lm, ids, None if valid.all() else valid)[0]
 
-    def check(self, lm: RecurrentLM) -> None:
+    def check(self, lm: LanguageModel) -> None:
         if self.fingerprint != lm.fingerprint():
             raise UserError(
                 f"this generator was trained for model {self.fingerprint}, not for this one ({lm.fingerprint()})"
@@ -112,7 +115,7 @@ class Generator(nn.Module, ABC):
 class FinalStateGenerator(Generator):
     """U from the final state: normalised features -> residual trunk -> one head a map."""
 
-    def __init__(self, lm: RecurrentLM, rank: int, width: int, endings: tuple[str, ...]):
+    def __init__(self, lm: LanguageModel, rank: int, width: int, endings: tuple[str, ...]):
         super().__init__(lm, rank, endings)
         features = lm.state_features(lm.blank_state(1)).shape[1]
         self.register_buffer("mean", torch.zeros(features))
@@ -123,13 +126,13 @@ class FinalStateGenerator(Generator):
             for _ in range(2)
         )
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleDict({_key(n): nn.Linear(width, out * rank) for n, out in self.outs.items()})
+        self.heads = nn.ModuleDict({key(n): nn.Linear(width, out * rank) for n, out in self.outs.items()})
         for head in self.heads.values():
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
     @torch.no_grad()
-    def fit_normaliser(self, lm: RecurrentLM, ids: Tensor, valid: Tensor) -> None:
+    def fit_normaliser(self, lm: LanguageModel, ids: Tensor, valid: Tensor) -> None:
         """Collect the features' statistics over a batch of prompts; once, before training."""
         _, state = lm.step_through(ids, None, valid)
         found = Normaliser.fit(lm.state_features(state))
@@ -144,7 +147,7 @@ class FinalStateGenerator(Generator):
         for layer in self.trunk:
             h = h + layer(h)
         h = self.norm(h)
-        u = {name: self.heads[_key(name)](h).view(-1, out, self.rank) for name, out in self.outs.items()}
+        u = {name: self.heads[key(name)](h).view(-1, out, self.rank) for name, out in self.outs.items()}
         return self._delta(u), state
 
 
@@ -176,14 +179,14 @@ class TokenGenerator(Generator):
     are alike only as far as statement and question are; K z_t brings them closer where they are not.
     """
 
-    def __init__(self, lm: RecurrentLM, rank: int, width: int, endings: tuple[str, ...]):
+    def __init__(self, lm: LanguageModel, rank: int, width: int, endings: tuple[str, ...]):
         super().__init__(lm, rank, endings)
         size = lm.config.width
         self.mlp = nn.Sequential(
             nn.Dropout(DROPOUT), nn.Linear(3 * size, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
         )
-        self.heads = nn.ModuleDict({_key(n): nn.Linear(width, out, bias=False) for n, out in self.outs.items()})
-        self.keys = nn.ModuleDict({_key(n): nn.Linear(width, rank, bias=False) for n in self.outs})
+        self.heads = nn.ModuleDict({key(n): nn.Linear(width, out, bias=False) for n, out in self.outs.items()})
+        self.keys = nn.ModuleDict({key(n): nn.Linear(width, rank, bias=False) for n in self.outs})
         for start in (*self.heads.values(), *self.keys.values()):
             nn.init.zeros_(start.weight)
 
@@ -191,7 +194,9 @@ class TokenGenerator(Generator):
         memory = self.absorb(lm, ids, valid=valid)
         return self.delta_of(memory), memory.state
 
-    def absorb(self, lm: RecurrentLM, ids: Tensor, memory: Memory | None = None, valid: Tensor | None = None) -> Memory:
+    def absorb(
+        self, lm: LanguageModel, ids: Tensor, memory: Memory | None = None, valid: Tensor | None = None
+    ) -> Memory:
         """Take in (more of) a prompt, (B, T); pieces of any lengths add up to the whole.
 
         Args:
@@ -203,7 +208,7 @@ class TokenGenerator(Generator):
             hidden, state = lm.step_through(ids, None if memory is None else memory.state, valid)
             label = lm.embed(ids)
             seen = torch.cat([hidden, label], -1)
-        reads = {name: inputs[name].detach() @ self.V[_key(name)] for name in self.names}  # V^T x_t, (B, T, r)
+        reads = {name: inputs[name].detach() @ self.V[key(name)] for name in self.names}  # V^T x_t, (B, T, r)
         pending = seen[:, -1], {name: read[:, -1] for name, read in reads.items()}
         here, after = seen[:, :-1], label[:, 1:]
         reads = {name: read[:, :-1] for name, read in reads.items()}
@@ -214,24 +219,24 @@ class TokenGenerator(Generator):
         z = self.mlp(torch.cat([here, after], -1))  # (B, T - 1, H), or T with a pending token
         if valid is not None:
             z = z * valid[:, :-1, None]
-        sums = {name: z.transpose(1, 2) @ (read + self.keys[_key(name)](z)) for name, read in reads.items()}
+        sums = {name: z.transpose(1, 2) @ (read + self.keys[key(name)](z)) for name, read in reads.items()}
         if memory is not None:
             sums = {name: memory.sums[name] + new for name, new in sums.items()}
         return Memory(sums, state, pending, ids.shape[1] + (memory.length if memory else 0))
 
     def delta_of(self, memory: Memory) -> LowRankDelta:
         """U = sum_t delta_t (V^T x_t + K z_t)^T with delta_t = W z_t, taken as W (sum_t z_t (V^T x_t + K z_t)^T)."""
-        return self._delta({name: self.heads[_key(name)].weight @ memory.sums[name] for name in self.names})
+        return self._delta({name: self.heads[key(name)].weight @ memory.sums[name] for name in self.names})
 
 
 class StaticDelta(Generator):
     """One trained change for every prompt: what a generator would be worth that does not look at the prompt."""
 
-    def __init__(self, lm: RecurrentLM, rank: int, endings: tuple[str, ...]):
+    def __init__(self, lm: LanguageModel, rank: int, endings: tuple[str, ...]):
         super().__init__(lm, rank, endings)
-        self.U = nn.ParameterDict({_key(n): nn.Parameter(torch.zeros(out, rank)) for n, out in self.outs.items()})
+        self.U = nn.ParameterDict({key(n): nn.Parameter(torch.zeros(out, rank)) for n, out in self.outs.items()})
 
     def forward(self, lm, ids, valid=None):
         with torch.no_grad():
             _, state = lm.step_through(ids, None, valid)
-        return self._delta({name: self.U[_key(name)].expand(len(ids), -1, -1) for name in self.names}), state
+        return self._delta({name: self.U[key(name)].expand(len(ids), -1, -1) for name in self.names}), state

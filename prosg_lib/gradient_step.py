@@ -14,18 +14,22 @@ Glossary of shapes: B batch, T tokens of the context, r rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
-from prosg_lib.generator import SCALE, Generator, _key
+from prosg_lib.generator import SCALE, Generator, key
 from prosg_lib.lowrank import Factors, LowRankDelta, applied
+from prosg_lib.tasks.pair_batches import Rows
 
 Params = Mapping[str, Tensor]
 LossOf = Callable[[dict[str, Tensor]], Tensor]
+LogitsOf = Callable[[Tensor, Tensor | None], Tensor]
+"""(token ids (B, T), where they are no padding (B, T)) -> logits (B, T, vocab)."""
 
 
 def gradient_step(parts: Sequence[LossOf], start: Params, lr: float, second_order: bool = True) -> dict[str, Tensor]:
@@ -88,16 +92,46 @@ def _add(sums: list[Tensor], terms: Sequence[Tensor | None], factor: float = 1.0
             total.add_(term, alpha=factor)
 
 
-def context_nll(lm: RecurrentLM, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+def context_nll(lm: LanguageModel, ids: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean next-token NLL of each context, (B,), nats; the first token has none.
 
     Args:
         ids: (B, T), left-padded where `valid` (B, T) is False.
     """
     hidden, _ = lm.step_through(ids[:, :-1], None, None if valid is None else valid[:, :-1])
-    losses = F.cross_entropy(lm.read_out(hidden).transpose(1, 2), ids[:, 1:], reduction="none")
+    return _nll(lm.read_out(hidden), ids, valid)
+
+
+def _nll(logits: Tensor, ids: Tensor, valid: Tensor | None) -> Tensor:
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     counted = torch.ones_like(losses) if valid is None else (valid[:, 1:] & valid[:, :-1]).to(losses.dtype)
     return (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+
+class Way(Protocol):
+    """A way to take contexts in: a step, or a generator that needs none."""
+
+    def after(self, lm: LanguageModel, contexts: Rows, successive: bool) -> LogitsOf:
+        """The model as it is after its contexts, (B, n, C), each example with its own."""
+
+
+def answering(way: Way | None, lm: LanguageModel, contexts: Rows, successive: bool = False) -> LogitsOf:
+    """The model after its contexts; None: unchanged.
+
+    Args:
+        contexts: (B, n, C), n for each example.
+        successive: one step a context, in their order, instead of one on the mean of their losses.
+    """
+    return _with_delta(lm, None) if way is None else way.after(lm, contexts, successive)
+
+
+def _with_delta(lm: LanguageModel, delta: LowRankDelta | None) -> LogitsOf:
+    return lambda ids, valid: lm(ids, None, delta, valid)[0]
+
+
+def _in_turn(contexts: Rows, successive: bool) -> list[Rows]:
+    """What each inner step learns, (B, m, C): all contexts at once, or one after the other."""
+    return [Rows(*(t[:, [i]] for t in contexts)) for i in range(contexts.ids.shape[1])] if successive else [contexts]
 
 
 class AdapterStep(Generator):
@@ -109,26 +143,101 @@ class AdapterStep(Generator):
         U, V: the adapter before the step, of every map; U starts at zero, so that the step moves U alone at first.
     """
 
-    def __init__(self, lm: RecurrentLM, rank: int, endings: tuple[str, ...], lr: float, second_order: bool = True):
+    def __init__(self, lm: LanguageModel, rank: int, endings: tuple[str, ...], lr: float, second_order: bool = True):
         super().__init__(lm, rank, endings)
-        self.U = nn.ParameterDict({_key(n): nn.Parameter(torch.zeros(out, rank)) for n, out in self.outs.items()})
+        self.U = nn.ParameterDict({key(n): nn.Parameter(torch.zeros(out, rank)) for n, out in self.outs.items()})
         self.lr, self.second_order = lr, second_order
 
     def forward(self, lm, ids, valid=None):
-        batch = len(ids)
-
-        def delta_of(params: dict[str, Tensor]) -> LowRankDelta:
-            pairs = {n: Factors(params[f"{n}.U"], params[f"{n}.V"]) for n in self.names}
-            return LowRankDelta(pairs, self.fingerprint, SCALE)
-
-        def loss_of(params: dict[str, Tensor]) -> Tensor:
-            with applied(lm, delta_of(params)):
-                return context_nll(lm, ids, valid).sum()
-
-        start = {}
-        for name in self.names:
-            for kind, matrix in (("U", self.U[_key(name)]), ("V", self.V[_key(name)])):
-                start[f"{name}.{kind}"] = matrix.expand(batch, -1, -1)
         with torch.no_grad():
             _, state = lm.step_through(ids, None, valid)
-        return delta_of(gradient_step([loss_of], start, self.lr, self.second_order)), state
+        valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+        return self.delta(lm, Rows(ids[:, None], valid[:, None])), state
+
+    def after(self, lm, contexts, successive):
+        return _with_delta(lm, self.delta(lm, contexts, successive))
+
+    def delta(self, lm: LanguageModel, contexts: Rows, successive: bool = False) -> LowRankDelta:
+        """The adapter after the step (or steps) on each example's contexts, (B, n, C)."""
+        params = {}
+        for name in self.names:
+            for kind, matrix in (("U", self.U[key(name)]), ("V", self.V[key(name)])):
+                params[f"{name}.{kind}"] = matrix.expand(len(contexts.ids), -1, -1)
+        for told in _in_turn(contexts, successive):
+            params = gradient_step([self._loss_of(lm, told)], params, self.lr, self.second_order)
+        return self._delta_of(params)
+
+    def _delta_of(self, params: Params) -> LowRankDelta:
+        pairs = {n: Factors(params[f"{n}.U"], params[f"{n}.V"]) for n in self.names}
+        return LowRankDelta(pairs, self.fingerprint, SCALE)
+
+    def _loss_of(self, lm: LanguageModel, contexts: Rows) -> LossOf:
+        batch, n, _ = contexts.ids.shape
+        owner = torch.arange(batch, device=contexts.ids.device).repeat_interleave(n)
+
+        def loss_of(params: dict[str, Tensor]) -> Tensor:
+            delta = self._delta_of(params)
+            with applied(lm, delta if n == 1 else delta.select(owner)):
+                return context_nll(lm, contexts.ids.flatten(0, 1), contexts.valid.flatten(0, 1)).sum() / n
+
+        return loss_of
+
+
+class WeightStep(nn.Module):
+    """One gradient step on all weights of the model, from a start that is trained: the paper's plain form.
+
+    Every example has weights of its own after the step, as many as the model; a batch is taken a few examples at a
+    time where they would not fit in memory.
+
+    Attributes:
+        moved: the start's difference to the model, by name of the weight: of its shape, or, of a given rank, as two
+            factors, and then of matrices alone.
+    """
+
+    def __init__(self, lm: LanguageModel, rank: int | None, lr: float, second_order: bool = True):
+        super().__init__()
+        self.fingerprint, self.rank, self.lr, self.second_order = lm.fingerprint(), rank, lr, second_order
+        self.moved = nn.ParameterDict()
+        for name, weight in lm.named_parameters():
+            if rank is None:
+                self.moved[key(name)] = nn.Parameter(torch.zeros_like(weight))
+            elif weight.ndim == 2:
+                if not 1 <= rank <= min(weight.shape):
+                    raise UserError(
+                        f"rank {rank} asked for, but {name} is {tuple(weight.shape)}; it has 1 to {min(weight.shape)}"
+                    )
+                self.moved[key(name) + "_U"] = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+                right = torch.randn(weight.shape[1], rank, device=weight.device) / weight.shape[1] ** 0.5
+                self.moved[key(name) + "_V"] = nn.Parameter(right)
+
+    def start(self, lm: LanguageModel) -> dict[str, Tensor]:
+        """The weights before the step."""
+        start = {}
+        for name, weight in lm.named_parameters():
+            start[name] = weight.detach()
+            if self.rank is None:
+                start[name] = start[name] + self.moved[key(name)]
+            elif weight.ndim == 2:
+                start[name] = start[name] + self.moved[key(name) + "_U"] @ self.moved[key(name) + "_V"].t()
+        return start
+
+    def after(self, lm, contexts, successive):
+        weights = {n: w.expand(len(contexts.ids), *w.shape) for n, w in self.start(lm).items()}
+        for told in _in_turn(contexts, successive):
+            weights = gradient_step([self._loss_of(lm, told)], weights, self.lr, self.second_order)
+
+        def logits_of(ids, valid):
+            return torch.func.vmap(_logits(lm))(weights, ids[:, None], valid[:, None])[:, 0]
+
+        return logits_of
+
+    def _loss_of(self, lm: LanguageModel, contexts: Rows) -> LossOf:
+        def loss_of_one(weights, ids, valid):
+            return _nll(_logits(lm)(weights, ids[:, :-1], valid[:, :-1]), ids, valid).mean()
+
+        return lambda weights: torch.func.vmap(loss_of_one)(weights, *contexts).sum()
+
+
+def _logits(lm: LanguageModel):
+    """The model as a function of its weights, of token ids (B, T) and where they are no padding."""
+    return lambda weights, ids, valid: torch.func.functional_call(lm, weights, (ids, None, None, valid))[0]

@@ -21,7 +21,7 @@ from prosg_lib import files
 from prosg_lib.errors import UserError
 
 if TYPE_CHECKING:
-    from prosg_lib.backbones.base import RecurrentLM
+    from prosg_lib.backbones.base import LanguageModel
 
 
 class Factors(NamedTuple):
@@ -124,7 +124,7 @@ class LowRankDelta:
 
 
 @contextmanager
-def applied(lm: RecurrentLM, delta: LowRankDelta | None) -> Iterator[None]:
+def applied(lm: LanguageModel, delta: LowRankDelta | None) -> Iterator[None]:
     """While it lasts, y = x W^T + scale (x V) U^T in every map that the delta names; W itself is never written.
 
     Raises:
@@ -167,7 +167,7 @@ def _adder(factors: Factors, scale: float):
 
 
 @contextmanager
-def captured_inputs(lm: RecurrentLM, names: list[str]) -> Iterator[dict[str, Tensor]]:
+def captured_inputs(lm: LanguageModel, names: list[str]) -> Iterator[dict[str, Tensor]]:
     """While it lasts, every forward pass leaves the inputs x of the named maps, (B, T, in), in the dict it yields."""
     inputs: dict[str, Tensor] = {}
     maps = lm.editable()
@@ -189,7 +189,7 @@ class TokenFactors(NamedTuple):
     x: Tensor
 
 
-def gradient_factors(lm: RecurrentLM, names: list[str], loss_of: Callable[[], Tensor]) -> dict[str, TokenFactors]:
+def gradient_factors(lm: LanguageModel, names: list[str], loss_of: Callable[[], Tensor]) -> dict[str, TokenFactors]:
     """Per-token factors of the weight gradient of each named map, from one backward pass.
 
     Args:

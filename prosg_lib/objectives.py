@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.generator import Generator
 from prosg_lib.lowrank import applied
 from prosg_lib.profiles import Training
@@ -71,7 +71,7 @@ def lm_draw(data: Dialogues, sizes: Training) -> Draw:
     return Draw(data, sizes, int(EASY * sizes.steps), 4, (0, 1, 1, 2))
 
 
-def lm_objective(lm: RecurrentLM, autocast: bool = False) -> Callable[[int, Batch], Loss]:
+def lm_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, Batch], Loss]:
     """Next-token loss over whole dialogues; the words of answers count more than all the text around them."""
 
     def loss_of(step: int, batch: Batch) -> Loss:
@@ -107,7 +107,7 @@ def generator_draw(data: Dialogues, sizes: Training) -> Draw:
 
 
 def generator_objective(
-    lm: RecurrentLM, generator: Generator, sizes: Training, seed: int, autocast: bool = False
+    lm: LanguageModel, generator: Generator, sizes: Training, seed: int, autocast: bool = False
 ) -> Callable[[int, Batch], Loss]:
     """End to end (V1): loss of the answers, given the change of the weights; the model itself stays frozen.
 
@@ -137,7 +137,7 @@ def generator_objective(
     return loss_of
 
 
-def divergence(lm: RecurrentLM, plain: Tensor, hidden: Tensor, kind: Tensor, share: float, seed: int) -> Tensor:
+def divergence(lm: LanguageModel, plain: Tensor, hidden: Tensor, kind: Tensor, share: float, seed: int) -> Tensor:
     """Mean KL(p_plain || p_hidden) of the next token, nats, over a random share of the ordinary text."""
     chosen = (kind == TEXT) & lottery(kind, share, seed)
     teacher = F.log_softmax(lm.read_out(plain[chosen]).float(), -1)

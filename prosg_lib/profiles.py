@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prosg_lib.backbones.rwkv4 import RWKV4Config
+from prosg_lib.backbones.transformer import TransformerConfig
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.build import VOCAB
 
@@ -27,6 +28,22 @@ class Training:
     facts: tuple[int, ...]
     distances: tuple[int, ...]
     warmup: int = 100
+
+
+@dataclass(frozen=True)
+class PairTraining:
+    """Sizes of one training stage on pairs of context and query.
+
+    Attributes:
+        steps, batch, lr, warmup: as in `Training`; a batch counts pairs.
+        contexts: numbers of contexts that a query comes with; a step draws one.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    contexts: tuple[int, ...] = (1,)
+    warmup: int = 50
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class PairSizes:
+    """Sizes of all that is trained and measured on pairs.
+
+    Attributes:
+        transformer_size: of the transformer; the recurrent model has the dialogues' sizes.
+        recurrent, transformer: pretraining of the two language models.
+    """
+
+    transformer_size: TransformerConfig
+    recurrent: PairTraining
+    transformer: PairTraining
+
+
+@dataclass(frozen=True)
 class Profile:
     """All sizes of one profile. autocast: train under bfloat16 autocast where the device has it."""
 
@@ -73,6 +104,7 @@ class Profile:
     final_training: Training
     static_training: Training
     evaluation: Evaluation
+    pairs: PairSizes
     autocast: bool = False
 
 
@@ -90,6 +122,9 @@ PROFILES = {
         final_training=Training(60, 16, 4e-3, (3, 6), (0, 32), warmup=10),
         static_training=Training(20, 16, 4e-3, (3, 6), (0, 32), warmup=10),
         evaluation=Evaluation(4, 4, 3, (0, 1, 2), (0, 64, 256), (3, 6)),
+        pairs=PairSizes(
+            TransformerConfig("llama", VOCAB, 64, 2, 192, 2), PairTraining(40, 16, 3e-3), PairTraining(40, 16, 3e-3)
+        ),
     ),
     "cpu": Profile(
         name="cpu",
@@ -101,6 +136,11 @@ PROFILES = {
         final_training=Training(500, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         static_training=Training(100, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         evaluation=Evaluation(24, 12, 24, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
+        pairs=PairSizes(
+            TransformerConfig("llama", VOCAB, 128, 4, 384, 4),
+            PairTraining(1200, 24, 1e-3, (1, 1, 1, 4, 16)),
+            PairTraining(1600, 24, 2e-3, (1, 1, 1, 4, 16)),
+        ),
     ),
     "gpu": Profile(
         name="gpu",
@@ -112,6 +152,11 @@ PROFILES = {
         final_training=Training(2000, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         static_training=Training(400, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         evaluation=Evaluation(64, 32, 24, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
+        pairs=PairSizes(
+            TransformerConfig("llama", VOCAB, 512, 12, 1536, 8),
+            PairTraining(2000, 128, 5e-4, (1, 1, 1, 4, 16)),
+            PairTraining(6000, 128, 5e-4, (1, 1, 1, 4, 16)),
+        ),
         autocast=True,
     ),
 }

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from torch import nn
 
 from prosg_lib import files, paths, provenance
 from prosg_lib.allocator import keep_freed_memory
+from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, Generator, StaticDelta, TokenGenerator
 from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, lm_objective
-from prosg_lib.profiles import GeneratorSize, Profile, get_profile
+from prosg_lib.profiles import GeneratorSize, PairTraining, Profile, Training, get_profile
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
 from prosg_lib.tasks.prose import ProseTokens, load_prose
 from prosg_lib.tokenizer import load_tokenizer
@@ -63,22 +65,58 @@ def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}; there are {', '.join(STAGES)}")
-    keep_freed_memory()
     sizes = get_profile(profile)
     lm = None if stage == "lm" else load_or_train("lm", profile, seed, retrain)
-    record = _record(stage, sizes, seed, lm)
-    name = checkpoint_name(stage, profile)
-    kept = _kept(profile) / f"{name}.safetensors"
-    shipped = paths.data_dir() / "checkpoints" / f"{name}.safetensors"
+    plan = Plan(
+        stage,
+        checkpoint_name(stage, profile),
+        "lm" if stage == "lm" else "generator",
+        _record(stage, sizes, seed, lm),
+        lambda: _new(stage, _size(stage, sizes), lm),
+        lambda module: _work(stage, sizes, seed, lm, module),
+        sizes.lm if stage == "lm" else getattr(sizes, f"{stage}_training"),
+        seed,
+    )
+    return obtain(plan, profile, retrain)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to come by a trained module.
+
+    Attributes:
+        label: what to call it; name: of its checkpoint; kind: "lm" or "generator".
+        record: what a checkpoint must have been trained as.
+        new: -> the module, untrained; its random numbers are the seed's.
+        work: the untrained module -> (step -> batch, (step, batch) -> Loss).
+        training: steps, batch, learning rate.
+    """
+
+    label: str
+    name: str
+    kind: str
+    record: dict
+    new: Callable[[], nn.Module]
+    work: Callable[[nn.Module], tuple[Callable, Callable]]
+    training: Training | PairTraining
+    seed: int
+
+
+def obtain(plan: Plan, profile: str, retrain: bool = False) -> nn.Module:
+    """Load or train; see `load_or_train`."""
+    keep_freed_memory()
+    kept = _kept(profile) / f"{plan.name}.safetensors"
+    shipped = paths.data_dir() / "checkpoints" / f"{plan.name}.safetensors"
     for path in (kept,) if retrain else (shipped, kept):
         if path.exists():
             tensors, meta = files.load_tensors(path)
-            if meta.get("record") == record:
+            if meta.get("record") == plan.record:
                 where = meta["provenance"]["device"]
-                print(f"{stage}: loaded {path.name}, trained on {where}: same sizes, seed and data")
-                return _built(stage, _size(stage, sizes), lm, tensors)
-            print(f"{stage}: {path.name} was trained otherwise ({_why(meta.get('record', {}), record)}); not used")
-    return _train(stage, sizes, seed, lm, record, kept)
+                print(f"{plan.label}: loaded {path.name}, trained on {where}: same sizes, seed and data")
+                return _built(plan.new(), tensors)
+            why = _why(meta.get("record", {}), plan.record)
+            print(f"{plan.label}: {path.name} was trained otherwise ({why}); not used")
+    return _train(plan, kept)
 
 
 def _kept(profile: str) -> Path:
@@ -121,10 +159,9 @@ def _new(stage: str, size: RWKV4Config | GeneratorSize, lm: RWKV4 | None) -> nn.
     return StaticDelta(lm, size.rank, size.maps)
 
 
-def _built(stage: str, size: RWKV4Config | GeneratorSize, lm: RWKV4 | None, tensors: dict) -> nn.Module:
-    module = _new(stage, size, lm)
+def _built(module: nn.Module, tensors: dict) -> nn.Module:
     module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    if stage == "lm":
+    if isinstance(module, LanguageModel):
         module.tokenizer = load_tokenizer()
     return module.to(device()).eval().requires_grad_(False)
 
@@ -134,34 +171,34 @@ def _size(stage: str, sizes: Profile) -> RWKV4Config | GeneratorSize:
     return {"lm": sizes.model, "final": sizes.final}.get(stage, sizes.token)
 
 
-def _train(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None, record: dict, path: Path) -> nn.Module:
+def _work(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None, module: nn.Module) -> tuple[Callable, Callable]:
     data = dialogues("train", seed, rich=lm is not None)
-    torch.manual_seed(seed)
-    module = _new(stage, _size(stage, sizes), lm).to(device())
     autocast = sizes.autocast and device().type == "cuda"
-    began = time.monotonic()
     if stage == "lm":
-        training = sizes.lm
         module.tokenizer = data.tokenizer
-        batch_of, loss_of = lm_draw(data, training), lm_objective(module, autocast)
-    else:
-        training = getattr(sizes, f"{stage}_training")
-        batch_of = generator_draw(data, training)
-        loss_of = generator_objective(lm, module, training, seed, autocast)
-        if stage == "final":
-            sample = batch_of(-1).to(device())
-            module.fit_normaliser(lm, sample.prompt, sample.prompt_valid)
-    where = f"{training.steps} steps of {training.batch} dialogues on {provenance.device()}"
-    print(f"{stage}: training, {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, {where}")
-    fit(path.stem, module, batch_of, loss_of, training, path.parent, record)
+        return lm_draw(data, sizes.lm), lm_objective(module, autocast)
+    training = getattr(sizes, f"{stage}_training")
+    batch_of = generator_draw(data, training)
+    if stage == "final":
+        sample = batch_of(-1).to(device())
+        module.fit_normaliser(lm, sample.prompt, sample.prompt_valid)
+    return batch_of, generator_objective(lm, module, training, seed, autocast)
+
+
+def _train(plan: Plan, path: Path) -> nn.Module:
+    torch.manual_seed(plan.seed)
+    module = plan.new().to(device())
+    began = time.monotonic()
+    batch_of, loss_of = plan.work(module)
+    where = f"{plan.training.steps} steps of {plan.training.batch} on {provenance.device()}"
+    print(f"{plan.label}: training, {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, {where}")
+    fit(path.stem, module, batch_of, loss_of, plan.training, path.parent, plan.record)
     facts = provenance.facts() | {"prose": load_prose().source, "seconds": round(time.monotonic() - began, 1)}
     # Generators are kept in half precision, and used so too: what is loaded later is what was measured now.
-    keep = {n: t if stage == "lm" else t.half() for n, t in module.state_dict().items()}
-    files.save_tensors(
-        path, keep, {"kind": "lm" if stage == "lm" else "generator", "record": record, "provenance": facts}
-    )
+    keep = {n: t if plan.kind == "lm" else t.half() for n, t in module.state_dict().items()}
+    files.save_tensors(path, keep, {"kind": plan.kind, "record": plan.record, "provenance": facts})
     (path.parent / f"{path.stem}.checkpoint.safetensors").unlink(missing_ok=True)
-    return _built(stage, _size(stage, sizes), lm, keep)
+    return _built(plan.new(), keep)
 
 
 def load_generator(name: str, lm: RWKV4) -> Generator:
@@ -178,4 +215,4 @@ def load_generator(name: str, lm: RWKV4) -> Generator:
     if record["lm"] != lm.fingerprint():
         raise UserError(f"{path.name} was trained for model {record['lm']}, not for this one ({lm.fingerprint()})")
     size = GeneratorSize(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["generator"].items()})
-    return _built(record["stage"], size, lm, tensors)
+    return _built(_new(record["stage"], size, lm), tensors)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prosg_lib import evaluate
-from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.baselines import METHODS, start
 from prosg_lib.errors import UserError
@@ -43,7 +43,7 @@ class Config:
     width: int = 1
 
 
-class Window(RecurrentLM):
+class Window(LanguageModel):
     """Knows exactly the last WINDOW tokens, and answers a question right if a prompt with its fact is among them, or
     among the tokens that a delta holds. Of the text it knows what once followed a token."""
 

@@ -1,1 +1,1 @@
-"""Recurrent language models behind one interface (`backbones.base.RecurrentLM`)."""
+"""Recurrent language models behind one interface (`backbones.base.LanguageModel`)."""

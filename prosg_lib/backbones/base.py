@@ -16,8 +16,8 @@ from prosg_lib.lowrank import LowRankDelta, applied
 from prosg_lib.state import RecurrentState
 
 
-class RecurrentLM(nn.Module, ABC):
-    """A recurrent language model and its tokenizer.
+class LanguageModel(nn.Module, ABC):
+    """A language model, recurrent as a rule, and its tokenizer.
 
     Subclasses say how tokens become logits and state (`step_through`), which linear maps may be edited
     (`editable`), what the features of a state are (`state_features`), and keep a dataclass `config`.
@@ -43,9 +43,13 @@ class RecurrentLM(nn.Module, ABC):
     def editable(self) -> dict[str, nn.Linear]:
         """The linear maps a delta may change, by module name."""
 
-    @abstractmethod
     def state_features(self, state: RecurrentState) -> Tensor:
-        """What a generator reads of a state, (B, F): every vector on its own scale, gauge removed."""
+        """What a generator reads of a state, (B, F): every vector on its own scale, gauge removed.
+
+        Raises:
+            UserError: this kind of model has no state of a fixed size.
+        """
+        raise UserError(f"a {type(self).__name__} has no state of a fixed size; take a recurrent model")
 
     def forward(
         self,

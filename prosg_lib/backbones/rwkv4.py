@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prosg_lib.backbones.base import RecurrentLM
+from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.wkv import BLANK, WKVState, wkv_chunked, wkv_recurrent
 from prosg_lib.errors import UserError
 from prosg_lib.state import RecurrentState
@@ -124,8 +124,8 @@ class Block(nn.Module):
         return x + out, (att_shift, ffn_shift, *wkv)
 
 
-class RWKV4(RecurrentLM):
-    """The language model. `forward`, `derive_state`, `generate`: see `RecurrentLM`."""
+class RWKV4(LanguageModel):
+    """The language model. `forward`, `derive_state`, `generate`: see `LanguageModel`."""
 
     def __init__(self, config: RWKV4Config):
         super().__init__()

@@ -104,7 +104,7 @@ def wkv_chunked(
     if state is not None:
         gauge = torch.maximum(gauge, state.m)
     gauge = gauge.detach()
-    spread = (gauge - torch.minimum(lowest, gauge) + torch.relu(-u)).detach().amax().item()
+    spread = _number((gauge - torch.minimum(lowest, gauge) + torch.relu(-u)).detach().amax())
     if not spread <= _SPREAD[torch.float64]:
         return wkv_recurrent(w, u, k, v, state, valid)
     if spread <= _SPREAD.get(k.dtype, -1.0):
@@ -113,6 +113,14 @@ def wkv_chunked(
     wide = (x.double() for x in (w, u, k, v))
     out, end = _in_one_gauge(*wide, double, valid, gauge.double(), chunk)
     return out.to(k.dtype), WKVState(*(x.to(k.dtype) for x in end))
+
+
+def _number(x: Tensor) -> float:
+    """Its value; under torch.func's vmap, which has many at once, one that float64 has room for."""
+    try:
+        return x.item()
+    except RuntimeError:
+        return _SPREAD[torch.float64]
 
 
 def _valid_or(fill: float, x: Tensor, valid: Tensor | None) -> Tensor:
@@ -166,7 +174,7 @@ def _decayed_sums(x: Tensor, w: Tensor, u: Tensor, chunk: int) -> tuple[Tensor, 
     before = torch.bmm(totals, _toeplitz(chunk * w, None, n))  # what each chunk finds, (D, 2 B, n)
     end = torch.bmm(totals, _ages(chunk * w, n)).view(width, two, batch)
     decay = _faded(w * torch.arange(chunk, device=x.device))  # (D, 1, C)
-    sums = torch.bmm(x, _toeplitz(w, torch.exp(u), chunk)).baddbmm_(before.view(width, -1, 1), decay)
+    sums = torch.bmm(x, _toeplitz(w, torch.exp(u), chunk)).add_(torch.bmm(before.view(width, -1, 1), decay))
     return sums.view(width, two, batch, n * chunk)[..., n * chunk - time :], end
 
 

@@ -39,8 +39,8 @@ class Cloze(Pair):
         return normalised(generated).split()[: len(answer)] == answer
 
 
-def wikitext(split: str, source: str | Path = "hub", seed: int = 0) -> tuple[Cloze, ...]:
-    """One pair for each passage (a paragraph of two sentences or more) that has a fitting name or number.
+def wikitext(split: str, source: str | Path = "hub", seed: int = 0, words: int | None = None) -> tuple[Cloze, ...]:
+    """One pair for each passage that has a fitting name or number; a passage has two sentences or more.
 
     Articles of a local source are divided by title, a tenth, at least one, each to validation and test; an article is
     never in two splits. A title is a line ` = Title = `, as WikiText has it, or else the file's name; with fewer than
@@ -51,6 +51,7 @@ def wikitext(split: str, source: str | Path = "hub", seed: int = 0) -> tuple[Clo
         source: "hub" (`Salesforce/wikitext`, wikitext-2-raw-v1, through `datasets`), a folder of .txt files, or a file
             of plain text. WikiText's tokenised form is turned into ordinary text.
         seed: chooses among a passage's names and numbers.
+        words: a passage is as many whole sentences of a paragraph as have so many words together; None: a paragraph.
     Returns:
         In the text's order, the same for the same text and seed.
     Raises:
@@ -60,6 +61,8 @@ def wikitext(split: str, source: str | Path = "hub", seed: int = 0) -> tuple[Clo
     check_split(split)
     lines = load_prose("wikitext").paragraphs[split] if source == "hub" else _local(split, Path(source))
     passages = [detokenised(line) for line in lines if not line.startswith("= ")]
+    if words is not None:
+        passages = [passage for paragraph in passages for passage in _cut(paragraph, words)]
     pairs = tuple(_pairs(passages, seed))
     if not pairs:
         raise UserError(
@@ -67,6 +70,25 @@ def wikitext(split: str, source: str | Path = "hub", seed: int = 0) -> tuple[Clo
             "none of several sentences with a name or number of its own; give more text"
         )
     return pairs
+
+
+def copied(split: str, source: str | Path, words: int, seed: int = 0) -> tuple[Pair, ...]:
+    """One pair for every passage of a local source: a sentence broken off at any word, and what comes next of it.
+
+    Practice in completing from a passage, much more than there are names of a passage's own: for pretraining. The
+    answers need not be the passage's alone. Arguments as in `wikitext`.
+    """
+    check_split(split)
+    pairs = []
+    for line in _local(split, Path(source)):
+        for passage in () if line.startswith("= ") else _cut(detokenised(line), words):
+            rng = random.Random(f"{seed} copied {passage}")
+            sentence = rng.choice(list(_sentences(passage))).split()
+            if LEAD < len(sentence) and "<unk>" not in passage:
+                at = rng.randrange(LEAD, len(sentence))
+                answer = " ".join(sentence[at : at + rng.randint(1, LONGEST)])
+                pairs.append(Cloze(passage, INSTRUCTION + " ".join(sentence[:at]), answer))
+    return tuple(pairs)
 
 
 _OFFICIAL = dict(zip(SPLITS, ("train.txt", "valid.txt", "test.txt"), strict=True))
@@ -183,6 +205,17 @@ def _sentences(passage: str) -> Iterator[str]:
             yield passage[start : end.end() - 1]
             start = end.end()
     yield passage[start:]
+
+
+def _cut(paragraph: str, words: int) -> Iterator[str]:
+    """Whole sentences, together until the next would be too long; a longer one is a passage of its own."""
+    kept: list[str] = []
+    for sentence in _sentences(paragraph):
+        if kept and len(" ".join([*kept, sentence]).split()) > words:
+            yield " ".join(kept)
+            kept = []
+        kept.append(sentence)
+    yield " ".join(kept)
 
 
 def _words(text: str) -> list[str]:

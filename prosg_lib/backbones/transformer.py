@@ -1,0 +1,125 @@
+"""Causal transformers of `transformers` (GPT-2, Llama, Qwen3, ... classes) behind the interface of the recurrent models.
+
+They look back at all that they have read, so their "state" is all of it, and grows: `step_through` runs everything again.
+That is simple and right, and slow for long texts; they are here for the gradient step, whose texts are short, and for
+comparison. Attention is eager, because fused attention cannot be differentiated twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.errors import UserError
+from prosg_lib.state import RecurrentState
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes. kind: the model_type of `transformers`; ffn, heads: 0 where the class does not say."""
+
+    kind: str
+    vocab: int
+    width: int
+    layers: int
+    ffn: int = 0
+    heads: int = 0
+
+
+class CausalTransformer(LanguageModel):
+    """A causal language model of `transformers`. `forward`, `generate`: see `LanguageModel`."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        model.set_attn_implementation("eager")
+        self.model = model
+        c = model.config
+        self.config = TransformerConfig(
+            c.model_type,
+            c.vocab_size,
+            c.hidden_size,
+            c.num_hidden_layers,
+            getattr(c, "intermediate_size", None) or 0,
+            c.num_attention_heads,
+        )
+
+    def step_through(self, ids, state=None, valid=None):
+        time = ids.shape[1]
+        valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+        if state is not None:
+            ids = torch.cat([state.tensors["ids"], ids], 1)
+            valid = torch.cat([state.tensors["valid"], valid], 1)
+        body = self.model.base_model
+        hidden = body(
+            input_ids=ids,
+            attention_mask=_causal(valid, next(body.parameters()).dtype),
+            position_ids=(valid.long().cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[:, -time:], RecurrentState({"ids": ids, "valid": valid})
+
+    def read_out(self, hidden):
+        return self.model.get_output_embeddings()(hidden)
+
+    def embed(self, ids):
+        return self.model.get_input_embeddings()(ids)
+
+    def editable(self):
+        """Every linear map of the blocks, by its name in the model."""
+        heads = (self.model.get_output_embeddings(),)
+        return {
+            name.removeprefix("model."): module
+            for name, module in self.named_modules()
+            if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module not in heads
+        }
+
+
+def _causal(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, T, T), added to the scores: nothing looks ahead or at padding; padding looks at itself, to be finite."""
+    time = valid.shape[1]
+    see = torch.ones(time, time, dtype=torch.bool, device=valid.device).tril() & valid[:, None, None]
+    see = see | torch.eye(time, dtype=torch.bool, device=valid.device)
+    return torch.where(see, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def new_llama(config: TransformerConfig) -> CausalTransformer:
+    """A fresh transformer of the Llama class, input and output embeddings tied."""
+    sizes = LlamaConfig(
+        vocab_size=config.vocab,
+        hidden_size=config.width,
+        intermediate_size=config.ffn,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return CausalTransformer(AutoModelForCausalLM.from_config(sizes, attn_implementation="eager"))
+
+
+def load_transformer(source: str | Path) -> CausalTransformer:
+    """A pretrained causal transformer by hub id or folder, float32, with its tokenizer.json where there is one.
+
+    Raises:
+        UserError: the hub cannot be reached, or there is no such model.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # the hub's, the HTTP client's and the operating system's errors have no common class
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise UserError(
+            f"{source} could not be loaded ({reason}); give a folder that `save_pretrained` wrote"
+        ) from error
+    lm = CausalTransformer(model).eval()
+    path = Path(source) / "tokenizer.json"
+    if path.is_file():
+        from prosg_lib.tokenizer import load_tokenizer
+
+        lm.tokenizer = load_tokenizer(path)
+    return lm

@@ -1,0 +1,128 @@
+"""Pairs as tensors: contexts to learn from, queries to answer, and both as one prompt.
+
+Glossary of shapes: B pairs, n contexts each, C context tokens, Q tokens of query and answer, P tokens of all together.
+Every row is padded on the left, so the answer ends every row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from prosg_lib.errors import UserError
+from prosg_lib.tasks.pairs import Pair
+from prosg_lib.tokenizer import Tokenizer
+
+
+class Rows(NamedTuple):
+    """Token ids of left-padded rows, and where they are no padding, both (..., T)."""
+
+    ids: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Pairs of one batch.
+
+    Attributes:
+        context: (B, n, C), one context of n being the pair's own.
+        query: (B, Q), query and answer.
+        prompted: (B, P), all contexts, one a line, then query and answer.
+        answer: (B, Q), True where the token belongs to the answer or is the newline that ends it.
+    """
+
+    context: Rows
+    query: Rows
+    prompted: Rows
+    answer: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        moved = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            moved[f.name] = value.to(device) if isinstance(value, Tensor) else Rows(*(t.to(device) for t in value))
+        return type(self)(**moved)
+
+
+def encoded(pair: Pair, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Tokens of context, query and answer, the first and the last with the newline that ends them.
+
+    Raises:
+        UserError: the tokenizer makes nothing of one of them.
+    """
+    parts = tuple(tokenizer.encode(t) for t in (f"{pair.context}\n", pair.query, f" {pair.answer}\n"))
+    for name, part in zip(("context", "query", "answer"), parts, strict=True):
+        if not part:
+            raise UserError(f"the tokenizer makes no tokens of this {name}: {getattr(pair, name)!r}")
+    return parts
+
+
+def collate(groups: Sequence[Sequence[Pair]], tokenizer: Tokenizer, seed: object = 0) -> PairBatch:
+    """A batch in which each group's first pair is asked about, and the others' contexts are there, too.
+
+    Args:
+        groups: B groups of n pairs.
+        seed: of the contexts' order within each group.
+    Raises:
+        UserError: no groups, or groups of different sizes.
+    """
+    if len({len(group) for group in groups}) != 1:
+        raise UserError(f"{len(groups)} groups of {sorted({len(g) for g in groups})} contexts; all need equally many")
+    contexts, queries, answers, prompts = [], [], [], []
+    for number, group in enumerate(groups):
+        _, query, answer = encoded(group[0], tokenizer)
+        told = [list(encoded(pair, tokenizer)[0]) for pair in group]
+        random.Random(f"{seed}/{number}").shuffle(told)
+        contexts += told
+        queries.append([*query, *answer])
+        answers.append(len(answer))
+        prompts.append([*sum(told, []), *query, *answer])
+    context, query = left_padded(contexts), left_padded(queries)
+    n = len(groups[0])
+    last = torch.arange(query.ids.shape[1], 0, -1)
+    return PairBatch(
+        Rows(*(t.view(len(groups), n, -1) for t in context)),
+        query,
+        left_padded(prompts),
+        last <= torch.tensor(answers)[:, None],
+    )
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> Rows:
+    """Rows of token ids, all at least one long, as tensors."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return Rows(ids, torch.arange(longest) >= longest - lengths[:, None])
+
+
+@dataclass(frozen=True)
+class PairDraw:
+    """Step -> batch: pairs of one task, drawn with their step's own seed. With several tasks they take turns.
+
+    Attributes:
+        tasks: pairs by task.
+        contexts: numbers of contexts; a step draws one. Fewer are taken where they would be longer than `room` tokens.
+    """
+
+    tasks: dict[str, tuple[Pair, ...]]
+    tokenizer: Tokenizer
+    batch: int
+    contexts: tuple[int, ...]
+    seed: int
+    room: int = 640
+
+    def __call__(self, step: int) -> PairBatch:
+        rng = random.Random(f"pairs/{self.seed}/{step}")
+        pairs = self.tasks[sorted(self.tasks)[step % len(self.tasks)]]
+        n = rng.choice(self.contexts)
+        drawn = [rng.sample(pairs, n) for _ in range(self.batch)]
+        longest = max(len(encoded(pair, self.tokenizer)[0]) for group in drawn for pair in group)
+        groups = [group[: max(1, self.room // longest)] for group in drawn]
+        return collate(groups, self.tokenizer, f"{self.seed}/{step}")
