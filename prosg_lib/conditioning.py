@@ -47,27 +47,18 @@ def pair_lm_objective(lm: LanguageModel) -> Callable[[int, PairBatch], Loss]:
     return loss_of
 
 
-def prompted_logits(lm: LanguageModel, batch: PairBatch, where: Tensor) -> Tensor:
-    """What the model says that is given the contexts, (positions, vocab).
-
-    Args:
-        where: (B, Q - 1), the positions asked for, each by the token that comes after it.
-    """
-    return lm.read_out(hidden_of(lm, batch.prompted)[:, -where.shape[1] :][where])
-
-
 def pair_objective(
     lm: LanguageModel, way: Way, objective: str, everywhere: bool = False, successive: bool = False
 ) -> Callable[[int, PairBatch], Loss]:
-    """The outer loss of a way to take contexts in; the model stays as it is.
+    """The outer loss of a way to take contexts in; the model itself stays as it is.
 
-    LC: mean KL(model given the contexts || changed model without them), over the whole vocabulary, in nats; the log
-    has the first one's entropy, too: cross-entropy is their sum, and cannot be below it. LG: mean cross-entropy of the
-    gold answer.
+    LC: KL(model given the contexts || changed model without them), over the whole vocabulary, in nats. The log has the
+    first one's entropy, too: the cross-entropy is their sum, and cannot be below it. LG: cross-entropy of the gold
+    answer. Either is a mean over the tokens of an answer, and then over the pairs.
 
     Args:
         everywhere: over the query's positions as well, not the answer's alone.
-        successive: one step a context instead of one for all.
+        successive: one step a context, in their order, instead of one for all.
     Raises:
         UserError: unknown objective.
     """
@@ -76,30 +67,17 @@ def pair_objective(
 
     def loss_of(step: int, batch: PairBatch) -> Loss:
         where = batch.query.valid[:, :-1] & (batch.answer[:, 1:] | everywhere)
+        share = (where / where.sum(1, keepdim=True) / len(where))[where]
         says = answering(way, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1])
         student = F.log_softmax(says[where].float(), -1)
-        gold = F.nll_loss(student, batch.query.ids[:, 1:][where])
+        gold = (F.nll_loss(student, batch.query.ids[:, 1:][where], reduction="none") * share).sum()
         if objective == "LG":
             return Loss(gold, {"gold": gold})
         with torch.no_grad():
-            teacher = F.log_softmax(prompted_logits(lm, batch, where).float(), -1)
-            entropy = -(teacher.exp() * teacher).sum(-1).mean()
-        apart = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+            given = hidden_of(lm, batch.prompted)[:, -where.shape[1] :][where]
+            teacher = F.log_softmax(lm.read_out(given).float(), -1)
+            entropy = -((teacher.exp() * teacher).sum(-1) * share).sum()
+        apart = (F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * share).sum()
         return Loss(apart, {"gold": gold, "entropy": entropy})
 
     return loss_of
-
-
-@torch.no_grad()
-def right(says: Tensor, rows: Rows, answer: Tensor) -> Tensor:
-    """Whether a greedy answer is the gold one, token for token, up to the newline that ends it, (B,).
-
-    It is where, given the gold answer so far, its next token is the likeliest everywhere.
-
-    Args:
-        says: logits at all positions but the last, (B, T - 1, vocab); rows (B, T) end as answer (B, Q) does.
-    """
-    answer = answer[:, 1:]
-    q = answer.shape[1]
-    hit = says[:, -q:].argmax(-1) == rows.ids[:, 1:][:, -q:]
-    return (hit | ~answer).all(1)

@@ -253,7 +253,7 @@ def _table(frame: pd.DataFrame, column: str, facts: int, distance: int, methods:
     return wide[list(methods)].to_numpy().T
 
 
-def _resampled(table: np.ndarray, statistic) -> Estimate:
+def resampled(table: np.ndarray, statistic) -> Estimate:
     """Bootstrap over prompts; all methods keep the same resampled prompts, so differences and ratios are paired."""
     rng = np.random.default_rng(0)
     pick = rng.integers(table.shape[1], size=(_RESAMPLES, table.shape[1]))
@@ -266,7 +266,7 @@ def _resampled(table: np.ndarray, statistic) -> Estimate:
 
 def estimate(frame: pd.DataFrame, method: str, distance: int, facts: int = 6, column: str = "recall") -> Estimate:
     """Mean over all prompts and seeds, with a bootstrap interval over prompts."""
-    return _resampled(_table(frame, column, facts, distance, [method]), lambda means: means[0])
+    return resampled(_table(frame, column, facts, distance, [method]), lambda means: means[0])
 
 
 def gap_recovered(frame: pd.DataFrame, method: str, distance: int, facts: int = 6) -> Estimate:
@@ -275,7 +275,7 @@ def gap_recovered(frame: pd.DataFrame, method: str, distance: int, facts: int = 
     NaN where there is no gap, that is where the repeated prompt does not help either.
     """
     table = _table(frame, "recall", facts, distance, [method, "none", "repeated"])
-    return _resampled(table, lambda m: _ratio(m[0] - m[1], m[2] - m[1]))
+    return resampled(table, lambda m: _ratio(m[0] - m[1], m[2] - m[1]))
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -304,7 +304,7 @@ def locality(frame: pd.DataFrame, method: str, other: str = "base", facts: int =
     """Right answers about other people, pooled over the whole text, as a ratio of two methods: 1 is nothing lost."""
     part = frame[(frame.facts == facts) & (frame.asked > 0)]
     right = (part.competing * part.asked).groupby([part.method, part.seed, part.prompt]).sum().unstack([1, 2])
-    return _resampled(right.loc[[method, other]].to_numpy(), lambda m: _ratio(m[0], m[1]))
+    return resampled(right.loc[[method, other]].to_numpy(), lambda m: _ratio(m[0], m[1]))
 
 
 def by_distance(

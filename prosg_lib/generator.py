@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
-from prosg_lib.lowrank import Factors, LowRankDelta, captured_inputs
+from prosg_lib.lowrank import Factors, LogitsOf, LowRankDelta, captured_inputs, with_delta
 from prosg_lib.state import Normaliser, RecurrentState
+from prosg_lib.tasks.pair_batches import Rows
 
 SCALE = 0.1
 """Of the synthetic gradient, as in DNI: sums over a hundred tokens would otherwise break the model at first."""
@@ -92,6 +93,16 @@ class Generator(nn.Module, ABC):
 
         The model itself is only run forward and gets no gradient; the change has one for the generator's parameters.
         """
+
+    def after(self, lm: LanguageModel, contexts: Rows, successive: bool) -> LogitsOf:
+        """The model after its contexts, (B, 1, C): see `gradient_step.Way`.
+
+        Raises:
+            UserError: more than one context an example.
+        """
+        if contexts.ids.shape[1] > 1:
+            raise UserError("a generator takes one prompt an example; join the contexts to one text")
+        return with_delta(lm, self(lm, contexts.ids[:, 0], contexts.valid[:, 0])[0])
 
     @torch.no_grad()
     def memorize(self, lm: LanguageModel, prompts: list[str] | list[list[int]]) -> LowRankDelta:

@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE, Generator, key
-from prosg_lib.lowrank import Factors, LowRankDelta, applied
+from prosg_lib.lowrank import Factors, LogitsOf, LowRankDelta, applied, with_delta
 from prosg_lib.tasks.pair_batches import Rows
 
 Params = Mapping[str, Tensor]
 LossOf = Callable[[dict[str, Tensor]], Tensor]
-LogitsOf = Callable[[Tensor, Tensor | None], Tensor]
-"""(token ids (B, T), where they are no padding (B, T)) -> logits (B, T, vocab)."""
 
 
 def gradient_step(parts: Sequence[LossOf], start: Params, lr: float, second_order: bool = True) -> dict[str, Tensor]:
@@ -122,11 +120,7 @@ def answering(way: Way | None, lm: LanguageModel, contexts: Rows, successive: bo
         contexts: (B, n, C), n for each example.
         successive: one step a context, in their order, instead of one on the mean of their losses.
     """
-    return _with_delta(lm, None) if way is None else way.after(lm, contexts, successive)
-
-
-def _with_delta(lm: LanguageModel, delta: LowRankDelta | None) -> LogitsOf:
-    return lambda ids, valid: lm(ids, None, delta, valid)[0]
+    return with_delta(lm, None) if way is None else way.after(lm, contexts, successive)
 
 
 def _in_turn(contexts: Rows, successive: bool) -> list[Rows]:
@@ -155,7 +149,7 @@ class AdapterStep(Generator):
         return self.delta(lm, Rows(ids[:, None], valid[:, None])), state
 
     def after(self, lm, contexts, successive):
-        return _with_delta(lm, self.delta(lm, contexts, successive))
+        return with_delta(lm, self.delta(lm, contexts, successive))
 
     def delta(self, lm: LanguageModel, contexts: Rows, successive: bool = False) -> LowRankDelta:
         """The adapter after the step (or steps) on each example's contexts, (B, n, C)."""

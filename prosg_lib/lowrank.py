@@ -166,6 +166,15 @@ def _adder(factors: Factors, scale: float):
     return add
 
 
+LogitsOf = Callable[[Tensor, Tensor | None], Tensor]
+"""(token ids (B, T), where they are no padding (B, T)) -> logits (B, T, vocab)."""
+
+
+def with_delta(lm: LanguageModel, delta: LowRankDelta | None) -> LogitsOf:
+    """The model with a change, from a blank state."""
+    return lambda ids, valid: lm(ids, None, delta, valid)[0]
+
+
 @contextmanager
 def captured_inputs(lm: LanguageModel, names: list[str]) -> Iterator[dict[str, Tensor]]:
     """While it lasts, every forward pass leaves the inputs x of the named maps, (B, T, in), in the dict it yields."""

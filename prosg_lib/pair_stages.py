@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from torch import nn
@@ -22,8 +22,8 @@ from prosg_lib.backbones.transformer import new_llama
 from prosg_lib.conditioning import pair_lm_objective, pair_objective
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, TokenGenerator
-from prosg_lib.gradient_step import AdapterStep, Way, WeightStep
-from prosg_lib.profiles import PairTraining, get_profile
+from prosg_lib.gradient_step import AdapterStep, WeightStep
+from prosg_lib.profiles import get_profile
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pair_batches import PairDraw
 from prosg_lib.tasks.pairs import Fitted, Pair, fitted
@@ -36,6 +36,9 @@ from prosg_lib.training import RECIPE
 
 TASKS = ("characters", "reversal", "wikitext", "squad")
 BACKBONES = ("recurrent", "transformer")
+
+_EASY = 0.2
+"""Share of pretraining with the short contexts of made-up people alone: answering from the context is learned there."""
 
 _WORDS = 50  # of a passage of the cloze: a sentence or three
 _CONTEXT, _QUERY = 360, 120  # tokens that a pair may have
@@ -144,9 +147,103 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
 
     def work(model):
         model.tokenizer = load_tokenizer()
-        draw = PairDraw(tasks, load_tokenizer(), training.batch, training.contexts, seed)
+        people, others = ["characters", "reversal"], sorted(tasks.keys() - {"characters", "reversal"})
+        turns = tuple(chain(*([*people, other] for other in others))) if others else tuple(people)
+        easy = int(_EASY * training.steps)
+        draw = PairDraw(tasks, load_tokenizer(), training.batch, training.contexts, seed, turns, easy)
         return draw, pair_lm_objective(model)
 
     return stages.obtain(
         _plan(f"{backbone} model", name, "lm", profile, record, new, work, training, seed), profile, retrain
     )
+
+
+@dataclass(frozen=True)
+class WaySpec:
+    """What is trained to take a context in.
+
+    Attributes:
+        method: "adapter" (one step in a LoRA adapter), "weights" (on all weights, from any start), "weights-<r>" (from
+            a start that a rank-r change of the model is), or a generator, "token" or "final".
+        tasks: trained on; several in turn.
+        objective: "LC" or "LG".
+        contexts: number of contexts a query comes with.
+        after: trained on these tasks first.
+    """
+
+    method: str
+    tasks: tuple[str, ...]
+    objective: str = "LC"
+    contexts: int = 1
+    after: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        many = [str(self.contexts)] if self.contexts > 1 else []
+        first = ["after", *self.after] if self.after else []
+        return "-".join([self.method, *self.tasks, *first, self.objective.lower(), *many])
+
+
+_GENERATORS = {"token": TokenGenerator, "final": FinalStateGenerator}
+_MAPS = {
+    "recurrent": ("att.output", "att.value", "ffn.key", "ffn.value"),
+    "transformer": ("v_proj", "o_proj", "up_proj", "down_proj"),
+}
+
+
+def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.Module:
+    """An untrained way; the step's start is the model itself.
+
+    Raises:
+        UserError: unknown method, or a rank that a matrix does not have.
+    """
+    sizes = get_profile(profile).pairs
+    maps = _MAPS.get(backbone) or _MAPS["transformer"]
+    if method == "adapter":
+        return AdapterStep(lm, sizes.rank, maps, sizes.adapter_lr)
+    if method in _GENERATORS:
+        return _GENERATORS[method](lm, sizes.rank, 2 * lm.config.width, maps)
+    kind, _, rank = method.partition("-")
+    if kind != "weights" or not (rank or "1").isdigit():
+        raise UserError(f"unknown method {method!r}; there are adapter, weights, weights-<rank>, token, final")
+    return WeightStep(lm, int(rank) if rank else None, sizes.weights_lr)
+
+
+def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain: bool = False) -> nn.Module:
+    """The trained way of a specification, for `pair_model(backbone, ...)`; loaded or trained.
+
+    Raises:
+        UserError: unknown method, task, objective, backbone or profile; damaged checkpoint; diverged training.
+    """
+    sizes = get_profile(profile).pairs
+    lm = pair_model(backbone, profile, 0, retrain)
+    training = getattr(sizes, spec.method.partition("-")[0], sizes.generator)
+    training = replace(training, contexts=(spec.contexts,))
+    tasks = _training_pairs(spec.tasks)
+    before = (
+        pair_way(replace(spec, tasks=spec.after, after=()), backbone, profile, seed, retrain) if spec.after else None
+    )
+    fresh = new_way(spec.method, lm, backbone, profile)
+    record = {
+        "way": asdict(spec),
+        "lm": lm.fingerprint(),
+        "data": _digest(tasks),
+        "inner": {"lr": getattr(fresh, "lr", None), "rank": getattr(fresh, "rank", None)},
+    }
+
+    def new():
+        way = new_way(spec.method, lm, backbone, profile)
+        if before is not None:
+            way.load_state_dict(before.state_dict())
+        return way
+
+    def work(way):
+        draw = PairDraw(tasks, load_tokenizer(), training.batch, training.contexts, seed, tuple(sorted(tasks)))
+        if spec.method == "final":
+            told = draw(-1).to(stages.device()).context
+            way.fit_normaliser(lm, told.ids[:, 0], told.valid[:, 0])
+        return draw, pair_objective(lm, way, spec.objective)
+
+    name = f"{'rwkv4' if backbone == 'recurrent' else 'llama'}-pairs-{spec.name}" + (f"-seed{seed}" if seed else "")
+    plan = _plan(f"{backbone} {spec.name}", name, "generator", profile, record, new, work, training, seed)
+    return stages.obtain(replace(plan, at_once=sizes.at_once), profile, retrain)

@@ -84,11 +84,25 @@ class PairSizes:
     Attributes:
         transformer_size: of the transformer; the recurrent model has the dialogues' sizes.
         recurrent, transformer: pretraining of the two language models.
+        rank: of the adapters, and of the generators that they are compared with.
+        adapter, weights: meta-training of a step in an adapter, and of one on all weights.
+        generator: training of the two generators.
+        adapter_lr, weights_lr: of the inner step. Chosen on the validation split, see notebook 07.
+        at_once: examples in memory at a time; None: the whole batch.
+        items: pairs of a split that are evaluated, at most.
     """
 
     transformer_size: TransformerConfig
     recurrent: PairTraining
     transformer: PairTraining
+    adapter: PairTraining
+    weights: PairTraining
+    generator: PairTraining
+    rank: int = 8
+    adapter_lr: float = 1.0
+    weights_lr: float = 0.1
+    at_once: int | None = None
+    items: int = 500
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,13 @@ PROFILES = {
         static_training=Training(20, 16, 4e-3, (3, 6), (0, 32), warmup=10),
         evaluation=Evaluation(4, 4, 3, (0, 1, 2), (0, 64, 256), (3, 6)),
         pairs=PairSizes(
-            TransformerConfig("llama", VOCAB, 64, 2, 192, 2), PairTraining(40, 16, 3e-3), PairTraining(40, 16, 3e-3)
+            TransformerConfig("llama", VOCAB, 64, 2, 192, 2),
+            PairTraining(40, 16, 3e-3),
+            PairTraining(40, 16, 3e-3),
+            adapter=PairTraining(20, 8, 3e-3, warmup=5),
+            weights=PairTraining(4, 4, 1e-3, warmup=2),
+            generator=PairTraining(20, 8, 3e-3, warmup=5),
+            items=20,
         ),
     ),
     "cpu": Profile(
@@ -138,8 +158,11 @@ PROFILES = {
         evaluation=Evaluation(24, 12, 24, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
         pairs=PairSizes(
             TransformerConfig("llama", VOCAB, 128, 4, 384, 4),
-            PairTraining(1200, 24, 1e-3, (1, 1, 1, 4, 16)),
-            PairTraining(1600, 24, 2e-3, (1, 1, 1, 4, 16)),
+            PairTraining(1400, 32, 3e-3, (1, 1, 1, 4, 16)),
+            PairTraining(1600, 32, 3e-3, (1, 1, 1, 4, 16)),
+            adapter=PairTraining(400, 32, 3e-3),
+            weights=PairTraining(300, 16, 5e-4),
+            generator=PairTraining(400, 32, 2e-3),
         ),
     ),
     "gpu": Profile(
@@ -156,6 +179,9 @@ PROFILES = {
             TransformerConfig("llama", VOCAB, 512, 12, 1536, 8),
             PairTraining(2000, 128, 5e-4, (1, 1, 1, 4, 16)),
             PairTraining(6000, 128, 5e-4, (1, 1, 1, 4, 16)),
+            adapter=PairTraining(1000, 64, 1e-3),
+            weights=PairTraining(1000, 16, 1e-4),
+            generator=PairTraining(1000, 64, 1e-3),
         ),
         autocast=True,
     ),

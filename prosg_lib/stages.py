@@ -100,6 +100,7 @@ class Plan:
     work: Callable[[nn.Module], tuple[Callable, Callable]]
     training: Training | PairTraining
     seed: int
+    at_once: int | None = None
 
 
 def obtain(plan: Plan, profile: str, retrain: bool = False) -> nn.Module:
@@ -192,7 +193,7 @@ def _train(plan: Plan, path: Path) -> nn.Module:
     batch_of, loss_of = plan.work(module)
     where = f"{plan.training.steps} steps of {plan.training.batch} on {provenance.device()}"
     print(f"{plan.label}: training, {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, {where}")
-    fit(path.stem, module, batch_of, loss_of, plan.training, path.parent, plan.record)
+    fit(path.stem, module, batch_of, loss_of, plan.training, path.parent, plan.record, at_once=plan.at_once)
     facts = provenance.facts() | {"prose": load_prose().source, "seconds": round(time.monotonic() - began, 1)}
     # Generators are kept in half precision, and used so too: what is loaded later is what was measured now.
     keep = {n: t if plan.kind == "lm" else t.half() for n, t in module.state_dict().items()}

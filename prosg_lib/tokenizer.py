@@ -25,11 +25,11 @@ class Tokenizer:
         self.encode = lru_cache(maxsize=200_000)(self._encode)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._bpe.encode(text).ids)
+        return tuple(self.encode_long(text))
 
     def encode_long(self, text: str) -> list[int]:
         """As `encode`, for long texts that are not worth remembering."""
-        return self._bpe.encode(text).ids
+        return self._bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._bpe.decode(list(ids))

@@ -51,6 +51,7 @@ def fit(
     folder: Path,
     record: dict,
     save_every_s: float = SAVE_EVERY_S,
+    at_once: int | None = None,
 ) -> None:
     """Train `module` in place; safe to kill at any moment and to call again.
 
@@ -62,6 +63,7 @@ def fit(
         loss_of: (step, its data) -> Loss.
         folder: `<name>.checkpoint.safetensors` is kept here while training, `<name>.jsonl` logs every line.
         record: what was trained on which data; a checkpoint with another record is not continued.
+        at_once: so many of a batch are in memory at a time (its `split`), and their gradients summed; None: all.
     Raises:
         Diverged: the loss is not finite; the last good checkpoint stays.
         UserError: the checkpoint in `folder` belongs to another configuration, or is damaged.
@@ -76,7 +78,8 @@ def fit(
     for step, batch in enumerate(_drawn_ahead(batch_of, start, sizes.steps, device), start):
         for group in optimiser.param_groups:
             group["lr"] = sizes.lr * schedule(step, sizes)
-        loss = loss_of(step, batch.to(device))
+        optimiser.zero_grad(set_to_none=True)
+        loss = _backward(step, [batch] if at_once is None else batch.split(at_once), loss_of, device)
         if not torch.isfinite(loss.total):
             log.close()
             raise Diverged(
@@ -84,8 +87,6 @@ def fit(
                 f"is {path if path.exists() else 'none (it happened before the first was written)'}; "
                 f"a smaller learning rate than {sizes.lr} usually helps"
             )
-        optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimiser.step()
         log.step(step, loss)
@@ -93,6 +94,18 @@ def fit(
             _save(path, module, optimiser, step + 1, record)
             saved = time.monotonic()
     log.close()
+
+
+def _backward(step: int, pieces: list, loss_of: Callable, device: torch.device) -> Loss:
+    """Adds the gradients of a batch in pieces; its loss is their mean, by the number of examples."""
+    total, sums, examples = 0.0, {}, sum(len(piece) for piece in pieces)
+    for piece in pieces:
+        loss, part = loss_of(step, piece.to(device)), len(piece) / examples
+        (loss.total * part).backward()
+        total = total + loss.total.detach() * part
+        for name, value in loss.parts.items():
+            sums[name] = sums.get(name, 0.0) + value.detach() * part
+    return Loss(total, sums)
 
 
 class _Steps(Dataset):

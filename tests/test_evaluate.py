@@ -291,7 +291,7 @@ def test_half_life_is_between_the_distances_that_enclose_it():
 def test_interval_covers():
     """A 95 % interval encloses the true mean about that often: 60 prompts, 150 times."""
     rng = np.random.default_rng(1)
-    found = [evaluate._resampled(rng.binomial(6, 0.7, (1, 60)) / 6, lambda means: means[0]) for _ in range(150)]
+    found = [evaluate.resampled(rng.binomial(6, 0.7, (1, 60)) / 6, lambda means: means[0]) for _ in range(150)]
     assert 0.88 <= np.mean([e.low <= 0.7 <= e.high for e in found]) <= 0.99
 
 

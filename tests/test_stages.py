@@ -9,7 +9,7 @@ import torch
 from prosg_lib import files, paths, profiles, stages, training
 from prosg_lib.backbones.rwkv4 import RWKV4Config
 from prosg_lib.errors import UserError
-from prosg_lib.profiles import Evaluation, GeneratorSize, Profile, Training
+from prosg_lib.profiles import PROFILES, Evaluation, GeneratorSize, Profile, Training
 from prosg_lib.stages import load_generator, load_or_train
 from prosg_lib.tasks.build import VOCAB
 from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
@@ -17,7 +17,16 @@ from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
 STEPS = Training(steps=2, batch=2, lr=1e-2, facts=(1,), distances=(0,), warmup=1)
 SIZE = GeneratorSize(rank=2, width=8, maps=("att.output",))
 TINY = Profile(
-    "tiny", RWKV4Config(VOCAB, 8, 1, 16), STEPS, SIZE, STEPS, SIZE, STEPS, STEPS, Evaluation(1, 1, 1, (0,), (0,), (1,))
+    "tiny",
+    RWKV4Config(VOCAB, 8, 1, 16),
+    STEPS,
+    SIZE,
+    STEPS,
+    SIZE,
+    STEPS,
+    STEPS,
+    Evaluation(1, 1, 1, (0,), (0,), (1,)),
+    PROFILES["smoke"].pairs,
 )
 LM = "rwkv4-dialogue-tiny.safetensors"
 

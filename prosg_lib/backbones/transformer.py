@@ -1,8 +1,8 @@
-"""Causal transformers of `transformers` (GPT-2, Llama, Qwen3, ... classes) behind the interface of the recurrent models.
+"""Causal transformers of `transformers` (GPT-2, Llama, Qwen3 and other classes) behind the recurrent models' interface.
 
-They look back at all that they have read, so their "state" is all of it, and grows: `step_through` runs everything again.
-That is simple and right, and slow for long texts; they are here for the gradient step, whose texts are short, and for
-comparison. Attention is eager, because fused attention cannot be differentiated twice.
+They look back at all that they have read, so their "state" is all of it, and grows; `step_through` runs everything
+again. That is simple and right, and slow for long texts; they are here for the gradient step, whose texts are short,
+and for comparison. Attention is eager, because fused attention cannot be differentiated twice.
 """
 
 from __future__ import annotations

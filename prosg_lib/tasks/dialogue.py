@@ -337,6 +337,9 @@ class Batch:
     rest: Tensor
     kind: Tensor
 
+    def __len__(self) -> int:
+        return len(self.prompt)
+
     def to(self, device) -> Batch:
         return Batch(*(t.to(device) for t in (self.prompt, self.prompt_valid, self.rest, self.kind)))
 

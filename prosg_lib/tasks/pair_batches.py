@@ -7,8 +7,9 @@ Every row is padded on the left, so the answer ends every row.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import NamedTuple, Self
 
 import torch
@@ -42,12 +43,21 @@ class PairBatch:
     prompted: Rows
     answer: Tensor
 
+    def __len__(self) -> int:
+        return len(self.answer)
+
+    def split(self, size: int) -> list[Self]:
+        """The same pairs as smaller batches."""
+        return [self._map(lambda t, at=at: t[at : at + size]) for at in range(0, len(self), size)]
+
     def to(self, device: torch.device) -> Self:
-        moved = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            moved[f.name] = value.to(device) if isinstance(value, Tensor) else Rows(*(t.to(device) for t in value))
-        return type(self)(**moved)
+        return self._map(lambda t: t.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(
+            **{n: change(v) if isinstance(v, Tensor) else Rows(*map(change, v)) for n, v in values.items()}
+        )
 
 
 def encoded(pair: Pair, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -82,7 +92,7 @@ def collate(groups: Sequence[Sequence[Pair]], tokenizer: Tokenizer, seed: object
         contexts += told
         queries.append([*query, *answer])
         answers.append(len(answer))
-        prompts.append([*sum(told, []), *query, *answer])
+        prompts.append([*chain(*told), *query, *answer])
     context, query = left_padded(contexts), left_padded(queries)
     n = len(groups[0])
     last = torch.arange(query.ids.shape[1], 0, -1)
@@ -104,10 +114,12 @@ def left_padded(rows: Sequence[Sequence[int]]) -> Rows:
 
 @dataclass(frozen=True)
 class PairDraw:
-    """Step -> batch: pairs of one task, drawn with their step's own seed. With several tasks they take turns.
+    """Step -> batch: pairs of one task, drawn with their step's own seed. Tasks take turns.
 
     Attributes:
         tasks: pairs by task.
+        turns: the tasks' order; one may have several turns.
+        easy_steps: so many first steps take the first two turns' tasks only, and one context.
         contexts: numbers of contexts; a step draws one. Fewer are taken where they would be longer than `room` tokens.
     """
 
@@ -116,12 +128,16 @@ class PairDraw:
     batch: int
     contexts: tuple[int, ...]
     seed: int
+    turns: tuple[str, ...]
+    easy_steps: int = 0
     room: int = 640
 
     def __call__(self, step: int) -> PairBatch:
         rng = random.Random(f"pairs/{self.seed}/{step}")
-        pairs = self.tasks[sorted(self.tasks)[step % len(self.tasks)]]
-        n = rng.choice(self.contexts)
+        easy = step < self.easy_steps
+        turns = self.turns[:2] if easy else self.turns
+        pairs = self.tasks[turns[step % len(turns)]]
+        n = 1 if easy else rng.choice(self.contexts)
         drawn = [rng.sample(pairs, n) for _ in range(self.batch)]
         longest = max(len(encoded(pair, self.tokenizer)[0]) for group in drawn for pair in group)
         groups = [group[: max(1, self.room // longest)] for group in drawn]

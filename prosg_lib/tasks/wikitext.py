@@ -84,7 +84,7 @@ def copied(split: str, source: str | Path, words: int, seed: int = 0) -> tuple[P
         for passage in () if line.startswith("= ") else _cut(detokenised(line), words):
             rng = random.Random(f"{seed} copied {passage}")
             sentence = rng.choice(list(_sentences(passage))).split()
-            if LEAD < len(sentence) and "<unk>" not in passage:
+            if len(sentence) > LEAD and "<unk>" not in passage:
                 at = rng.randrange(LEAD, len(sentence))
                 answer = " ".join(sentence[at : at + rng.randint(1, LONGEST)])
                 pairs.append(Cloze(passage, INSTRUCTION + " ".join(sentence[:at]), answer))
