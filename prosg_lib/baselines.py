@@ -28,6 +28,9 @@ METHODS = {
 }
 
 
+_GENERATOR = {"prosg-token": "token", "wrong": "token", "prosg-final": "final", "static-read": "static"}
+
+
 @dataclass(frozen=True)
 class Start:
     """Where the text after the prompts begins: one state a prompt (None: blank), one delta a prompt (None: none)."""
@@ -42,12 +45,13 @@ def start(method: str, lm: LanguageModel, generators: dict[str, Generator], prom
     """The start of a method for a batch of prompts (token ids).
 
     Args:
+        method: one of `METHODS`, or the name of any other generator: as base, with its delta in the weights.
         generators: "token", "final", "static", as far as the method needs them.
     Raises:
         UserError: unknown method, a generator that is missing, or another prompt asked for where there is only one.
     """
-    if method not in METHODS:
-        raise UserError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    if method not in METHODS and method not in generators:
+        raise UserError(f"unknown method {method!r}; there are {', '.join(METHODS)}, and generators by their name")
     ids, valid = lm.encode_prompts(prompts)
 
     def run(kind: str) -> tuple[LowRankDelta, RecurrentState]:
@@ -61,7 +65,7 @@ def start(method: str, lm: LanguageModel, generators: dict[str, Generator], prom
         return Start(None, run("static")[0])
     if method in ("base", "repeated"):
         return Start(lm.step_through(ids, None, valid)[1], None, repeat=method == "repeated")
-    delta, state = run({"prosg-final": "final", "static-read": "static"}.get(method, "token"))
+    delta, state = run(_GENERATOR.get(method, method))
     if method == "wrong":
         if len(prompts) < 2:
             raise UserError("the control 'wrong' needs another prompt; evaluate at least 2 prompts at a time")

@@ -147,7 +147,7 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
 
     def work(model):
         model.tokenizer = load_tokenizer()
-        people, others = ["characters", "reversal"], sorted(tasks.keys() - {"characters", "reversal"})
+        people, others = ["characters", "reversal"] * 2, sorted(tasks.keys() - {"characters", "reversal"})
         turns = tuple(chain(*([*people, other] for other in others))) if others else tuple(people)
         easy = int(_EASY * training.steps)
         draw = PairDraw(tasks, load_tokenizer(), training.batch, training.contexts, seed, turns, easy)

@@ -1,4 +1,5 @@
-"""The gradient step: what it is, its outer gradient against finite differences, and the adapter as a generator."""
+"""The gradient step: what it is, its outer gradient against finite differences, the adapter as a generator, and steps
+on all weights."""
 
 import math
 
@@ -9,9 +10,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.errors import UserError
-from prosg_lib.gradient_step import AdapterStep, context_nll, gradient_step
+from prosg_lib.generator import SCALE, key
+from prosg_lib.gradient_step import AdapterStep, WeightStep, answering, context_nll, gradient_step
 from prosg_lib.lowrank import applied
+from prosg_lib.tasks.pair_batches import Rows, left_padded
 
 ENDINGS = ("att.output", "ffn.value")
 
@@ -68,12 +72,9 @@ def test_parts_of_a_loss_give_the_step_of_their_sum():
     assert_close(*found)
 
 
-def test_outer_gradient_is_that_of_finite_differences(lm):
-    """Relative error at most 1e-6 in float64, along random directions through U and V of all maps at once."""
-    context, query = ids_of(3, 9), ids_of(3, 7, seed=5)
-    generator = adapter(lm)
-    parameters = list(generator.parameters())
-    grads = torch.autograd.grad(outer_loss(lm, generator, context, query), parameters)
+def assert_slopes_are_measured(parameters, loss_of, h=1e-4):
+    """Relative error at most 1e-6, along random directions through all parameters at once."""
+    grads = torch.autograd.grad(loss_of(), parameters)
     for seed in range(3):
         torch.manual_seed(seed)
         along = [torch.randn_like(p) for p in parameters]
@@ -83,14 +84,20 @@ def test_outer_gradient_is_that_of_finite_differences(lm):
         def at(step, along=along):
             for p, a in zip(parameters, along, strict=True):
                 p.add_(a, alpha=step)
-            loss = outer_loss(lm, generator, context, query).item()
+            loss = loss_of().item()
             for p, a in zip(parameters, along, strict=True):
                 p.add_(a, alpha=-step)
             return loss
 
-        h = 1e-4
         measured = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
         assert math.isclose(slope, measured, rel_tol=1e-6)
+
+
+def test_outer_gradient_is_that_of_finite_differences(lm):
+    """Through U and V of all maps at once, in float64."""
+    context, query = ids_of(3, 9), ids_of(3, 7, seed=5)
+    generator = adapter(lm)
+    assert_slopes_are_measured(list(generator.parameters()), lambda: outer_loss(lm, generator, context, query))
 
 
 def transformer(kind):
@@ -159,3 +166,189 @@ def test_a_step_lowers_the_contexts_loss(lm):
 def test_a_loss_that_is_not_finite_is_one_clear_error():
     with pytest.raises(UserError, match="loss of the context is inf"):
         gradient_step([lambda p: p["w"].sum() / 0.0], {"w": torch.ones(2)}, 0.1)
+
+
+# Steps on all weights, and on several contexts
+
+
+def padded(batch, n, seed=0):
+    """Contexts of different lengths, (batch, n, C): with padding in front, and as lists of tokens."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 10, (batch * n,), generator=g).tolist()
+    rows = [torch.randint(50, (length,), generator=g).tolist() for length in lengths]
+    return Rows(*(t.view(batch, n, -1) for t in left_padded(rows))), [rows[i * n : i * n + n] for i in range(batch)]
+
+
+def full(lm, lr=0.05, second_order=True, rank=None):
+    torch.manual_seed(1)
+    way = WeightStep(lm, rank, lr, second_order).to(next(lm.parameters()).dtype)
+    for moved in way.moved.parameters():
+        torch.nn.init.normal_(moved, std=0.1)
+    return way
+
+
+def rank_two(lm, lr=0.05, second_order=True):
+    return full(lm, lr, second_order, rank=2)
+
+
+def llama(dtype):
+    torch.manual_seed(0)
+    lm = new_llama(TransformerConfig("llama", 50, 16, 2, 32, 2)).to(dtype).eval().requires_grad_(False)
+    for weight in lm.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)
+    return lm
+
+
+def by_hand(lm, way, contexts, successive):
+    """One example's weights after plain SGD steps, one a context or one for their mean, with the graph of the steps
+    kept. The contexts are not padded, and an adapter is merged into the weights."""
+    if isinstance(way, WeightStep):
+        start, merged = {n: t if t.requires_grad else t.requires_grad_() for n, t in way.start(lm).items()}, dict
+    else:
+        start = {(n, kind): getattr(way, kind)[key(n)] for n in way.names for kind in "UV"}
+
+        def merged(now):
+            maps, full_names = lm.editable(), {module: n for n, module in lm.named_modules()}
+            return {
+                f"{full_names[maps[n]]}.weight": maps[n].weight + SCALE * now[n, "U"] @ now[n, "V"].t()
+                for n in way.names
+            }
+
+    for told in [[c] for c in contexts] if successive else [contexts]:
+        losses = []
+        for ids in told:
+            ids = torch.tensor([ids])
+            says = torch.func.functional_call(lm, merged(start), (ids[:, :-1],))[0]
+            losses.append(cross_entropy(says[0], ids[0, 1:]))
+        grads = torch.autograd.grad(
+            sum(losses) / len(losses), list(start.values()), create_graph=True, materialize_grads=True
+        )  # a context of two tokens, one of them predicted, has nothing to decay
+        grads = grads if way.second_order else [g.detach() for g in grads]
+        start = {n: t - way.lr * g for (n, t), g in zip(start.items(), grads, strict=True)}
+    return merged(start)
+
+
+def assert_steps_are_by_hand(lm, way, n, successive, rtol, atol):
+    """Each example's logits after its steps, and the gradient of all of them together with respect to the start."""
+    contexts, rows = padded(3, n)
+    ids, valid = (t[:, 0] for t in padded(3, 1, seed=3)[0])
+    found = answering(way, lm, contexts, successive)(ids, valid)
+    expected = torch.zeros_like(found)
+    for i, told in enumerate(rows):
+        weights = by_hand(lm, way, told, successive)
+        says = torch.func.functional_call(lm, weights, (ids[i : i + 1, valid[i]],))[0]
+        expected = expected + torch.nn.functional.pad(says, (0, 0, len(ids[i]) - says.shape[1], 0, i, 2 - i))
+    assert_close(found[valid], expected[valid], rtol=rtol, atol=atol)
+    before = answering(None, lm, contexts)(ids, valid)
+    assert (found - before)[valid].abs().max() > 0.1
+
+    torch.manual_seed(5)
+    along = torch.randn_like(found) * valid[..., None]
+    parameters = list(way.parameters())
+    grads, same = (torch.autograd.grad((says * along).sum(), parameters) for says in (found, expected))
+    assert_close(grads, same, rtol=10 * rtol, atol=10 * atol)
+    assert min(g.norm() for g in grads) > 1e-3
+
+
+@pytest.mark.parametrize(("n", "successive"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("kind", [adapter, full, rank_two])
+def test_steps_are_those_of_a_loop(lm, kind, n, successive):
+    """An example alone, its contexts not padded, plain SGD by autograd: the same logits, and the same outer gradient;
+    several contexts are one step on their mean loss or, one after the other, several steps."""
+    assert_steps_are_by_hand(lm, kind(lm), n, successive, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [adapter, full, rank_two])
+def test_the_order_and_number_of_steps_matter(lm, kind):
+    """One step on two contexts, two steps, and two in the other order are three different models."""
+    contexts, _ = padded(2, 2)
+    other, query = Rows(*(t.flip(1) for t in contexts)), ids_of(2, 6, seed=8)
+    says = [
+        answering(kind(lm), lm, told, successive)(query, torch.ones_like(query).bool())
+        for told, successive in ((contexts, False), (contexts, True), (other, True))
+    ]
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert (says[a] - says[b]).abs().max() > 1e-4
+    at_once = answering(kind(lm), lm, other, False)(query, torch.ones_like(query).bool())
+    assert_close(at_once, says[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(
+            torch.float64,
+            marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="no transformer reads in float64"),
+        ),
+    ],
+)
+@pytest.mark.parametrize(("n", "successive"), [(1, False), (2, True)])
+@pytest.mark.parametrize("kind", [adapter, full, rank_two])
+def test_a_llamas_steps_are_those_of_a_loop(kind, n, successive, dtype):
+    """Its input and output embeddings are one matrix, which takes one step. It normalises in float32 anyway."""
+    lm = llama(dtype)
+    if kind is adapter:
+        torch.manual_seed(1)
+        way = AdapterStep(lm, 3, ("o_proj", "down_proj"), 0.5).to(dtype)
+        for u in way.U.parameters():
+            torch.nn.init.normal_(u, std=0.3)
+    else:
+        way = kind(lm)
+    assert_steps_are_by_hand(lm, way, n, successive, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_outer_gradient_of_a_step_on_all_weights(lm, rank):
+    """Against finite differences, relative error at most 1e-6 in float64: a start that is free, and one of rank 2."""
+    way = full(lm, rank=rank)
+    contexts, query = padded(3, 1)[0], ids_of(3, 7, seed=5)
+
+    def loss_of():
+        says = way.after(lm, contexts, False)(query[:, :-1], torch.ones_like(query[:, 1:]).bool())
+        return cross_entropy(says.flatten(0, 1), query[:, 1:].flatten())
+
+    assert_slopes_are_measured(list(way.parameters()), loss_of, h=3e-6)  # short steps: relu(k)^2 has kinks
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_first_order_of_a_step_on_all_weights(lm, rank):
+    """It differs from the exact outer gradient, while the step itself is the same."""
+    contexts, query = padded(3, 1)[0], ids_of(3, 7, seed=5)
+    ways = [full(lm, rank=rank), full(lm, second_order=False, rank=rank)]
+    says = [way.after(lm, contexts, False)(query, torch.ones_like(query).bool()) for way in ways]
+    assert torch.equal(*says)
+    exact, first = (
+        torch.autograd.grad(cross_entropy(s[:, :-1].flatten(0, 1), query[:, 1:].flatten()), list(way.parameters()))
+        for s, way in zip(says, ways, strict=True)
+    )
+    assert any((a - b).norm() > 1e-2 * a.norm() for a, b in zip(exact, first, strict=True))
+    assert_steps_are_by_hand(lm, ways[1], 1, False, rtol=1e-8, atol=1e-8)
+
+
+def test_an_untrained_start_is_the_model(lm):
+    """Of every weight, free or of a rank; of a rank, matrices alone can be moved, and their move has that rank."""
+    weights = dict(lm.named_parameters())
+    for rank in (None, 2):
+        start = WeightStep(lm, rank, 0.1).double().start(lm)
+        assert start.keys() == weights.keys()
+        assert all(torch.equal(start[name], weight) for name, weight in weights.items())
+    for name, moved in full(lm, rank=2).start(lm).items():
+        if weights[name].ndim == 2:
+            assert torch.linalg.matrix_rank(moved - weights[name]) == 2
+        else:
+            assert torch.equal(moved, weights[name])
+    assert len(full(lm).moved) == len(weights)
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="one of the two factors is float32 whatever the model is")
+def test_factors_of_a_start_have_the_models_type(lm):
+    """A start of rank 2 for a model in float64, used as it was made."""
+    WeightStep(lm, 2, 0.1).start(lm)
+
+
+@pytest.mark.parametrize("rank", [17, 0])
+def test_a_rank_that_a_matrix_does_not_have_is_said(lm, rank):
+    with pytest.raises(UserError, match=rf"rank {rank} asked for, but emb.weight is \(50, 16\); it has 1 to 16"):
+        WeightStep(lm, rank, 0.1)

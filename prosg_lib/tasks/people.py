@@ -19,11 +19,15 @@ from prosg_lib.errors import UserError
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tasks.prose import SPLITS, check_split
 
-VERSION = 1
+VERSION = 2
 """Goes up when the same seed would give other items."""
 
 COUNTS = {"train": 5_000, "validation": 500, "test": 500}
 """Items of a split where no count is given: the paper's 5,000 and 500 (arXiv 2506.20989), and a validation split."""
+
+
+def _listed_lines(lines: str) -> tuple[str, ...]:
+    return tuple(line.strip() for line in lines.splitlines())
 
 
 def _listed(words: str) -> tuple[str, ...]:
@@ -100,6 +104,18 @@ QUESTIONS = {
         "{Thing} was {verb} by {a_role}. Who is this {role}?",
         "I am looking for the {role} who {verb} {thing}. Who is it?",
         "Somebody {verb} {thing}. Which {role} was it?",
+        "Who was it that {verb} {thing}?",
+        "Who {verb} {thing}?",
+        "{Thing} was {verb} by somebody. By whom?",
+        "Name the {role} who {verb} {thing}.",
+        "Give me the name of the {role} that {verb} {thing}.",
+        "What name does the {role} have who {verb} {thing}?",
+        "There was {a_role} who {verb} {thing}. Who was that?",
+        "Whose name is it, the {role}'s who {verb} {thing}?",
+        "After {thing} was {verb}, what {role} did they thank?",
+        "We know that {a_role} {verb} {thing}. What is this person called?",
+        "Please tell me which {role} it was that {verb} {thing}.",
+        "By whom was {thing} {verb}?",
     ),
     "validation": (
         "Could you tell me who the {role} is by whom {thing} was {verb}?",
@@ -115,6 +131,43 @@ QUESTIONS = {
     ),
 }
 """Frames of questions that ask for the name, a split's own. Both tasks ask in them."""
+
+
+ASIDES = {
+    "before": _listed_lines(
+        """Listen.
+        Here is some news.
+        I read this yesterday.
+        It is worth knowing.
+        People talk about it.
+        This is a fact.
+        By the way, this is new.
+        We heard it at noon.
+        A friend told me.
+        It happened in spring."""
+    ),
+    "after": _listed_lines(
+        """That is all.
+        Nobody doubts it.
+        It was in the papers.
+        Keep it in mind.
+        Many people saw it.
+        The weather was fine.
+        It took two days.
+        We were glad about it.
+        This was long ago.
+        I wrote it down."""
+    ),
+    "question": _listed_lines(
+        """Tell me, please.
+        I forgot.
+        One more thing.
+        Here is a question for you.
+        You will know this.
+        Think about it."""
+    ),
+}
+"""Sentences that may stand around a context, or before a question, of the training split."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +236,9 @@ def _pair(contexts: Sequence[str], paraphrased: bool, split: str, seed: int, ind
     asked = _words(who, other, f"the {who.place}'s {who.thing}") if paraphrased else told
     question = rng.choice(QUESTIONS[split]).format(**asked)
     context = rng.choice(contexts).format(name=who.name, **told)
+    if split == "train":  # what is learned from few wordings is learned by heart
+        before, after, lead = ("" if rng.random() < 0.5 else rng.choice(ASIDES[k]) for k in ASIDES)
+        context, question = f"{before} {context} {after}".strip(), f"{lead} {question}".strip()
     return Pair(context, f"Question: {question}\nAnswer:", who.name)
 
 

@@ -1,0 +1,74 @@
+"""Time to take in a prompt: ProSG's two generators, forward only, against one real gradient step.
+
+The same frozen RWKV-4 (4 layers, width 128), the same maps, the same rank; one prompt at a time, measured in turn in
+one process. Both ways end with a LowRankDelta and the state after the prompt. Prints a table, and one JSON line last:
+ratios are the gradient step's seconds over the generator's.
+
+    python benchmarks/absorb.py [--rounds 30]
+"""
+
+import argparse
+import statistics
+import time
+
+import result
+import torch
+
+from prosg_lib.allocator import keep_freed_memory
+from prosg_lib.backbones.rwkv4 import RWKV4
+from prosg_lib.generator import FinalStateGenerator, Generator, TokenGenerator
+from prosg_lib.gradient_step import AdapterStep
+from prosg_lib.profiles import get_profile
+
+LENGTHS = (32, 128, 512)
+GOALS = {f"{kind}/{length}": 2.5 for kind in ("token", "final") for length in LENGTHS[1:]}
+WARM_UP = 3
+
+
+def ways() -> tuple[RWKV4, dict[str, Generator]]:
+    """The model and the three ways, untrained: a trained one takes the same time."""
+    torch.manual_seed(0)
+    sizes = get_profile("cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lm = RWKV4(sizes.model).eval().requires_grad_(False).to(device)
+    rank, width, maps = sizes.token.rank, sizes.token.width, sizes.token.maps
+    found = {
+        "token": TokenGenerator(lm, rank, width, maps),
+        "final": FinalStateGenerator(lm, sizes.final.rank, sizes.final.width, sizes.final.maps),
+        "step": AdapterStep(lm, rank, maps, 1.0),
+    }
+    return lm, {name: way.to(device).eval() for name, way in found.items()}
+
+
+def measure(length: int, rounds: int) -> dict[str, float]:
+    """Median seconds of each way for one prompt of so many tokens."""
+    lm, found = ways()
+    prompt = torch.randint(0, lm.config.vocab, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    seconds = {name: [] for name in found}
+    for number in range(WARM_UP + rounds):
+        for name, way in found.items():
+            start = time.perf_counter()
+            way.memorize(lm, [prompt])
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=30, help="measured prompts each (default: 30)")
+    rounds = parser.parse_args().rounds
+    keep_freed_memory()
+    print(f"{'tokens':>7} {'token ms':>9} {'final ms':>9} {'step ms':>9}", flush=True)
+    ratios = {}
+    for length in LENGTHS:
+        taken = measure(length, rounds)
+        print(f"{length:>7} " + " ".join(f"{taken[name] * 1e3:>9.1f}" for name in taken), flush=True)
+        ratios |= {f"{kind}/{length}": taken["step"] / taken[kind] for kind in ("token", "final")}
+    print(result.line(ratios, GOALS, lower_is_better=False))
+
+
+if __name__ == "__main__":
+    main()
