@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -23,15 +24,15 @@ def everybody(seed: int, count: int) -> list[people.Person]:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_description_stands_before_the_name(split):
-    """The context tells role, deed, thing and place, then the name, which ends it."""
+    """The context tells role, deed, thing and place, then the name, which ends it (but for a sentence of its own)."""
     for index, pair in enumerate(characters(split, count=500)):
         who = people.person(split, 0, index)
         assert pair.answer == who.name
         before, after = pair.context.split(who.name)
-        assert after == "."
+        assert after.removesuffix(next((a for a in people.ASIDES["after"] if after.endswith(a)), "")).strip() == "."
         assert who.role in before
-        assert f"the {who.thing} of the {who.place}" in before[0].lower() + before[1:]
-        assert sum(f" {verb} " in before or f" {verb}," in before for verb in who.deed) == 1
+        assert f"the {who.thing} of the {who.place}" in before.replace("The", "the")
+        assert sum(bool(re.search(rf"\b{verb}\b", before)) for verb in who.deed) == 1
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -43,7 +44,7 @@ def test_the_query_asks_in_other_words(split):
         assert pair.query.endswith("?\nAnswer:")
         assert who.role in pair.query
         assert f"the {who.place}'s {who.thing}" in pair.query.replace("The", "the")
-        assert f"of the {who.place}" not in pair.query
+        assert f"{who.thing} of the {who.place}" not in pair.query
         told, asked = ({verb for verb in who.deed if verb in text} for text in (pair.context, pair.query))
         assert told | asked == set(who.deed)
         assert not told & asked
@@ -63,8 +64,8 @@ def test_articles_fit_what_they_stand_before():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_items_are_short(split):
-    """A context has 40 tokens at most and a query with its answer 55, so nothing is left out of such room."""
-    found = fitted(characters(split, seed=1, count=500), load_tokenizer(), context=40, query=55)
+    """A context has 60 tokens at most and a query with its answer 65, so nothing is left out of such room."""
+    found = fitted(characters(split, seed=1, count=500), load_tokenizer(), context=60, query=65)
     assert found.too_long == 0
 
 
@@ -101,9 +102,9 @@ def test_the_same_seed_gives_the_same_items():
 
 def test_an_item_is_fixed():
     """A change that gives other items for the same seed is seen here, and has to raise VERSION."""
-    assert people.VERSION == 1
+    assert people.VERSION == 2
     assert characters("test", count=1)[0].context == (
-        "Whoever has met the engineer who bought the clock of the university has met Karl Farr."
+        "Last year the bell of the fortress was guarded by a singer; it was Rosa Ellery."
     )
 
 

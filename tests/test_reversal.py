@@ -56,8 +56,8 @@ def test_the_other_task_tells_of_the_same_people(split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_items_are_short(split):
-    """A context has 40 tokens at most and a query with its answer 55, so nothing is left out of such room."""
-    found = fitted(reversal(split, seed=1, count=500), load_tokenizer(), context=40, query=55)
+    """A context has 60 tokens at most and a query with its answer 65, so nothing is left out of such room."""
+    found = fitted(reversal(split, seed=1, count=500), load_tokenizer(), context=60, query=65)
     assert found.too_long == 0
 
 
