@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
-from prosg_lib.lowrank import Factors, LogitsOf, LowRankDelta, captured_inputs, with_delta
+from prosg_lib.lowrank import Factors, LogitsOf, LowRankDelta, captured_inputs, sizes, with_delta
 from prosg_lib.state import Normaliser, RecurrentState
 from prosg_lib.tasks.pair_batches import Rows
 
@@ -56,7 +56,7 @@ def _directions(maps: dict[str, nn.Linear], rank: int) -> nn.ParameterDict:
     if rank < 1:
         raise UserError(f"rank {rank}: a delta needs at least rank 1")
     return nn.ParameterDict(
-        {key(name): nn.Parameter(torch.randn(m.in_features, rank) / m.in_features**0.5) for name, m in maps.items()}
+        {key(name): nn.Parameter(torch.randn(sizes(m)[1], rank) / sizes(m)[1] ** 0.5) for name, m in maps.items()}
     )
 
 
@@ -78,7 +78,7 @@ class Generator(nn.Module, ABC):
         maps = edited_maps(lm, endings)
         self.names = list(maps)
         self.V = _directions(maps, rank)
-        self.outs = {name: m.out_features for name, m in maps.items()}
+        self.outs = {name: sizes(m)[0] for name, m in maps.items()}
         self.rank = rank
         self.fingerprint = lm.fingerprint()
 

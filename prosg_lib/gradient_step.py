@@ -201,11 +201,17 @@ class WeightStep(nn.Module):
                         f"rank {rank} asked for, but {name} is {tuple(weight.shape)}; it has 1 to {min(weight.shape)}"
                     )
                 self.moved[key(name) + "_U"] = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
-                right = torch.randn(weight.shape[1], rank, device=weight.device) / weight.shape[1] ** 0.5
+                right = torch.randn(weight.shape[1], rank).to(weight) / weight.shape[1] ** 0.5
                 self.moved[key(name) + "_V"] = nn.Parameter(right)
 
     def start(self, lm: LanguageModel) -> dict[str, Tensor]:
-        """The weights before the step."""
+        """The weights before the step.
+
+        Raises:
+            UserError: it was made for another model.
+        """
+        if self.fingerprint != lm.fingerprint():
+            raise UserError(f"this start is for model {self.fingerprint}, not for this one ({lm.fingerprint()})")
         start = {}
         for name, weight in lm.named_parameters():
             start[name] = weight.detach()

@@ -123,6 +123,11 @@ class LowRankDelta:
             raise UserError(f"{path} is no complete delta, it lacks {error}; save it again") from error
 
 
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear map; GPT-2's Conv1D keeps its weight transposed."""
+    return tuple(module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape))
+
+
 @contextmanager
 def applied(lm: LanguageModel, delta: LowRankDelta | None) -> Iterator[None]:
     """While it lasts, y = x W^T + scale (x V) U^T in every map that the delta names; W itself is never written.

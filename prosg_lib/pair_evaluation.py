@@ -43,17 +43,21 @@ def answered(
         contexts: of every pair: its own, and others drawn with `seed`.
     Returns:
         One column of booleans a method: "prompted" (the contexts in front of the query), "none" (the query alone),
-        and for every way its name (after the contexts) and "wrong <name>" (after those of the pair before).
+        and for every way its name (after the contexts) and "wrong <name>" (after another pair's, without its own).
     Raises:
-        UserError: fewer pairs than contexts, or than two.
+        UserError: fewer pairs than contexts, or no other pair's contexts are without a pair's own.
     """
     if len(pairs) < max(2, contexts):
         raise UserError(f"{len(pairs)} pairs, but {max(2, contexts)} are needed")
     groups = _groups(pairs, contexts, seed)
+    others = _others(groups)
     found: dict[str, list[Tensor]] = {}
+    device = next(lm.parameters()).device
     for first in range(0, len(groups), _BATCH):
-        batch = collate(groups[first : first + _BATCH], tokenizer, f"{seed}/{first}").to(next(lm.parameters()).device)
-        for name, hits in _of_batch(lm, ways, batch, successive):
+        own, wrong = (
+            collate(some[first : first + _BATCH], tokenizer, f"{seed}/{first}").to(device) for some in (groups, others)
+        )
+        for name, hits in _of_batch(lm, ways, own, wrong.context, successive):
             found.setdefault(name, []).append(hits)
     return pd.DataFrame({name: torch.cat(hits).cpu().numpy() for name, hits in found.items()})
 
@@ -67,12 +71,23 @@ def _groups(pairs: Sequence[Pair], contexts: int, seed: int) -> list[list[Pair]]
     return groups
 
 
-def _of_batch(lm: LanguageModel, ways: dict[str, Way], batch: PairBatch, successive: bool):
+def _others(groups: list[list[Pair]]) -> list[list[Pair]]:
+    """For each group the nearest one before it that does not have its first pair's context."""
+    found = []
+    for i, group in enumerate(groups):
+        before = (groups[i - j] for j in range(1, len(groups)))
+        other = next((g for g in before if all(pair.context != group[0].context for pair in g)), None)
+        if other is None:
+            raise UserError(f"every other of {len(groups)} pairs has pair {i}'s context; a wrong one is needed, too")
+        found.append(other)
+    return found
+
+
+def _of_batch(lm: LanguageModel, ways: dict[str, Way], batch: PairBatch, wrong: Rows, successive: bool):
     says = lm.read_out(hidden_of(lm, batch.prompted)[:, -batch.query.ids.shape[1] + 1 :])
     yield "prompted", _right(says, batch)
     query = batch.query.ids[:, :-1], batch.query.valid[:, :-1]
     yield "none", _right(answering(None, lm, batch.context)(*query), batch)
-    wrong = Rows(*(t.roll(1, 0) for t in batch.context))
     for name, way in ways.items():
         yield name, _right(answering(way, lm, batch.context, successive)(*query), batch)
         yield f"wrong {name}", _right(answering(way, lm, wrong, successive)(*query), batch)

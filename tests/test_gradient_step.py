@@ -278,10 +278,7 @@ def test_the_order_and_number_of_steps_matter(lm, kind):
     "dtype",
     [
         torch.float32,
-        pytest.param(
-            torch.float64,
-            marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="no transformer reads in float64"),
-        ),
+        torch.float64,
     ],
 )
 @pytest.mark.parametrize(("n", "successive"), [(1, False), (2, True)])
@@ -342,7 +339,6 @@ def test_an_untrained_start_is_the_model(lm):
     assert len(full(lm).moved) == len(weights)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="one of the two factors is float32 whatever the model is")
 def test_factors_of_a_start_have_the_models_type(lm):
     """A start of rank 2 for a model in float64, used as it was made."""
     WeightStep(lm, 2, 0.1).start(lm)

@@ -185,7 +185,7 @@ def test_a_step_decides_its_batch(draw):
     assert_same(replace(draw)(3), first)
     others = [replace(draw, seed=1)(3), draw(7)]  # of the same task
     for other in others:
-        assert kept(other.prompted) != kept(first.prompted)
+        assert kept(other.query) != kept(first.query)
 
 
 def test_tasks_take_their_turns(draw, tokenizer):

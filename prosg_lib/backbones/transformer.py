@@ -7,6 +7,7 @@ and for comparison. Attention is eager, because fused attention cannot be differ
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,10 @@ from prosg_lib.state import RecurrentState
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes. kind: the model_type of `transformers`; ffn, heads: 0 where the class does not say."""
+    """Sizes. kind: the model_type of `transformers`; ffn: 0 where the class does not say.
+
+    rest: what else its configuration sets, as JSON; a model's fingerprint has it.
+    """
 
     kind: str
     vocab: int
@@ -29,6 +33,10 @@ class TransformerConfig:
     layers: int
     ffn: int = 0
     heads: int = 0
+    rest: str = ""
+
+
+_NO_SIZE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 class CausalTransformer(LanguageModel):
@@ -46,12 +54,15 @@ class CausalTransformer(LanguageModel):
             c.num_hidden_layers,
             getattr(c, "intermediate_size", None) or 0,
             c.num_attention_heads,
+            json.dumps({k: v for k, v in c.to_diff_dict().items() if k not in _NO_SIZE}, sort_keys=True, default=str),
         )
 
     def step_through(self, ids, state=None, valid=None):
         time = ids.shape[1]
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         if state is not None:
+            if state.batch != len(ids):
+                raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one per sequence")
             ids = torch.cat([state.tensors["ids"], ids], 1)
             valid = torch.cat([state.tensors["valid"], valid], 1)
         body = self.model.base_model
@@ -84,7 +95,7 @@ def _causal(valid: Tensor, dtype: torch.dtype) -> Tensor:
     time = valid.shape[1]
     see = torch.ones(time, time, dtype=torch.bool, device=valid.device).tril() & valid[:, None, None]
     see = see | torch.eye(time, dtype=torch.bool, device=valid.device)
-    return torch.where(see, 0.0, torch.finfo(dtype).min).to(dtype)
+    return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(~see, torch.finfo(dtype).min)
 
 
 def new_llama(config: TransformerConfig) -> CausalTransformer:

@@ -80,9 +80,9 @@ def collate(groups: Sequence[Sequence[Pair]], tokenizer: Tokenizer, seed: object
         groups: B groups of n pairs.
         seed: of the contexts' order within each group.
     Raises:
-        UserError: no groups, or groups of different sizes.
+        UserError: no groups, an empty one, or groups of different sizes.
     """
-    if len({len(group) for group in groups}) != 1:
+    if len({len(group) for group in groups}) != 1 or not groups[0]:
         raise UserError(f"{len(groups)} groups of {sorted({len(g) for g in groups})} contexts; all need equally many")
     contexts, queries, answers, prompts = [], [], [], []
     for number, group in enumerate(groups):
@@ -138,6 +138,8 @@ class PairDraw:
         turns = self.turns[:2] if easy else self.turns
         pairs = self.tasks[turns[step % len(turns)]]
         n = 1 if easy else rng.choice(self.contexts)
+        if n > len(pairs):
+            raise UserError(f"{n} contexts asked for, but there are {len(pairs)} pairs; ask for fewer")
         drawn = [rng.sample(pairs, n) for _ in range(self.batch)]
         longest = max(len(encoded(pair, self.tokenizer)[0]) for group in drawn for pair in group)
         groups = [group[: max(1, self.room // longest)] for group in drawn]
