@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -35,6 +36,9 @@ from prosg_lib.tokenizer import load_tokenizer
 from prosg_lib.training import RECIPE
 
 TASKS = ("characters", "reversal", "wikitext", "squad")
+PEOPLE = TASKS[:2]
+"""The tasks about made-up people; their data are always there."""
+
 BACKBONES = ("recurrent", "transformer")
 
 _EASY = 0.2
@@ -52,7 +56,7 @@ def available(task: str) -> bool:
     """
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
-    return task in ("characters", "reversal") or bool(_sources(task))
+    return task in PEOPLE or bool(_sources(task))
 
 
 @lru_cache(maxsize=32)
@@ -101,10 +105,11 @@ def _practice() -> dict[str, tuple[Pair, ...]]:
     return found
 
 
-def _digest(tasks: dict[str, tuple[Pair, ...]]) -> str:
+def _digest(tasks: Iterable[str]) -> str:
+    """Names the training data of tasks, as far as every machine has them; a checkpoint's provenance tells the prose."""
     digest = hashlib.sha256()
-    for task in sorted(tasks):
-        for pair in tasks[task]:
+    for task in sorted(set(tasks) & set(PEOPLE)):
+        for pair in pairs_of(task, "train").pairs:
             digest.update(f"{task}\n{pair.context}\n{pair.query}\n{pair.answer}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -127,7 +132,7 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
         raise UserError(f"unknown backbone {backbone!r}; there are {', '.join(BACKBONES)}")
     sizes = get_profile(profile).pairs
     tasks = _practice()
-    record = {"data": _digest(tasks)}
+    record = {"data": _digest(PEOPLE)}
     if backbone == "recurrent":
         before = stages.load_or_train("lm", profile, seed, retrain)
         record |= {"model": asdict(before.config), "lm": before.fingerprint()}
@@ -147,8 +152,8 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
 
     def work(model):
         model.tokenizer = load_tokenizer()
-        people, others = ["characters", "reversal"] * 2, sorted(tasks.keys() - {"characters", "reversal"})
-        turns = tuple(chain(*([*people, other] for other in others))) if others else tuple(people)
+        others = sorted(tasks.keys() - set(PEOPLE))
+        turns = tuple(chain(*([*PEOPLE, *PEOPLE, other] for other in others))) or PEOPLE
         easy = int(_EASY * training.steps)
         draw = PairDraw(tasks, load_tokenizer(), training.batch, training.contexts, seed, turns, easy)
         return draw, pair_lm_objective(model)
@@ -227,7 +232,7 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     record = {
         "way": asdict(spec),
         "lm": lm.fingerprint(),
-        "data": _digest(tasks),
+        "data": _digest(spec.tasks + spec.after),
         "inner": {"lr": getattr(fresh, "lr", None), "rank": getattr(fresh, "rank", None)},
     }
 

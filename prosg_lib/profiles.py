@@ -99,7 +99,7 @@ class PairSizes:
     weights: PairTraining
     generator: PairTraining
     rank: int = 8
-    adapter_lr: float = 1.0
+    adapter_lr: float = 100.0
     weights_lr: float = 0.1
     at_once: int | None = None
     items: int = 500
@@ -161,7 +161,7 @@ PROFILES = {
             PairTraining(1400, 32, 3e-3, (1, 1, 1, 4, 16)),
             PairTraining(1600, 32, 3e-3, (1, 1, 1, 4, 16)),
             adapter=PairTraining(400, 32, 3e-3),
-            weights=PairTraining(300, 16, 5e-4),
+            weights=PairTraining(150, 8, 1e-3),
             generator=PairTraining(400, 32, 2e-3),
         ),
     ),
