@@ -158,7 +158,7 @@ PROFILES = {
         evaluation=Evaluation(24, 12, 24, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
         pairs=PairSizes(
             TransformerConfig("llama", VOCAB, 128, 4, 384, 4),
-            PairTraining(1400, 32, 3e-3, (1, 1, 1, 4, 16)),
+            PairTraining(700, 32, 3e-3, (1, 1, 4)),
             PairTraining(1600, 32, 3e-3, (1, 1, 1, 4, 16)),
             adapter=PairTraining(400, 32, 3e-3),
             weights=PairTraining(150, 8, 1e-3),

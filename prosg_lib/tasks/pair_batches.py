@@ -130,7 +130,7 @@ class PairDraw:
     seed: int
     turns: tuple[str, ...]
     easy_steps: int = 0
-    room: int = 640
+    room: int = 320
 
     def __call__(self, step: int) -> PairBatch:
         rng = random.Random(f"pairs/{self.seed}/{step}")
