@@ -180,8 +180,8 @@ class AdapterStep(Generator):
 class WeightStep(nn.Module):
     """One gradient step on all weights of the model, from a start that is trained: the paper's plain form.
 
-    Every example has weights of its own after the step, as many as the model; a batch is taken a few examples at a
-    time where they would not fit in memory.
+    Every example has weights of its own after the step, as many as the model has; where those of a batch would not fit
+    in memory, train on a few examples at a time (`training.fit`, at_once).
 
     Attributes:
         moved: the start's difference to the model, by name of the weight: of its shape, or, of a given rank, as two

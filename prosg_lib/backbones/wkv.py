@@ -119,7 +119,9 @@ def _number(x: Tensor) -> float:
     """Its value; under torch.func's vmap, which has many at once, one that float64 has room for."""
     try:
         return x.item()
-    except RuntimeError:
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
         return _SPREAD[torch.float64]
 
 

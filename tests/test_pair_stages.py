@@ -1,0 +1,113 @@
+"""Load or train, for pairs: what is trained is kept and found again, and what is asked for wrongly is said."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prosg_lib import files, pair_stages, profiles, stages
+from prosg_lib.errors import UserError
+from prosg_lib.pair_stages import PEOPLE, WaySpec, new_way, pair_model, pair_way, pairs_of
+from prosg_lib.profiles import PROFILES, PairTraining
+
+FEW = PairTraining(steps=2, batch=2, lr=1e-2, warmup=1)
+SMOKE = PROFILES["smoke"]
+TINY = replace(
+    SMOKE,
+    name="tiny",
+    lm=replace(SMOKE.lm, steps=2, batch=2, facts=(1,), distances=(0,)),
+    pairs=replace(SMOKE.pairs, recurrent=FEW, transformer=FEW, adapter=FEW, weights=FEW, generator=FEW, rank=2),
+)
+METHODS = ("adapter", "weights", "weights-1", "token", "final")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """A folder of checkpoints that all tests share, the profile `tiny`, and no data but those about people."""
+    folder = tmp_path_factory.mktemp("pairs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROSG_RUNS", str(folder))
+        patch.delenv("PROSG_TEST_DATA", raising=False)
+        patch.setitem(profiles.PROFILES, "tiny", TINY)
+        stages._prose.cache_clear()
+        stages.dialogues.cache_clear()
+        yield folder / "tiny" / "checkpoints"
+    stages._prose.cache_clear()
+    stages.dialogues.cache_clear()
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*arguments, **named):
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(stages, "fit", refuse)
+
+
+@pytest.mark.parametrize("backbone", pair_stages.BACKBONES)
+def test_a_model_is_trained_once_and_then_found(place, backbone, monkeypatch):
+    first = pair_model(backbone, "tiny")
+    monkeypatch.setattr(stages, "fit", None)  # a second training would fail
+    again = pair_model(backbone, "tiny")
+    assert first.fingerprint() == again.fingerprint()
+    assert not any(p.requires_grad for p in again.parameters())
+    name = {"recurrent": "rwkv4-pairs-tiny", "transformer": "llama-pairs-tiny"}[backbone]
+    _, meta = files.load_tensors(place / f"{name}.safetensors")
+    assert meta["kind"] == "lm"
+    assert meta["record"]["training"]["steps"] == 2
+
+
+def test_the_recurrent_model_goes_on_from_the_dialogues(place):
+    """It has learned something else, but not from nothing."""
+    before, after = stages.load_or_train("lm", "tiny"), pair_model("recurrent", "tiny")
+    assert before.fingerprint() != after.fingerprint()
+    for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert (a - b).abs().max() < 0.1, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_way_is_trained_once_and_then_found(method, monkeypatch):
+    spec = WaySpec(method, ("characters",))
+    first = pair_way(spec, "recurrent", "tiny")
+    monkeypatch.setattr(stages, "fit", None)
+    again = pair_way(spec, "recurrent", "tiny")
+    fresh = new_way(method, pair_model("recurrent", "tiny"), "recurrent", "tiny").state_dict()
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in first.state_dict().items())
+    assert any(not torch.equal(t.half().float(), again.state_dict()[name]) for name, t in fresh.items())
+
+
+@pytest.mark.parametrize(
+    "change", [{"objective": "LG"}, {"contexts": 2}, {"tasks": ("reversal",)}, {"after": ("reversal",)}]
+)
+def test_another_specification_is_another_way(change, no_training):
+    """It is not taken for the one that is there."""
+    spec = WaySpec("adapter", ("characters",))
+    assert replace(spec, **change).name != spec.name
+    with pytest.raises(AssertionError, match="it trained"):
+        pair_way(replace(spec, **change), "recurrent", "tiny")
+
+
+def test_one_task_after_another_starts_where_the_first_ended(monkeypatch):
+    seen = []
+    pair_way(WaySpec("adapter", ("characters",)), "recurrent", "tiny")
+    monkeypatch.setattr(stages, "fit", lambda name, module, *rest, **named: seen.append(module.state_dict()))
+    spec = WaySpec("adapter", ("reversal",), after=("characters",))
+    pair_way(spec, "recurrent", "tiny")
+    first = pair_way(WaySpec("adapter", ("characters",)), "recurrent", "tiny").state_dict()
+    assert all(torch.equal(t.cpu(), first[name].cpu()) for name, t in seen[0].items())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pair_model("mamba", "tiny"), "unknown backbone 'mamba'; there are recurrent, transformer"),
+        (lambda: pairs_of("riddles", "test"), "unknown task 'riddles'; there are characters, reversal"),
+        (lambda: pairs_of("squad", "test"), "the data of squad are not here; set PROSG_TEST_DATA"),
+        (lambda: pair_way(WaySpec("magic", PEOPLE), "recurrent", "tiny"), "unknown method 'magic'; there are adapter"),
+        (lambda: pair_way(WaySpec("weights-999", PEOPLE), "recurrent", "tiny"), "rank 999 asked for"),
+        (lambda: pair_way(WaySpec("adapter", PEOPLE, "LX"), "recurrent", "tiny"), "unknown objective 'LX'"),
+    ],
+)
+def test_what_is_unknown_is_said(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
