@@ -222,13 +222,13 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     """
     sizes = get_profile(profile).pairs
     lm = pair_model(backbone, profile, 0, retrain)
+    fresh = new_way(spec.method, lm, backbone, profile)  # first, because it knows which methods there are
     training = getattr(sizes, spec.method.partition("-")[0], sizes.generator)
     training = replace(training, contexts=(spec.contexts,))
     tasks = _training_pairs(spec.tasks)
     before = (
         pair_way(replace(spec, tasks=spec.after, after=()), backbone, profile, seed, retrain) if spec.after else None
     )
-    fresh = new_way(spec.method, lm, backbone, profile)
     record = {
         "way": asdict(spec),
         "lm": lm.fingerprint(),

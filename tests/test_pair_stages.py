@@ -104,6 +104,7 @@ def test_one_task_after_another_starts_where_the_first_ended(monkeypatch):
         (lambda: pairs_of("riddles", "test"), "unknown task 'riddles'; there are characters, reversal"),
         (lambda: pairs_of("squad", "test"), "the data of squad are not here; set PROSG_TEST_DATA"),
         (lambda: pair_way(WaySpec("magic", PEOPLE), "recurrent", "tiny"), "unknown method 'magic'; there are adapter"),
+        (lambda: pair_way(WaySpec("rank", PEOPLE), "recurrent", "tiny"), "unknown method 'rank'; there are adapter"),
         (lambda: pair_way(WaySpec("weights-999", PEOPLE), "recurrent", "tiny"), "rank 999 asked for"),
         (lambda: pair_way(WaySpec("adapter", PEOPLE, "LX"), "recurrent", "tiny"), "unknown objective 'LX'"),
     ],
