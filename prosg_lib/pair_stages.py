@@ -1,4 +1,4 @@
-"""Load or train, for pairs of context and query: two small language models, and the ways to take a context in.
+"""Load or train, for pairs of context and query: the language models, and the ways to take a context in.
 
 `pairs_of` knows the four tasks; `load_or_train` of `stages` is what `pair_model` and `pair_way` do for dialogues.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -19,12 +20,12 @@ from torch import nn
 from prosg_lib import stages
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.backbones.transformer import new_llama
+from prosg_lib.backbones.transformer import load_transformer, new_llama
 from prosg_lib.conditioning import pair_lm_objective, pair_objective
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, TokenGenerator
 from prosg_lib.gradient_step import AdapterStep, WeightStep
-from prosg_lib.profiles import get_profile
+from prosg_lib.profiles import PairSizes, get_profile
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pair_batches import PairDraw
 from prosg_lib.tasks.pairs import Fitted, Pair, fitted
@@ -32,7 +33,7 @@ from prosg_lib.tasks.prose import books_folder
 from prosg_lib.tasks.reversal import reversal
 from prosg_lib.tasks.squad import squad
 from prosg_lib.tasks.wikitext import copied, wikitext
-from prosg_lib.tokenizer import load_tokenizer
+from prosg_lib.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.training import RECIPE
 
 TASKS = ("characters", "reversal", "wikitext", "squad")
@@ -40,15 +41,16 @@ PEOPLE = TASKS[:2]
 """The tasks about made-up people; their data are always there."""
 
 BACKBONES = ("recurrent", "transformer")
+"""The project's own models; any other name is a model of `transformers`, by hub id or folder."""
 
-_EASY = 0.2
-"""Share of pretraining with the short contexts of made-up people alone: answering from the context is learned there."""
+_NAMES = {"recurrent": "rwkv4", "transformer": "llama"}
 
-_WORDS = 50  # of a passage of the cloze: a sentence or three
-_CONTEXT, _QUERY = 360, 120  # tokens that a pair may have
+_ECHOES = 0.15
+"""Share of the transformer's pretraining with random tokens that are said twice: copying is learned there. The recurrent
+model has learned it from the dialogues."""
 
 
-def available(task: str) -> bool:
+def available(task: str, profile: str = "cpu") -> bool:
     """Whether this machine has a task's data; the two about made-up people are always there.
 
     Raises:
@@ -56,52 +58,75 @@ def available(task: str) -> bool:
     """
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
-    return task in PEOPLE or bool(_sources(task))
+    return task in PEOPLE or bool(_sources(task, get_profile(profile).pairs))
 
 
 @lru_cache(maxsize=32)
-def pairs_of(task: str, split: str) -> Fitted:
+def pairs_of(task: str, split: str, profile: str = "cpu", tokenizer: Tokenizer | None = None) -> Fitted:
     """A task's pairs that fit, and how many did not.
 
     SQuAD's questions and WikiText's passages are read from $PROSG_TEST_DATA (`xquad/xquad.en.json`, and the texts of
-    `wikitext-2` and `books`); `tasks.squad` and `tasks.wikitext` read the hub's.
+    `wikitext-2` and `books`), or, where the profile says so, from the hub.
 
+    Args:
+        tokenizer: None for the project's own.
     Raises:
         UserError: unknown task, or its data are not on this machine.
     """
-    if not available(task):
-        raise UserError(f"the data of {task} are not here; set PROSG_TEST_DATA to a folder with xquad/ or wikitext-2/")
-    return fitted(_pairs(task, split), load_tokenizer(), _CONTEXT, _QUERY)
+    if not available(task, profile):
+        raise _missing(task)
+    sizes = get_profile(profile).pairs
+    return fitted(_pairs(task, split, sizes), tokenizer or load_tokenizer(), sizes.context, sizes.query)
 
 
-def _pairs(task: str, split: str) -> tuple[Pair, ...]:
+def _missing(task: str) -> UserError:
+    return UserError(f"the data of {task} are not here; set PROSG_TEST_DATA to a folder with xquad/ or wikitext-2/")
+
+
+def _pairs(task: str, split: str, sizes: PairSizes) -> tuple[Pair, ...]:
     if task == "characters":
         return characters(split)
     if task == "reversal":
         return reversal(split)
+    sources = _sources(task, sizes)
     if task == "squad":
-        return squad(split, _sources(task)[0])
-    return sum((wikitext(split, source, words=_WORDS) for source in _sources(task)), ())
+        return squad(split, sources[0])
+    return sum((wikitext(split, source, words=sizes.words) for source in sources), ())
 
 
-def _sources(task: str) -> list[Path]:
+def _sources(task: str, sizes: PairSizes) -> list[str | Path]:
+    if sizes.hub:
+        return ["hub"]
     root = Path(os.environ.get("PROSG_TEST_DATA", "/nonexistent"))
     if task == "squad":
         return [p for p in (root / "xquad" / "xquad.en.json",) if p.is_file()]
     return [p for p in (root / "wikitext-2", books_folder()) if p and p.is_dir()]
 
 
-def _training_pairs(tasks: tuple[str, ...]) -> dict[str, tuple[Pair, ...]]:
-    return {task: pairs_of(task, "train").pairs for task in tasks if available(task)}
+def _training_pairs(tasks: Iterable[str], profile: str, tokenizer: Tokenizer) -> dict[str, tuple[Pair, ...]]:
+    return {task: pairs_of(task, "train", profile, tokenizer).pairs for task in tasks if available(task, profile)}
 
 
-def _practice() -> dict[str, tuple[Pair, ...]]:
-    """What the models are pretrained on: the tasks, and any sentence to be completed from its passage."""
-    tokenizer = load_tokenizer()
-    found = _training_pairs(TASKS)
-    for source in _sources("wikitext"):
-        pairs = fitted(copied("train", source, _WORDS), tokenizer, _CONTEXT, _QUERY).pairs
-        found[f"copied from {source.name}"] = pairs
+def _practice(backbone: str, profile: str) -> dict[str, tuple[Pair, ...]]:
+    """What a model is pretrained on: tasks, and any sentence to be completed from its passage.
+
+    The recurrent model has the people's tasks alone; one of this size learns no more.
+    """
+    tokenizer, sizes = load_tokenizer(), get_profile(profile).pairs
+    found = _training_pairs(TASKS if backbone == "transformer" else PEOPLE, profile, tokenizer)
+    for source in () if sizes.hub else _sources("wikitext", sizes):
+        pairs = copied("train", source, sizes.words)
+        found[f"copied from {source.name}"] = fitted(pairs, tokenizer, sizes.context, sizes.query).pairs
+    return found
+
+
+def _lessons(tasks: tuple[str, ...], backbone: str, profile: str, tokenizer: Tokenizer) -> dict[str, tuple[Pair, ...]]:
+    """What a way is trained on; with the cloze goes its practice, because its own pairs are few."""
+    found = _training_pairs(tasks, profile, tokenizer)
+    if not found:
+        raise _missing(tasks[0])
+    if backbone in BACKBONES and "wikitext" in found:
+        found |= {name: pairs for name, pairs in _practice(backbone, profile).items() if name not in TASKS}
     return found
 
 
@@ -124,19 +149,20 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
     """The language model that knows the tasks when it is given the context.
 
     Args:
-        backbone: "recurrent" goes on from the dialogues' RWKV-4, "transformer" starts from nothing.
+        backbone: "recurrent" goes on from the dialogues' RWKV-4, "transformer" starts from nothing; else a hub id or a
+            folder of a pretrained causal transformer, which is taken as it is.
     Raises:
-        UserError: unknown backbone or profile; damaged checkpoint; diverged training.
+        UserError: unknown backbone or profile, or one without a tokenizer; damaged checkpoint; diverged training.
     """
-    if backbone not in BACKBONES:
-        raise UserError(f"unknown backbone {backbone!r}; there are {', '.join(BACKBONES)}")
     sizes = get_profile(profile).pairs
-    tasks = _practice()
+    if backbone not in BACKBONES:
+        return _pretrained(backbone)
+    tasks = _practice(backbone, profile)
     record = {"data": _digest(PEOPLE)}
     if backbone == "recurrent":
         before = stages.load_or_train("lm", profile, seed, retrain)
         record |= {"model": asdict(before.config), "lm": before.fingerprint()}
-        training, name = sizes.recurrent, "rwkv4-pairs"
+        training = sizes.recurrent
 
         def new():
             model = RWKV4(before.config)
@@ -145,22 +171,39 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
 
     else:
         record |= {"model": asdict(sizes.transformer_size)}
-        training, name = sizes.transformer, "llama-pairs"
+        training = sizes.transformer
 
         def new():
             return new_llama(sizes.transformer_size)
 
     def work(model):
         model.tokenizer = load_tokenizer()
-        others = sorted(tasks.keys() - set(PEOPLE))
-        turns = tuple(chain(*([*PEOPLE, *PEOPLE, other] for other in others))) or PEOPLE
-        easy = int(_EASY * training.steps)
-        draw = PairDraw(tasks, load_tokenizer(), training.batch, training.contexts, seed, turns, easy)
+        turns = tuple(chain.from_iterable(_turns(tasks)))
+        echoes = 0 if backbone == "recurrent" else int(_ECHOES * training.steps)
+        draw = PairDraw(tasks, model.tokenizer, training.batch, training.contexts, seed, turns, echoes)
         return draw, pair_lm_objective(model)
 
-    return stages.obtain(
-        _plan(f"{backbone} model", name, "lm", profile, record, new, work, training, seed), profile, retrain
-    )
+    plan = _plan(f"{backbone} model", f"{_NAMES[backbone]}-pairs", "lm", profile, record, new, work, training, seed)
+    return stages.obtain(plan, profile, retrain)
+
+
+def _turns(tasks: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Whose turn it is: two in five are the people's, two the practice's, one a task with few pairs; where there are
+    none of those, the people's come twice."""
+    practice = [t for t in tasks if t not in TASKS]
+    few = [t for t in tasks if t in TASKS and t not in PEOPLE]
+    for other in few:
+        yield (*PEOPLE, *practice, other)
+    if not few:
+        yield (*PEOPLE, *PEOPLE, *practice)
+
+
+@lru_cache(maxsize=1)
+def _pretrained(source: str) -> LanguageModel:
+    lm = load_transformer(source)
+    if lm.tokenizer is None:
+        raise UserError(f"{source} has no tokenizer.json; pairs are text, so save the model's fast tokenizer beside it")
+    return lm.to(stages.device()).requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -224,8 +267,9 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     lm = pair_model(backbone, profile, 0, retrain)
     fresh = new_way(spec.method, lm, backbone, profile)  # first, because it knows which methods there are
     training = getattr(sizes, spec.method.partition("-")[0], sizes.generator)
-    training = replace(training, contexts=(spec.contexts,))
-    tasks = _training_pairs(spec.tasks)
+    tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
+    steps = training.steps or -(-sum(map(len, tasks.values())) // training.batch)
+    training = replace(training, contexts=(spec.contexts,), steps=steps)
     before = (
         pair_way(replace(spec, tasks=spec.after, after=()), backbone, profile, seed, retrain) if spec.after else None
     )
@@ -243,12 +287,13 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
         return way
 
     def work(way):
-        draw = PairDraw(tasks, load_tokenizer(), training.batch, training.contexts, seed, tuple(sorted(tasks)))
+        draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, tuple(sorted(tasks)))
         if spec.method == "final":
             told = draw(-1).to(stages.device()).context
             way.fit_normaliser(lm, told.ids[:, 0], told.valid[:, 0])
         return draw, pair_objective(lm, way, spec.objective)
 
-    name = f"{'rwkv4' if backbone == 'recurrent' else 'llama'}-pairs-{spec.name}" + (f"-seed{seed}" if seed else "")
+    model = _NAMES.get(backbone) or re.sub(r"\W+", "-", backbone).strip("-")
+    name = f"{model}-pairs-{spec.name}" + (f"-seed{seed}" if seed else "")
     plan = _plan(f"{backbone} {spec.name}", name, "generator", profile, record, new, work, training, seed)
     return stages.obtain(replace(plan, at_once=sizes.at_once), profile, retrain)

@@ -209,16 +209,21 @@ def test_numbers_of_contexts_are_drawn(draw):
     assert {draw(step).context.ids.shape[1] for step in range(30)} == {1, 3}
 
 
-def test_first_steps_are_easy(draw, tokenizer):
-    """The first two turns' tasks in turn, one context each; from the next step on as if there had been none."""
-    easy = replace(draw, easy_steps=10, contexts=(3,))
-    found = [easy(step) for step in range(10)]
-    assert [task_of(batch, tokenizer) for batch in found] == ["red", "green"] * 5
-    assert {batch.context.ids.shape[1] for batch in found} == {1}
+def test_first_steps_are_echoes(draw, tokenizer):
+    """Random tokens, said twice, other ones each step; from the next step on as if there had been none."""
+    later = replace(draw, echoes=10)
+    found = [later(step) for step in range(10)]
+    for batch in found:
+        for told, asked in zip(batch.context.ids[:, 0].tolist(), batch.query.ids.tolist(), strict=True):
+            assert asked in [told[i : i + len(asked)] for i in range(len(told))]
+        assert torch.equal(batch.prompted.ids, torch.cat([batch.context.ids[:, 0], batch.query.ids], 1))
+        assert batch.answer[:, 1:].all() and not batch.answer[:, 0].any()
+        assert batch.prompted.valid.all() and len(batch) == draw.batch
+        assert 0 <= batch.query.ids.min() and batch.query.ids.max() < tokenizer.vocab
+    assert len({tuple(batch.query.ids.flatten().tolist()) for batch in found}) == 10
+    assert_same(later(3), found[3])
     for step in range(10, 18):
-        assert_same(easy(step), replace(draw, contexts=(3,))(step))
-    assert easy(10).context.ids.shape[1] == 3
-    assert task_of(easy(11), tokenizer) == "blue"
+        assert_same(later(step), draw(step))
 
 
 def test_room_limits_the_contexts(draw, tokenizer):

@@ -99,7 +99,11 @@ def _causal(valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def new_llama(config: TransformerConfig) -> CausalTransformer:
-    """A fresh transformer of the Llama class, input and output embeddings tied."""
+    """A fresh transformer of the Llama class, input and output embeddings tied, queries and keys with a bias.
+
+    Two heads of the first layer start by looking at the token before (`_look_back`), which every block of RWKV does by
+    its token shift. To copy, a transformer must find that first: so it needs 200 steps, and else more than 1,000.
+    """
     sizes = LlamaConfig(
         vocab_size=config.vocab,
         hidden_size=config.width,
@@ -108,10 +112,30 @@ def new_llama(config: TransformerConfig) -> CausalTransformer:
         num_attention_heads=config.heads,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
+        attention_bias=True,
         bos_token_id=None,
         eos_token_id=None,
     )
-    return CausalTransformer(AutoModelForCausalLM.from_config(sizes, attn_implementation="eager"))
+    model = AutoModelForCausalLM.from_config(sizes, attn_implementation="eager")
+    for name, bias in model.named_parameters():
+        if name.endswith(("q_proj.bias", "k_proj.bias")):
+            nn.init.normal_(bias)
+    _look_back(model.model.layers[0].self_attn, model.model.rotary_emb, heads=min(2, config.heads))
+    return CausalTransformer(model)
+
+
+@torch.no_grad()
+def _look_back(attention: nn.Module, rotary: nn.Module, heads: int, strength: float = 4.0) -> None:
+    """Biases with which rotary heads attend to the place before: the query is the key, turned back by one place."""
+    size = attention.head_dim
+    key = torch.zeros(size)
+    key[: max(1, 3 * size // 16)] = strength  # the fastest frequencies tell neighbours apart
+    cos, sin = (turn[0, 1] for turn in rotary(key[None, None].expand(1, 2, -1), torch.tensor([[0, 1]])))
+    query = key * cos - torch.cat([-key[size // 2 :], key[: size // 2]]) * sin
+    for bias, value in ((attention.q_proj.bias, query), (attention.k_proj.bias, key)):
+        bias[: heads * size] = value.repeat(heads)
+    for linear in (attention.v_proj, attention.o_proj):
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
 
 def load_transformer(source: str | Path) -> CausalTransformer:

@@ -104,6 +104,20 @@ def collate(groups: Sequence[Sequence[Pair]], tokenizer: Tokenizer, seed: object
     )
 
 
+def echoed(batch: int, vocab: int, seed: object, told: int = 40, asked: int = 24) -> PairBatch:
+    """Random tokens, and a piece of them again as query and answer, from its second token on: to find the place and go
+    on from there is all there is to learn."""
+    rng = random.Random(f"echo/{seed}")
+    contexts = [rng.choices(range(vocab), k=told) for _ in range(batch)]
+    starts = [rng.randrange(told - asked + 1) for _ in range(batch)]
+    queries = [row[start : start + asked] for row, start in zip(contexts, starts, strict=True)]
+    context, query = left_padded(contexts), left_padded(queries)
+    answer = query.valid.clone()
+    answer[:, 0] = False
+    prompted = Rows(torch.cat([context.ids, query.ids], 1), torch.cat([context.valid, query.valid], 1))
+    return PairBatch(Rows(context.ids[:, None], context.valid[:, None]), query, prompted, answer)
+
+
 def left_padded(rows: Sequence[Sequence[int]]) -> Rows:
     """Rows of token ids, all at least one long, as tensors."""
     longest = max(map(len, rows))
@@ -119,7 +133,7 @@ class PairDraw:
     Attributes:
         tasks: pairs by task.
         turns: the tasks' order; one may have several turns.
-        easy_steps: so many first steps take the first two turns' tasks only, and one context.
+        echoes: so many first steps are `echoed` random tokens instead.
         contexts: numbers of contexts; a step draws one. Fewer are taken where they would be longer than `room` tokens.
     """
 
@@ -129,15 +143,15 @@ class PairDraw:
     contexts: tuple[int, ...]
     seed: int
     turns: tuple[str, ...]
-    easy_steps: int = 0
+    echoes: int = 0
     room: int = 320
 
     def __call__(self, step: int) -> PairBatch:
         rng = random.Random(f"pairs/{self.seed}/{step}")
-        easy = step < self.easy_steps
-        turns = self.turns[:2] if easy else self.turns
-        pairs = self.tasks[turns[step % len(turns)]]
-        n = 1 if easy else rng.choice(self.contexts)
+        if step < self.echoes:
+            return echoed(self.batch, self.tokenizer.vocab, f"{self.seed}/{step}")
+        pairs = self.tasks[self.turns[step % len(self.turns)]]
+        n = rng.choice(self.contexts)
         if n > len(pairs):
             raise UserError(f"{n} contexts asked for, but there are {len(pairs)} pairs; ask for fewer")
         drawn = [rng.sample(pairs, n) for _ in range(self.batch)]
