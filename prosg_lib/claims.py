@@ -14,7 +14,8 @@ A notebook records; the ledger (`expected/<notebook>.<profile>.json`) holds for 
 
 The text between prompt and question is whatever prose a machine has, and numbers depend on it: `absolute` and
 `relative` claims, which ask for the reference run's numbers, are judged only in a run on that run's prose. Promises
-(`at_least`, `at_most`, `ordering`) and counts (`exact`) are always judged.
+(`at_least`, `at_most`, `ordering`) and counts (`exact`) are always judged, but for those that the ledger marks as
+`own_data`: they are about data that other machines need not have, and may be missing there.
 """
 
 import html
@@ -192,6 +193,8 @@ def _check_entry(path: Path, name: str, entry: Any, entries: Mapping[str, Any]) 
             )
     elif not _is_number(value):
         raise UserError(f"{where}: the value is {value!r}; a number for the kind {kind!r}.")
+    if not isinstance(entry.get("own_data", False), bool):
+        raise UserError(f"{where}: own_data is {entry['own_data']!r}; true or false.")
     if "reference" in entry and not _is_number(entry["reference"]):
         raise UserError(f"{where}: the reference is {entry['reference']!r}; a number.")
 
@@ -220,7 +223,7 @@ def compare(
         One row a claim, measured ones first in their order: name, value (None: not measured), expected (the number to
         meet, None where there is none), tolerance, kind, holds; an ordering has `than`, the other claim's name, too.
         What was expected but not measured does not hold, nor does what was measured but not expected. holds is None
-        where a measured number cannot be judged, because it depends on the prose, which is another.
+        where a claim cannot be judged, because it depends on the prose, which is another.
     """
     rows = []
     for name in [*measured, *(name for name in expected if name not in measured)]:
@@ -236,7 +239,7 @@ def compare(
             row["than"], bar = bar, measured.get(bar)
             row["expected"] = bar
         row["holds"] = value is not None and bar is not None and _holds(kind, value, bar, tolerance)
-        if value is not None and kind in OF_THE_PROSE and not same_prose:
+        if not same_prose and (entry.get("own_data", False) or (value is not None and kind in OF_THE_PROSE)):
             row["holds"] = None
         rows.append(row)
     return rows

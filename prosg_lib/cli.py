@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("action", choices=("build", "check"))
 
     train = command("train", _train, "train one model, or load the checkpoint that fits")
-    train.add_argument("stage", choices=("lm", "final", "token", "static"), help="what to train")
+    train.add_argument("stage", choices=("lm", "final", "token", "static", "adapter"), help="what to train")
     _add_sizes(train, default="cpu")
     return parser
 

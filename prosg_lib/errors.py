@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The `prosg` command prints it without a traceback and ends with exit code 2; in a notebook it is the last line.
     """
+
+
+class NotFinite(UserError):
+    """A number that others are computed from became NaN or infinite."""

@@ -53,8 +53,12 @@ def edited_maps(lm: LanguageModel, endings: tuple[str, ...]) -> dict[str, nn.Lin
 
 def _directions(maps: dict[str, nn.Linear], rank: int) -> nn.ParameterDict:
     """The reading directions V (in, r) of every map."""
-    if rank < 1:
-        raise UserError(f"rank {rank}: a delta needs at least rank 1")
+    for name, module in maps.items():
+        if not 1 <= rank <= min(sizes(module)):
+            raise UserError(
+                f"rank {rank} asked for, but {name} is {tuple(sizes(module))}; a change of it has rank 1 to "
+                f"{min(sizes(module))}"
+            )
     return nn.ParameterDict(
         {key(name): nn.Parameter(torch.randn(sizes(m)[1], rank) / sizes(m)[1] ** 0.5) for name, m in maps.items()}
     )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.errors import UserError
+from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.generator import SCALE, Generator, key
 from prosg_lib.lowrank import Factors, LogitsOf, LowRankDelta, applied, with_delta
 from prosg_lib.tasks.pair_batches import Rows
@@ -42,7 +42,7 @@ def gradient_step(parts: Sequence[LossOf], start: Params, lr: float, second_orde
             takes a step of its own.
         second_order: the exact outer gradient; False: as if the inner gradient were a constant (first-order MAML).
     Raises:
-        UserError: the loss at the start, or its gradient, is not finite.
+        NotFinite: the loss at the start, or its gradient, is not finite.
     """
     names = list(start)
     positional = [lambda *tensors, part=part: part(dict(zip(names, tensors, strict=True))) for part in parts]
@@ -61,10 +61,10 @@ class _Step(torch.autograd.Function):
                 leaves = [t.detach().requires_grad_() for t in start]
                 loss = part(*leaves)
                 if not torch.isfinite(loss):
-                    raise UserError(f"the loss of the context is {loss.item()} before the step; look at both of them")
+                    raise NotFinite(f"the loss of the context is {loss.item()} before the step; look at both of them")
                 _add(slopes, torch.autograd.grad(loss, leaves, allow_unused=True))
         if not all(torch.isfinite(g).all() for g in slopes):
-            raise UserError("the gradient of the context's loss is not finite; look at the start, and at the context")
+            raise NotFinite("the gradient of the context's loss is not finite; look at the start, and at the context")
         return tuple(t - lr * g for t, g in zip(start, slopes, strict=True))
 
     @staticmethod

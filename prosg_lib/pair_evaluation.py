@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.conditioning import hidden_of
-from prosg_lib.errors import UserError
+from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.evaluate import Estimate, resampled
 from prosg_lib.gradient_step import Way, answering
 from prosg_lib.tasks.pair_batches import PairBatch, Rows, collate
@@ -45,6 +45,7 @@ def answered(
         One column of booleans a method: "prompted" (the contexts in front of the query), "none" (the query alone),
         and for every way its name (after the contexts) and "wrong <name>" (after another pair's, without its own).
     Raises:
+        NotFinite: a step broke the model.
         UserError: fewer pairs than contexts, or no other pair's contexts are without a pair's own.
     """
     if len(pairs) < max(2, contexts):
@@ -85,16 +86,18 @@ def _others(groups: list[list[Pair]]) -> list[list[Pair]]:
 
 def _of_batch(lm: LanguageModel, ways: dict[str, Way], batch: PairBatch, wrong: Rows, successive: bool):
     says = lm.read_out(hidden_of(lm, batch.prompted)[:, -batch.query.ids.shape[1] + 1 :])
-    yield "prompted", _right(says, batch)
+    yield "prompted", _right("prompted", says, batch)
     query = batch.query.ids[:, :-1], batch.query.valid[:, :-1]
-    yield "none", _right(answering(None, lm, batch.context)(*query), batch)
+    yield "none", _right("none", answering(None, lm, batch.context)(*query), batch)
     for name, way in ways.items():
-        yield name, _right(answering(way, lm, batch.context, successive)(*query), batch)
-        yield f"wrong {name}", _right(answering(way, lm, wrong, successive)(*query), batch)
+        for label, contexts in ((name, batch.context), (f"wrong {name}", wrong)):
+            yield label, _right(label, answering(way, lm, contexts, successive)(*query), batch)
 
 
-def _right(says: Tensor, batch: PairBatch) -> Tensor:
+def _right(label: str, says: Tensor, batch: PairBatch) -> Tensor:
     """Whether each answer is the gold one, (B,), from logits (B, Q - 1, vocab)."""
+    if not torch.isfinite(says[batch.answer[:, 1:]]).all():
+        raise NotFinite(f"{label}: what the model says is not finite; take a smaller inner learning rate")
     hit = says.argmax(-1) == batch.query.ids[:, 1:]
     return (hit | ~batch.answer[:, 1:]).all(1)
 

@@ -25,7 +25,7 @@ from prosg_lib.conditioning import pair_lm_objective, pair_objective
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, TokenGenerator
 from prosg_lib.gradient_step import AdapterStep, WeightStep
-from prosg_lib.profiles import PairSizes, get_profile
+from prosg_lib.profiles import TASKS, PairSizes, get_profile
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pair_batches import PairDraw
 from prosg_lib.tasks.pairs import Fitted, Pair, fitted
@@ -36,7 +36,6 @@ from prosg_lib.tasks.wikitext import copied, wikitext
 from prosg_lib.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.training import RECIPE
 
-TASKS = ("characters", "reversal", "wikitext", "squad")
 PEOPLE = TASKS[:2]
 """The tasks about made-up people; their data are always there."""
 
@@ -46,19 +45,20 @@ BACKBONES = ("recurrent", "transformer")
 _NAMES = {"recurrent": "rwkv4", "transformer": "llama"}
 
 _ECHOES = 0.15
-"""Share of the transformer's pretraining with random tokens that are said twice: copying is learned there. The recurrent
-model has learned it from the dialogues."""
+"""Share of the transformer's pretraining with random tokens that are said twice: copying is learned there. The
+recurrent model has learned it from the dialogues."""
 
 
 def available(task: str, profile: str = "cpu") -> bool:
-    """Whether this machine has a task's data; the two about made-up people are always there.
+    """Whether a profile has a task, and this machine its data; the two about made-up people are always there.
 
     Raises:
         UserError: unknown task.
     """
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
-    return task in PEOPLE or bool(_sources(task, get_profile(profile).pairs))
+    sizes = get_profile(profile).pairs
+    return task in sizes.tasks and (task in PEOPLE or bool(_sources(task, sizes)))
 
 
 @lru_cache(maxsize=32)
@@ -114,7 +114,7 @@ def _practice(backbone: str, profile: str) -> dict[str, tuple[Pair, ...]]:
     """
     tokenizer, sizes = load_tokenizer(), get_profile(profile).pairs
     found = _training_pairs(TASKS if backbone == "transformer" else PEOPLE, profile, tokenizer)
-    for source in () if sizes.hub else _sources("wikitext", sizes):
+    for source in _sources("wikitext", sizes) if "wikitext" in sizes.tasks and not sizes.hub else ():
         pairs = copied("train", source, sizes.words)
         found[f"copied from {source.name}"] = fitted(pairs, tokenizer, sizes.context, sizes.query).pairs
     return found
@@ -157,7 +157,6 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
     sizes = get_profile(profile).pairs
     if backbone not in BACKBONES:
         return _pretrained(backbone)
-    tasks = _practice(backbone, profile)
     record = {"data": _digest(PEOPLE)}
     if backbone == "recurrent":
         before = stages.load_or_train("lm", profile, seed, retrain)
@@ -178,6 +177,7 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
 
     def work(model):
         model.tokenizer = load_tokenizer()
+        tasks = _practice(backbone, profile)
         turns = tuple(chain.from_iterable(_turns(tasks)))
         echoes = 0 if backbone == "recurrent" else int(_ECHOES * training.steps)
         draw = PairDraw(tasks, model.tokenizer, training.batch, training.contexts, seed, turns, echoes)
@@ -267,9 +267,10 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     lm = pair_model(backbone, profile, 0, retrain)
     fresh = new_way(spec.method, lm, backbone, profile)  # first, because it knows which methods there are
     training = getattr(sizes, spec.method.partition("-")[0], sizes.generator)
-    tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
-    steps = training.steps or -(-sum(map(len, tasks.values())) // training.batch)
-    training = replace(training, contexts=(spec.contexts,), steps=steps)
+    training = replace(training, contexts=(spec.contexts,))
+    if not training.steps:
+        pairs = sum(map(len, _training_pairs(spec.tasks, profile, lm.tokenizer).values()))
+        training = replace(training, steps=-(-pairs // training.batch))
     before = (
         pair_way(replace(spec, tasks=spec.after, after=()), backbone, profile, seed, retrain) if spec.after else None
     )
@@ -287,6 +288,7 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
         return way
 
     def work(way):
+        tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
         draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, tuple(sorted(tasks)))
         if spec.method == "final":
             told = draw(-1).to(stages.device()).context

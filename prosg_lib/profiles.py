@@ -56,6 +56,15 @@ class GeneratorSize:
 
 
 @dataclass(frozen=True)
+class AdapterSize:
+    """Sizes of an adapter in which one gradient step is taken: its rank, its maps, and the step's learning rate."""
+
+    rank: int
+    maps: tuple[str, ...]
+    lr: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Sizes of an evaluation: prompts a seed, probes a prompt, seeds, and the two grids.
 
@@ -77,6 +86,10 @@ class Evaluation:
         return 6 if 6 in self.facts else max(self.facts)
 
 
+TASKS = ("characters", "reversal", "wikitext", "squad")
+"""The four tasks of pairs."""
+
+
 @dataclass(frozen=True)
 class PairSizes:
     """Sizes of all that is trained and measured on pairs.
@@ -90,8 +103,10 @@ class PairSizes:
         adapter_lr, weights_lr: of the inner step. Chosen on the validation split, see notebook 07.
         at_once: examples in memory at a time; None: the whole batch.
         items: pairs of a split that are evaluated, at most.
+        seeds: of the adapters that results are a mean over; many: numbers of contexts that they are asked with.
         context, query: tokens that a pair may have, the answer being a part of the query.
         words: of a passage of the cloze, a sentence or three; None: whole paragraphs.
+        tasks: those that are trained on and measured, where this machine has their data.
         hub: SQuAD and WikiText are the hub's, not what is on this machine.
     """
 
@@ -106,9 +121,12 @@ class PairSizes:
     weights_lr: float = 0.1
     at_once: int | None = None
     items: int = 500
+    seeds: tuple[int, ...] = (0, 1, 2)
+    many: tuple[int, ...] = (4, 16)
     context: int = 360
     query: int = 120
     words: int | None = 50
+    tasks: tuple[str, ...] = TASKS
     hub: bool = False
 
 
@@ -124,6 +142,8 @@ class Profile:
     final: GeneratorSize
     final_training: Training
     static_training: Training
+    adapter: AdapterSize
+    adapter_training: Training
     evaluation: Evaluation
     pairs: PairSizes
     autocast: bool = False
@@ -142,6 +162,8 @@ PROFILES = {
         final=GeneratorSize(8, 64, ("att.output", "ffn.value")),
         final_training=Training(60, 16, 4e-3, (3, 6), (0, 32), warmup=10),
         static_training=Training(20, 16, 4e-3, (3, 6), (0, 32), warmup=10),
+        adapter=AdapterSize(8, _MAPS, 100.0),
+        adapter_training=Training(10, 8, 3e-3, (3,), (0, 32), warmup=5),
         evaluation=Evaluation(4, 4, 3, (0, 1, 2), (0, 64, 256), (3, 6)),
         pairs=PairSizes(
             TransformerConfig("llama", VOCAB, 64, 2, 192, 2),
@@ -151,6 +173,9 @@ PROFILES = {
             weights=PairTraining(4, 4, 1e-3, warmup=2),
             generator=PairTraining(20, 8, 3e-3, warmup=5),
             items=20,
+            seeds=(0,),
+            many=(2,),
+            tasks=TASKS[:2],
         ),
     ),
     "cpu": Profile(
@@ -162,6 +187,8 @@ PROFILES = {
         final=GeneratorSize(16, 256, ("att.output", "ffn.value")),
         final_training=Training(500, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         static_training=Training(100, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        adapter=AdapterSize(32, _MAPS, 100.0),
+        adapter_training=Training(300, 16, 3e-3, (3, 6), (0, 64), warmup=30),
         evaluation=Evaluation(24, 12, 24, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
         pairs=PairSizes(
             TransformerConfig("llama", VOCAB, 128, 4, 384, 4),
@@ -181,6 +208,8 @@ PROFILES = {
         final=GeneratorSize(8, 384, ("att.output", "ffn.value")),
         final_training=Training(2000, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         static_training=Training(400, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
+        adapter=AdapterSize(32, _MAPS, 100.0),
+        adapter_training=Training(1000, 64, 1e-3, (3, 6, 12, 24, 24), (0, 64, 256, 512), warmup=50),
         evaluation=Evaluation(64, 32, 24, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
         pairs=PairSizes(
             TransformerConfig("llama", VOCAB, 512, 12, 1536, 8),

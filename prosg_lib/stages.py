@@ -22,14 +22,15 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, Generator, StaticDelta, TokenGenerator
+from prosg_lib.gradient_step import AdapterStep
 from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, lm_objective
-from prosg_lib.profiles import GeneratorSize, PairTraining, Profile, Training, get_profile
+from prosg_lib.profiles import AdapterSize, GeneratorSize, PairTraining, Profile, Training, get_profile
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
 from prosg_lib.tasks.prose import ProseTokens, load_prose
 from prosg_lib.tokenizer import load_tokenizer
 from prosg_lib.training import RECIPE, fit
 
-STAGES = ("lm", "token", "final", "static")
+STAGES = ("lm", "token", "final", "static", "adapter")
 
 
 def device() -> torch.device:
@@ -57,7 +58,8 @@ def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False
     """The trained module of a stage, in evaluation mode; says in one line what it loaded and why, or trains.
 
     Args:
-        stage: "lm", or a generator: "token", "final", "static" (trains what it builds on first, if need be).
+        stage: "lm", or a generator: "token", "final", "static", or "adapter", which takes a real gradient step (what
+            it builds on is trained first, if need be).
         retrain: do not load what is shipped; what was trained here since (`forget`) is loaded, and what is missing is
             trained, so that several notebooks of one run train each stage once.
     Raises:
@@ -150,13 +152,15 @@ def _why(theirs: dict, ours: dict) -> str:
     return ", ".join(key for key in ours if theirs.get(key) != ours[key]) or "unknown record"
 
 
-def _new(stage: str, size: RWKV4Config | GeneratorSize, lm: RWKV4 | None) -> nn.Module:
+def _new(stage: str, size: RWKV4Config | GeneratorSize | AdapterSize, lm: RWKV4 | None) -> nn.Module:
     if stage == "lm":
         return RWKV4(size)
     if stage == "final":
         return FinalStateGenerator(lm, size.rank, size.width, size.maps)
     if stage == "token":
         return TokenGenerator(lm, size.rank, size.width, size.maps)
+    if stage == "adapter":
+        return AdapterStep(lm, size.rank, size.maps, size.lr)
     return StaticDelta(lm, size.rank, size.maps)
 
 
@@ -167,9 +171,9 @@ def _built(module: nn.Module, tensors: dict) -> nn.Module:
     return module.to(device()).eval().requires_grad_(False)
 
 
-def _size(stage: str, sizes: Profile) -> RWKV4Config | GeneratorSize:
+def _size(stage: str, sizes: Profile) -> RWKV4Config | GeneratorSize | AdapterSize:
     """A static delta has the size of the token-wise generator's."""
-    return {"lm": sizes.model, "final": sizes.final}.get(stage, sizes.token)
+    return {"lm": sizes.model, "final": sizes.final, "adapter": sizes.adapter}.get(stage, sizes.token)
 
 
 def _work(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None, module: nn.Module) -> tuple[Callable, Callable]:

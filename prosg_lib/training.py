@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from prosg_lib import files
 from prosg_lib.allocator import keep_freed_memory
-from prosg_lib.errors import UserError
+from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.profiles import Training
 from prosg_lib.tasks.dialogue import Batch
 
@@ -79,14 +79,17 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = sizes.lr * schedule(step, sizes)
         optimiser.zero_grad(set_to_none=True)
-        loss = _backward(step, [batch] if at_once is None else batch.split(at_once), loss_of, device)
-        if not torch.isfinite(loss.total):
+        try:
+            loss = _backward(step, [batch] if at_once is None else batch.split(at_once), loss_of, device)
+            if not torch.isfinite(loss.total):
+                raise NotFinite(f"the loss is {loss.total.item()}")
+        except NotFinite as error:
             log.close()
             raise Diverged(
-                f"training {name}: the loss is {loss.total.item()} at step {step}; the last good checkpoint "
+                f"training {name}: {error} at step {step}; the last good checkpoint "
                 f"is {path if path.exists() else 'none (it happened before the first was written)'}; "
                 f"a smaller learning rate than {sizes.lr} usually helps"
-            )
+            ) from error
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimiser.step()
         log.step(step, loss)

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
 from prosg_lib.state import RecurrentState
+from prosg_lib.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,13 @@ def load_transformer(source: str | Path) -> CausalTransformer:
             f"{source} could not be loaded ({reason}); give a folder that `save_pretrained` wrote"
         ) from error
     lm = CausalTransformer(model).eval()
-    path = Path(source) / "tokenizer.json"
-    if path.is_file():
-        from prosg_lib.tokenizer import load_tokenizer
-
-        lm.tokenizer = load_tokenizer(path)
+    lm.tokenizer = _tokenizer(source)
     return lm
+
+
+def _tokenizer(source: str | Path) -> Tokenizer | None:
+    try:
+        path = cached_file(source, "tokenizer.json")
+    except OSError:
+        return None
+    return load_tokenizer(path)
