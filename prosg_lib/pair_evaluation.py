@@ -86,18 +86,22 @@ def _others(groups: list[list[Pair]]) -> list[list[Pair]]:
 
 def _of_batch(lm: LanguageModel, ways: dict[str, Way], batch: PairBatch, wrong: Rows, successive: bool):
     says = lm.read_out(hidden_of(lm, batch.prompted)[:, -batch.query.ids.shape[1] + 1 :])
-    yield "prompted", _right("prompted", says, batch)
+    yield "prompted", _right(_finite("prompted", says), batch)
     query = batch.query.ids[:, :-1], batch.query.valid[:, :-1]
-    yield "none", _right("none", answering(None, lm, batch.context)(*query), batch)
+    yield "none", _right(answering(None, lm, batch.context)(*query), batch)
     for name, way in ways.items():
         for label, contexts in ((name, batch.context), (f"wrong {name}", wrong)):
-            yield label, _right(label, answering(way, lm, contexts, successive)(*query), batch)
+            yield label, _right(_finite(label, answering(way, lm, contexts, successive)(*query)), batch)
 
 
-def _right(label: str, says: Tensor, batch: PairBatch) -> Tensor:
-    """Whether each answer is the gold one, (B,), from logits (B, Q - 1, vocab)."""
-    if not torch.isfinite(says[batch.answer[:, 1:]]).all():
+def _finite(label: str, says: Tensor) -> Tensor:
+    if not torch.isfinite(says).all():
         raise NotFinite(f"{label}: what the model says is not finite; take a smaller inner learning rate")
+    return says
+
+
+def _right(says: Tensor, batch: PairBatch) -> Tensor:
+    """Whether each answer is the gold one, (B,), from logits (B, Q - 1, vocab)."""
     hit = says.argmax(-1) == batch.query.ids[:, 1:]
     return (hit | ~batch.answer[:, 1:]).all(1)
 

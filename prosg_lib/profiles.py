@@ -194,9 +194,10 @@ PROFILES = {
             TransformerConfig("llama", VOCAB, 128, 4, 384, 4),
             PairTraining(900, 32, 3e-3),
             PairTraining(1150, 32, 3e-3, (1, 1, 1, 4)),
-            adapter=PairTraining(400, 32, 3e-3),
+            adapter=PairTraining(500, 16, 3e-3),
             weights=PairTraining(150, 8, 1e-3),
             generator=PairTraining(400, 32, 2e-3),
+            items=300,
         ),
     ),
     "gpu": Profile(

@@ -198,6 +198,17 @@ def test_on_other_prose_only_promises_and_counts_are_judged():
     assert claims.table_text(rows).count("other prose") == claims.table_html(rows).count("other prose") == 2
 
 
+def test_claims_about_own_data_may_be_missing_elsewhere(tmp_path):
+    """On the reference run's prose they are judged as any other; elsewhere not at all, measured or not."""
+    own = {"own_data": True}
+    ledger = {"least": entry(0.9, 0, "at_least") | own, "gone": entry(3, 0, "exact") | own, "all": entry(1, 0, "exact")}
+    measured = {"least": 0.8, "all": 1}
+    same = {row["name"]: row["holds"] for row in claims.compare(measured, ledger)}
+    other = {row["name"]: row["holds"] for row in claims.compare(measured, ledger, same_prose=False)}
+    assert same == {"least": False, "gone": False, "all": True}
+    assert other == {"least": None, "gone": None, "all": True}
+
+
 def test_a_run_is_judged_by_the_prose_of_the_ledger(runs, tmp_path, monkeypatch):
     """`finish` records the prose and `update` keeps it; the same text is the same prose under any name."""
     ledger = tmp_path / "expected"

@@ -205,8 +205,9 @@ def test_another_model_is_refused(lm, make_lm, prompts, kind):
 
 
 def test_sizes_that_cannot_be_meant_are_refused(lm):
-    with pytest.raises(UserError, match="at least rank 1"):
-        TokenGenerator(lm, 0, 8, ENDINGS)
+    for rank in (0, 10_000):
+        with pytest.raises(UserError, match=rf"rank {rank} asked for, but .* a change of it has rank 1 to \d+"):
+            TokenGenerator(lm, rank, 8, ENDINGS)
     with pytest.raises(UserError, match=r"no linear map \.\.\.att\.gate"):
         FinalStateGenerator(lm, 1, 8, ("att.output", "att.gate"))
     with pytest.raises(UserError, match="prompt 0 is empty"):

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from prosg_lib import pair_evaluation
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
-from prosg_lib.errors import UserError
+from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.gradient_step import WeightStep
 from prosg_lib.pair_evaluation import answered, eight_ways, gap_recovered, share
 from prosg_lib.tasks.pair_batches import encoded, left_padded
@@ -277,3 +277,14 @@ def test_pairs_of_one_context_have_no_wrong_one(lm):
     pair = PAIRS[0]
     with pytest.raises(UserError, match="every other of 2 pairs has pair 0's context"):
         answered(lm, {}, [pair, Pair(pair.context, "Who else?", "Nobody")], lm.tokenizer)
+
+
+def test_a_step_that_broke_the_model_is_named(lm, tokenizer):
+    """A NaN is no wrong answer."""
+
+    class Broken:
+        def after(self, lm, contexts, successive):
+            return lambda ids, valid: torch.full((*ids.shape, tokenizer.vocab), float("nan"))
+
+    with pytest.raises(NotFinite, match=r"much too far: what the model says is not finite; take a smaller inner"):
+        answered(lm, {"much too far": Broken()}, PAIRS, tokenizer)

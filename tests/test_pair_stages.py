@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from prosg_lib import files, pair_stages, profiles, stages
+from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.errors import UserError
+from prosg_lib.generator import SCALE
 from prosg_lib.pair_stages import PEOPLE, WaySpec, new_way, pair_model, pair_way, pairs_of
 from prosg_lib.profiles import PROFILES, PairTraining
+from prosg_lib.tokenizer import load_tokenizer
 
 FEW = PairTraining(steps=2, batch=2, lr=1e-2, warmup=1)
 SMOKE = PROFILES["smoke"]
@@ -97,10 +100,59 @@ def test_one_task_after_another_starts_where_the_first_ended(monkeypatch):
     assert all(torch.equal(t.cpu(), first[name].cpu()) for name, t in seen[0].items())
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A little model of `transformers` as a user would have it, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("hub") / "my-model"
+    sizes = TransformerConfig("llama", load_tokenizer().vocab, 16, 1, 32, 2)
+    torch.manual_seed(0)
+    new_llama(sizes).model.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_transformers_is_taught_with_its_own_tokenizer(place, saved, no_training):
+    """Without one that is said; with one, the model is taken as it is, and a way's checkpoint has the folder's name."""
+    with pytest.raises(UserError, match=r"my-model has no tokenizer\.json"):
+        pair_model(str(saved), "tiny")
+    (saved / "tokenizer.json").write_text(load_tokenizer().to_json(), encoding="utf-8")
+    lm = pair_model(str(saved), "tiny")
+    assert lm.config.width == 16
+    assert not any(p.requires_grad for p in lm.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr(stages, "fit", lambda name, *rest, **named: seen.append((name, rest)))
+        pair_way(WaySpec("adapter", ("characters",)), str(saved), "tiny")
+    assert seen[0][0].endswith("my-model-pairs-adapter-characters-lc-tiny")
+
+
+def test_without_steps_there_are_those_of_an_epoch(monkeypatch):
+    """As many as there are batches in the tasks' pairs, rounded up: 10,000 pairs, 16 a step."""
+    epoch = replace(FEW, steps=0, batch=16)
+    monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, pairs=replace(TINY.pairs, adapter=epoch)))
+    seen = []
+    monkeypatch.setattr(stages, "fit", lambda name, module, draw, loss, sizes, *rest, **named: seen.append(sizes))
+    pair_way(WaySpec("adapter", PEOPLE), "recurrent", "tiny")
+    assert seen[0].steps == 625
+
+
+def test_the_papers_profile_has_the_papers_numbers():
+    """Batch 16, one epoch, inner learning rate 1e-3, through the adapter's own scale as well."""
+    pairs = PROFILES["paper"].pairs
+    assert {t.batch for t in (pairs.adapter, pairs.weights)} == {16}
+    assert {t.steps for t in (pairs.adapter, pairs.weights)} == {0}
+    assert pairs.weights_lr == pytest.approx(1e-3)
+    assert pairs.adapter_lr * SCALE**2 == pytest.approx(1e-3)
+
+
+def test_smoke_leaves_out_what_it_has_no_time_for():
+    assert pair_stages.available("characters", "tiny")
+    assert not pair_stages.available("wikitext", "tiny")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pair_model("mamba", "tiny"), "unknown backbone 'mamba'; there are recurrent, transformer"),
+        (lambda: pair_model("no/such/folder", "tiny"), "no/such/folder could not be loaded"),
         (lambda: pairs_of("riddles", "test"), "unknown task 'riddles'; there are characters, reversal"),
         (lambda: pairs_of("squad", "test"), "the data of squad are not here; set PROSG_TEST_DATA"),
         (lambda: pair_way(WaySpec("magic", PEOPLE), "recurrent", "tiny"), "unknown method 'magic'; there are adapter"),

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from prosg_lib import files
-from prosg_lib.errors import UserError
+from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.profiles import Training
 from prosg_lib.tasks.dialogue import Batch
 from prosg_lib.training import Diverged, Loss, fit, schedule
@@ -176,6 +176,22 @@ def test_divergence_before_the_first_checkpoint_says_so(tmp_path):
     with pytest.raises(Diverged, match="before the first was written"):
         train(tmp_path, loss=broken)
     assert not (tmp_path / "net.checkpoint.safetensors").exists()
+
+
+def test_what_a_loss_itself_finds_not_finite_stops_with_its_step(tmp_path):
+    """As the inner loss of a gradient step does; the checkpoint of the steps before stays, and is named."""
+    net = module()
+    inner = loss_of(net)
+
+    def breaking(step, batch):
+        if step == 3:
+            raise NotFinite("the loss of the context is inf before the step")
+        return inner(step, batch)
+
+    kept = tmp_path / "net.checkpoint.safetensors"
+    with pytest.raises(Diverged, match=rf"the context is inf before the step at step 3;.*{re.escape(str(kept))}"):
+        train(tmp_path, net, breaking)
+    assert files.load_tensors(kept)[1]["step"] == 3
 
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):
