@@ -235,7 +235,7 @@ class WaySpec:
 _GENERATORS = {"token": TokenGenerator, "final": FinalStateGenerator}
 _MAPS = {
     "recurrent": ("att.output", "att.value", "ffn.key", "ffn.value"),
-    "transformer": ("v_proj", "o_proj", "up_proj", "down_proj"),
+    "transformer": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 
 
