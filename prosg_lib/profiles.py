@@ -195,7 +195,7 @@ PROFILES = {
             PairTraining(900, 32, 3e-3),
             PairTraining(1150, 32, 3e-3, (1, 1, 1, 4)),
             adapter=PairTraining(400, 16, 1.5e-2),
-            weights=PairTraining(150, 8, 1e-3),
+            weights=PairTraining(300, 8, 2e-3),
             generator=PairTraining(400, 32, 2e-3),
             items=300,
         ),

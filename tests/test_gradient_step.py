@@ -61,8 +61,8 @@ def test_quadratic_step_and_its_outer_gradient():
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])
 def test_parts_of_a_loss_give_the_step_of_their_sum(kept):
-    """Step and outer gradient alike, whether a part runs again or its graph is kept; a part that is linear, or without one
-    of the tensors, has no curvature to add."""
+    """Step and outer gradient alike, whether a part runs again or its graph is kept; a part that is linear, or
+    without one of the tensors, has no curvature to add."""
     a = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
     start = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in (("w", [1.0, -3.0]), ("b", [0.5]))}
     parts = [lambda p: p["w"] @ a @ p["w"], lambda p: (p["b"] ** 3).sum() * p["w"][0], lambda p: 2 * p["b"].sum()]
