@@ -250,6 +250,7 @@ def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.M
     if method == "adapter":
         return AdapterStep(lm, sizes.rank, maps, sizes.adapter_lr)
     if method in _GENERATORS:
+        maps = get_profile(profile).final.maps if method == "final" else maps
         return _GENERATORS[method](lm, sizes.rank, 2 * lm.config.width, maps)
     kind, _, rank = method.partition("-")
     if kind != "weights" or not (rank or "1").isdigit():
