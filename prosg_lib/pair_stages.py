@@ -267,7 +267,9 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     sizes = get_profile(profile).pairs
     lm = pair_model(backbone, profile, 0, retrain)
     fresh = new_way(spec.method, lm, backbone, profile)  # first, because it knows which methods there are
-    training = getattr(sizes, spec.method.partition("-")[0], sizes.generator)
+    training = {"adapter": sizes.adapter, "weights": sizes.weights}.get(spec.method, sizes.generator)
+    if spec.method.startswith("weights-"):
+        training = sizes.low_rank
     training = replace(training, contexts=(spec.contexts,))
     if not training.steps:
         pairs = sum(map(len, _training_pairs(spec.tasks, profile, lm.tokenizer).values()))

@@ -98,7 +98,8 @@ class PairSizes:
         transformer_size: of the transformer; the recurrent model has the dialogues' sizes.
         recurrent, transformer: pretraining of the two language models.
         rank: of the adapters, and of the generators that they are compared with.
-        adapter, weights: meta-training of a step in an adapter, and of one on all weights.
+        adapter, weights, low_rank: meta-training of a step in an adapter, of one on all weights, and of one on all
+            weights from a start that is a change of low rank.
         generator: training of the two generators.
         adapter_lr, weights_lr: of the inner step. Chosen on the validation split, see notebook 07.
         at_once: examples in memory at a time; None: the whole batch.
@@ -115,6 +116,7 @@ class PairSizes:
     transformer: PairTraining
     adapter: PairTraining
     weights: PairTraining
+    low_rank: PairTraining
     generator: PairTraining
     rank: int = 8
     adapter_lr: float = 100.0
@@ -171,6 +173,7 @@ PROFILES = {
             PairTraining(40, 16, 3e-3),
             adapter=PairTraining(20, 8, 3e-3, warmup=5),
             weights=PairTraining(4, 4, 1e-3, warmup=2),
+            low_rank=PairTraining(4, 4, 1e-2, warmup=2),
             generator=PairTraining(20, 8, 3e-3, warmup=5),
             items=20,
             seeds=(0,),
@@ -196,8 +199,9 @@ PROFILES = {
             PairTraining(1150, 32, 3e-3, (1, 1, 1, 4)),
             adapter=PairTraining(400, 16, 1.5e-2),
             weights=PairTraining(300, 8, 2e-3),
+            low_rank=PairTraining(300, 8, 1e-2),
             generator=PairTraining(400, 32, 2e-3),
-            items=300,
+            items=200,
         ),
     ),
     "gpu": Profile(
@@ -218,6 +222,7 @@ PROFILES = {
             PairTraining(6000, 128, 5e-4, (1, 1, 1, 4, 16)),
             adapter=PairTraining(1000, 64, 1e-3),
             weights=PairTraining(1000, 16, 1e-4),
+            low_rank=PairTraining(1000, 16, 1e-3),
             generator=PairTraining(1000, 64, 1e-3),
         ),
         autocast=True,
@@ -234,6 +239,7 @@ PROFILES["paper"] = replace(
         PROFILES["gpu"].pairs,
         adapter=_EPOCH,
         weights=replace(_EPOCH, lr=1e-5),
+        low_rank=_EPOCH,
         generator=_EPOCH,
         adapter_lr=0.1,  # times the adapter's own scale, twice: 1e-3
         weights_lr=1e-3,

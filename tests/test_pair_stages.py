@@ -19,7 +19,9 @@ TINY = replace(
     SMOKE,
     name="tiny",
     lm=replace(SMOKE.lm, steps=2, batch=2, facts=(1,), distances=(0,)),
-    pairs=replace(SMOKE.pairs, recurrent=FEW, transformer=FEW, adapter=FEW, weights=FEW, generator=FEW, rank=2),
+    pairs=replace(
+        SMOKE.pairs, recurrent=FEW, transformer=FEW, adapter=FEW, weights=FEW, low_rank=FEW, generator=FEW, rank=2
+    ),
 )
 METHODS = ("adapter", "weights", "weights-1", "token", "final")
 
