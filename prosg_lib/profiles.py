@@ -199,7 +199,7 @@ PROFILES = {
             PairTraining(1150, 32, 3e-3, (1, 1, 1, 4)),
             adapter=PairTraining(400, 16, 1.5e-2),
             weights=PairTraining(300, 8, 2e-3),
-            low_rank=PairTraining(300, 8, 1e-2),
+            low_rank=PairTraining(600, 8, 1e-2),
             generator=PairTraining(400, 32, 2e-3),
             items=200,
         ),
