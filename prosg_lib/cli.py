@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_sizes(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--profile", default=default, help=f"smoke, cpu or gpu (default: {default})")
+    parser.add_argument("--profile", default=default, help=f"smoke, cpu, gpu or paper (default: {default})")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--retrain", action="store_true", help="train anew where a checkpoint would fit")
 

@@ -23,8 +23,6 @@ from prosg_lib.tasks.pair_batches import PairBatch, Rows, collate
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tokenizer import Tokenizer
 
-_BATCH = 25
-
 
 @torch.no_grad()
 def answered(
@@ -35,12 +33,14 @@ def answered(
     contexts: int = 1,
     seed: int = 0,
     successive: bool = False,
+    batch: int = 25,
 ) -> pd.DataFrame:
     """Which pairs are answered right, one row a pair, all of them by every method.
 
     Args:
         ways: by name; none of them is called "prompted" or "none".
         contexts: of every pair: its own, and others drawn with `seed`.
+        batch: pairs at a time; a step on all weights makes as many models.
     Returns:
         One column of booleans a method: "prompted" (the contexts in front of the query), "none" (the query alone),
         and for every way its name (after the contexts) and "wrong <name>" (after another pair's, without its own).
@@ -54,9 +54,9 @@ def answered(
     others = _others(groups)
     found: dict[str, list[Tensor]] = {}
     device = next(lm.parameters()).device
-    for first in range(0, len(groups), _BATCH):
+    for first in range(0, len(groups), batch):
         own, wrong = (
-            collate(some[first : first + _BATCH], tokenizer, f"{seed}/{first}").to(device) for some in (groups, others)
+            collate(some[first : first + batch], tokenizer, f"{seed}/{first}").to(device) for some in (groups, others)
         )
         for name, hits in _of_batch(lm, ways, own, wrong.context, successive):
             found.setdefault(name, []).append(hits)
