@@ -268,8 +268,8 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     lm = pair_model(backbone, profile, 0, retrain)
     fresh = new_way(spec.method, lm, backbone, profile)  # first, because it knows which methods there are
     training = {"adapter": sizes.adapter, "weights": sizes.weights}.get(spec.method, sizes.generator)
-    if spec.method.startswith("weights-"):
-        training = sizes.low_rank
+    if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
+        training = replace(sizes.low_rank, lr=sizes.low_rank.lr / fresh.rank**0.5)
     training = replace(training, contexts=(spec.contexts,))
     if not training.steps:
         pairs = sum(map(len, _training_pairs(spec.tasks, profile, lm.tokenizer).values()))
