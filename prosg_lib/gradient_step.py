@@ -30,9 +30,7 @@ Params = Mapping[str, Tensor]
 LossOf = Callable[[dict[str, Tensor]], Tensor]
 
 
-def gradient_step(
-    parts: Sequence[LossOf], start: Params, lr: float, second_order: bool = True, kept: int = 0
-) -> dict[str, Tensor]:
+def gradient_step(parts: Sequence[LossOf], start: Params, lr: float, second_order: bool = True) -> dict[str, Tensor]:
     """One plain SGD step, start - lr grad loss(start), that can be differentiated through (equation 1 there).
 
     Args:
@@ -43,30 +41,23 @@ def gradient_step(
         start: what is changed. With one copy an example, (B, ...), and the sum of the examples' losses, each example
             takes a step of its own.
         second_order: the exact outer gradient; False: as if the inner gradient were a constant (first-order MAML).
-        kept: so many first parts are not run again for the outer gradient; their graphs are in memory until then. That
-            saves their share of a fifth of the time.
     Raises:
         NotFinite: the loss at the start, or its gradient, is not finite.
     """
     names = list(start)
     positional = [lambda *tensors, part=part: part(dict(zip(names, tensors, strict=True))) for part in parts]
-    stepped = _Step.apply(positional, lr, second_order, kept, *start.values())
+    stepped = _Step.apply(positional, lr, second_order, *start.values())
     return dict(zip(names, stepped, strict=True))
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, lr, second_order, kept, *start):
-        ctx.lr, ctx.graphs = lr, []
-        ctx.again = parts[kept:] if second_order else ()
+    def forward(ctx, parts, lr, second_order, *start):
+        ctx.parts, ctx.lr, ctx.second_order = parts, lr, second_order
         ctx.save_for_backward(*start)
         slopes = [torch.zeros_like(t) for t in start]
-        for number, part in enumerate(parts):
-            keep = second_order and number < kept
-            leaves, found = _slopes(part, start, create_graph=keep)
-            _add(slopes, [None if g is None else g.detach() for g in found])
-            if keep:
-                ctx.graphs.append((leaves, found))
+        for part in parts:
+            _add(slopes, _slopes(part, start, create_graph=False)[1])
         if not all(torch.isfinite(g).all() for g in slopes):
             raise NotFinite("the gradient of the context's loss is not finite; look at the start, and at the context")
         return tuple(t - lr * g for t, g in zip(start, slopes, strict=True))
@@ -74,11 +65,9 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *outer):
         changes = [v.clone() for v in outer]
-        for leaves, slopes in ctx.graphs:
-            _add(changes, _bent(leaves, slopes, outer), -ctx.lr)
-        for part in ctx.again:
+        for part in ctx.parts if ctx.second_order else ():
             _add(changes, _bent(*_slopes(part, ctx.saved_tensors, create_graph=True), outer), -ctx.lr)
-        return None, None, None, None, *changes
+        return None, None, None, *changes
 
 
 def _slopes(part: Callable[..., Tensor], start: Sequence[Tensor], create_graph: bool):
