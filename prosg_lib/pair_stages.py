@@ -73,9 +73,9 @@ def pairs_of(task: str, split: str, profile: str = "cpu", tokenizer: Tokenizer |
     Raises:
         UserError: unknown task, or its data are not on this machine.
     """
-    if not available(task, profile):
-        raise _missing(task)
     sizes = get_profile(profile).pairs
+    if not available(task, profile):
+        raise _missing(task) if task in sizes.tasks else UserError(f"{task} is no task of {profile}; take cpu or gpu")
     return fitted(_pairs(task, split, sizes), tokenizer or load_tokenizer(), sizes.context, sizes.query)
 
 
@@ -233,10 +233,8 @@ class WaySpec:
 
 
 _GENERATORS = {"token": TokenGenerator, "final": FinalStateGenerator}
-_MAPS = {
-    "recurrent": ("att.output", "att.value", "ffn.key", "ffn.value"),
-    "transformer": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
+_MAPS = {"recurrent": ("att.output", "att.value", "ffn.key", "ffn.value")}
+_EVERY = ("",)  # map of a transformer's blocks, whatever its class calls them
 
 
 def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.Module:
@@ -246,7 +244,7 @@ def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.M
         UserError: unknown method, or a rank that a matrix does not have.
     """
     sizes = get_profile(profile).pairs
-    maps = _MAPS.get(backbone) or _MAPS["transformer"]
+    maps = _MAPS.get(backbone, _EVERY)
     if method == "adapter":
         return AdapterStep(lm, sizes.rank, maps, sizes.adapter_lr)
     if method in _GENERATORS:

@@ -104,7 +104,7 @@ class PairSizes:
         adapter_lr, weights_lr: of the inner step. Chosen on the validation split, see notebook 07.
         at_once: examples in memory at a time; None: the whole batch.
         items: pairs of a split that are evaluated, at most.
-        seeds: of the adapters that results are a mean over; many: numbers of contexts that they are asked with.
+        seeds: of the trainings that results are a mean over; many: numbers of contexts that they are asked with.
         context, query: tokens that a pair may have, the answer being a part of the query.
         words: of a passage of the cloze, a sentence or three; None: whole paragraphs.
         tasks: those that are trained on and measured, where this machine has their data.

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from prosg_lib import files, pair_stages, profiles, stages
-from prosg_lib.backbones.transformer import TransformerConfig, new_llama
+from prosg_lib.backbones.transformer import CausalTransformer, TransformerConfig, new_llama
 from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE
 from prosg_lib.pair_stages import PEOPLE, WaySpec, new_way, pair_model, pair_way, pairs_of
@@ -146,7 +147,17 @@ def test_the_papers_profile_has_the_papers_numbers():
     assert pairs.adapter_lr * SCALE**2 == pytest.approx(1e-3)
 
 
+def test_an_adapter_is_on_every_map_of_a_transformer_whatever_its_class():
+    """GPT-2 calls them otherwise than Llama; the head is none of them."""
+    sizes = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    lm = CausalTransformer(AutoModelForCausalLM.from_config(sizes))
+    ends = [name.rpartition("h.0.")[2] for name in new_way("adapter", lm, "some/model", "tiny").names]
+    assert ends == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+
+
 def test_smoke_leaves_out_what_it_has_no_time_for():
+    with pytest.raises(UserError, match="wikitext is no task of tiny"):
+        pairs_of("wikitext", "test", "tiny")
     assert pair_stages.available("characters", "tiny")
     assert not pair_stages.available("wikitext", "tiny")
 
