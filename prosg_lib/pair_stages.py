@@ -265,7 +265,8 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     sizes = get_profile(profile).pairs
     lm = pair_model(backbone, profile, 0, retrain)
     fresh = new_way(spec.method, lm, backbone, profile)  # first, because it knows which methods there are
-    training = {"adapter": sizes.adapter, "weights": sizes.weights}.get(spec.method, sizes.generator)
+    adapter = sizes.recurrent_adapter if backbone == "recurrent" else sizes.adapter
+    training = {"adapter": adapter, "weights": sizes.weights}.get(spec.method, sizes.generator)
     if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
         training = replace(sizes.low_rank, lr=sizes.low_rank.lr / fresh.rank**0.5)
     training = replace(training, contexts=(spec.contexts,))

@@ -100,6 +100,7 @@ class PairSizes:
         rank: of the adapters, and of the generators that they are compared with.
         adapter, weights, low_rank: meta-training of a step in an adapter, of one on all weights, and of one on all
             weights from a start that is a change of low rank.
+        recurrent_adapter: as `adapter`, of the recurrent model, on as many examples as the generators beside it.
         generator: training of the two generators.
         adapter_lr, weights_lr: of the inner step. Chosen on the validation split, see notebook 07.
         at_once: examples in memory at a time; None: the whole batch.
@@ -115,6 +116,7 @@ class PairSizes:
     recurrent: PairTraining
     transformer: PairTraining
     adapter: PairTraining
+    recurrent_adapter: PairTraining
     weights: PairTraining
     low_rank: PairTraining
     generator: PairTraining
@@ -172,6 +174,7 @@ PROFILES = {
             PairTraining(40, 16, 3e-3),
             PairTraining(40, 16, 3e-3),
             adapter=PairTraining(20, 8, 3e-3, warmup=5),
+            recurrent_adapter=PairTraining(20, 8, 3e-3, warmup=5),
             weights=PairTraining(4, 4, 1e-3, warmup=2),
             low_rank=PairTraining(4, 4, 1e-2, warmup=2),
             generator=PairTraining(20, 8, 3e-3, warmup=5),
@@ -198,6 +201,7 @@ PROFILES = {
             PairTraining(900, 32, 3e-3),
             PairTraining(1150, 32, 3e-3, (1, 1, 1, 4)),
             adapter=PairTraining(400, 16, 1.5e-2),
+            recurrent_adapter=PairTraining(800, 16, 1.5e-2),
             weights=PairTraining(300, 8, 2e-3),
             low_rank=PairTraining(600, 8, 1e-2),
             generator=PairTraining(400, 32, 2e-3),
@@ -221,6 +225,7 @@ PROFILES = {
             PairTraining(2000, 128, 5e-4),
             PairTraining(6000, 128, 5e-4, (1, 1, 1, 4, 16)),
             adapter=PairTraining(1000, 64, 1e-3),
+            recurrent_adapter=PairTraining(1000, 64, 1e-3),
             weights=PairTraining(1000, 16, 1e-4),
             low_rank=PairTraining(1000, 16, 1e-3),
             generator=PairTraining(1000, 64, 1e-3),
