@@ -1,8 +1,9 @@
 """Time to take in a prompt: ProSG's two generators, forward only, against one real gradient step.
 
 The same frozen RWKV-4 (4 layers, width 128), the same maps, the same rank; one prompt at a time, measured in turn in
-one process. Both ways end with a LowRankDelta and the state after the prompt. Prints a table, and one JSON line last:
-ratios are the gradient step's seconds over the generator's.
+one process, and the most memory that it takes, counted. Both ways end with a LowRankDelta and the state after the
+prompt. Prints a table, and one JSON line last: ratios are the gradient step's seconds over the generator's, and its
+memory over the generator's, for which there is no goal.
 
     python benchmarks/absorb.py [--rounds 30]
 """
@@ -14,7 +15,7 @@ import time
 import result
 import torch
 
-from prosg_lib.allocator import keep_freed_memory
+from prosg_lib.allocator import keep_freed_memory, peak_bytes
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.generator import FinalStateGenerator, Generator, TokenGenerator
 from prosg_lib.gradient_step import AdapterStep
@@ -40,8 +41,8 @@ def ways() -> tuple[RWKV4, dict[str, Generator]]:
     return lm, {name: way.to(device).eval() for name, way in found.items()}
 
 
-def measure(length: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each way for one prompt of so many tokens."""
+def measure(length: int, rounds: int) -> dict[str, tuple[float, int]]:
+    """Median seconds and peak bytes of each way for one prompt of so many tokens."""
     lm, found = ways()
     prompt = torch.randint(0, lm.config.vocab, (length,), generator=torch.Generator().manual_seed(1)).tolist()
     seconds = {name: [] for name in found}
@@ -53,7 +54,8 @@ def measure(length: int, rounds: int) -> dict[str, float]:
                 torch.cuda.synchronize()
             if number >= WARM_UP:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+    memory = {name: peak_bytes(lambda way=way: way.memorize(lm, [prompt])) for name, way in found.items()}
+    return {name: (statistics.median(taken), memory[name]) for name, taken in seconds.items()}
 
 
 def main() -> None:
@@ -61,12 +63,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="measured prompts each (default: 30)")
     rounds = parser.parse_args().rounds
     keep_freed_memory()
-    print(f"{'tokens':>7} {'token ms':>9} {'final ms':>9} {'step ms':>9}", flush=True)
+    names = ("token", "final", "step")
+    print(f"{'tokens':>7} " + " ".join(f"{f'{n} {unit}':>9}" for unit in ("ms", "MB") for n in names), flush=True)
     ratios = {}
     for length in LENGTHS:
         taken = measure(length, rounds)
-        print(f"{length:>7} " + " ".join(f"{taken[name] * 1e3:>9.1f}" for name in taken), flush=True)
-        ratios |= {f"{kind}/{length}": taken["step"] / taken[kind] for kind in ("token", "final")}
+        columns = [taken[n][0] * 1e3 for n in names] + [taken[n][1] / 1e6 for n in names]
+        print(f"{length:>7} " + " ".join(f"{value:>9.1f}" for value in columns), flush=True)
+        for kind in ("token", "final"):
+            ratios[f"{kind}/{length}"] = taken["step"][0] / taken[kind][0]
+            ratios[f"memory/{kind}/{length}"] = taken["step"][1] / taken[kind][1]
     print(result.line(ratios, GOALS, lower_is_better=False))
 
 
