@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -142,7 +141,7 @@ def _digest(tasks: Iterable[str]) -> str:
 def _plan(label, name, kind, profile, record, new, work, training, seed) -> stages.Plan:
     record = {"stage": label, "seed": seed, "recipe": RECIPE, "training": asdict(training)} | record
     ending = "" if profile == "cpu" else f"-{profile}"
-    return stages.Plan(label, name + ending, kind, json.loads(json.dumps(record)), new, work, training, seed)
+    return stages.Plan(label, name + ending, kind, stages.plain(record), new, work, training, seed)
 
 
 def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False) -> LanguageModel:

@@ -135,6 +135,29 @@ class PairSizes:
 
 
 @dataclass(frozen=True)
+class PretrainedSizes:
+    """A generator for a model of `transformers`, and the small model that stands in where no hub is reached.
+
+    Attributes:
+        kind, settings: model_type and configuration of the small model, which is made and trained here.
+        lm: its training.
+        rank: of the generator; its width is twice the model's.
+        token_training: of the generator.
+        prompts: that it is evaluated with; distances: tokens between them and the questions.
+        together: numbers of prompts in one memory.
+    """
+
+    kind: str
+    settings: tuple[tuple[str, int], ...]
+    lm: Training
+    rank: int
+    token_training: Training
+    prompts: int
+    distances: tuple[int, ...]
+    together: tuple[int, ...] = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
 class Profile:
     """All sizes of one profile. autocast: train under bfloat16 autocast where the device has it."""
 
@@ -150,7 +173,14 @@ class Profile:
     adapter_training: Training
     evaluation: Evaluation
     pairs: PairSizes
+    pretrained: PretrainedSizes
     autocast: bool = False
+
+
+def _mamba2(width: int, layers: int, heads: int, state: int) -> tuple[tuple[str, int], ...]:
+    """Settings of a Mamba-2 with input and output embeddings tied, and chunks as short as a CPU likes them."""
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_heads": heads, "head_dim": 2 * width // heads}
+    return tuple((sizes | {"state_size": state, "n_groups": 1, "chunk_size": 32, "vocab_size": VOCAB}).items())
 
 
 _MAPS = ("att.output", "att.value", "ffn.key", "ffn.value")
@@ -183,6 +213,16 @@ PROFILES = {
             many=(2,),
             tasks=TASKS[:2],
         ),
+        pretrained=PretrainedSizes(
+            "mamba2",
+            _mamba2(32, 2, 2, 16),
+            Training(20, 8, 6e-3, (2, 3), (0, 16), warmup=5),
+            4,
+            Training(10, 8, 4e-3, (3,), (0, 32), warmup=5),
+            prompts=3,
+            distances=(0, 64),
+            together=(1, 2),
+        ),
     ),
     "cpu": Profile(
         name="cpu",
@@ -207,6 +247,15 @@ PROFILES = {
             generator=PairTraining(400, 32, 2e-3),
             items=200,
         ),
+        pretrained=PretrainedSizes(
+            "mamba2",
+            _mamba2(128, 4, 4, 32),
+            Training(1200, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
+            32,
+            Training(500, 32, 2e-3, (3, 6), (0, 64, 256), warmup=50),
+            prompts=24,
+            distances=(0, 256, 1024),
+        ),
     ),
     "gpu": Profile(
         name="gpu",
@@ -229,6 +278,15 @@ PROFILES = {
             weights=PairTraining(1000, 16, 1e-4),
             low_rank=PairTraining(1000, 16, 1e-3),
             generator=PairTraining(1000, 64, 1e-3),
+        ),
+        pretrained=PretrainedSizes(
+            "mamba2",
+            _mamba2(512, 12, 16, 64),
+            Training(4000, 64, 1e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
+            32,
+            Training(1500, 64, 1e-3, (3, 6, 12), (0, 64, 256, 512), warmup=50),
+            prompts=64,
+            distances=(0, 256, 1024, 4096),
         ),
         autocast=True,
     ),

@@ -27,7 +27,7 @@ from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, l
 from prosg_lib.profiles import AdapterSize, GeneratorSize, PairTraining, Profile, Training, get_profile
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
 from prosg_lib.tasks.prose import ProseTokens, load_prose
-from prosg_lib.tokenizer import load_tokenizer
+from prosg_lib.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.training import RECIPE, fit
 
 STAGES = ("lm", "token", "final", "static", "adapter")
@@ -44,14 +44,19 @@ def checkpoint_name(stage: str, profile: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def dialogues(split: str, seed: int, rich: bool = False) -> Dialogues:
-    """The data set of a split and seed, with whatever prose this machine has."""
-    return Dialogues(load_tokenizer(), _prose(split), split, seed, rich)
+def dialogues(split: str, seed: int, rich: bool = False, tokenizer: Tokenizer | None = None) -> Dialogues:
+    """The data set of a split and seed, with whatever prose this machine has.
+
+    Args:
+        tokenizer: None for the project's own.
+    """
+    tokenizer = tokenizer or load_tokenizer()
+    return Dialogues(tokenizer, _prose(split, tokenizer), split, seed, rich)
 
 
-@lru_cache(maxsize=3)
-def _prose(split: str) -> ProseTokens:
-    return ProseTokens.of(load_prose(), split, load_tokenizer())
+@lru_cache(maxsize=6)
+def _prose(split: str, tokenizer: Tokenizer) -> ProseTokens:
+    return ProseTokens.of(load_prose(), split, tokenizer)
 
 
 def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False) -> nn.Module:
@@ -145,7 +150,12 @@ def _record(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None) -> dict:
     if lm is not None:
         record |= {"generator": asdict(_size(stage, sizes))}
         record |= {"lm": lm.fingerprint()}
-    return json.loads(json.dumps(record))  # as a checkpoint would give it back: tuples become lists
+    return plain(record)
+
+
+def plain(record: dict) -> dict:
+    """A record as a checkpoint gives it back: tuples become lists."""
+    return json.loads(json.dumps(record))
 
 
 def _why(theirs: dict, ours: dict) -> str:
