@@ -98,7 +98,8 @@ def generator_for(
         batch_of = generator_draw(dialogues_of(lm, "train", seed, rich=True), sizes.token_training)
         return batch_of, generator_objective(lm, generator, sizes.token_training, seed)
 
-    name = f"{re.sub(r'[^\w.]+', '-', source).strip('-')}-token" + ("" if profile == "cpu" else f"-{profile}")
+    called = re.sub(r"[^\w.]+", "-", source).strip("-")
+    name = f"{called}-token" + ("" if profile == "cpu" else f"-{profile}")
     plan = stages.Plan(
         name,
         name,
