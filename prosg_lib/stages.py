@@ -111,7 +111,7 @@ class Plan:
 
 
 def obtain(plan: Plan, profile: str, retrain: bool = False) -> nn.Module:
-    """Load or train; see `load_or_train`."""
+    """Load or train; see `load_or_train`. The module's `checkpoint` is the file that has it, with its log beside it."""
     keep_freed_memory()
     kept = _kept(profile) / f"{plan.name}.safetensors"
     shipped = paths.data_dir() / "checkpoints" / f"{plan.name}.safetensors"
@@ -121,7 +121,7 @@ def obtain(plan: Plan, profile: str, retrain: bool = False) -> nn.Module:
             if meta.get("record") == plan.record:
                 where = meta["provenance"]["device"]
                 print(f"{plan.label}: loaded {path.name}, trained on {where}: same sizes, seed and data")
-                return _built(plan.new(), tensors)
+                return _built(plan.new(), tensors, path)
             why = _why(meta.get("record", {}), plan.record)
             print(f"{plan.label}: {path.name} was trained otherwise ({why}); not used")
     return _train(plan, kept)
@@ -174,8 +174,9 @@ def _new(stage: str, size: RWKV4Config | GeneratorSize | AdapterSize, lm: RWKV4 
     return StaticDelta(lm, size.rank, size.maps)
 
 
-def _built(module: nn.Module, tensors: dict) -> nn.Module:
+def _built(module: nn.Module, tensors: dict, path: Path) -> nn.Module:
     module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    module.checkpoint = path
     if isinstance(module, LanguageModel):
         module.tokenizer = load_tokenizer()
     return module.to(device()).eval().requires_grad_(False)
@@ -213,7 +214,7 @@ def _train(plan: Plan, path: Path) -> nn.Module:
     keep = {n: t if plan.kind == "lm" else t.half() for n, t in module.state_dict().items()}
     files.save_tensors(path, keep, {"kind": plan.kind, "record": plan.record, "provenance": facts})
     (path.parent / f"{path.stem}.checkpoint.safetensors").unlink(missing_ok=True)
-    return _built(plan.new(), keep)
+    return _built(plan.new(), keep, path)
 
 
 def load_generator(name: str, lm: RWKV4) -> Generator:
@@ -230,4 +231,4 @@ def load_generator(name: str, lm: RWKV4) -> Generator:
     if record["lm"] != lm.fingerprint():
         raise UserError(f"{path.name} was trained for model {record['lm']}, not for this one ({lm.fingerprint()})")
     size = GeneratorSize(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["generator"].items()})
-    return _built(_new(record["stage"], size, lm), tensors)
+    return _built(_new(record["stage"], size, lm), tensors, path)
