@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE, key
@@ -305,6 +306,18 @@ def test_a_llamas_steps_are_those_of_a_loop(kind, n, successive, dtype):
     else:
         way = kind(lm)
     assert_steps_are_by_hand(lm, way, n, successive, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "successive"), [(1, False), (2, True)])
+@pytest.mark.parametrize("kind", [adapter, full, rank_two])
+def test_an_rwkv7s_steps_are_those_of_a_loop(kind, n, successive):
+    """Its delta rule is differentiated twice, under vmap, and with weights of each example's own."""
+    torch.manual_seed(0)
+    lm = RWKV7(RWKV7Config(50, 16, 2, 32, 8, 4, 3, 2, 5)).double().eval().requires_grad_(False)
+    for weight in lm.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)
+    assert_steps_are_by_hand(lm, kind(lm), n, successive, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("rank", [None, 2])

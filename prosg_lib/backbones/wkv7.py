@@ -42,7 +42,7 @@ def wkv7_recurrent(
     Returns:
         y (B, T, H, N), zero where not valid, and S after the last token, (B, H, N, N).
     """
-    r, w, k, v, kappa = _nothing_at_padding((r, w, k, v, kappa), valid)
+    r, w, k, v, kappa, a = _nothing_at_padding((r, w, k, v, kappa, a), valid)
     s = _blank(k) if state is None else state
     decay, back, outputs = torch.exp(w), a * kappa, []
     for t in range(k.shape[1]):
@@ -78,8 +78,8 @@ def wkv7_chunked(
     time, size = k.shape[1], k.shape[3]
     chunk = min(chunk, time)
     s = (_blank(k) if state is None else state).mT  # keys x values
-    r, w, k, v, kappa = _nothing_at_padding((r, w, k, v, kappa), valid)
-    r, w, k, v, kappa, a = (_in_chunks(x, chunk) for x in (r, w, k, v, kappa, a))  # (B, H, n, C, N)
+    parts = _nothing_at_padding((r, w, k, v, kappa, a), valid)
+    r, w, k, v, kappa, a = (_in_chunks(x, chunk) for x in parts)  # (B, H, n, C, N)
     grown = w.cumsum(-2)
     middle = grown[..., -1:, :] / 2
     early, late = torch.exp(middle - grown), torch.exp(grown - middle)
