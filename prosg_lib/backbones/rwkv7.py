@@ -115,7 +115,7 @@ class TimeMix(nn.Module):
         if first is None:
             first = v
         else:
-            v = torch.lerp(v, first, torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2))
+            v = v + (first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2)
         w = self.w0 + torch.tanh(torch.lerp(x, previous, self.x_w) @ self.w1) @ self.w2
         a = torch.sigmoid(self.a0 + torch.lerp(x, previous, self.x_a) @ self.a1 @ self.a2)
         g = torch.sigmoid(torch.lerp(x, previous, self.x_g) @ self.g1) @ self.g2
