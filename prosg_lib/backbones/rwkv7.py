@@ -98,7 +98,8 @@ class TimeMix(nn.Module):
         self.g1, self.g2 = _low_rank(width, config.gate_rank)
         self.k_k = nn.Parameter(torch.full((width,), 0.7))
         self.k_a = nn.Parameter(torch.ones(width))
-        self.r_k = nn.Parameter(torch.zeros(width))
+        # Tells the head size; three dimensions, so that it counts as a vector where matrices are changed by low rank.
+        self.r_k = nn.Parameter(torch.zeros(1, width // config.head, config.head))
         self.receptance = _linear(width, width, 0.5)
         self.key = _linear(width, width, 0.05)
         self.value = _linear(width, width, 0.5)
@@ -129,7 +130,7 @@ class TimeMix(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # sums over many tokens need the digits
             w = -math.exp(-0.5) * torch.sigmoid(heads(w))
             y, state = wkv(heads(r), w, heads(k), heads(v), _unit(heads(removed)), heads(a), state, valid)
-            bonus = heads(r * k * self.r_k).sum(-1, keepdim=True) * heads(v)
+            bonus = (heads(r) * heads(k) * self.r_k).sum(-1, keepdim=True) * heads(v)
         y, bonus = (t.flatten(2).to(v.dtype) for t in (y, bonus))
         y = self.ln_x(y.flatten(0, 1)).view_as(y) + bonus
         return self.output(y * g), x[:, -1], state, first
@@ -207,7 +208,7 @@ def config_of(weights: dict[str, Tensor]) -> RWKV7Config:
     try:
         vocab, width = weights["emb.weight"].shape
         layers = layers_of(weights)
-        _, head = weights["blocks.0.att.r_k"].shape
+        *_, _heads, head = weights["blocks.0.att.r_k"].shape
         ffn, _ = weights["blocks.0.ffn.key.weight"].shape
         ranks = [weights[f"blocks.0.att.{name}"].shape[1] for name in ("w1", "a1", "g1")]
         value_rank = weights["blocks.1.att.v1"].shape[1] if layers > 1 else 0
@@ -241,7 +242,7 @@ def to_weights(model: RWKV7) -> dict[str, Tensor]:
 
     def laid_out(name: str, tensor: Tensor) -> Tensor:
         if name.endswith(".r_k"):
-            return tensor.view(-1, model.config.head)
+            return tensor[0]
         return tensor[None, None] if tensor.ndim == 1 and "ln" not in name else tensor
 
     return {name: laid_out(name, tensor) for name, tensor in model.state_dict().items()}
