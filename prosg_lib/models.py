@@ -118,8 +118,8 @@ def _from_weights(weights: dict[str, Tensor]) -> RWKV:
             return generation.from_weights(weights)
     marks = " nor ".join(f"{generation.mark} ({generation.model.__name__})" for generation in GENERATIONS)
     raise UserError(
-        f"these {len(weights)} tensors ({', '.join(sorted(weights)[:3])}) are of no model that is known here: they have "
-        f"neither {marks}; give an RWKV's weights"
+        f"these {len(weights)} tensors ({', '.join(sorted(weights)[:3])}) are of no model that is known here, with "
+        f"neither {marks} among them; give an RWKV's weights"
     )
 
 

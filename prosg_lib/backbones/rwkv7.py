@@ -1,7 +1,7 @@
 """RWKV-7 in plain PyTorch, written to be read.
 
-Source: Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", section 4 (the author's x070). Module
-names are those of the author's checkpoints (`blocks.0.att.x_r`, `blocks.0.att.w1`, ...).
+Source: Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", arXiv 2503.14456; x070 in the author's
+code. Module names are those of the author's checkpoints (`blocks.0.att.x_r`, `blocks.0.att.w1`, ...).
 
 Glossary of shapes: B batch, T time, D width, F feed-forward width, L layers, H heads, N head size; D = H N.
 """
@@ -71,7 +71,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class TimeMix(nn.Module):
-    """Attention's place: mixes over time by the delta rule of `wkv7` (RWKV-7 paper, section 4.1).
+    """Attention's place: mixes over time by the delta rule of `wkv7`, and adds a bonus for the token at hand.
 
     Mixing vectors x_r, ..., x_g give the share of the previous token; those of RWKV-4 the share of this one.
     """
@@ -137,7 +137,7 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """The feed-forward part: W_v relu(W_k x)^2, without RWKV-4's gate (RWKV-7 paper, section 4.2)."""
+    """The feed-forward part: W_v relu(W_k x)^2, without RWKV-4's gate."""
 
     def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()

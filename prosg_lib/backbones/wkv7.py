@@ -1,7 +1,8 @@
 """The recurrence of RWKV-7, a generalised delta rule, twice: token by token, and chunk-parallel over time.
 
-Source: Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", section 3. Every head keeps a matrix S
-that maps keys to values. A token fades it, takes out what it holds under one key, and writes a value under another::
+Source: Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", arXiv 2503.14456. Every head keeps a
+matrix S that maps keys to values. A token fades it, takes out what it holds under one key, and writes a value under
+another::
 
     S_t = S_{t-1} diag(e^{w_t}) - (S_{t-1} kappa_t) (a_t * kappa_t)^T + v_t k_t^T,        y_t = S_t r_t
 
