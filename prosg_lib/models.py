@@ -8,22 +8,45 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prosg_lib import files, paths
 from prosg_lib.allocator import keep_freed_memory
-from prosg_lib.backbones.rwkv4 import RWKV4, from_hf, from_weights, to_hf, to_weights
+from prosg_lib.backbones import rwkv4, rwkv7
+from prosg_lib.backbones.rwkv import RWKV
+from prosg_lib.backbones.rwkv4 import RWKV4, from_hf, to_hf
+from prosg_lib.backbones.rwkv7 import RWKV7
 from prosg_lib.errors import UserError
 from prosg_lib.tokenizer import Tokenizer, load_tokenizer
+from prosg_lib.world_tokenizer import WorldTokenizer
 
 LAYOUTS = ("prosg", "transformers", "author")
 
 
-def load_model(source: str | Path) -> RWKV4:
-    """An RWKV-4 in evaluation mode, float32 on the CPU, whatever the file's precision.
+class Generation(NamedTuple):
+    """A generation of RWKV; `mark` is a tensor that its weights have, and no other generation's."""
+
+    model: type[RWKV]
+    mark: str
+    from_weights: Callable[[dict[str, Tensor]], RWKV]
+    to_weights: Callable[[RWKV], dict[str, Tensor]]
+
+
+GENERATIONS = (
+    Generation(RWKV4, "blocks.0.att.time_first", rwkv4.from_weights, rwkv4.to_weights),
+    Generation(RWKV7, "blocks.0.att.r_k", rwkv7.from_weights, rwkv7.to_weights),
+)
+
+_TOKENIZERS = {kind.kind: kind for kind in (Tokenizer, WorldTokenizer)}
+
+
+def load_model(source: str | Path) -> RWKV:
+    """An RWKV-4 or RWKV-7 in evaluation mode, float32 on the CPU, whatever the file's precision.
 
     Args:
         source: an existing path, else a shipped checkpoint's name, else a hub id ("owner/name"). A path is one of
@@ -31,7 +54,8 @@ def load_model(source: str | Path) -> RWKV4:
             author's .pth file, or a file of this project.
     Returns:
         The model, with its tokenizer where there is one (a folder's tokenizer.json, the project's for its own
-        checkpoints); an author's .pth has none, and `lm.tokenizer` is None.
+        checkpoints). An author's .pth has none, and `lm.tokenizer` is None; for a World model set it by
+        `lm.tokenizer = load_world_tokenizer("rwkv_vocab_v20230424.txt")` (`prosg_lib.world_tokenizer`).
     Raises:
         UserError: there is nothing of that name; the hub cannot be reached; the file is damaged, holds pickled
             objects, or another architecture's weights.
@@ -41,7 +65,7 @@ def load_model(source: str | Path) -> RWKV4:
     if path.is_dir():
         model = _from_folder(path)
     elif path.is_file():
-        model = _from_prosg(path) if path.suffix == ".safetensors" else from_weights(_unpickled_tensors(path))
+        model = _from_prosg(path) if path.suffix == ".safetensors" else _from_weights(_unpickled_tensors(path))
     elif path.suffix in (".pth", ".safetensors") or path.is_absolute():
         raise UserError(f"{path} does not exist; give the path of a model's file or folder")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
@@ -51,29 +75,52 @@ def load_model(source: str | Path) -> RWKV4:
     return model.eval()
 
 
-def save_model(model: RWKV4, path: str | Path, layout: str) -> None:
+def save_model(model: RWKV, path: str | Path, layout: str) -> None:
     """Write a model, atomically file by file.
 
     Args:
         path: a folder for "transformers", else a file.
-        layout: "prosg" (safetensors with the tokenizer in its header), "transformers" (a folder that
-            `RwkvForCausalLM.from_pretrained` loads) or "author" (.pth, a state dict of tensors and nothing else: the
-            one place where the project writes a pickle, because that format is one).
+        layout: "prosg" (safetensors with the tokenizer in its header), "transformers" (RWKV-4 only: a folder that
+            `RwkvForCausalLM.from_pretrained` loads; without a World tokenizer, which transformers has not) or "author"
+            (.pth, a state dict of tensors and nothing else: the one place where the project writes a pickle, because
+            that format is one).
     Raises:
-        UserError: unknown layout.
+        UserError: unknown layout, or one that this kind of model does not have.
     """
-    path = Path(path)
-    tokenizer = None if model.tokenizer is None else model.tokenizer.to_json()
+    path, tokenizer = Path(path), model.tokenizer
     if layout == "prosg":
-        files.save_tensors(path, model.state_dict(), {"kind": "lm", "tokenizer": tokenizer})
+        meta = {} if tokenizer is None else {"tokenizer": tokenizer.to_json(), "tokenizer_kind": tokenizer.kind}
+        files.save_tensors(path, model.state_dict(), {"kind": "lm", **meta})
     elif layout == "author":
+        weights = _generation(model).to_weights(model)
         buffer = io.BytesIO()
-        torch.save({name: tensor.detach().cpu().clone() for name, tensor in to_weights(model).items()}, buffer)
+        torch.save({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, buffer)
         files.write_bytes(path, buffer.getvalue())
     elif layout == "transformers":
-        _to_folder(model, path, tokenizer)
+        if not isinstance(model, RWKV4):
+            raise UserError(f"transformers has no class for a {type(model).__name__}; save it as 'prosg' or 'author'")
+        _to_folder(model, path, tokenizer.to_json() if isinstance(tokenizer, Tokenizer) else None)
     else:
         raise UserError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+
+
+def _generation(model: RWKV) -> Generation:
+    for generation in GENERATIONS:
+        if isinstance(model, generation.model):
+            return generation
+    raise UserError(f"a {type(model).__name__} has no author's layout; it is for the generations of RWKV")
+
+
+def _from_weights(weights: dict[str, Tensor]) -> RWKV:
+    """The model whose weights these are, in its author's layout."""
+    for generation in GENERATIONS:
+        if generation.mark in weights:
+            return generation.from_weights(weights)
+    marks = " nor ".join(f"{generation.mark} ({generation.model.__name__})" for generation in GENERATIONS)
+    raise UserError(
+        f"these {len(weights)} tensors ({', '.join(sorted(weights)[:3])}) are of no model that is known here, with "
+        f"neither {marks} among them; give an RWKV's weights"
+    )
 
 
 def _shipped(name: str) -> Path:
@@ -88,13 +135,16 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _from_prosg(path: Path) -> RWKV4:
+def _from_prosg(path: Path) -> RWKV:
     tensors, meta = files.load_tensors(path)
     if meta.get("kind") != "lm":
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a language model")
-    model = from_weights(tensors)
+    model = _from_weights(tensors)
     if meta.get("tokenizer"):
-        model.tokenizer = Tokenizer.from_json(meta["tokenizer"])
+        kind = meta.get("tokenizer_kind", Tokenizer.kind)
+        if kind not in _TOKENIZERS:
+            raise UserError(f"{path} has a tokenizer of kind {kind!r}; there are {', '.join(_TOKENIZERS)}")
+        model.tokenizer = _TOKENIZERS[kind].from_json(meta["tokenizer"])
     elif load_tokenizer().vocab == model.config.vocab:
         model.tokenizer = load_tokenizer()
     return model

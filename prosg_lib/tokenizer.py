@@ -20,6 +20,8 @@ class Tokenizer:
     because a token holds at most one white-space character, and that at its start.
     """
 
+    kind = "bpe"
+
     def __init__(self, bpe: BPE):
         self._bpe = bpe
         self.encode = lru_cache(maxsize=200_000)(self._encode)

@@ -12,6 +12,8 @@ from prosg_lib.lowrank import Factors, LowRankDelta, TokenFactors, applied, best
 
 MAPS = ("blocks.0.att.output", "blocks.1.ffn.key", "blocks.2.ffn.value")
 
+every_family = pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
+
 
 def delta_for(lm, batch, rank=2, seed=0, names=MAPS, v=None, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
@@ -51,13 +53,14 @@ def loss_of(lm, ids):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
+@every_family
 @pytest.mark.parametrize("frozen", [False, True])
-def test_factors_are_the_gradient_of_every_map(lm64, frozen):
+def test_factors_are_the_gradient_of_every_map(lm64, frozen, family):
     ids, names = ids_of(3, 13), list(lm64.editable())
     grads = torch.autograd.grad(loss_of(lm64, ids), [lm64.editable()[n].weight for n in names])
     lm64.requires_grad_(not frozen)
     factors = gradient_factors(lm64, names, lambda: loss_of(lm64, ids))
-    assert len(names) == 3 * 7
+    assert len(names) == 3 * {"rwkv4": 7, "rwkv7": 6}[family]
     for name, grad in zip(names, grads, strict=True):
         assert grad.abs().max() > 0
         assert_close(factors[name].delta.t() @ factors[name].x, grad, rtol=1e-10, atol=1e-12)
@@ -65,6 +68,7 @@ def test_factors_are_the_gradient_of_every_map(lm64, frozen):
     assert all(p.grad is None for p in lm64.parameters())
 
 
+@every_family
 def test_factors_of_a_text_read_in_pieces(lm64):
     """The loss may take several passes; every pass's tokens count."""
     ids = ids_of(2, 12)
@@ -131,6 +135,7 @@ def test_spectrum_of_a_real_gradient(lm64):
 # --- application --------------------------------------------------------------------------------------------------
 
 
+@every_family
 @torch.no_grad()
 def test_applied_per_sample_is_merged_weights(make_lm, lm64):
     delta, ids = delta_for(lm64, 3, dtype=torch.float64).scaled(0.7), ids_of(3, 40)
@@ -163,6 +168,7 @@ def test_shared_factors_are_one_for_all(lm64, shared):
     assert_close(*chosen, rtol=1e-12, atol=1e-12)
 
 
+@every_family
 def test_weights_are_never_written(lm):
     before, ids = digest(lm), ids_of(2, 6)
     plain = lm(ids)[0]

@@ -1,4 +1,4 @@
-"""Models come back from every layout as they went in; whatever is no RWKV-4 is refused in one sentence."""
+"""Models come back from every layout as they went in; whatever is none that is known is refused in one sentence."""
 
 import json
 import os
@@ -13,11 +13,19 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, RwkvForCausalLM
 
 from prosg_lib import files, models, paths
-from prosg_lib.backbones.rwkv4 import to_hf, to_weights
+from prosg_lib.backbones import rwkv7
+from prosg_lib.backbones.rwkv4 import RWKV4, to_hf, to_weights
+from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.errors import UserError
 from prosg_lib.models import load_model, save_model
+from prosg_lib.world_tokenizer import WorldTokenizer
 
 NAMES = {"prosg": "m.safetensors", "transformers": "folder", "author": "m.pth"}
+
+every_layout = pytest.mark.parametrize(
+    ("family", "layout"),
+    [*(("rwkv4", layout) for layout in models.LAYOUTS), ("rwkv7", "prosg"), ("rwkv7", "author")],
+)
 
 
 def assert_same_weights(a, b):
@@ -26,11 +34,12 @@ def assert_same_weights(a, b):
         assert torch.equal(tensor, b.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("layout", models.LAYOUTS)
+@every_layout
 def test_round_trip(lm, tmp_path, layout):
     path = tmp_path / NAMES[layout]
     save_model(lm, path, layout)
     again = load_model(path)
+    assert type(again) is type(lm)
     assert_same_weights(again, lm)
     assert again.fingerprint() == lm.fingerprint()
     assert not again.training
@@ -40,13 +49,40 @@ def test_round_trip(lm, tmp_path, layout):
         assert again.tokenizer.encode("Ada, 7 cats\n") == lm.tokenizer.encode("Ada, 7 cats\n")
 
 
-@pytest.mark.parametrize("layout", models.LAYOUTS)
+@every_layout
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_comes_back_as_float32(make_lm, tmp_path, layout, dtype):
     save_model(make_lm(dtype=dtype), tmp_path / NAMES[layout], layout)
     again = load_model(tmp_path / NAMES[layout])
     assert {t.dtype for t in again.state_dict().values()} == {torch.float32}
     assert_same_weights(again, make_lm(dtype=dtype).float())
+
+
+@pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
+def test_a_world_tokenizer_goes_with_the_model(lm, tmp_path):
+    """In the project's own layout. transformers has no such tokenizer, and an author's file none at all."""
+    lm.tokenizer = WorldTokenizer({1 + b: bytes([b]) for b in range(256)} | {257: "東京".encode()})
+    save_model(lm, tmp_path / "m.safetensors", "prosg")
+    again = load_model(tmp_path / "m.safetensors")
+    assert again.tokenizer.encode("東京, 7\n") == lm.tokenizer.encode("東京, 7\n") == (257, 45, 33, 56, 11)
+    assert lm.generate(["東京"], max_new_tokens=5, stop=None) == again.generate(["東京"], max_new_tokens=5, stop=None)
+    tensors, meta = files.load_tensors(tmp_path / "m.safetensors")
+    files.save_tensors(tmp_path / "m.safetensors", tensors, meta | {"tokenizer_kind": "words"})
+    with pytest.raises(UserError, match="tokenizer of kind 'words'; there are bpe, world"):
+        load_model(tmp_path / "m.safetensors")
+    if isinstance(lm, RWKV4):
+        save_model(lm, tmp_path / "folder", "transformers")
+        assert load_model(tmp_path / "folder").tokenizer is None
+
+
+@pytest.mark.parametrize("family", ["rwkv7"])
+def test_layouts_that_a_model_does_not_have(lm, tmp_path):
+    with pytest.raises(UserError, match="no class for a RWKV7; save it as 'prosg' or 'author'"):
+        save_model(lm, tmp_path / "folder", "transformers")
+    assert not (tmp_path / "folder").exists()
+    transformer = new_llama(TransformerConfig("llama", 50, 16, 1, 32, 2))
+    with pytest.raises(UserError, match="a CausalTransformer has no author's layout"):
+        save_model(transformer, tmp_path / "m.pth", "author")
 
 
 @torch.no_grad()
@@ -76,12 +112,16 @@ def test_we_load_folders_of_transformers(lm, tmp_path):
     assert again.tokenizer is None
 
 
-def test_authors_file_is_a_plain_dict_of_tensors(lm, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "name", "laid_out"), [("rwkv4", "ffn.time_mix_k", to_weights), ("rwkv7", "ffn.x_k", rwkv7.to_weights)]
+)
+def test_authors_file_is_a_plain_dict_of_tensors(lm, tmp_path, name, laid_out):
     save_model(lm, tmp_path / "m.pth", "author")
     weights = torch.load(tmp_path / "m.pth", weights_only=True)
     assert type(weights) is dict
-    assert weights["blocks.1.ffn.time_mix_k"].shape == (1, 1, 16)
-    assert all(torch.equal(t, weights[n]) for n, t in to_weights(lm).items())
+    assert weights[f"blocks.1.{name}"].shape == (1, 1, 16)
+    assert weights.keys() == laid_out(lm).keys()
+    assert all(torch.equal(t, weights[n]) for n, t in laid_out(lm).items())
 
 
 def test_shipped_names(lm, tmp_path, monkeypatch):
@@ -121,15 +161,20 @@ def test_pickled_objects_are_refused_and_never_run(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_damaged_files_are_refused(lm, tmp_path):
-    for layout in models.LAYOUTS:
-        save_model(lm, tmp_path / NAMES[layout], layout)
-    for path in (tmp_path / "m.safetensors", tmp_path / "m.pth", tmp_path / "folder" / "model.safetensors"):
-        content = path.read_bytes()
-        for damaged in (content[: len(content) // 2], b"", b"<html>not found</html>"):
-            path.write_bytes(damaged)
-            with pytest.raises(UserError, match="cut short"):
-                load_model(path.parent if path.parent.name == "folder" else path)
+@every_layout
+def test_damaged_files_are_refused(lm, tmp_path, layout):
+    source = tmp_path / NAMES[layout]
+    save_model(lm, source, layout)
+    path = source / "model.safetensors" if source.is_dir() else source
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"<html>not found</html>"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="cut short"):
+            load_model(source)
+
+
+def test_a_damaged_config_is_refused(lm, tmp_path):
+    save_model(lm, tmp_path / "folder", "transformers")
     (tmp_path / "folder" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json, line 1: not JSON"):
         load_model(tmp_path / "folder")
@@ -143,16 +188,37 @@ def test_foreign_files_are_refused(lm, tmp_path):
     with pytest.raises(UserError, match="tensors by name"):
         load_model(tmp_path / "run.pth")
     torch.save({"layers.0.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="not RWKV-4's"):
+    with pytest.raises(UserError, match=r"these 1 tensors \(layers.0.weight\) are of no model that is known"):
         load_model(tmp_path / "other.pth")
-    torch.save(to_weights(lm) | {"blocks.0.att.ln_x.weight": torch.zeros(16)}, tmp_path / "rwkv5.pth")
-    with pytest.raises(UserError, match=r"1 unknown \(blocks.0.att.ln_x.weight\)"):
+    torch.save({}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="of no model that is known"):
+        load_model(tmp_path / "empty.pth")
+    torch.save(to_weights(lm) | {"blocks.0.att.ln_x.weight": torch.zeros(16)}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"not RWKV-4's: .* 1 unknown \(blocks.0.att.ln_x.weight\)"):
+        load_model(tmp_path / "more.pth")
+    weights = {n.replace("time_first", "time_faaaa"): t for n, t in to_weights(lm).items()}
+    torch.save(weights, tmp_path / "rwkv5.pth")
+    with pytest.raises(UserError, match=r"neither blocks.0.att.time_first \(RWKV4\) nor blocks.0.att.r_k \(RWKV7\)"):
         load_model(tmp_path / "rwkv5.pth")
     safetensors.torch.save_file(to_hf(lm), tmp_path / "hf.safetensors")
     with pytest.raises(UserError, match="not one of this project's"):
         load_model(tmp_path / "hf.safetensors")
     with pytest.raises(UserError, match="does not exist"):
         load_model("no/such/file.pth")
+
+
+@pytest.mark.parametrize("family", ["rwkv7"])
+def test_rwkv7s_that_are_not_whole_are_refused(lm, tmp_path):
+    """A tensor lost, one too many, one quantised: the file is recognised, and the fault is named."""
+    weights = rwkv7.to_weights(lm)
+    for change, message in (
+        ({}, r"not RWKV-7's: 1 tensors missing \(blocks.2.att.g2\), 0 unknown"),
+        ({"blocks.2.att.g2": weights["blocks.2.att.g2"], "x": torch.zeros(2)}, r"0 tensors missing \(\), 1 unknown"),
+        ({"blocks.2.att.g2": torch.zeros(5, 16, dtype=torch.uint8)}, r"blocks.2.att.g2 is torch.uint8; quantised"),
+    ):
+        torch.save({n: t for n, t in weights.items() if n != "blocks.2.att.g2"} | change, tmp_path / "m.pth")
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / "m.pth")
 
 
 def test_foreign_folders_are_refused(lm, tmp_path):

@@ -23,7 +23,7 @@ class LanguageModel(nn.Module, ABC):
     (`editable`), what the features of a state are (`state_features`), and keep a dataclass `config`.
     """
 
-    tokenizer = None  # prosg_lib.tokenizer.Tokenizer, where texts go in or out
+    tokenizer = None  # a tokenizer.Tokenizer or world_tokenizer.WorldTokenizer, where texts go in or out
 
     @abstractmethod
     def step_through(
