@@ -9,7 +9,7 @@ Glossary of shapes: B batch, T tokens, r rank; U (B, out, r), V (B, in, r).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -128,16 +128,23 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return tuple(module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape))
 
 
-@contextmanager
-def applied(lm: LanguageModel, delta: LowRankDelta | None) -> Iterator[None]:
+def applied(lm: LanguageModel, delta: LowRankDelta | None) -> AbstractContextManager[None]:
     """While it lasts, y = x W^T + scale (x V) U^T in every map that the delta names; W itself is never written.
+
+    Checked and prepared here, once; what is returned may be entered again and again, as generation does at every step.
 
     Raises:
         UserError: the delta was made for another model, or names a map that this one does not have.
     """
-    if delta is None:
-        yield
-        return
+    return nullcontext() if delta is None else _Applied(maps_of(lm, delta), delta)
+
+
+def maps_of(lm: LanguageModel, delta: LowRankDelta) -> dict[str, nn.Module]:
+    """The maps of the model that the delta changes, by name.
+
+    Raises:
+        UserError: the delta was made for another model, or names a map that this one does not have.
+    """
     if delta.fingerprint != lm.fingerprint():
         raise UserError(
             f"this delta was made for model {delta.fingerprint}, not for this one ({lm.fingerprint()}); "
@@ -149,24 +156,33 @@ def applied(lm: LanguageModel, delta: LowRankDelta | None) -> Iterator[None]:
         raise UserError(
             f"the delta changes {', '.join(sorted(unknown))}, which this model has not (it has {', '.join(maps)})"
         )
-    handles = [maps[name].register_forward_hook(_adder(f, delta.scale)) for name, f in delta.factors.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
+    return {name: maps[name] for name in delta.factors}
+
+
+class _Applied(AbstractContextManager):
+    def __init__(self, maps: dict[str, nn.Module], delta: LowRankDelta):
+        self._adders = [(maps[name], _adder(f, delta.scale, maps[name])) for name, f in delta.factors.items()]
+        self._handles = []
+
+    def __enter__(self) -> None:
+        self._handles = [module.register_forward_hook(add) for module, add in self._adders]
+
+    def __exit__(self, *error) -> None:
+        for handle in self._handles:
             handle.remove()
 
 
-def _adder(factors: Factors, scale: float):
+def _adder(factors: Factors, scale: float, module: nn.Module):
+    u, v = (t.to(module.weight.dtype) for t in factors)
+
     def add(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
         (x,) = args
-        u, v = (t.to(x.dtype) for t in factors)
         if not {len(u), len(v)} <= {1, len(x)}:
             raise UserError(f"{len(x)} sequences but a delta of batch {max(len(u), len(v))}; select() one per sequence")
-        read = x @ v[0] if len(v) == 1 else torch.bmm(x, v)  # (B, T, r)
+        read = x @ v[0].to(x.dtype) if len(v) == 1 else torch.bmm(x, v.to(x.dtype))  # (B, T, r)
         if len(u) == 1:
-            return out + scale * (read @ u[0].t())
-        return torch.baddbmm(out, read, u.transpose(1, 2), alpha=scale)
+            return out + scale * (read @ u[0].to(x.dtype).t())
+        return torch.baddbmm(out, read, u.to(x.dtype).transpose(1, 2), alpha=scale)
 
     return add
 
