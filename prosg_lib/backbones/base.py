@@ -46,6 +46,10 @@ class LanguageModel(nn.Module, ABC):
     def editable(self) -> dict[str, nn.Linear]:
         """The linear maps a delta may change, by module name."""
 
+    def hf_module_name(self, name: str) -> str:
+        """What an editable map is called in the model of `transformers` that computes the same; adapters use it."""
+        return name
+
     def state_features(self, state: RecurrentState) -> Tensor:
         """What a generator reads of a state, (B, F): every vector on its own scale, gauge removed.
 

@@ -168,6 +168,9 @@ class RWKV4(LanguageModel):
             if isinstance(module, nn.Linear) and name.startswith("blocks.")
         }
 
+    def hf_module_name(self, name):
+        return _hf_name(name)
+
     def state_features(self, state):
         """Of the five vectors a block: both shifts, the ratio num / den (what WKV would read), and log den + m."""
         s = state.tensors
