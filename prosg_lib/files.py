@@ -162,3 +162,21 @@ def load_tensors(path: str | Path) -> "tuple[dict[str, Tensor], dict[str, Any]]"
             "give the path of a file that prosg wrote."
         )
     return tensors, json.loads(header[META_KEY])
+
+
+def load_foreign_tensors(path: str | Path) -> "dict[str, Tensor]":
+    """Reads a safetensors file that others wrote: its tensors, on the CPU.
+
+    Raises:
+        UserError: the file is missing, cut short or no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; copy it there, or save it again as safetensors.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is cut short or no safetensors file ({error}); copy it again.") from error

@@ -230,5 +230,7 @@ def load_generator(name: str, lm: RWKV4) -> Generator:
     record = meta["record"]
     if record["lm"] != lm.fingerprint():
         raise UserError(f"{path.name} was trained for model {record['lm']}, not for this one ({lm.fingerprint()})")
+    if record["stage"] not in STAGES:
+        raise UserError(f"{path.name} was trained on pairs ({record['stage']}); `pair_stages.pair_way` loads those")
     size = GeneratorSize(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["generator"].items()})
     return _built(_new(record["stage"], size, lm), tensors, path)

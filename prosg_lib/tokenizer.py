@@ -40,11 +40,6 @@ class Tokenizer:
     def vocab(self) -> int:
         return self._bpe.get_vocab_size()
 
-    @lru_cache(maxsize=16)  # noqa: B019  (one tokenizer lives as long as the program)
-    def ids_containing(self, text: str) -> tuple[int, ...]:
-        """The tokens whose own text contains `text`."""
-        return tuple(i for i in range(self.vocab) if text in self.decode([i]))
-
     def to_json(self) -> str:
         return self._bpe.to_str(pretty=False)
 
@@ -63,6 +58,45 @@ class Tokenizer:
         )
         bpe.train_from_iterator(texts, trainer)
         return cls(bpe)
+
+
+class TextPieces:
+    """The tokens of one text, one after the other -> the text in pieces, each as soon as its characters are whole.
+
+    A character of up to four bytes may be spread over as many tokens. The pieces together are what `decode` makes of
+    all tokens, also where their bytes are no text; a few tokens are remembered, however long the text.
+    """
+
+    _UNKNOWN = "\ufffd"  # what `decode` writes for bytes that are no character, or not yet
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decode = tokenizer.decode
+        self._ids: list[int] = []  # the last ones, as far back as their text may change or be needed
+        self._given = 0  # characters of their text that were given out
+
+    def push(self, token: int) -> str:
+        """What the token adds; "" where it ends in the middle of a character."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        whole = text.removesuffix(self._UNKNOWN)
+        piece, self._given = whole[self._given :], len(whole)
+        if whole == text:  # nothing is open; one token stays, because some decoders trim the beginning of a text
+            self._ids, self._given = [token], len(self._decode([token]))
+        else:
+            self._forget(text)
+        return piece
+
+    def _forget(self, text: str) -> None:
+        """Keeps only what the open character may need: cut where no character reaches across."""
+        for kept in range(1, min(4, len(self._ids))):
+            before, after = self._decode(self._ids[:-kept]), self._decode(self._ids[-kept:])
+            if after and before + after == text:
+                self._ids, self._given = self._ids[-kept:], self._given - len(before)
+                return
+
+    def rest(self) -> str:
+        """What was held back, where no further token comes: a character that was never completed."""
+        return self._decode(self._ids)[self._given :]
 
 
 @lru_cache(maxsize=4)

@@ -55,14 +55,11 @@ def test_generation_goes_on_from_a_state(lm, prompts):
 
 
 def test_a_stop_ends_only_its_own_sequence(lm, prompts):
-    free = torch.stack(list(lm.stream(prompts, max_new_tokens=12, stop=None)), 1)
-    stop = lm.tokenizer.decode([int(free[0, 3])])
-    ends = torch.isin(free, torch.tensor(lm.tokenizer.ids_containing(stop)))
+    free = lm.generate(prompts, max_new_tokens=12, stop=None)
+    stop = free[0][5:8]
     stopped = lm.generate(prompts, max_new_tokens=12, stop=stop)
-    for row, text in enumerate(stopped):
-        n = int(ends[row].int().argmax()) if ends[row].any() else 12
-        assert text == lm.tokenizer.decode(free[row, :n].tolist())
-    assert stopped[0] == lm.tokenizer.decode(free[0, : int(ends[0].int().argmax())].tolist())
+    assert stopped == [text.partition(stop)[0] for text in free]
+    assert len(stopped[0]) < 6
 
 
 def test_a_stream_leaves_the_model_alone_between_tokens(lm, prompts):

@@ -1,5 +1,6 @@
 """Factors of a gradient are the gradient; a delta is the merged weights; and the weights stay as they are."""
 
+import functools
 import hashlib
 
 import pytest
@@ -182,6 +183,14 @@ def test_weights_are_never_written(lm):
 
     with pytest.raises(RuntimeError, match="inside"):
         interrupted()
+    again = applied(lm, delta_for(lm, 2))
+    changed = []
+    for _ in range(2):
+        with again:
+            changed.append(lm(ids)[0])
+        assert torch.equal(lm(ids)[0], plain)
+    assert torch.equal(*changed)
+    assert not torch.equal(changed[0], plain)
     list(lm.stream([[1], [2]], None, delta_for(lm, 2), 3, None))
     next(lm.stream([[1], [2]], None, delta_for(lm, 2), 3, None))  # abandoned half-way
     assert digest(lm) == before
@@ -241,6 +250,23 @@ def test_sums_with_other_maps_batches_and_zero(lm):
     assert torch.equal(full(gone, MAPS[2]), torch.zeros_like(full(gone, MAPS[2])))
     with pytest.raises(UserError, match="batch 3 and 2"):
         three + delta_for(lm, 2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sum_of_many(lm, shared):
+    """`sum` adds them all; with shared reading directions their rank stays that of one, and `beside` never adds U."""
+    first = delta_for(lm, 2, seed=0).scaled(0.5)
+    v = {n: f.V for n, f in first.factors.items()} if shared else None
+    several = [first, *(delta_for(lm, 2, seed=i, v=v) for i in range(1, 5))]
+    total, apart = sum(several), functools.reduce(LowRankDelta.beside, several)
+    for name in MAPS:
+        expected = torch.stack([full(d, name) for d in several]).sum(0)
+        for found in (total, apart):
+            assert_close(full(found, name), expected, rtol=1e-5, atol=1e-6)
+    assert (total.rank, apart.rank) == (2 if shared else 10, 10)
+    assert sum([first]) is first
+    with pytest.raises(TypeError):
+        sum([first], 1)
 
 
 def test_deltas_of_two_models_do_not_add(lm, make_lm):

@@ -127,6 +127,9 @@ class RWKV4(RWKV):
             after.append(state)
         return x, after
 
+    def hf_module_name(self, name):
+        return _hf_name(name)
+
     def state_features(self, state):
         """Of the five vectors a block: both shifts, the ratio num / den (what WKV would read), and log den + m."""
         s = state.tensors
