@@ -8,17 +8,20 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from prosg_lib import stages
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.backbones.registry import adapter
+from prosg_lib.backbones.families import Mamba2
 from prosg_lib.generator import TokenGenerator
 from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 from prosg_lib.profiles import GeneratorSize, PretrainedSizes, get_profile
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
 from prosg_lib.tokenizer import load_tokenizer
 from prosg_lib.training import RECIPE
+
+SMALL = "mamba2-dialogue"
+"""The small model's name, and its checkpoint's."""
 
 EVERY = ("",)
 """Every editable map of a model, whatever its class calls them."""
@@ -34,7 +37,7 @@ def dialogues_of(lm: LanguageModel, split: str, seed: int, rich: bool = False) -
 
 
 def small_model(profile: str, seed: int = 0, retrain: bool = False) -> LanguageModel:
-    """A small model of a class of `transformers`, made and trained here on the dialogues: see `PretrainedSizes`.
+    """A small Mamba-2 of `transformers`, made and trained here on the dialogues: see `PretrainedSizes`.
 
     Raises:
         UserError: unknown profile; damaged checkpoint; diverged training.
@@ -45,7 +48,7 @@ def small_model(profile: str, seed: int = 0, retrain: bool = False) -> LanguageM
         "seed": seed,
         "recipe": RECIPE,
         "data": data_hash(load_tokenizer()),
-        "model": {"kind": sizes.kind, **dict(sizes.settings)},
+        "model": dict(sizes.settings),
         "training": asdict(sizes.lm),
     }
 
@@ -53,15 +56,14 @@ def small_model(profile: str, seed: int = 0, retrain: bool = False) -> LanguageM
         model.tokenizer = load_tokenizer()
         return lm_draw(dialogues_of(model, "train", seed), sizes.lm), lm_objective(model)
 
-    name = f"{sizes.kind}-dialogue" + ("" if profile == "cpu" else f"-{profile}")
+    name = SMALL + ("" if profile == "cpu" else f"-{profile}")
     plan = stages.Plan(name, name, "lm", stages.plain(record), lambda: _fresh(sizes), work, sizes.lm, seed)
     return stages.obtain(plan, profile, retrain)
 
 
 def _fresh(sizes: PretrainedSizes) -> LanguageModel:
     nothing = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the project's tokenizer has none
-    config = AutoConfig.for_model(sizes.kind, tie_word_embeddings=True, **nothing, **dict(sizes.settings))
-    return adapter(sizes.kind)(AutoModelForCausalLM.from_config(config))
+    return Mamba2(Mamba2ForCausalLM(Mamba2Config(tie_word_embeddings=True, **nothing, **dict(sizes.settings))))
 
 
 def generator_for(

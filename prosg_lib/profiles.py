@@ -139,7 +139,7 @@ class PretrainedSizes:
     """A generator for a model of `transformers`, and the small model that stands in where no hub is reached.
 
     Attributes:
-        kind, settings: model_type and configuration of the small model, which is made and trained here.
+        settings: the small model's configuration, a Mamba-2's; it is made and trained here.
         lm: its training.
         rank: of the generator; its width is twice the model's.
         token_training: of the generator.
@@ -147,7 +147,6 @@ class PretrainedSizes:
         together: numbers of prompts in one memory.
     """
 
-    kind: str
     settings: tuple[tuple[str, int], ...]
     lm: Training
     rank: int
@@ -214,7 +213,6 @@ PROFILES = {
             tasks=TASKS[:2],
         ),
         pretrained=PretrainedSizes(
-            "mamba2",
             _mamba2(32, 2, 2, 16),
             Training(20, 8, 6e-3, (2, 3), (0, 16), warmup=5),
             4,
@@ -248,7 +246,6 @@ PROFILES = {
             items=200,
         ),
         pretrained=PretrainedSizes(
-            "mamba2",
             _mamba2(128, 4, 4, 32),
             Training(1200, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
             32,
@@ -280,7 +277,6 @@ PROFILES = {
             generator=PairTraining(1000, 64, 1e-3),
         ),
         pretrained=PretrainedSizes(
-            "mamba2",
             _mamba2(512, 12, 16, 64),
             Training(4000, 64, 1e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
             32,
