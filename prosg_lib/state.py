@@ -15,7 +15,8 @@ class RecurrentState:
 
     Attributes:
         tensors: name -> (B, layers, ...), batch first. Which names there are is the backbone's affair; RWKV-4 has
-            its five vectors a block: att_shift, ffn_shift, num, den, m, each (B, layers, D).
+            its five vectors a block: att_shift, ffn_shift, num, den, m, each (B, layers, D); RWKV-7 the two shifts and
+            a matrix a head, wkv (B, layers, H, N, N).
     """
 
     tensors: dict[str, Tensor]
