@@ -16,6 +16,12 @@ from prosg_lib.lowrank import LowRankDelta, applied
 from prosg_lib.state import RecurrentState
 
 
+def check_batch(ids: Tensor, state: RecurrentState | None) -> None:
+    """Raises UserError if there is not one state per sequence."""
+    if state is not None and state.batch != len(ids):
+        raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one state per sequence")
+
+
 class LanguageModel(nn.Module, ABC):
     """A language model, recurrent as a rule, and its tokenizer.
 
@@ -24,6 +30,7 @@ class LanguageModel(nn.Module, ABC):
     """
 
     tokenizer = None  # prosg_lib.tokenizer.Tokenizer, where texts go in or out
+    grows = False  # whether the state grows with the text: attention layers keep what they have read
 
     @abstractmethod
     def step_through(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.base import LanguageModel, check_batch
 from prosg_lib.backbones.wkv import BLANK, WKVState, wkv_chunked, wkv_recurrent
 from prosg_lib.errors import UserError
 from prosg_lib.state import RecurrentState
@@ -143,8 +143,7 @@ class RWKV4(LanguageModel):
         return RecurrentState({n: torch.full_like(zeros, BLANK) if n == "m" else zeros for n in STATE_NAMES})
 
     def step_through(self, ids, state=None, valid=None):
-        if state is not None and state.batch != len(ids):
-            raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one state per sequence")
+        check_batch(ids, state)
         x, after = self.embed(ids), []
         for layer, block in enumerate(self.blocks):
             before = None
