@@ -87,8 +87,9 @@ def write_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, folder / file.name)
         _sync_folder(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # safetensors has the number in its message only
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "StorageFull" in str(error):
             raise UserError(
                 f"The disk is full: {folder} could not be written. Nothing that was there before is lost. "
                 "Free some space and run it again."

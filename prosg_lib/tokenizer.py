@@ -57,6 +57,16 @@ class Tokenizer:
         return cls(BPE.from_str(text))
 
     @classmethod
+    def from_file(cls, path: Path) -> Tokenizer:
+        """Raises UserError if the file is missing or is no tokenizer."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"no tokenizer at {path}; `prosg data build` makes the project's own") from None
+        except Exception as error:  # the tokenizers library raises bare Exception for malformed JSON
+            raise UserError(f"{path} is not a tokenizer file: {error}") from error
+
+    @classmethod
     def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:
         """Learn the merges from texts; the same texts in the same order give the same tokenizer."""
         bpe = BPE(models.BPE())
@@ -71,18 +81,12 @@ class Tokenizer:
 
 @lru_cache(maxsize=4)
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """The shipped tokenizer, or the one in a file.
+    """The shipped tokenizer, or the one in a file, read once.
 
     Raises:
         UserError: the file is missing or is no tokenizer.
     """
-    path = Path(path) if path else data_dir() / "tokenizer.json"
-    try:
-        return Tokenizer.from_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no tokenizer at {path}; `prosg data build` makes the project's own") from None
-    except Exception as error:  # the tokenizers library raises bare Exception for malformed JSON
-        raise UserError(f"{path} is not a tokenizer file: {error}") from error
+    return Tokenizer.from_file(Path(path) if path else data_dir() / "tokenizer.json")
 
 
 class LibraryTokenizer(Tokenizer):
@@ -117,7 +121,7 @@ def folder_tokenizer(folder: Path, vocab: int) -> Tokenizer | None:
         UserError: it is damaged, needs code of its own, or has more tokens than the model.
     """
     if (folder / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
+        tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     elif any((folder / name).exists() for name in _OTHER_FILES):
         tokenizer = _library_tokenizer(folder)
     else:

@@ -34,6 +34,7 @@ class Mamba(Recurrent):
     """
 
     reads_on = pads = True
+    kernels = ()
 
     def mend(self):
         for block in self.model.backbone.layers:
@@ -45,6 +46,7 @@ class Jamba(Recurrent):
     """Jamba (Lieber et al. 2024): Mamba's mixers, mended as there, some layers of attention, and experts."""
 
     reads_on = pads = True
+    kernels = ()
 
     def mend(self):
         for layer in self.model.model.layers:
@@ -98,7 +100,7 @@ class Mamba2(Recurrent):
     """Mamba-2 (Dao & Gu 2024), and Bamba, which has some layers of attention.
 
     Right for several tokens from a state and for padding before a blank one. With the package `mamba_ssm` the class
-    runs kernels that have no second derivative, and none at all for one token from a state.
+    runs kernels that have no second derivative.
     """
 
     reads_on = pads = True
@@ -155,6 +157,7 @@ class RecurrentGemma(Recurrent):
     """
 
     reads_on = pads = True
+    kernels = ()
 
     def mend(self):
         for number, layer in enumerate(self.model.model.layers):

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
@@ -41,16 +42,19 @@ class Recurrent(HubModel):
     "3.values" (B, heads, S, size), the last tokens' on the right. With those comes "seen" (B,), how many tokens each
     sequence has read: of the S columns, the last `seen` are its own, and the others padding. They are all that grows.
 
-    Gradients go through the state, whatever is read from it.
+    Gradients go through the state, whatever is read from it, unless kernels are in the way (below).
 
     Attributes:
         reads_on: whether the class is right for several tokens from a state. If not, it gets one at a time.
         pads: whether the class, given an attention mask, is right for left padding before a blank state. If not, and
             always from a state, a padded batch is read in as many passes as it has lengths.
+        kernels: packages whose kernels the class takes for one token from a state, where they are installed. They
+            write the state without a gradient.
     """
 
     reads_on = False
     pads = False
+    kernels: tuple[str, ...] = ("causal_conv1d", "mamba_ssm", "fla")
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
@@ -58,7 +62,7 @@ class Recurrent(HubModel):
             raise UserError(
                 "this version of transformers has no caches for recurrent models; pip install -U transformers"
             )
-        self._takes = inspect.signature(model.base_model.forward).parameters.keys()
+        self._takes = set(inspect.signature(model.base_model.forward).parameters)
         self.mend()
         self._whole = self._whole_maps()
         self.grows = any(name.endswith("keys") for name in self.blank_state(1).tensors)
@@ -103,6 +107,8 @@ class Recurrent(HubModel):
             ids: (B, T); one token, or any number if `state` is None or the adapter `reads_on`.
             valid: as in `forward`; given only if `state` is None and the adapter `pads`.
         """
+        if state is not None and ids.shape[1] == 1:
+            self._check_gradient(state)
         cache = self._cache(state)
         where, seen = self._where(ids, state, valid, cache)
         name = "cache_params" if "cache_params" in self._takes else "past_key_values"
@@ -110,6 +116,14 @@ class Recurrent(HubModel):
         with keeping:
             body = self.model.base_model(input_ids=ids, use_cache=True, **{name: cache}, **where)
         return body.last_hidden_state, RecurrentState(_tensors(cache) | seen)
+
+    def _check_gradient(self, state: RecurrentState) -> None:
+        installed = [name for name in self.kernels if find_spec(name)]
+        if installed and torch.is_grad_enabled() and any(t.requires_grad for t in state.tensors.values()):
+            raise UserError(
+                f"one token from a state has no gradient with the kernels of {', '.join(installed)}; "
+                "read several tokens at once, or uninstall the package"
+            )
 
     def _cache(self, state: RecurrentState | None) -> DynamicCache:
         """The library's cache with a copy of the state, because the library writes into it."""
@@ -159,18 +173,16 @@ class Recurrent(HubModel):
                 expected[number, place] = hidden[0, 0]
 
         def compare(what: str, hidden: Tensor, valid: Tensor) -> None:
-            gap = float(((hidden - expected[:, -hidden.shape[1] :])[valid]).abs().max() / expected.abs().max())
+            gap = hidden - expected[: len(hidden), -hidden.shape[1] :]
+            gap = float(gap[valid].abs().max() / expected.abs().max())
             if not gap < 1e-2:  # half precision is good for that much; what is wrong is far off
                 raise UserError(f"{type(self).__name__} is wrong by {gap:.1g} of the largest number for {what}")
 
-        whole = torch.ones_like(valid)
-        compare("whole texts from a blank state; the class needs `mend`", self.step_through(ids[:1])[0], whole[:1])
+        compare("whole texts from a blank state; the class needs `mend`", self.step_through(ids[:1])[0], valid[:1])
+        start, state = self.step_through(ids[:1, :3])
+        rest, _ = self.step_through(ids[:1, 3:], state)
+        compare("several tokens from a state; leave `reads_on` False", torch.cat([start, rest], 1), valid[:1])
         compare("padding before a blank state; leave `pads` False", self.step_through(ids, None, valid)[0], valid)
-        state = self.derive_state([row[:3] for row in rows])
-        rest = valid[:, 3:] & (valid.cumsum(1)[:, 3:] > 3)
-        compare(
-            "several tokens from a state; leave `reads_on` False", self.step_through(ids[:, 3:], state, rest)[0], rest
-        )
 
     # The state
 

@@ -30,7 +30,7 @@ class TransformerConfig:
     rest: str = ""
 
 
-_NO_SIZE = ("_name_or_path", "architectures", "dtype", "transformers_version")
+_NO_SIZE = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 
 
 class HubModel(LanguageModel):
@@ -55,8 +55,20 @@ class HubModel(LanguageModel):
             json.dumps({k: v for k, v in c.to_diff_dict().items() if k not in _NO_SIZE}, sort_keys=True, default=str),
         )
 
+    def _apply(self, fn, recurse=True):
+        """What `to`, `half`, `cuda` do. Buffers that are no weights are moved, but keep their precision: the
+        frequencies of rotary positions would be wrong after some hundred tokens."""
+        weights = self.state_dict().keys()
+        kept = [(n, b) for n, b in self.named_buffers(remove_duplicate=False) if n not in weights]
+        super()._apply(fn, recurse)
+        for name, before in kept:
+            module, leaf = self.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            setattr(module, leaf, before.to(getattr(module, leaf).device))
+        return self
+
     def read_out(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden)
+        head = self.model.get_output_embeddings()
+        return head(hidden.to(head.weight.dtype))  # Mamba's are float32 in a model of half precision
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)
