@@ -285,13 +285,20 @@ def with_delta(lm: LanguageModel, delta: LowRankDelta | None) -> LogitsOf:
 
 @contextmanager
 def captured_inputs(lm: LanguageModel, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """While it lasts, every forward pass leaves the inputs x of the named maps, (B, T, in), in the dict it yields."""
+    """While it lasts, what is read leaves the inputs x of the named maps, (B, T, in), in the dict it yields.
+
+    T: all tokens read, one piece after the other, because some models read a batch in pieces.
+    """
     inputs: dict[str, Tensor] = {}
     maps = lm.editable()
-    handles = [
-        maps[name].register_forward_pre_hook(lambda module, args, name=name: inputs.__setitem__(name, args[0]))
-        for name in names
-    ]
+
+    def keep(name):
+        def hook(module, args):
+            inputs[name] = torch.cat([inputs[name], args[0]], 1) if name in inputs else args[0]
+
+        return hook
+
+    handles = [maps[name].register_forward_pre_hook(keep(name)) for name in names]
     try:
         yield inputs
     finally:

@@ -19,6 +19,12 @@ from prosg_lib.state import RecurrentState
 from prosg_lib.tokenizer import Tokenizer
 
 
+def check_batch(ids: Tensor, state: RecurrentState | None) -> None:
+    """Raises UserError if there is not one state per sequence."""
+    if state is not None and state.batch != len(ids):
+        raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one state per sequence")
+
+
 class LanguageModel(nn.Module, ABC):
     """A language model, recurrent as a rule, and its tokenizer.
 
@@ -27,6 +33,7 @@ class LanguageModel(nn.Module, ABC):
     """
 
     tokenizer: Tokenizer | None = None  # needed where texts go in or out
+    grows = False  # whether the state grows with the text: attention layers keep what they have read
 
     @abstractmethod
     def step_through(

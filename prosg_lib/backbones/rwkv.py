@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.base import LanguageModel, check_batch
 from prosg_lib.errors import UserError
 from prosg_lib.state import RecurrentState
 
@@ -63,8 +63,7 @@ class RWKV(LanguageModel):
         """x (B, T, D) behind the last block, and the state of every block after the last token."""
 
     def step_through(self, ids, state=None, valid=None):
-        if state is not None and state.batch != len(ids):
-            raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one state per sequence")
+        check_batch(ids, state)
         x, before = self.embed(ids), [None] * self.config.layers
         if state is not None:
             given = {n: t.to(x.dtype if "shift" in n else t.dtype).unbind(1) for n, t in state.tensors.items()}
