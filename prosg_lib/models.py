@@ -105,7 +105,7 @@ def save_model(model: LanguageModel, path: str | Path, layout: str) -> None:
         files.write_bytes(path, buffer.getvalue())
     elif layout == "transformers":
         if isinstance(model, RWKV7):
-            raise UserError("transformers has no class for an RWKV7; save it as 'prosg' or 'author'")
+            raise UserError(f"transformers has no class for a {type(model).__name__}; save it as 'prosg' or 'author'")
         _to_folder(model, path)
     else:
         raise UserError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")

@@ -82,11 +82,6 @@ class WorldTokenizer:
         """Rows of the embedding that goes with it: up to the highest index, to the next multiple of 64."""
         return -(-(max(self._tokens) + 1) // 64) * 64
 
-    @lru_cache(maxsize=16)  # noqa: B019  (one tokenizer lives as long as the program)
-    def ids_containing(self, text: str) -> tuple[int, ...]:
-        """The tokens whose own text contains `text`."""
-        return tuple(sorted(index for index, token in self._tokens.items() if text.encode() in token))
-
     def to_json(self) -> str:
         return json.dumps({index: token.decode("latin-1") for index, token in self._tokens.items()})
 

@@ -96,13 +96,6 @@ def test_size_of_the_vocabulary(tokenizer):
     assert WorldTokenizer({i: bytes([i]) for i in range(1, 65)}).vocab == 128
 
 
-def test_tokens_with_a_text_in_them(tokenizer):
-    """`ids_containing` finds exactly the tokens whose text has it."""
-    assert [TOKENS[i] for i in tokenizer.ids_containing("\n")] == [b"\n", b"\n\n"]
-    assert [TOKENS[i] for i in tokenizer.ids_containing("the")] == [b" the", b" them", b"them", b"ther", b"theremin"]
-    assert [TOKENS[i].decode() for i in tokenizer.ids_containing("京")] == ["東京", "京都"]
-
-
 def test_json_round_trip(tokenizer):
     again = WorldTokenizer.from_json(tokenizer.to_json())
     assert again.vocab == tokenizer.vocab
@@ -179,4 +172,3 @@ def test_the_real_vocabulary_as_the_authors_package_reads_it(tmp_path):
         assert ids == theirs.encode(text)
         assert ours.decode(ids) == text
     assert max(len(ours.decode([i])) for i in ours.encode_long(TEXTS[0])) >= 5
-    assert ours.ids_containing("\n\n") == tuple(i for i, token in tokens.items() if b"\n\n" in token)
