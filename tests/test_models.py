@@ -84,7 +84,7 @@ def test_layouts_that_a_model_does_not_have(lm, tmp_path):
         save_model(lm, tmp_path / "folder", "transformers")
     assert not (tmp_path / "folder").exists()
     transformer = new_llama(TransformerConfig("llama", 50, 16, 1, 32, 2))
-    with pytest.raises(UserError, match="a CausalTransformer has no author's layout"):
+    with pytest.raises(UserError, match="a CausalTransformer has no layout 'author'"):
         save_model(transformer, tmp_path / "m.pth", "author")
 
 
