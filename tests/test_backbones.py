@@ -436,7 +436,7 @@ def test_gradient_factors_are_the_gradient(case):
 
 
 def test_a_kernel_without_a_gradient_is_said(monkeypatch):
-    """Where a package is installed whose step by one token has none: an error, but only if the gradient is wanted."""
+    """Where a package is installed whose step by one token has none: an error, but only if there would be one."""
     lm = FAMILIES["mamba2"]().requires_grad_(False)
     ids = torch.tensor([[3, 4, 5]])
     state = lm.derive_state(ids.tolist())
@@ -446,6 +446,9 @@ def test_a_kernel_without_a_gradient_is_said(monkeypatch):
         lm(ids[:, :1], wanted)
     lm(ids[:, :1], state)
     lm(ids, wanted)
+    lm.requires_grad_()
+    with pytest.raises(UserError, match=r"or under torch\.no_grad"):
+        lm(ids[:, :1], state)
     with torch.no_grad():
         lm(ids[:, :1], wanted)
 

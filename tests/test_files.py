@@ -122,7 +122,8 @@ def test_a_folder_is_filled_at_once(tmp_path):
 
     files.write_folder(target, write("one"))
     (target / "notes").write_text("mine")
-    for failure, expected in ((OSError(errno.ENOSPC, "full"), UserError), (ValueError("no"), ValueError)):
+    failures = [(OSError(errno.ENOSPC, "full"), UserError), (RuntimeError("kind: StorageFull"), UserError)]
+    for failure, expected in [*failures, (ValueError("no"), ValueError)]:
         with pytest.raises(expected, match=r"disk is full: .*folder could not be written|no"):
             files.write_folder(target, write("two", failure))
         assert {path.name: path.read_text() for path in target.iterdir()} == {

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prosg_lib.backbones.hf import Recurrent, read_along
+from prosg_lib.backbones.hf import Recurrent, read_along, too_old
 from prosg_lib.backbones.registry import register
 from prosg_lib.backbones.scan import linear_scan
 from prosg_lib.errors import UserError
@@ -160,6 +160,8 @@ class RecurrentGemma(Recurrent):
     kernels = ()
 
     def mend(self):
+        if "linear_attention" not in getattr(self.model.config, "layer_types", ()):  # before 5.23
+            raise too_old("models of the class RecurrentGemma")
         for number, layer in enumerate(self.model.model.layers):
             block = layer.temporal_block
             if hasattr(block, "rg_lru"):

@@ -59,11 +59,10 @@ class Recurrent(HubModel):
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         if not hasattr(DynamicCache, "get_recurrent_state"):
-            raise UserError(
-                "this version of transformers has no caches for recurrent models; pip install -U transformers"
-            )
+            raise too_old("recurrent models")
         self._takes = set(inspect.signature(model.base_model.forward).parameters)
         self.mend()
+        self._check_read_out()
         self._whole = self._whole_maps()
         self.grows = any(name.endswith("keys") for name in self.blank_state(1).tensors)
 
@@ -107,22 +106,21 @@ class Recurrent(HubModel):
             ids: (B, T); one token, or any number if `state` is None or the adapter `reads_on`.
             valid: as in `forward`; given only if `state` is None and the adapter `pads`.
         """
-        if state is not None and ids.shape[1] == 1:
-            self._check_gradient(state)
         cache = self._cache(state)
         where, seen = self._where(ids, state, valid, cache)
         name = "cache_params" if "cache_params" in self._takes else "past_key_values"
         keeping = _undisturbed(_tensors(cache)) if state is not None and torch.is_grad_enabled() else nullcontext()
         with keeping:
             body = self.model.base_model(input_ids=ids, use_cache=True, **{name: cache}, **where)
+        if state is not None and ids.shape[1] == 1 and torch.is_grad_enabled():
+            self._check_gradient([body.last_hidden_state, *state.tensors.values()])
         return body.last_hidden_state, RecurrentState(_tensors(cache) | seen)
 
-    def _check_gradient(self, state: RecurrentState) -> None:
-        installed = [name for name in self.kernels if find_spec(name)]
-        if installed and torch.is_grad_enabled() and any(t.requires_grad for t in state.tensors.values()):
+    def _check_gradient(self, tensors: list[Tensor]) -> None:
+        if any(t.requires_grad for t in tensors) and (installed := [n for n in self.kernels if find_spec(n)]):
             raise UserError(
                 f"one token from a state has no gradient with the kernels of {', '.join(installed)}; "
-                "read several tokens at once, or uninstall the package"
+                "read several tokens at once, or under torch.no_grad()"
             )
 
     def _cache(self, state: RecurrentState | None) -> DynamicCache:
@@ -159,6 +157,8 @@ class Recurrent(HubModel):
     def check(self) -> None:
         """Compare what the adapter claims of its class with the class itself, one sequence and one token at a time.
 
+        The model should be in float32 and in evaluation mode.
+
         Raises:
             UserError: they differ; says by what, and which claim to take back.
         """
@@ -175,7 +175,7 @@ class Recurrent(HubModel):
         def compare(what: str, hidden: Tensor, valid: Tensor) -> None:
             gap = hidden - expected[: len(hidden), -hidden.shape[1] :]
             gap = float(gap[valid].abs().max() / expected.abs().max())
-            if not gap < 1e-2:  # half precision is good for that much; what is wrong is far off
+            if not gap < 1e-2:  # rounding is far below, and what is wrong far above
                 raise UserError(f"{type(self).__name__} is wrong by {gap:.1g} of the largest number for {what}")
 
         compare("whole texts from a blank state; the class needs `mend`", self.step_through(ids[:1])[0], valid[:1])
@@ -221,25 +221,37 @@ class Recurrent(HubModel):
 
     @torch.no_grad()
     def _whole_maps(self) -> set[str]:
-        """The names of those maps, and whether `read_out` is right, from a pass of 2 sequences of 3 tokens."""
+        """The names of those maps, from a pass of 2 sequences of 3 tokens."""
         shapes: dict[str, list] = {name: [] for name in super().editable()}
         handles = [
-            module.register_forward_hook(lambda module, args, out, name=name: shapes[name].append(args[0].shape[:-1]))
+            module.register_forward_pre_hook(lambda module, args, name=name: shapes[name].append(args[0].shape[:-1]))
             for name, module in super().editable().items()
         ]
-        ids = torch.arange(6, device=next(self.parameters()).device).view(2, 3) % self.config.vocab
         try:
-            hidden, _ = self.step_through(ids)
+            self.step_through(self._some_ids())
         finally:
             for handle in handles:
                 handle.remove()
-        ours, theirs = self.read_out(hidden).float(), self.model(ids).logits.float()
-        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
+        return {name for name, seen in shapes.items() if seen == [(2, 3)]}
+
+    @torch.no_grad()
+    def _check_read_out(self) -> None:
+        training = self.model.training
+        self.model.eval()  # no dropout, and not the kernels that only training takes
+        ours, theirs = self.read_out(self.step_through(self._some_ids())[0]), self.model(self._some_ids()).logits
+        self.model.train(training)
+        if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
             raise UserError(
                 f"{type(self.model).__name__} does more to its logits than multiply by the output embedding; "
                 f"{type(self).__name__} needs a read_out of its own"
             )
-        return {name for name, seen in shapes.items() if seen == [(2, 3)]}
+
+    def _some_ids(self) -> Tensor:
+        return torch.arange(6, device=next(self.parameters()).device).view(2, 3) % self.config.vocab
+
+
+def too_old(what: str) -> UserError:
+    return UserError(f"{what} need a newer version of transformers; pip install -U transformers")
 
 
 def read_along(tensor: Tensor) -> Tensor:
