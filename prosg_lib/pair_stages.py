@@ -26,6 +26,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, TokenGenerator
 from prosg_lib.gradient_step import AdapterStep, WeightStep
 from prosg_lib.profiles import TASKS, PairSizes, get_profile
+from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pair_batches import PairDraw
 from prosg_lib.tasks.pairs import Fitted, Pair, fitted
@@ -139,18 +140,22 @@ def _digest(tasks: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _plan(label, name, kind, profile, record, new, work, training, seed) -> stages.Plan:
+def _plan(label, name, kind, profile, record, new, work, training, seed, lm, thrift) -> stages.Plan:
     record = {"stage": label, "seed": seed, "recipe": RECIPE, "training": asdict(training)} | record
     ending = "" if profile == "cpu" else f"-{profile}"
-    return stages.Plan(label, name + ending, kind, json.loads(json.dumps(record)), new, work, training, seed)
+    record = json.loads(json.dumps(record))
+    return stages.Plan(label, name + ending, kind, record, new, work, training, seed, lm, thrift)
 
 
-def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False) -> LanguageModel:
+def pair_model(
+    backbone: str, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
+) -> LanguageModel:
     """The language model that knows the tasks when it is given the context.
 
     Args:
         backbone: "recurrent" goes on from the dialogues' RWKV-4, "transformer" starts from nothing; else a hub id or a
             folder of a pretrained causal transformer, which is taken as it is.
+        retrain, thrift: as in `stages.load_or_train`.
     Raises:
         UserError: unknown backbone or profile, or one without a tokenizer; damaged checkpoint; diverged training.
     """
@@ -159,7 +164,7 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
         return _pretrained(backbone)
     record = {"data": _digest(PEOPLE)}
     if backbone == "recurrent":
-        before = stages.load_or_train("lm", profile, seed, retrain)
+        before = stages.load_or_train("lm", profile, seed, retrain, thrift)
         record |= {"model": asdict(before.config), "lm": before.fingerprint()}
         training = sizes.recurrent
 
@@ -183,7 +188,8 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
         draw = PairDraw(tasks, model.tokenizer, training.batch, training.contexts, seed, turns, echoes)
         return draw, pair_lm_objective(model)
 
-    plan = _plan(f"{backbone} model", f"{_NAMES[backbone]}-pairs", "lm", profile, record, new, work, training, seed)
+    label, name = f"{backbone} model", f"{_NAMES[backbone]}-pairs"
+    plan = _plan(label, name, "lm", profile, record, new, work, training, seed, None, thrift)
     return stages.obtain(plan, profile, retrain)
 
 
@@ -256,14 +262,21 @@ def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.M
     return WeightStep(lm, int(rank) if rank else None, sizes.weights_lr)
 
 
-def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain: bool = False) -> nn.Module:
+def pair_way(
+    spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
+) -> nn.Module:
     """The trained way of a specification, for `pair_model(backbone, ...)`; loaded or trained.
 
+    Args:
+        retrain, thrift: as in `stages.load_or_train`; as many examples at once as the profile says, if `thrift` does
+            not say.
     Raises:
         UserError: unknown method, task, objective, backbone or profile; damaged checkpoint; diverged training.
     """
     sizes = get_profile(profile).pairs
-    lm = pair_model(backbone, profile, 0, retrain)
+    if spec.method not in _GENERATORS:
+        thrift.for_gradient_step(spec.method)
+    lm = pair_model(backbone, profile, 0, retrain, thrift)
     fresh = new_way(spec.method, lm, backbone, profile)  # first, because it knows which methods there are
     adapter = sizes.recurrent_adapter if backbone == "recurrent" else sizes.adapter
     training = {"adapter": adapter, "weights": sizes.weights}.get(spec.method, sizes.generator)
@@ -273,9 +286,8 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     if not training.steps:
         pairs = sum(map(len, _training_pairs(spec.tasks, profile, lm.tokenizer).values()))
         training = replace(training, steps=-(-pairs // training.batch))
-    before = (
-        pair_way(replace(spec, tasks=spec.after, after=()), backbone, profile, seed, retrain) if spec.after else None
-    )
+    first = replace(spec, tasks=spec.after, after=())
+    before = pair_way(first, backbone, profile, seed, retrain, thrift) if spec.after else None
     record = {
         "way": asdict(spec),
         "lm": lm.fingerprint(),
@@ -299,5 +311,7 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
 
     model = _NAMES.get(backbone) or re.sub(r"\W+", "-", backbone).strip("-")
     name = f"{model}-pairs-{spec.name}" + (f"-seed{seed}" if seed else "")
-    plan = _plan(f"{backbone} {spec.name}", name, "generator", profile, record, new, work, training, seed)
-    return stages.obtain(replace(plan, at_once=sizes.at_once), profile, retrain)
+    thrift = replace(thrift, at_once=thrift.at_once or sizes.at_once)
+    label = f"{backbone} {spec.name}"
+    plan = _plan(label, name, "generator", profile, record, new, work, training, seed, lm, thrift)
+    return stages.obtain(plan, profile, retrain)
