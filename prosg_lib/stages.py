@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -166,11 +166,16 @@ def _kept(profile: str) -> Path:
     return paths.runs_dir(profile) / "checkpoints"
 
 
-def forget(profile: str, stages: tuple[str, ...] = STAGES) -> None:
-    """Remove what was trained here, so that it is trained anew; trainings that were interrupted still go on."""
+def forget(profile: str, names: Iterable[str] | None = None) -> None:
+    """Remove what was trained here, so that it is trained anew; trainings that were interrupted still go on.
+
+    Args:
+        names: of checkpoints; None: of all.
+    """
     get_profile(profile)
-    for stage in stages:
-        (_kept(profile) / f"{checkpoint_name(stage, profile)}.safetensors").unlink(missing_ok=True)
+    for path in _kept(profile).glob("*.safetensors"):
+        if not path.name.endswith(".checkpoint.safetensors") and (names is None or path.stem in names):
+            path.unlink(missing_ok=True)
 
 
 def _record(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None) -> dict:

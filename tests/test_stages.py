@@ -166,7 +166,7 @@ def test_a_generator_belongs_to_its_model(place, monkeypatch, capsys):
 
 def test_what_was_forgotten_is_trained_anew(place, capsys):
     """Only that: the language model below a generator, trained here too, is still loaded."""
-    stages.forget("tiny", ("static",))
+    stages.forget("tiny", ("rwkv4-dialogue-static-tiny",))
     load_or_train("static", "tiny", retrain=True)
     said = capsys.readouterr().out
     assert "lm: loaded" in said
@@ -176,7 +176,7 @@ def test_what_was_forgotten_is_trained_anew(place, capsys):
 def test_the_same_seed_trains_the_same(place):
     """Training again gives the same bits, and what training returns is what loading gives, half precision and all."""
     first = load_or_train("final", "tiny")
-    stages.forget("tiny", ("final",))
+    stages.forget("tiny", ("rwkv4-dialogue-final-tiny",))
     again = load_or_train("final", "tiny", retrain=True)
     assert same(first, again)
 
