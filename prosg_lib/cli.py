@@ -1,13 +1,24 @@
 """The `prosg` command. What is slow to import is imported where it is used, so that `prosg --help` is not."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from prosg_lib.errors import UserError
+from prosg_lib.errors import Diverged, UserError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+_LAUNCH = """\
+With several GPUs or machines, let accelerate start it:
+
+  accelerate launch --num_processes 8 -m prosg_lib.cli train token --profile gpu
+
+Every process takes its part of each batch, so that the result is that of one process, but for rounding and dropout. A
+training that was interrupted goes on with any number of them. The launcher calls processes GPUs; to have some on a
+machine without any: accelerate launch --multi_gpu --num_processes 2 ..."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except UserError as error:
-        print(f"prosg: {error}", file=sys.stderr)
+        # Of several processes all raise this one, with the same words; the first says them.
+        if not isinstance(error, Diverged) or os.environ.get("RANK", "0") == "0":
+            print(f"prosg: {error}", file=sys.stderr, flush=True)
         return USAGE
     except KeyboardInterrupt:
         print("prosg: interrupted.", file=sys.stderr)
@@ -87,9 +100,46 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     train = command("train", _train, "train one model, or load the checkpoint that fits")
-    train.add_argument("stage", choices=("lm", "final", "token", "static", "adapter"), help="what to train")
-    _add_sizes(train, default="cpu")
+    train.formatter_class, train.epilog = argparse.RawDescriptionHelpFormatter, _LAUNCH
+    _add_trained(train.add_subparsers(title="what to train", metavar="WHAT", dest="what", required=True))
     return parser
+
+
+def _add_trained(whats) -> None:
+    every = argparse.ArgumentParser(add_help=False)
+    _add_sizes(every, default="cpu")
+    every.add_argument(
+        "--at-once", type=_positive, metavar="N", help="hold so many examples in memory at a time, and add up gradients"
+    )
+    every.add_argument(
+        "--recompute", action="store_true", help="keep fewer activations, and compute them again in the backward pass"
+    )
+    for name, summary in {
+        "lm": "the language model of the dialogues",
+        "token": "the token-wise generator for it",
+        "final": "the final-state generator for it",
+        "static": "the control: one change of its weights for all prompts",
+        "adapter": "an adapter for it, in which a real gradient step is taken",
+        "pairs-recurrent": "the recurrent model that knows the tasks of context and query",
+        "pairs-transformer": "the transformer that knows them",
+        "way": "a way to take a context in, for one of those two or another model",
+    }.items():
+        way = whats.add_parser(name, help=summary, description=f"Trains {summary}.", parents=[every])
+    # The last one has more options.
+    way.add_argument("--method", required=True, help="adapter, weights, weights-RANK, token or final")
+    way.add_argument("--task", action="append", required=True, metavar="NAME", help="trained on it; repeatable")
+    way.add_argument("--after", action="append", default=[], metavar="NAME", help="trained on it before; repeatable")
+    way.add_argument("--objective", choices=("LC", "LG"), default="LC", help="default: LC")
+    way.add_argument("--contexts", type=_positive, default=1, metavar="N", help="of every query (default: 1)")
+    way.add_argument(
+        "--backbone", default="recurrent", help="recurrent (default), transformer, or a model's hub id or folder"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
 
 
 def _add_sizes(parser: argparse.ArgumentParser, default: str) -> None:
@@ -160,11 +210,25 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib.stages import forget, load_or_train
+    from prosg_lib import pair_stages, processes, stages
 
-    if options.retrain:
-        forget(options.profile, (options.stage,))
-    load_or_train(options.stage, options.profile, options.seed, options.retrain)
+    profile, what = options.profile, options.what
+    if what == "way":
+        tasks, after = tuple(options.task), tuple(options.after)
+        spec = pair_stages.WaySpec(options.method, tasks, options.objective, options.contexts, after)
+        name = pair_stages.way_name(spec, options.backbone, profile, options.seed)
+        train = partial(pair_stages.pair_way, spec, options.backbone)
+    elif what.startswith("pairs-"):
+        backbone = what.removeprefix("pairs-")
+        name, train = pair_stages.model_name(backbone, profile), partial(pair_stages.pair_model, backbone)
+    else:
+        name, train = stages.checkpoint_name(what, profile), partial(stages.load_or_train, what)
+    try:
+        if options.retrain:
+            stages.forget(profile, (name,))
+        train(profile, options.seed, options.retrain, stages.Thrift(options.at_once, options.recompute))
+    finally:
+        processes.leave()
     return 0
 
 

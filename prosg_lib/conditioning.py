@@ -34,17 +34,22 @@ def pair_lm_objective(lm: LanguageModel) -> Callable[[int, PairBatch], Loss]:
     """Next-token loss over contexts, query and answer; the words of answers count most."""
 
     def loss_of(step: int, batch: PairBatch) -> Loss:
-        rows = batch.prompted
-        answer = F.pad(batch.answer, (rows.ids.shape[1] - batch.answer.shape[1], 0))[:, 1:]
-        told = rows.valid[:, :-1] & ~answer
-        hidden, targets = hidden_of(lm, rows), rows.ids[:, 1:]
+        hidden, targets = hidden_of(lm, batch.prompted), batch.prompted.ids[:, 1:]
+        counts = {name: int(where.sum()) for name, where in _predicted(batch.whole).items()}
         parts = {
-            name: F.cross_entropy(lm.read_out(hidden[where]), targets[where])
-            for name, where in (("answer", answer), ("text", told))
+            name: F.cross_entropy(lm.read_out(hidden[where]), targets[where], reduction="sum") / counts[name]
+            for name, where in _predicted(batch).items()
         }
         return Loss(parts["answer"] + _TEXT_WEIGHT * parts["text"], parts)
 
     return loss_of
+
+
+def _predicted(batch: PairBatch) -> dict[str, Tensor]:
+    """Which next tokens are words of answers, and which of the text around them, (B, P - 1)."""
+    rows = batch.prompted
+    answer = F.pad(batch.answer, (rows.ids.shape[1] - batch.answer.shape[1], 0))[:, 1:]
+    return {"answer": answer, "text": rows.valid[:, :-1] & ~answer}
 
 
 def pair_objective(
@@ -54,7 +59,7 @@ def pair_objective(
 
     LC: KL(model given the contexts || changed model without them), over the whole vocabulary, in nats. The log has the
     first one's entropy, too: the cross-entropy is their sum, and cannot be below it. LG: cross-entropy of the gold
-    answer. Either is a mean over the tokens of an answer, and then over the pairs.
+    answer. Either is a mean over the tokens of an answer, and then over the pairs of the whole batch.
 
     Args:
         everywhere: over the query's positions as well, not the answer's alone.
@@ -67,7 +72,7 @@ def pair_objective(
 
     def loss_of(step: int, batch: PairBatch) -> Loss:
         where = batch.query.valid[:, :-1] & (batch.answer[:, 1:] | everywhere)
-        share = (where / where.sum(1, keepdim=True) / len(where))[where]
+        share = (where / where.sum(1, keepdim=True) / len(batch.whole))[where]
         says = answering(way, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1])
         student = F.log_softmax(says[where].float(), -1)
         gold = (F.nll_loss(student, batch.query.ids[:, 1:][where], reduction="none") * share).sum()

@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class NotFinite(UserError):
     """A number that others are computed from became NaN or infinite."""
+
+
+class Diverged(UserError):
+    """A training's loss became NaN or infinite; of several processes every one raises it."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from prosg_lib import processes
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.baselines import Start, start
 from prosg_lib.errors import UserError
@@ -50,8 +53,23 @@ def measure(
         instructions kept), asked and competing (words of answers about other people in the text since the distance
         before, and the share of them that the model puts first; NaN where there were none).
     """
-    shape = Shape(facts, max(distances), min(probes, facts), instructions=2)
-    items = data.items(prompts, shape)
+    items = data.items(prompts, _shape(facts, distances, probes))
+    return _measured(lm, generators, methods, data, items, distances)
+
+
+def _shape(facts: int, distances: Sequence[int], probes: int) -> Shape:
+    return Shape(facts, max(distances), min(probes, facts), instructions=2)
+
+
+def _measured(
+    lm: LanguageModel,
+    generators: dict[str, Generator],
+    methods: Iterable[str],
+    data: Dialogues,
+    items: list[Item],
+    distances: Sequence[int],
+) -> pd.DataFrame:
+    """`measure` on given items."""
     rows = []
     for method, distance, answers, asked, right in _answered(lm, generators, methods, data, items, distances):
         for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
@@ -60,7 +78,7 @@ def measure(
                 {
                     "method": method,
                     "distance": distance,
-                    "facts": facts,
+                    "facts": len(item.facts),
                     "seed": data.seed,
                     "prompt": number,
                     "recall": float(np.mean([v.recalled for v in verdicts])),
@@ -211,24 +229,22 @@ def sweep(
 ) -> pd.DataFrame:
     """`measure` over the seeds and numbers of facts of a profile's sizes; data_of(split, seed) -> Dialogues.
 
-    `sizes.prompts` prompts a seed with the main number of facts, `sizes.other_prompts` with the others.
+    `sizes.prompts` prompts a seed with the main number of facts, `sizes.other_prompts` with the others. Of several
+    processes (`accelerate launch`) each measures a share, and all return all of it, as one alone would.
     """
-    methods = list(methods)
-    frames = [
-        measure(
-            lm,
-            generators,
-            methods,
-            data_of(split, seed),
-            distances or sizes.distances,
-            k,
-            sizes.prompts if k == sizes.main_facts else sizes.other_prompts,
-            sizes.probes,
-        )
-        for k in (facts or sizes.facts)
-        for seed in sizes.seeds
-    ]
-    return pd.concat(frames, ignore_index=True)
+    distances = distances or sizes.distances
+
+    @lru_cache(maxsize=1)  # the methods of one number and seed follow each other
+    def drawn(k: int, seed: int) -> tuple[Dialogues, list[Item]]:
+        data, prompts = data_of(split, seed), sizes.prompts if k == sizes.main_facts else sizes.other_prompts
+        return data, data.items(prompts, _shape(k, distances, sizes.probes))
+
+    def measured(unit: tuple[int, int, str]) -> pd.DataFrame:
+        k, seed, method = unit
+        return _measured(lm, generators, [method], *drawn(k, seed), distances)
+
+    units = list(product(facts or sizes.facts, sizes.seeds, methods))
+    return pd.concat(processes.shared(units, measured), ignore_index=True)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,17 +48,36 @@ def lottery(kind: Tensor, share: float, seed: int) -> Tensor:
     return (torch.rand(kind.shape, generator=generator) < share).to(kind.device)
 
 
-def token_losses(lm, hidden: Tensor, targets: Tensor, kind: Tensor, share: float, seed: int) -> dict[int, Tensor]:
-    """Mean cross-entropy by kind of target token, in nats.
+class Within(NamedTuple):
+    """The batch that some rows are a part of: the kinds of all its targets, (B', T), and which rows of it they are."""
+
+    kind: Tensor
+    rows: slice
+
+
+def _drawn(kind: Tensor, share: float, seed: int, within: Within | None) -> tuple[Tensor, dict[int, int]]:
+    """Where tokens are read out, (B, T): at all answers, and at a random share of the ordinary text; and how many of
+    each kind there are in the whole batch, so that the parts' losses add up to its mean."""
+    everything, rows = within or (kind, slice(None))
+    chosen = (everything >= ANSWER) | ((everything == TEXT) & lottery(everything, share, seed))
+    counts = {k: int((chosen & (everything == k)).sum()) for k in (TEXT, ANSWER, COMPETING)}
+    return chosen[rows].to(kind.device), counts
+
+
+def token_losses(
+    lm, hidden: Tensor, targets: Tensor, kind: Tensor, share: float, seed: int, within: Within | None = None
+) -> dict[int, Tensor]:
+    """Mean cross-entropy by kind of target token, in nats; of some rows of a batch, what they add to its mean.
 
     Of the ordinary text only a random share is read out: an unbiased mean for a fraction of the softmax.
 
     Args:
         hidden: (B, T, D); targets: (B, T), the next tokens; kind: (B, T), of the targets.
+        within: the batch that these rows are a part of; None: they are all of it.
     """
-    chosen = (kind >= ANSWER) | ((kind == TEXT) & lottery(kind, share, seed))
+    chosen, counts = _drawn(kind, share, seed, within)
     losses = F.cross_entropy(lm.read_out(hidden[chosen]).float(), targets[chosen], reduction="none")
-    return {k: losses[kind[chosen] == k].mean() for k in (TEXT, ANSWER, COMPETING) if (kind[chosen] == k).any()}
+    return {k: losses[kind[chosen] == k].sum() / count for k, count in counts.items() if count}
 
 
 NAMES = {TEXT: "text", ANSWER: "answer", COMPETING: "competing"}
@@ -75,17 +95,22 @@ def lm_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, Ba
     """Next-token loss over whole dialogues; the words of answers count more than all the text around them."""
 
     def loss_of(step: int, batch: Batch) -> Loss:
-        ids = torch.cat([batch.prompt, batch.rest], 1)
-        kind = torch.cat([batch.prompt_valid.long() * TEXT, batch.kind], 1)
+        ids, kind = torch.cat([batch.prompt, batch.rest], 1), _all_kinds(batch)
         valid = torch.cat([batch.prompt_valid, torch.ones_like(batch.rest, dtype=torch.bool)], 1)
         with _autocast(ids.device, autocast):
             hidden, _ = lm.step_through(ids[:, :-1], None, valid[:, :-1])
-            losses = token_losses(lm, hidden, ids[:, 1:], kind[:, 1:], 0.3, step)
+            within = Within(_all_kinds(batch.whole)[:, 1:], batch.rows)
+            losses = token_losses(lm, hidden, ids[:, 1:], kind[:, 1:], 0.3, step, within)
         weights = {TEXT: 0.3, ANSWER: 1.0, COMPETING: 0.5}
         total = sum(weights[k] * v for k, v in losses.items())
         return Loss(total, {NAMES[k]: v for k, v in losses.items()})
 
     return loss_of
+
+
+def _all_kinds(batch: Batch) -> Tensor:
+    """The kinds of prompt and rest, (B, P + T)."""
+    return torch.cat([batch.prompt_valid.long() * TEXT, batch.kind], 1)
 
 
 ALONE = 0.4
@@ -119,17 +144,18 @@ def generator_objective(
         alone, local = step < int(ALONE * sizes.steps), step >= int(LOCAL * sizes.steps)
         blank = alone or random.Random(f"blank/{seed}/{step}").random() < _BLANK_LATER
         ids, targets, kind = batch.rest[:, :-1], batch.rest[:, 1:], batch.kind[:, 1:]
+        within = Within(batch.whole.kind[:, 1:], batch.rows)
         with _autocast(ids.device, autocast):
             delta, state = generator(lm, batch.prompt, batch.prompt_valid)
             start = None if blank else state
             with applied(lm, delta):
                 hidden, _ = lm.step_through(ids, start)
-            losses = token_losses(lm, hidden, targets, kind, 0.3, step)
+            losses = token_losses(lm, hidden, targets, kind, 0.3, step, within)
             parts = {NAMES[k]: v for k, v in losses.items()}
             if local:
                 with torch.no_grad():
                     plain, _ = lm.step_through(ids, start)
-                parts["locality"] = divergence(lm, plain, hidden, kind, 0.3, step)
+                parts["locality"] = divergence(lm, plain, hidden, kind, 0.3, step, within)
         weights = {ANSWER: 1.0} if alone else {TEXT: 0.5, ANSWER: 1.0, COMPETING: 1.0}
         total = sum(weight * losses[k] for k, weight in weights.items() if k in losses)
         return Loss(total + _LOCALITY * parts["locality"] if local else total, parts)
@@ -137,12 +163,25 @@ def generator_objective(
     return loss_of
 
 
-def divergence(lm: LanguageModel, plain: Tensor, hidden: Tensor, kind: Tensor, share: float, seed: int) -> Tensor:
-    """Mean KL(p_plain || p_hidden) of the next token, nats, over a random share of the ordinary text."""
-    chosen = (kind == TEXT) & lottery(kind, share, seed)
-    teacher = F.log_softmax(lm.read_out(plain[chosen]).float(), -1)
-    student = F.log_softmax(lm.read_out(hidden[chosen]).float(), -1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+def divergence(
+    lm: LanguageModel,
+    plain: Tensor,
+    hidden: Tensor,
+    kind: Tensor,
+    share: float,
+    seed: int,
+    within: Within | None = None,
+) -> Tensor:
+    """Mean KL(p_plain || p_hidden) of the next token, nats, over a random share of the ordinary text.
+
+    Args:
+        as in `token_losses`.
+    """
+    chosen, counts = _drawn(kind, share, seed, within)
+    text = chosen & (kind == TEXT)
+    teacher = F.log_softmax(lm.read_out(plain[text]).float(), -1)
+    student = F.log_softmax(lm.read_out(hidden[text]).float(), -1)
+    return F.kl_div(student, teacher, log_target=True, reduction="sum") / counts[TEXT]
 
 
 def _autocast(device: torch.device, wanted: bool):

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from prosg_lib import processes
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.conditioning import hidden_of
 from prosg_lib.errors import NotFinite, UserError
@@ -37,6 +38,8 @@ def answered(
 ) -> pd.DataFrame:
     """Which pairs are answered right, one row a pair, all of them by every method.
 
+    Of several processes (`accelerate launch`) each takes a share of the batches, and all return all of it.
+
     Args:
         ways: by name; none of them is called "prompted" or "none".
         contexts: of every pair: its own, and others drawn with `seed`.
@@ -52,15 +55,16 @@ def answered(
         raise UserError(f"{len(pairs)} pairs, but {max(2, contexts)} are needed")
     groups = _groups(pairs, contexts, seed)
     others = _others(groups)
-    found: dict[str, list[Tensor]] = {}
     device = next(lm.parameters()).device
-    for first in range(0, len(groups), batch):
+
+    def measured(first: int) -> pd.DataFrame:
         own, wrong = (
             collate(some[first : first + batch], tokenizer, f"{seed}/{first}").to(device) for some in (groups, others)
         )
-        for name, hits in _of_batch(lm, ways, own, wrong.context, successive):
-            found.setdefault(name, []).append(hits)
-    return pd.DataFrame({name: torch.cat(hits).cpu().numpy() for name, hits in found.items()})
+        found = _of_batch(lm, ways, own, wrong.context, successive)
+        return pd.DataFrame({name: hits.cpu().numpy() for name, hits in found})
+
+    return pd.concat(processes.shared(range(0, len(groups), batch), measured), ignore_index=True)
 
 
 def _groups(pairs: Sequence[Pair], contexts: int, seed: int) -> list[list[Pair]]:

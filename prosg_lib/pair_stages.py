@@ -25,6 +25,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, TokenGenerator
 from prosg_lib.gradient_step import AdapterStep, WeightStep
 from prosg_lib.profiles import TASKS, PairSizes, get_profile
+from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pair_batches import PairDraw
 from prosg_lib.tasks.pairs import Fitted, Pair, fitted
@@ -74,11 +75,13 @@ def pairs_of(task: str, split: str, profile: str = "cpu", tokenizer: Tokenizer |
     """
     sizes = get_profile(profile).pairs
     if not available(task, profile):
-        raise _missing(task) if task in sizes.tasks else UserError(f"{task} is no task of {profile}; take cpu or gpu")
+        raise _missing(task, profile)
     return fitted(_pairs(task, split, sizes), tokenizer or load_tokenizer(), sizes.context, sizes.query)
 
 
-def _missing(task: str) -> UserError:
+def _missing(task: str, profile: str) -> UserError:
+    if task not in get_profile(profile).pairs.tasks:
+        return UserError(f"{task} is no task of {profile}; take cpu or gpu")
     return UserError(f"the data of {task} are not here; set PROSG_TEST_DATA to a folder with xquad/ or wikitext-2/")
 
 
@@ -122,8 +125,6 @@ def _practice(backbone: str, profile: str) -> dict[str, tuple[Pair, ...]]:
 def _lessons(tasks: tuple[str, ...], backbone: str, profile: str, tokenizer: Tokenizer) -> dict[str, tuple[Pair, ...]]:
     """What a way is trained on; with the cloze goes its practice, because its own pairs are few."""
     found = _training_pairs(tasks, profile, tokenizer)
-    if not found:
-        raise _missing(tasks[0])
     if backbone in BACKBONES and "wikitext" in found:
         found |= {name: pairs for name, pairs in _practice(backbone, profile).items() if name not in TASKS}
     return found
@@ -138,18 +139,25 @@ def _digest(tasks: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _plan(label, name, kind, profile, record, new, work, training, seed) -> stages.Plan:
+def _plan(label, name, kind, record, new, work, training, seed, lm, thrift) -> stages.Plan:
     record = {"stage": label, "seed": seed, "recipe": RECIPE, "training": asdict(training)} | record
-    ending = "" if profile == "cpu" else f"-{profile}"
-    return stages.Plan(label, name + ending, kind, stages.plain(record), new, work, training, seed)
+    return stages.Plan(label, name, kind, stages.plain(record), new, work, training, seed, lm, thrift)
 
 
-def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False) -> LanguageModel:
+def model_name(backbone: str, profile: str) -> str:
+    """Of a checkpoint: `rwkv4-pairs` is the cpu profile's recurrent model."""
+    return f"{_NAMES[backbone]}-pairs" + stages.ending(profile)
+
+
+def pair_model(
+    backbone: str, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
+) -> LanguageModel:
     """The language model that knows the tasks when it is given the context.
 
     Args:
         backbone: "recurrent" goes on from the dialogues' RWKV-4, "transformer" starts from nothing; else a hub id or a
             folder of a pretrained causal transformer, which is taken as it is.
+        retrain, thrift: as in `stages.load_or_train`.
     Raises:
         UserError: unknown backbone or profile, or one without a tokenizer; damaged checkpoint; diverged training.
     """
@@ -158,7 +166,7 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
         return _pretrained(backbone)
     record = {"data": _digest(PEOPLE)}
     if backbone == "recurrent":
-        before = stages.load_or_train("lm", profile, seed, retrain)
+        before = stages.load_or_train("lm", profile, seed, retrain, thrift)
         record |= {"model": asdict(before.config), "lm": before.fingerprint()}
         training = sizes.recurrent
 
@@ -182,7 +190,8 @@ def pair_model(backbone: str, profile: str, seed: int = 0, retrain: bool = False
         draw = PairDraw(tasks, model.tokenizer, training.batch, training.contexts, seed, turns, echoes)
         return draw, pair_lm_objective(model)
 
-    plan = _plan(f"{backbone} model", f"{_NAMES[backbone]}-pairs", "lm", profile, record, new, work, training, seed)
+    label, name = f"{backbone} model", model_name(backbone, profile)
+    plan = _plan(label, name, "lm", record, new, work, training, seed, None, thrift)
     return stages.obtain(plan, profile, retrain)
 
 
@@ -242,28 +251,50 @@ def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.M
     Raises:
         UserError: unknown method, or a rank that a matrix does not have.
     """
-    sizes = get_profile(profile).pairs
+    sizes, rank = get_profile(profile).pairs, _rank(method)
     maps = _MAPS.get(backbone, _EVERY)
     if method == "adapter":
         return AdapterStep(lm, sizes.rank, maps, sizes.adapter_lr)
     if method in _GENERATORS:
         maps = get_profile(profile).final.maps if method == "final" else maps
         return _GENERATORS[method](lm, sizes.rank, 2 * lm.config.width, maps)
-    kind, _, rank = method.partition("-")
-    if kind != "weights" or not (rank or "1").isdigit():
+    return WeightStep(lm, rank, sizes.weights_lr)
+
+
+def _rank(method: str) -> int | None:
+    """Of the change that the start of a step on all weights is; None: of no rank, or of another method."""
+    kind, dash, rank = method.partition("-")
+    if method not in ("adapter", "weights", *_GENERATORS) and not (kind == "weights" and rank.isdigit()):
         raise UserError(f"unknown method {method!r}; there are adapter, weights, weights-<rank>, token, final")
-    return WeightStep(lm, int(rank) if rank else None, sizes.weights_lr)
+    return int(rank) if dash else None
 
 
-def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain: bool = False) -> nn.Module:
+def way_name(spec: WaySpec, backbone: str, profile: str, seed: int = 0) -> str:
+    """Of a checkpoint: `llama-pairs-weights-characters-lc` is one of the cpu profile's ways."""
+    model = _NAMES.get(backbone) or re.sub(r"\W+", "-", backbone).strip("-")
+    return f"{model}-pairs-{spec.name}" + (f"-seed{seed}" if seed else "") + stages.ending(profile)
+
+
+def pair_way(
+    spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
+) -> nn.Module:
     """The trained way of a specification, for `pair_model(backbone, ...)`; loaded or trained.
 
+    Args:
+        retrain, thrift: as in `stages.load_or_train`; as many examples at once as the profile says, if `thrift` does
+            not say.
     Raises:
         UserError: unknown method, task, objective, backbone or profile; damaged checkpoint; diverged training.
     """
     sizes = get_profile(profile).pairs
-    lm = pair_model(backbone, profile, 0, retrain)
-    fresh = new_way(spec.method, lm, backbone, profile)  # first, because it knows which methods there are
+    _rank(spec.method)  # what is unknown is said before the model is trained
+    there = [task for task in (*spec.tasks, *spec.after) if available(task, profile)]
+    if not set(there) & set(spec.tasks):
+        raise _missing(spec.tasks[0], profile)
+    if spec.method not in _GENERATORS:
+        thrift.for_gradient_step(spec.method)
+    lm = pair_model(backbone, profile, 0, retrain, thrift)
+    fresh = new_way(spec.method, lm, backbone, profile)
     adapter = sizes.recurrent_adapter if backbone == "recurrent" else sizes.adapter
     training = {"adapter": adapter, "weights": sizes.weights}.get(spec.method, sizes.generator)
     if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
@@ -272,9 +303,8 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     if not training.steps:
         pairs = sum(map(len, _training_pairs(spec.tasks, profile, lm.tokenizer).values()))
         training = replace(training, steps=-(-pairs // training.batch))
-    before = (
-        pair_way(replace(spec, tasks=spec.after, after=()), backbone, profile, seed, retrain) if spec.after else None
-    )
+    first = replace(spec, tasks=spec.after, after=())
+    before = pair_way(first, backbone, profile, seed, retrain, thrift) if spec.after else None
     record = {
         "way": asdict(spec),
         "lm": lm.fingerprint(),
@@ -296,7 +326,7 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
             way.fit_normaliser(lm, told.ids[:, 0], told.valid[:, 0])
         return draw, pair_objective(lm, way, spec.objective)
 
-    model = _NAMES.get(backbone) or re.sub(r"\W+", "-", backbone).strip("-")
-    name = f"{model}-pairs-{spec.name}" + (f"-seed{seed}" if seed else "")
-    plan = _plan(f"{backbone} {spec.name}", name, "generator", profile, record, new, work, training, seed)
-    return stages.obtain(replace(plan, at_once=sizes.at_once), profile, retrain)
+    thrift = replace(thrift, at_once=thrift.at_once or sizes.at_once)
+    label, name = f"{backbone} {spec.name}", way_name(spec, backbone, profile, seed)
+    plan = _plan(label, name, "generator", record, new, work, training, seed, lm, thrift)
+    return stages.obtain(plan, profile, retrain)

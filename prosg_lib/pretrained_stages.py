@@ -56,7 +56,7 @@ def small_model(profile: str, seed: int = 0, retrain: bool = False) -> LanguageM
         model.tokenizer = load_tokenizer()
         return lm_draw(dialogues_of(model, "train", seed), sizes.lm), lm_objective(model)
 
-    name = SMALL + ("" if profile == "cpu" else f"-{profile}")
+    name = SMALL + stages.ending(profile)
     plan = stages.Plan(name, name, "lm", stages.plain(record), lambda: _fresh(sizes), work, sizes.lm, seed)
     return stages.obtain(plan, profile, retrain)
 
@@ -101,7 +101,7 @@ def generator_for(
         return batch_of, generator_objective(lm, generator, sizes.token_training, seed)
 
     called = re.sub(r"[^\w.]+", "-", source).strip("-")
-    name = f"{called}-token" + ("" if profile == "cpu" else f"-{profile}")
+    name = f"{called}-token" + stages.ending(profile)
     plan = stages.Plan(
         name,
         name,

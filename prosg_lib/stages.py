@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prosg_lib import files, paths, provenance
+from prosg_lib import files, paths, processes, provenance
 from prosg_lib.allocator import keep_freed_memory
 from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.recompute import recomputed
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, Generator, StaticDelta, TokenGenerator
@@ -34,13 +36,18 @@ STAGES = ("lm", "token", "final", "static", "adapter")
 
 
 def device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU where there is one; of several processes each has its own."""
+    return processes.device()
 
 
 def checkpoint_name(stage: str, profile: str) -> str:
     """`rwkv4-dialogue` is the cpu profile's language model, `rwkv4-dialogue-token` a generator for it."""
-    return "rwkv4-dialogue" + ("" if stage == "lm" else f"-{stage}") + ("" if profile == "cpu" else f"-{profile}")
+    return "rwkv4-dialogue" + ("" if stage == "lm" else f"-{stage}") + ending(profile)
+
+
+def ending(profile: str) -> str:
+    """Of a checkpoint's name; the cpu profile's have none."""
+    return "" if profile == "cpu" else f"-{profile}"
 
 
 @lru_cache(maxsize=8)
@@ -59,7 +66,29 @@ def _prose(split: str, tokenizer: Tokenizer) -> ProseTokens:
     return ProseTokens.of(load_prose(), split, tokenizer)
 
 
-def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False) -> nn.Module:
+@dataclass(frozen=True)
+class Thrift:
+    """How a training gets by with less memory. It ends with the same weights, but for rounding.
+
+    Attributes:
+        at_once: so many examples are in memory at a time; None: a process's whole part of a batch.
+        recompute: keep of every block its inputs alone, and run it again in the backward pass.
+    """
+
+    at_once: int | None = None
+    recompute: bool = False
+
+    def for_gradient_step(self, label: str) -> None:
+        """Raises a UserError where it does not do for what takes a gradient step and is trained through it."""
+        if self.recompute:
+            raise UserError(f"{label} needs second derivatives, which blocks that run again lack; leave out recompute")
+
+
+PLENTY = Thrift()
+"""Memory enough."""
+
+
+def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> nn.Module:
     """The trained module of a stage, in evaluation mode; says in one line what it loaded and why, or trains.
 
     Args:
@@ -67,13 +96,17 @@ def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False
             it builds on is trained first, if need be).
         retrain: do not load what is shipped; what was trained here since (`forget`) is loaded, and what is missing is
             trained, so that several notebooks of one run train each stage once.
+        thrift: of all that is trained.
     Raises:
-        UserError: unknown stage or profile; damaged checkpoint; diverged training.
+        UserError: unknown stage or profile; damaged checkpoint; diverged training; an adapter that is to be trained
+            with blocks that are run again.
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}; there are {', '.join(STAGES)}")
     sizes = get_profile(profile)
-    lm = None if stage == "lm" else load_or_train("lm", profile, seed, retrain)
+    if stage == "adapter":
+        thrift.for_gradient_step(stage)
+    lm = None if stage == "lm" else load_or_train("lm", profile, seed, retrain, thrift)
     plan = Plan(
         stage,
         checkpoint_name(stage, profile),
@@ -83,6 +116,8 @@ def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False
         lambda module: _work(stage, sizes, seed, lm, module),
         sizes.lm if stage == "lm" else getattr(sizes, f"{stage}_training"),
         seed,
+        lm,
+        thrift,
     )
     return obtain(plan, profile, retrain)
 
@@ -97,6 +132,7 @@ class Plan:
         new: -> the module, untrained; its random numbers are the seed's.
         work: the untrained module -> (step -> batch, (step, batch) -> Loss).
         training: steps, batch, learning rate.
+        lm: the language model that it is for; None: it is one itself.
     """
 
     label: str
@@ -107,35 +143,53 @@ class Plan:
     work: Callable[[nn.Module], tuple[Callable, Callable]]
     training: Training | PairTraining
     seed: int
-    at_once: int | None = None
+    lm: LanguageModel | None = None
+    thrift: Thrift = PLENTY
 
 
 def obtain(plan: Plan, profile: str, retrain: bool = False) -> nn.Module:
-    """Load or train; see `load_or_train`. The module's `checkpoint` is the file that has it, with its log beside it."""
+    """Load or train; see `load_or_train`. Of several processes all load, or all train.
+
+    Returns:
+        The module; its `checkpoint` is the file that has it, with its log beside it.
+    """
     keep_freed_memory()
     kept = _kept(profile) / f"{plan.name}.safetensors"
     shipped = paths.data_dir() / "checkpoints" / f"{plan.name}.safetensors"
-    for path in (kept,) if retrain else (shipped, kept):
+    found = _found(plan, (kept,) if retrain else (shipped, kept))
+    if processes.agreed(found is not None, f"whether {plan.label} is trained"):
+        return _built(plan.new(), *found)
+    return _train(plan, kept)
+
+
+def _found(plan: Plan, places: tuple[Path, ...]) -> tuple[Path, dict] | None:
+    """The first checkpoint that fits, and its tensors."""
+    for path in places:
         if path.exists():
             tensors, meta = files.load_tensors(path)
             if meta.get("record") == plan.record:
                 where = meta["provenance"]["device"]
-                print(f"{plan.label}: loaded {path.name}, trained on {where}: same sizes, seed and data")
-                return _built(plan.new(), tensors, path)
+                processes.say(f"{plan.label}: loaded {path.name}, trained on {where}: same sizes, seed and data")
+                return path, tensors
             why = _why(meta.get("record", {}), plan.record)
-            print(f"{plan.label}: {path.name} was trained otherwise ({why}); not used")
-    return _train(plan, kept)
+            processes.say(f"{plan.label}: {path.name} was trained otherwise ({why}); not used")
+    return None
 
 
 def _kept(profile: str) -> Path:
     return paths.runs_dir(profile) / "checkpoints"
 
 
-def forget(profile: str, stages: tuple[str, ...] = STAGES) -> None:
-    """Remove what was trained here, so that it is trained anew; trainings that were interrupted still go on."""
+def forget(profile: str, names: Iterable[str] | None = None) -> None:
+    """Remove what was trained here, so that it is trained anew; trainings that were interrupted still go on.
+
+    Args:
+        names: of checkpoints; None: of all.
+    """
     get_profile(profile)
-    for stage in stages:
-        (_kept(profile) / f"{checkpoint_name(stage, profile)}.safetensors").unlink(missing_ok=True)
+    for path in _kept(profile).glob("*.safetensors"):
+        if not path.name.endswith(".checkpoint.safetensors") and (names is None or path.stem in names):
+            path.unlink(missing_ok=True)
 
 
 def _record(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None) -> dict:
@@ -174,7 +228,7 @@ def _new(stage: str, size: RWKV4Config | GeneratorSize | AdapterSize, lm: RWKV4 
     return StaticDelta(lm, size.rank, size.maps)
 
 
-def _built(module: nn.Module, tensors: dict, path: Path) -> nn.Module:
+def _built(module: nn.Module, path: Path, tensors: dict) -> nn.Module:
     module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     module.checkpoint = path
     if isinstance(module, LanguageModel):
@@ -189,7 +243,7 @@ def _size(stage: str, sizes: Profile) -> RWKV4Config | GeneratorSize | AdapterSi
 
 def _work(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None, module: nn.Module) -> tuple[Callable, Callable]:
     data = dialogues("train", seed, rich=lm is not None)
-    autocast = sizes.autocast and device().type == "cuda"
+    autocast = processes.bfloat16(sizes.autocast)
     if stage == "lm":
         module.tokenizer = data.tokenizer
         return lm_draw(data, sizes.lm), lm_objective(module, autocast)
@@ -206,15 +260,21 @@ def _train(plan: Plan, path: Path) -> nn.Module:
     module = plan.new().to(device())
     began = time.monotonic()
     batch_of, loss_of = plan.work(module)
-    where = f"{plan.training.steps} steps of {plan.training.batch} on {provenance.device()}"
-    print(f"{plan.label}: training, {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, {where}")
-    fit(path.stem, module, batch_of, loss_of, plan.training, path.parent, plan.record, at_once=plan.at_once)
+    many = f"{processes.count()} processes, " if processes.count() > 1 else ""
+    where = f"{plan.training.steps} steps of {plan.training.batch} on {many}{provenance.device()}"
+    weights = sum(p.numel() for p in module.parameters()) / 1e6
+    processes.say(f"{plan.label}: training, {weights:.2f} M parameters, {where}")
+    with recomputed(plan.lm or module) if plan.thrift.recompute else nullcontext():
+        at_once = plan.thrift.at_once
+        fit(path.stem, module, batch_of, loss_of, plan.training, path.parent, plan.record, at_once=at_once)
     facts = provenance.facts() | {"prose": load_prose().source, "seconds": round(time.monotonic() - began, 1)}
     # Generators are kept in half precision, and used so too: what is loaded later is what was measured now.
     keep = {n: t if plan.kind == "lm" else t.half() for n, t in module.state_dict().items()}
-    files.save_tensors(path, keep, {"kind": plan.kind, "record": plan.record, "provenance": facts})
-    (path.parent / f"{path.stem}.checkpoint.safetensors").unlink(missing_ok=True)
-    return _built(plan.new(), keep, path)
+    if processes.first():
+        files.save_tensors(path, keep, {"kind": plan.kind, "record": plan.record, "provenance": facts})
+        (path.parent / f"{path.stem}.checkpoint.safetensors").unlink(missing_ok=True)
+    processes.wait()
+    return _built(plan.new(), path, keep)
 
 
 def load_generator(name: str, lm: RWKV4) -> Generator:
@@ -233,4 +293,4 @@ def load_generator(name: str, lm: RWKV4) -> Generator:
     if record["stage"] not in STAGES:
         raise UserError(f"{path.name} was trained on pairs ({record['stage']}); `pair_stages.pair_way` loads those")
     size = GeneratorSize(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["generator"].items()})
-    return _built(_new(record["stage"], size, lm), tensors, path)
+    return _built(_new(record["stage"], size, lm), path, tensors)

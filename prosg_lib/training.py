@@ -1,10 +1,15 @@
-"""The one training loop: progress, checkpoints, resume. What is trained on what: `stages.py`."""
+"""The one training loop: progress, checkpoints, resume; in one process or several. On what: `stages.py`.
+
+Under `accelerate launch` each process takes its part of a step's batch, and the gradients of all are added up once a
+step; so every process has the same weights, and the step is the one that a single process would take.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -16,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from prosg_lib import files
+from prosg_lib import files, processes
 from prosg_lib.allocator import keep_freed_memory
-from prosg_lib.errors import NotFinite, UserError
+from prosg_lib.errors import Diverged, NotFinite, UserError
 from prosg_lib.profiles import Training
-from prosg_lib.tasks.dialogue import Batch
+from prosg_lib.tasks.examples import Examples
 
 RECIPE = 1
 """Goes up when the same sizes, seed and data would train to something else; other recipes' checkpoints do not load."""
@@ -30,13 +35,9 @@ _LINES = 100  # of a log, at most
 _CLIP = 1.0
 
 
-class Diverged(UserError):
-    """The loss became NaN or infinite."""
-
-
 @dataclass(frozen=True)
 class Loss:
-    """A step's loss, (), and what the log should say of it."""
+    """What some examples add to the loss of a step's whole batch, (), and what the log should say of it."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -45,46 +46,50 @@ class Loss:
 def fit(
     name: str,
     module: nn.Module,
-    batch_of: Callable[[int], Batch],
-    loss_of: Callable[[int, Batch], Loss],
+    batch_of: Callable[[int], Examples],
+    loss_of: Callable[[int, Examples], Loss],
     sizes: Training,
     folder: Path,
     record: dict,
     save_every_s: float = SAVE_EVERY_S,
     at_once: int | None = None,
 ) -> None:
-    """Train `module` in place; safe to kill at any moment and to call again.
+    """Train `module` in place; safe to kill at any moment and to call again, with as many processes or others.
 
     The step number alone decides a step's data, so that a run continued from a checkpoint (weights, optimiser, random
-    state, step) ends with the weights of one that was never stopped, bit for bit on the same machine and threads.
+    state, step) ends with the weights of one that was never stopped, bit for bit on the same machine, threads and
+    number of processes. Another number of processes adds in another order, and has other dropout.
 
     Args:
         batch_of: step -> the step's data, on the CPU; next to a GPU it is drawn ahead by other processes.
-        loss_of: (step, its data) -> Loss.
+        loss_of: (step, its data or a part of it) -> Loss; the parts' losses must add up to the whole's.
         folder: `<name>.checkpoint.safetensors` is kept here while training, `<name>.jsonl` logs every line.
         record: what was trained on which data; a checkpoint with another record is not continued.
-        at_once: so many of a batch are in memory at a time (its `split`), and their gradients summed; None: all.
+        at_once: so many examples are in memory at a time, and their gradients summed; None: all of the process's part.
     Raises:
-        Diverged: the loss is not finite; the last good checkpoint stays.
-        UserError: the checkpoint in `folder` belongs to another configuration, or is damaged.
+        Diverged: the loss is not finite, in whichever process; the last good checkpoint stays.
+        UserError: the checkpoint in `folder` belongs to another configuration, or is damaged; a batch has fewer
+            examples than there are processes.
     """
     keep_freed_memory()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=sizes.lr, betas=(0.9, 0.99), weight_decay=0.01)
     path = folder / f"{name}.checkpoint.safetensors"
     start = _resume(path, module, optimiser, record) if path.exists() else 0
-    log, saved = _Log(folder / f"{name}.jsonl", name, sizes.steps, start), time.monotonic()
-    device = parameters[0].device
+    start = processes.agreed(start, f"the step that {path} is at")
+    log = _Log(folder / f"{name}.jsonl", name, sizes.steps, start) if processes.first() else None
+    saved, device = time.monotonic(), parameters[0].device
     for step, batch in enumerate(_drawn_ahead(batch_of, start, sizes.steps, device), start):
         for group in optimiser.param_groups:
             group["lr"] = sizes.lr * schedule(step, sizes)
         optimiser.zero_grad(set_to_none=True)
+        if not processes.first():  # the first one's random numbers are those of a single process
+            torch.manual_seed(random.Random(f"{record}/{step}/{processes.index()}").getrandbits(63))
         try:
-            loss = _backward(step, [batch] if at_once is None else batch.split(at_once), loss_of, device)
-            if not torch.isfinite(loss.total):
-                raise NotFinite(f"the loss is {loss.total.item()}")
+            loss = _backward(step, _own(batch), at_once, loss_of, parameters)
         except NotFinite as error:
-            log.close()
+            if log:
+                log.close()
             raise Diverged(
                 f"training {name}: {error} at step {step}; the last good checkpoint "
                 f"is {path if path.exists() else 'none (it happened before the first was written)'}; "
@@ -92,39 +97,67 @@ def fit(
             ) from error
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimiser.step()
-        log.step(step, loss)
-        if time.monotonic() - saved > save_every_s:
-            _save(path, module, optimiser, step + 1, record)
-            saved = time.monotonic()
-    log.close()
+        if log:
+            log.step(step, loss)
+            if time.monotonic() - saved > save_every_s:
+                _save(path, module, optimiser, step + 1, record)
+                saved = time.monotonic()
+    if log:
+        log.close()
 
 
-def _backward(step: int, pieces: list, loss_of: Callable, device: torch.device) -> Loss:
-    """Adds the gradients of a batch in pieces; its loss is their mean, by the number of examples."""
-    total, sums, examples = 0.0, {}, sum(len(piece) for piece in pieces)
-    for piece in pieces:
-        loss, part = loss_of(step, piece.to(device)), len(piece) / examples
-        (loss.total * part).backward()
-        total = total + loss.total.detach() * part
-        for name, value in loss.parts.items():
-            sums[name] = sums.get(name, 0.0) + value.detach() * part
-    return Loss(total, sums)
+def _own(batch: Examples) -> Examples:
+    """This process's part of a batch."""
+    count, index = processes.count(), processes.index()
+    if len(batch) < count:
+        raise UserError(f"a batch of {len(batch)} is not enough for {count} processes; launch at most {len(batch)}")
+    return batch if count == 1 else batch.part(index * len(batch) // count, (index + 1) * len(batch) // count)
+
+
+def _backward(step: int, batch: Examples, at_once: int | None, loss_of: Callable, parameters: list) -> Loss:
+    """Adds up the gradients of this process's examples, some at a time, and then of all processes.
+
+    Returns:
+        The loss of the whole batch.
+    Raises:
+        NotFinite: it is not, which all processes find together, whichever it came from.
+    """
+    sums, reason = {}, None
+    try:
+        for piece in batch.split(at_once or len(batch)):
+            loss = loss_of(step, piece.to(parameters[0].device))
+            loss.total.backward()
+            for name, value in {"": loss.total, **loss.parts}.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+    except NotFinite as error:
+        sums[""], reason = parameters[0].new_tensor(math.nan), str(error)
+    total = processes.added(sums.pop(""))
+    if not torch.isfinite(total):
+        reasons = [found for found in processes.gathered(reason) if found]
+        raise NotFinite(reasons[0] if reasons else f"the loss is {total.item()}")
+    if processes.count() > 1:
+        for parameter in parameters:  # the same ones have a gradient everywhere: the step decides what is calculated
+            if parameter.grad is not None:
+                parameter.grad = processes.added(parameter.grad)
+    parts = processes.added(torch.stack(list(sums.values()))) if sums else ()
+    return Loss(total, dict(zip(sums, parts, strict=True)))
 
 
 class _Steps(Dataset):
-    def __init__(self, batch_of: Callable[[int], Batch], start: int, stop: int):
+    def __init__(self, batch_of: Callable[[int], Examples], start: int, stop: int):
         self.batch_of, self.start, self.stop = batch_of, start, stop
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Examples:
         return self.batch_of(self.start + index)
 
 
-def _drawn_ahead(batch_of: Callable[[int], Batch], start: int, stop: int, device: torch.device) -> DataLoader:
+def _drawn_ahead(batch_of: Callable[[int], Examples], start: int, stop: int, device: torch.device) -> DataLoader:
     """The batches in order. A GPU takes them faster than one core draws them; a CPU has no core to spare."""
-    workers = min(8, max(0, (os.cpu_count() or 1) - 2)) if device.type == "cuda" else 0
+    cores = (os.cpu_count() or 1) // processes.count()
+    workers = min(8, max(0, cores - 2)) if device.type == "cuda" else 0
     own = torch.Generator()  # the loader draws a seed; it must not touch the state that a resumed run restores
     return DataLoader(_Steps(batch_of, start, stop), batch_size=None, num_workers=workers, generator=own)
 

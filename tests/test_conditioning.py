@@ -120,7 +120,7 @@ def test_several_contexts_at_once_or_one_after_the_other(lm, successive):
 
 def test_everywhere_means_the_querys_positions_too(lm):
     """One example alone, of a query of seven tokens and an answer of one: seven predictions instead of one."""
-    batch, way = batch_of(examples(1)).split(1)[3], adapter(lm)
+    batch, way = batch_of(examples(1)[3:4]), adapter(lm)
     ids, valid = (t[:, batch.query.valid[0]] for t in batch.query)
     says = way.after(lm, batch.context, False)(ids[:, :-1], valid[:, :-1])[0].log_softmax(-1)
     losses = -says[torch.arange(7), ids[0, 1:]]
@@ -180,17 +180,31 @@ def test_what_is_imitated_is_a_constant(lm):
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("objective", ["LC", "LG"])
 def test_a_batch_in_pieces_is_the_batch(lm, objective, size):
-    """Weighted by their sizes, the pieces' losses and gradients add up to the whole's, as training counts on."""
+    """The pieces' losses and gradients add up to the whole's, as training counts on."""
     batch, way = batch_of(examples(2)), adapter(lm)
     loss_of, parameters = pair_objective(lm, way, objective), list(way.parameters())
 
     def taken(pieces):
-        losses = [(loss_of(0, piece), len(piece) / len(batch)) for piece in pieces]
-        total = sum(loss.total * part for loss, part in losses)
-        gold = sum(loss.parts["gold"] * part for loss, part in losses)
+        losses = [loss_of(0, piece) for piece in pieces]
+        total, gold = sum(loss.total for loss in losses), sum(loss.parts["gold"] for loss in losses)
         return total, gold, *torch.autograd.grad(total, parameters)
 
     assert_close(taken(batch.split(size)), taken([batch]), rtol=1e-5, atol=1e-6)
+
+
+def test_pretraining_on_pieces_is_that_on_the_batch(lm):
+    """Its means are over tokens, of which every piece has another number."""
+    free = deepcopy(lm).requires_grad_(True)
+    batch, loss_of = batch_of(examples(2)), pair_lm_objective(free)
+
+    def taken(pieces):
+        losses = [loss_of(0, piece) for piece in pieces]
+        total = sum(loss.total for loss in losses)
+        parts = [sum(loss.parts[name] for loss in losses) for name in ("answer", "text")]
+        return total, *parts, *torch.autograd.grad(total, list(free.parameters()))
+
+    for size in (1, 2):
+        assert_close(taken(batch.split(size)), taken([batch]), rtol=1e-9, atol=1e-12)
 
 
 def test_an_unknown_objective_is_said(lm):

@@ -141,6 +141,7 @@ def test_pieces_of_a_batch_are_the_batch(size, tokenizer):
     """In their order, none larger than asked for, none empty, nothing padded anew."""
     batch = collate([[a, b] for a, b in zip(PAIRS, reversed(PAIRS), strict=True)], tokenizer)
     pieces = batch.split(size)
+    assert [(piece.whole, piece.rows.start) for piece in pieces] == [(batch, i * size) for i in range(len(pieces))]
     assert [len(piece) for piece in pieces] == [size] * (6 // size) + [6 % size] * (6 % size > 0)
     for whole, *parts in zip(tensors(batch), *map(tensors, pieces), strict=True):
         assert torch.equal(torch.cat(parts), whole)
@@ -151,7 +152,8 @@ def test_all_tensors_are_moved(tokenizer):
     batch = collate([[pair] for pair in PAIRS], tokenizer)
     for where in ("meta", "cpu"):
         moved = batch.to(torch.device(where))
-        assert {field.name for field in fields(moved)} == {"context", "query", "prompted", "answer"}
+        assert {field.name for field in fields(moved)} == {"context", "query", "prompted", "answer", "source", "first"}
+        assert moved.source is batch
         assert [t.device.type for t in tensors(moved)] == [where] * 7
     assert_same(batch.to(torch.device("cpu")), batch)
 

@@ -21,7 +21,15 @@ TINY = replace(
     name="tiny",
     lm=replace(SMOKE.lm, steps=2, batch=2, facts=(1,), distances=(0,)),
     pairs=replace(
-        SMOKE.pairs, recurrent=FEW, transformer=FEW, adapter=FEW, weights=FEW, low_rank=FEW, generator=FEW, rank=2
+        SMOKE.pairs,
+        recurrent=FEW,
+        transformer=FEW,
+        adapter=FEW,
+        recurrent_adapter=FEW,
+        weights=FEW,
+        low_rank=FEW,
+        generator=FEW,
+        rank=2,
     ),
 )
 METHODS = ("adapter", "weights", "weights-1", "token", "final")
@@ -131,7 +139,7 @@ def test_a_model_of_transformers_is_taught_with_its_own_tokenizer(place, saved, 
 def test_without_steps_there_are_those_of_an_epoch(monkeypatch):
     """As many as there are batches in the tasks' pairs, rounded up: 10,000 pairs, 16 a step."""
     epoch = replace(FEW, steps=0, batch=16)
-    monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, pairs=replace(TINY.pairs, adapter=epoch)))
+    monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, pairs=replace(TINY.pairs, recurrent_adapter=epoch)))
     seen = []
     monkeypatch.setattr(stages, "fit", lambda name, module, draw, loss, sizes, *rest, **named: seen.append(sizes))
     pair_way(WaySpec("adapter", PEOPLE), "recurrent", "tiny")

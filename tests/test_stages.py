@@ -10,7 +10,7 @@ from prosg_lib import files, paths, profiles, stages, training
 from prosg_lib.backbones.rwkv4 import RWKV4Config
 from prosg_lib.errors import UserError
 from prosg_lib.profiles import PROFILES, AdapterSize, Evaluation, GeneratorSize, Profile, Training
-from prosg_lib.stages import load_generator, load_or_train
+from prosg_lib.stages import Thrift, load_generator, load_or_train
 from prosg_lib.tasks.build import VOCAB
 from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
 
@@ -167,7 +167,7 @@ def test_a_generator_belongs_to_its_model(place, monkeypatch, capsys):
 
 def test_what_was_forgotten_is_trained_anew(place, capsys):
     """Only that: the language model below a generator, trained here too, is still loaded."""
-    stages.forget("tiny", ("static",))
+    stages.forget("tiny", ("rwkv4-dialogue-static-tiny",))
     load_or_train("static", "tiny", retrain=True)
     said = capsys.readouterr().out
     assert "lm: loaded" in said
@@ -177,9 +177,37 @@ def test_what_was_forgotten_is_trained_anew(place, capsys):
 def test_the_same_seed_trains_the_same(place):
     """Training again gives the same bits, and what training returns is what loading gives, half precision and all."""
     first = load_or_train("final", "tiny")
-    stages.forget("tiny", ("final",))
+    stages.forget("tiny", ("rwkv4-dialogue-final-tiny",))
     again = load_or_train("final", "tiny", retrain=True)
     assert same(first, again)
+
+
+@pytest.mark.parametrize("stage", ["lm", "static"])
+def test_less_memory_trains_the_same(place, stage):
+    """One example at a time, with blocks that run again: the same weights, but for rounding."""
+    stages.forget("tiny")
+    whole = load_or_train(stage, "tiny").state_dict()
+    stages.forget("tiny")
+    pieces = load_or_train(stage, "tiny", thrift=Thrift(at_once=1, recompute=True)).state_dict()
+    tolerance = 1e-5 if stage == "lm" else 1e-3  # generators are kept in half precision
+    torch.testing.assert_close(pieces, whole, rtol=tolerance, atol=tolerance)
+
+
+def test_blocks_run_again_only_while_a_training_asks_for_it(place, monkeypatch):
+    """The model underneath is in use afterwards."""
+    seen = []
+
+    def fit(*arguments, at_once, **named):
+        seen.append((at_once, [block for block in models[-1].blocks if "forward" in vars(block)]))
+
+    models, loader = [], stages.load_or_train
+    monkeypatch.setattr(stages, "load_or_train", lambda *given: models.append(loader(*given)) or models[-1])
+    load_or_train("lm", "tiny")
+    monkeypatch.setattr(stages, "fit", fit)
+    stages.forget("tiny", ("rwkv4-dialogue-token-tiny",))
+    loader("token", "tiny", thrift=Thrift(3, True))
+    assert seen == [(3, list(models[-1].blocks))]
+    assert not any("forward" in vars(block) for block in models[-1].blocks)
 
 
 def test_damaged_checkpoint_is_no_reason_to_train_silently(place):

@@ -67,6 +67,45 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "net.jsonl").read_text().splitlines()]
 
 
+def test_one_process_is_a_plain_loop(tmp_path):
+    """To the last bit: AdamW, the learning rate of the step, gradients clipped, and nothing else."""
+    net = module()
+    optimiser = torch.optim.AdamW(net.parameters(), lr=SIZES.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    for step in range(SIZES.steps):
+        optimiser.param_groups[0]["lr"] = SIZES.lr * schedule(step, SIZES)
+        optimiser.zero_grad()
+        loss_of(net)(step, batch_of(step)).total.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+    assert bits(train(tmp_path)) == bits(net.state_dict())
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 4, 9])
+def test_a_batch_in_pieces_is_one_step(tmp_path, at_once):
+    """So many examples at most are in memory; gradients, and the losses in the log, are summed over the pieces."""
+    sizes = []
+
+    def loss(net):
+        def loss_of(step, batch):
+            sizes.append(len(batch))
+            scores = net(nn.functional.one_hot(batch.rest, 6).float())
+            return Loss(scores.square().sum() / len(batch.whole), {"text": scores.sum() / len(batch.whole)})
+
+        return loss_of
+
+    weights = {}
+    for pieces in (None, at_once):
+        net = module().eval()
+        folder = tmp_path / str(pieces)
+        sizes.clear()
+        fit("net", net, batch_of, loss(net), SIZES, folder, RECORD, at_once=pieces)
+        weights[pieces] = net.state_dict()
+    assert sizes[: -(-4 // at_once)] == [min(at_once, 4 - at) for at in range(0, 4, at_once)]
+    torch.testing.assert_close(weights[at_once], weights[None], rtol=1e-5, atol=1e-6)
+    for one, other in zip(log_of(tmp_path / "None"), log_of(tmp_path / str(at_once)), strict=True):
+        assert [one[key] for key in ("loss", "text")] == pytest.approx([other["loss"], other["text"]], abs=2e-4)
+
+
 # Runs in a process of its own; every step takes a little while, so that the kill comes in the middle of it.
 RUN = """
 import sys, time

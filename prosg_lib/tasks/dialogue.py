@@ -30,6 +30,7 @@ from torch import Tensor
 
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
+from prosg_lib.tasks.examples import Examples
 from prosg_lib.tasks.prose import SPLITS, ProseTokens
 from prosg_lib.tokenizer import Tokenizer
 
@@ -324,7 +325,7 @@ class Dialogues:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Examples):
     """Dialogues as tensors: the prompt, left-padded, and what follows it, right-padded.
 
     Attributes:
@@ -336,12 +337,6 @@ class Batch:
     prompt_valid: Tensor
     rest: Tensor
     kind: Tensor
-
-    def __len__(self) -> int:
-        return len(self.prompt)
-
-    def to(self, device) -> Batch:
-        return Batch(*(t.to(device) for t in (self.prompt, self.prompt_valid, self.rest, self.kind)))
 
 
 def collate(data: Dialogues, items: list[Item]) -> Batch:

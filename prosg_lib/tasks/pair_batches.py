@@ -7,15 +7,16 @@ Every row is padded on the left, so the answer ends every row.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prosg_lib.errors import UserError
+from prosg_lib.tasks.examples import Examples
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tokenizer import Tokenizer
 
@@ -28,7 +29,7 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PairBatch:
+class PairBatch(Examples):
     """Pairs of one batch.
 
     Attributes:
@@ -42,22 +43,6 @@ class PairBatch:
     query: Rows
     prompted: Rows
     answer: Tensor
-
-    def __len__(self) -> int:
-        return len(self.answer)
-
-    def split(self, size: int) -> list[Self]:
-        """The same pairs as smaller batches."""
-        return [self._map(lambda t, at=at: t[at : at + size]) for at in range(0, len(self), size)]
-
-    def to(self, device: torch.device) -> Self:
-        return self._map(lambda t: t.to(device))
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(
-            **{n: change(v) if isinstance(v, Tensor) else Rows(*map(change, v)) for n, v in values.items()}
-        )
 
 
 def encoded(pair: Pair, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
