@@ -51,11 +51,16 @@ def written(lm: LanguageModel, generator: TokenGenerator, memory: Memory) -> Low
 
 
 def common_part(lm: LanguageModel, generator: Generator, texts: Sequence[str]) -> LowRankDelta:
-    """What a generator writes for any prompt: the mean delta of prompts that say little else, as one fact each.
+    """What a generator writes for any prompt: the mean delta of some that say little else.
 
-    With 64 prompts of the training split; of prompts with more facts the mean has more of what facts look like, and
-    leaving it out takes some of that from the facts to be remembered.
+    Args:
+        texts: as in `together`, of one fact each, e.g. of 64 prompts of the training split. A mean of prompts with
+            more facts has more of what all facts have in common, and then a sum loses that, too.
+    Raises:
+        UserError: there are no texts, or one is empty.
     """
+    if not texts:
+        raise UserError("there are no texts to take a mean of; give some prompts of one fact each")
     each = generator.memorize(lm, [f"User: {text}\n" for text in texts])
     return sum(each.select([i]) for i in range(len(texts))).scaled(1 / len(texts))
 

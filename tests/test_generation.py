@@ -54,8 +54,8 @@ def test_without_seeds_torchs_own_decide(lm, prompts):
 
 @torch.no_grad()
 def test_tokens_are_drawn_with_the_models_probabilities(lm):
-    """Of 4,000 samples of one token: the ten likeliest as often as softmax(logits / temperature) says."""
-    count, prompt, temperature = 4000, [5, 9, 17], 0.7
+    """Of 2,000 samples of one token: the ten likeliest as often as softmax(logits / temperature) says."""
+    count, prompt, temperature = 2000, [5, 9, 17], 0.7
     steps = lm.stream([prompt] * count, stop=None, max_new_tokens=1, temperature=temperature, seeds=range(count))
     found = torch.bincount(next(steps), minlength=lm.config.vocab) / count
     chances, tokens = (lm(torch.tensor([prompt]))[0][0, -1] / temperature).softmax(-1).topk(10)
@@ -240,5 +240,10 @@ def test_values_that_cannot_be_meant_are_refused(lm, wrong, said, call):
     with pytest.raises(UserError, match=said) as refused:
         getattr(lm, call)([[1], [2]], **wrong)
     assert "\n" not in str(refused.value)
+
+
+def test_states_and_changes_of_other_numbers_are_refused(lm):
     with pytest.raises(UserError, match="1 sequences but a delta of batch 2"):
         lm.generate([[1]], delta=delta_for(lm, 2))
+    with pytest.raises(UserError, match="1 sequences but a state of batch 2"):
+        lm.generate([[1]], lm.blank_state(2))

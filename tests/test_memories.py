@@ -144,6 +144,8 @@ def test_what_cannot_be_remembered_is_refused(lm, make_lm, generator):
     for way in WAYS:
         with pytest.raises(UserError, match="no texts"):
             together(way, lm, generator, [])
+    with pytest.raises(UserError, match="no texts to take a mean of"):
+        common_part(lm, generator, [])
     with pytest.raises(UserError, match="nothing to remember"):
         tell(lm, generator, " \n")
     with pytest.raises(UserError, match="chunk is 0"):
