@@ -2,9 +2,9 @@
 
 Counted for the training of a language model, and of a token-wise generator for it, with an RWKV-4 of any size: bytes
 of weights, gradients, optimiser, activations (kept, or blocks run again), the state, the change of the weights; and
-floating point operations. The same is measured on this machine at sizes that it can run, with the project's own objectives: memory
-from the allocator, operations by PyTorch's counter. Tables show counted over measured; the ratios in the last line
-are how far that is from 1, at worst.
+floating point operations. The same is measured on this machine at sizes that it can run, with the project's own
+objectives: memory from the allocator, operations by PyTorch's counter. Tables show counted over measured; the ratios
+in the last line are how far that is from 1, at worst.
 
 What fits is counted and was not run: it holds as far as the ratios do, in float32, with a tenth of the memory free.
 Prints three tables, and one JSON line last.
