@@ -166,9 +166,15 @@ class LowRankDelta:
             base_model: the hub id or folder of that model, for the adapter's description; `AutoPeftModelForCausalLM`
                 needs it.
         Raises:
-            UserError: the change is one of several sequences, or another model's.
+            UserError: the change is one of several sequences, another model's, or of maps that PEFT refuses.
         """
         maps = maps_of(lm, self)
+        refused = [name for name in maps if lm.peft_refuses and name.endswith(lm.peft_refuses)]
+        if refused:
+            raise UserError(
+                f"PEFT puts no adapter on {refused[0]} of a {type(lm).__name__} ({len(refused)} such maps here); "
+                "hand on merged(lm), or derive the change by a generator of other maps"
+            )
         changes = {lm.hf_module_name(name): (self.scale * u, v) for name, (u, v) in self._only().items()}
         transposed = not all(isinstance(module, nn.Linear) for module in maps.values())
         adapters.save(folder, changes, transposed, base_model)

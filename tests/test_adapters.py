@@ -1,16 +1,19 @@
 """A delta in the weights, and as an adapter of PEFT: the same logits there and back, and what is no such change is
 refused."""
 
+import copy
 import hashlib
 import json
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, GPT2Config, RwkvForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, Mamba2ForCausalLM, RwkvForCausalLM
 
 from prosg_lib import files
+from prosg_lib.backbones.families import Mamba2
 from prosg_lib.backbones.transformer import CausalTransformer, TransformerConfig, new_llama
 from prosg_lib.errors import UserError
 from prosg_lib.lowrank import Factors, LowRankDelta, sizes
@@ -254,3 +257,19 @@ def test_other_models_and_damaged_folders_are_refused(lm, make_lm, tmp_path):
     weights.unlink()
     with pytest.raises(UserError, match=r"adapter_model\.safetensors does not exist"):
         LowRankDelta.load_peft(folder, lm)
+
+
+def test_maps_that_peft_refuses_are_refused_at_once(tmp_path):
+    """PEFT would refuse them when the adapter is loaded, elsewhere; `merged` is what remains, and is offered."""
+    config = Mamba2Config(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=8)
+    lm = Mamba2(Mamba2ForCausalLM(config)).eval()
+    delta = delta_for(lm)
+    with pytest.raises(UserError, match=r"no adapter on backbone.layers.0.mixer.out_proj of a Mamba2.*merged\(lm\)"):
+        delta.save_peft(tmp_path / "all", lm)
+    assert not (tmp_path / "all").exists()
+    rest = {name: f for name, f in delta.factors.items() if "in_proj" in name}
+    replace(delta, factors=rest).save_peft(tmp_path / "rest", lm)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(lm.model), tmp_path / "rest")
+    ids = ids_of() % 50
+    with torch.no_grad():
+        assert_close(theirs(ids).logits, lm(ids, None, replace(delta, factors=rest))[0], **CLOSE)

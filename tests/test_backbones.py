@@ -29,6 +29,7 @@ from prosg_lib.backbones.families import (
 from prosg_lib.backbones.hf import Recurrent
 from prosg_lib.backbones.hub import HubModel
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.backbones.transformer import CausalTransformer
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, TokenGenerator
@@ -42,9 +43,10 @@ CLOSE = {"rtol": 1e-3, "atol": 5e-4}  # logits are of size 1 to 6
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
-def rwkv4():
+def rwkv(kind, config):
+    """A tiny random model of this project, every matrix large enough to matter."""
     torch.manual_seed(0)
-    lm = RWKV4(RWKV4Config(VOCAB, 32, 2, 64))
+    lm = kind(config)
     for p in lm.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=1.5 / p.shape[1] ** 0.5)
@@ -79,7 +81,8 @@ DELTA_RULE = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 
 FAMILIES = {
-    "rwkv4": rwkv4,
+    "rwkv4": lambda: rwkv(RWKV4, RWKV4Config(VOCAB, 32, 2, 64)),
+    "rwkv7": lambda: rwkv(RWKV7, RWKV7Config(VOCAB, 32, 2, 64, 8, 4, 4, 4, 4)),
     "mamba": lambda: Mamba(library("Mamba", **MAMBA)),
     "falcon_mamba": lambda: Mamba(library("FalconMamba", **MAMBA)),
     "mamba2": lambda: Mamba2(library("Mamba2", state_size=8, num_heads=4, head_dim=16, n_groups=2, chunk_size=8)),
@@ -127,6 +130,7 @@ FAMILIES = {
     "llama": lambda: CausalTransformer(library("Llama", **HEADS)),
 }
 RECURRENT = [name for name in FAMILIES if name != "llama"]
+OF_TRANSFORMERS = [name for name in RECURRENT if not name.startswith("rwkv")]
 LENGTHS = (5, 1, 23, 11)  # more than a chunk of 8, more than a window of 8
 
 
@@ -470,7 +474,7 @@ def test_bfloat16(case):
         return ((a.float() - b).square().mean().sqrt() / b.std()).item()
 
     assert off(logits[valid], expected[valid]) < 0.1
-    sums = [t for name, t in state.tensors.items() if name.rpartition(".")[2] in ("state", "num", "matrix")]
+    sums = [t for name, t in state.tensors.items() if name.rpartition(".")[2] in ("state", "num", "wkv", "matrix")]
     assert all(t.dtype == torch.float32 for t in sums)
     assert sums or case.name == "llama"
     weights = lm.state_dict().keys()  # rotary frequencies and the like are none, and need their digits
@@ -501,6 +505,7 @@ def test_a_models_own_embedding_and_blocks(case):
 
 BYTES = {  # of one sequence, by hand: 4 bytes x layers x numbers
     "rwkv4": 4 * 2 * 5 * 32,
+    "rwkv7": 4 * 2 * (2 * 32 + 4 * 8 * 8),
     "mamba": 4 * 2 * 64 * (4 + 4),
     "falcon_mamba": 4 * 2 * 64 * (4 + 4),
     "mamba2": 4 * 2 * ((64 + 2 * 2 * 8) * 4 + 4 * 16 * 8),
@@ -573,7 +578,7 @@ def test_a_delta_for_another_model_is_refused(case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [n for n in RECURRENT if n != "rwkv4"])
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
 def test_a_saved_folder_loads_to_the_same_model(name, tmp_path):
     """By `save_model`; and in half precision, which comes back as float32, as the class's own `save_pretrained`."""
     lm = FAMILIES[name]().eval()
@@ -628,7 +633,7 @@ def test_generators_train(name, kind):
 # Classes of one's own
 
 
-@pytest.mark.parametrize("name", [n for n in RECURRENT if n != "rwkv4"])
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
 def test_the_adapters_claims_are_checked(name):
     FAMILIES[name]().eval().check()
 

@@ -211,6 +211,11 @@ class Recurrent(HubModel):
 
     # Maps
 
+    @property
+    def peft_refuses(self):
+        """PEFT refuses a map everywhere, if one of the kernels for it uses its weight without calling it."""
+        return ("out_proj",) if self.config.kind in ("mamba", "mamba2", "falcon_mamba", "falcon_h1") else ()
+
     def editable(self):
         """Every linear map that is called once a pass, on all tokens of each sequence, by its name in the model.
 
