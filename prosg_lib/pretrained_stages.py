@@ -57,11 +57,12 @@ def small_model(profile: str, seed: int = 0, retrain: bool = False) -> LanguageM
         return lm_draw(dialogues_of(model, "train", seed), sizes.lm), lm_objective(model)
 
     name = SMALL + stages.ending(profile)
-    plan = stages.Plan(name, name, "lm", stages.plain(record), lambda: _fresh(sizes), work, sizes.lm, seed)
+    plan = stages.Plan(name, name, "lm", stages.plain(record), lambda: new_small(sizes), work, sizes.lm, seed)
     return stages.obtain(plan, profile, retrain)
 
 
-def _fresh(sizes: PretrainedSizes) -> LanguageModel:
+def new_small(sizes: PretrainedSizes) -> LanguageModel:
+    """The small model, untrained and without a tokenizer."""
     nothing = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the project's tokenizer has none
     return Mamba2(Mamba2ForCausalLM(Mamba2Config(tie_word_embeddings=True, **nothing, **dict(sizes.settings))))
 
