@@ -236,9 +236,11 @@ _MAPS = {"recurrent": ("att.output", "att.value", "ffn.key", "ffn.value")}
 _EVERY = ("",)  # map of a transformer's blocks, whatever its class calls them
 
 
-def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.Module:
+def new_way(method: str, lm: LanguageModel, backbone: str, profile: str, tasks: tuple[str, ...] = PEOPLE) -> nn.Module:
     """An untrained way; the step's start is the model itself.
 
+    Args:
+        tasks: what it is for; where there are passages among the contexts, a step on the weights is larger.
     Raises:
         UserError: unknown method, or a rank that a matrix does not have.
     """
@@ -252,7 +254,12 @@ def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.M
     kind, _, rank = method.partition("-")
     if kind != "weights" or not (rank or "1").isdigit():
         raise UserError(f"unknown method {method!r}; there are adapter, weights, weights-<rank>, token, final")
-    return WeightStep(lm, int(rank) if rank else None, sizes.weights_lr)
+    return WeightStep(lm, int(rank) if rank else None, sizes.passage_lr if _passages(tasks) else sizes.weights_lr)
+
+
+def _passages(tasks: Iterable[str]) -> bool:
+    """Whether contexts are long texts, not a sentence about somebody."""
+    return not set(tasks) <= set(PEOPLE)
 
 
 def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain: bool = False) -> nn.Module:
@@ -263,9 +270,11 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     """
     sizes = get_profile(profile).pairs
     lm = pair_model(backbone, profile, 0, retrain)
-    fresh = new_way(spec.method, lm, backbone, profile)  # first, because it knows which methods there are
+    fresh = new_way(spec.method, lm, backbone, profile, spec.tasks)  # first: it knows which methods there are
     adapter = sizes.recurrent_adapter if backbone == "recurrent" else sizes.adapter
-    training = {"adapter": adapter, "weights": sizes.weights}.get(spec.method, sizes.generator)
+    weights = sizes.passages if _passages(spec.tasks) else sizes.weights
+    training = {"adapter": adapter, "weights": weights}.get(spec.method, sizes.generator)
+    echoes = sizes.echoes if _passages(spec.tasks) and isinstance(fresh, WeightStep) else 0
     if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
         training = replace(sizes.low_rank, lr=sizes.low_rank.lr / fresh.rank**0.5)
     training = replace(training, contexts=(spec.contexts,))
@@ -281,20 +290,22 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
         "data": _digest(spec.tasks + spec.after),
         "inner": {"lr": getattr(fresh, "lr", None), "rank": getattr(fresh, "rank", None)},
     }
+    if echoes:
+        record["echoes"] = echoes
 
     def new():
-        way = new_way(spec.method, lm, backbone, profile)
+        way = new_way(spec.method, lm, backbone, profile, spec.tasks)
         if before is not None:
             way.load_state_dict(before.state_dict())
         return way
 
     def work(way):
         tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
-        draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, tuple(sorted(tasks)))
+        draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, tuple(sorted(tasks)), echoes)
         if spec.method == "final":
             told = draw(-1).to(stages.device()).context
             way.fit_normaliser(lm, told.ids[:, 0], told.valid[:, 0])
-        return draw, pair_objective(lm, way, spec.objective)
+        return draw, pair_objective(lm, way, spec.objective, echoes=echoes)
 
     model = _NAMES.get(backbone) or re.sub(r"\W+", "-", backbone).strip("-")
     name = f"{model}-pairs-{spec.name}" + (f"-seed{seed}" if seed else "")
