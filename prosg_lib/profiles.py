@@ -128,7 +128,7 @@ class PairSizes:
     rank: int = 8
     adapter_lr: float = 100.0
     weights_lr: float = 0.1
-    passage_lr: float = 2.0
+    passage_lr: float = 1.0
     at_once: int | None = None
     items: int = 500
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -253,8 +253,8 @@ PROFILES = {
             weights=PairTraining(300, 8, 2e-3),
             low_rank=PairTraining(600, 8, 1e-2),
             generator=PairTraining(400, 32, 2e-3),
-            passages=PairTraining(700, 16, 2e-3),
-            echoes=150,
+            passages=PairTraining(500, 16, 2e-3),
+            echoes=100,
             items=200,
         ),
         pretrained=PretrainedSizes(
