@@ -13,7 +13,7 @@ Glossary of shapes: B batch, T tokens of the context, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -30,9 +30,7 @@ Params = Mapping[str, Tensor]
 LossOf = Callable[[dict[str, Tensor]], Tensor]
 
 
-def gradient_step(
-    parts: Sequence[LossOf], start: Params, lr: float | Params, second_order: bool = True
-) -> dict[str, Tensor]:
+def gradient_step(parts: Sequence[LossOf], start: Params, lr: float, second_order: bool = True) -> dict[str, Tensor]:
     """One plain SGD step, start - lr grad loss(start), that can be differentiated through (equation 1 there).
 
     Args:
@@ -42,44 +40,34 @@ def gradient_step(
             gets a gradient through the step.
         start: what is changed. With one copy an example, (B, ...), and the sum of the examples' losses, each example
             takes a step of its own.
-        lr: one for all, or one () for each tensor by name, and then differentiated through as well (Meta-SGD, Li et
-            al. 2017, arXiv 1707.09835, which has one for each weight).
         second_order: the exact outer gradient; False: as if the inner gradient were a constant (first-order MAML).
     Raises:
         NotFinite: the loss at the start, or its gradient, is not finite.
     """
     names = list(start)
     positional = [lambda *tensors, part=part: part(dict(zip(names, tensors, strict=True))) for part in parts]
-    rates = [lr[name] if isinstance(lr, Mapping) else lr for name in names]
-    stepped = _Step.apply(positional, second_order, *start.values(), *rates)
+    stepped = _Step.apply(positional, lr, second_order, *start.values())
     return dict(zip(names, stepped, strict=True))
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, second_order, *start_and_rates):
-        half = len(start_and_rates) // 2
-        start, rates = start_and_rates[:half], start_and_rates[half:]
+    def forward(ctx, parts, lr, second_order, *start):
+        ctx.parts, ctx.lr, ctx.second_order = parts, lr, second_order
+        ctx.save_for_backward(*start)
         slopes = [torch.zeros_like(t) for t in start]
         for part in parts:
             _add(slopes, _slopes(part, start, create_graph=False)[1])
         if not all(torch.isfinite(g).all() for g in slopes):
             raise NotFinite("the gradient of the context's loss is not finite; look at the start, and at the context")
-        ctx.parts, ctx.second_order = parts, second_order
-        ctx.rates = [rate.detach() if isinstance(rate, Tensor) else rate for rate in rates]
-        ctx.learned = any(ctx.needs_input_grad[2 + half :])
-        ctx.save_for_backward(*start, *(slopes if ctx.learned else ()))
-        return tuple(t - rate * g for t, g, rate in zip(start, slopes, rates, strict=True))
+        return tuple(t - lr * g for t, g in zip(start, slopes, strict=True))
 
     @staticmethod
     def backward(ctx, *outer):
-        start, slopes = ctx.saved_tensors[: len(outer)], ctx.saved_tensors[len(outer) :]
         changes = [v.clone() for v in outer]
-        moved = [rate * v for rate, v in zip(ctx.rates, outer, strict=True)]
         for part in ctx.parts if ctx.second_order else ():
-            _add(changes, _bent(*_slopes(part, start, create_graph=True), moved), -1.0)
-        faster = [-(g * v).sum() for g, v in zip(slopes, outer, strict=True)] if ctx.learned else [None] * len(outer)
-        return None, None, *changes, *faster
+            _add(changes, _bent(*_slopes(part, ctx.saved_tensors, create_graph=True), outer), -ctx.lr)
+        return None, None, None, *changes
 
 
 def _slopes(part: Callable[..., Tensor], start: Sequence[Tensor], create_graph: bool):
@@ -193,34 +181,18 @@ class AdapterStep(Generator):
         return loss_of
 
 
-_PACE = 15.0
-"""An outer step that moves a weight by 0.002 moves a learned rate by 3 %."""
-
-
 class WeightStep(nn.Module):
     """One gradient step on all weights of the model, from a start that is trained: the paper's plain form.
 
     Every example has weights of its own after the step, as many as the model has; where those of a batch would not fit
     in memory, train on a few examples at a time (`training.fit`, at_once).
 
-    Args:
-        learned_rates: every tensor of the model has a learning rate of its own, trained with the start; before, it is
-            `lr`. Long contexts need that: a few maps store them, and the others had better stay.
-
     Attributes:
         moved: the start's difference to the model, by name of the weight: of its shape, or, of a given rank, as two
             factors, and then of matrices alone.
-        pace: logarithms of the tensors' rates over `lr`, divided by `_PACE`; empty where there is one rate for all.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        rank: int | None,
-        lr: float,
-        second_order: bool = True,
-        learned_rates: bool = False,
-    ):
+    def __init__(self, lm: LanguageModel, rank: int | None, lr: float, second_order: bool = True):
         super().__init__()
         self.fingerprint, self.rank, self.lr, self.second_order = lm.fingerprint(), rank, lr, second_order
         self.moved = nn.ParameterDict()
@@ -235,12 +207,6 @@ class WeightStep(nn.Module):
                 self.moved[key(name) + "_U"] = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
                 right = torch.randn(weight.shape[1], rank).to(weight) / weight.shape[1] ** 0.5
                 self.moved[key(name) + "_V"] = nn.Parameter(right)
-        names = [key(name) for name, _ in lm.named_parameters()] if learned_rates else []
-        self.pace = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
-
-    def rates(self, names: Iterable[str]) -> float | dict[str, Tensor]:
-        """The inner learning rate, of the model's tensors by name where they have rates of their own."""
-        return {n: self.lr * torch.exp(_PACE * self.pace[key(n)]) for n in names} if self.pace else self.lr
 
     def start(self, lm: LanguageModel) -> dict[str, Tensor]:
         """The weights before the step.
@@ -262,7 +228,7 @@ class WeightStep(nn.Module):
     def after(self, lm, contexts, successive):
         weights = {n: w.expand(len(contexts.ids), *w.shape) for n, w in self.start(lm).items()}
         for told in _in_turn(contexts, successive):
-            weights = gradient_step([self._loss_of(lm, told)], weights, self.rates(weights), self.second_order)
+            weights = gradient_step([self._loss_of(lm, told)], weights, self.lr, self.second_order)
 
         def logits_of(ids, valid):
             return torch.func.vmap(_logits(lm))(weights, ids[:, None], valid[:, None])[:, 0]

@@ -240,7 +240,7 @@ def new_way(method: str, lm: LanguageModel, backbone: str, profile: str, tasks: 
     """An untrained way; the step's start is the model itself.
 
     Args:
-        tasks: what it is for; where there are passages among the contexts, a step on the weights has learned rates.
+        tasks: what it is for; where there are passages among the contexts, a step on the weights is larger.
     Raises:
         UserError: unknown method, or a rank that a matrix does not have.
     """
@@ -254,9 +254,7 @@ def new_way(method: str, lm: LanguageModel, backbone: str, profile: str, tasks: 
     kind, _, rank = method.partition("-")
     if kind != "weights" or not (rank or "1").isdigit():
         raise UserError(f"unknown method {method!r}; there are adapter, weights, weights-<rank>, token, final")
-    long = _passages(tasks)
-    lr = sizes.passage_lr if long else sizes.weights_lr
-    return WeightStep(lm, int(rank) if rank else None, lr, learned_rates=long)
+    return WeightStep(lm, int(rank) if rank else None, sizes.passage_lr if _passages(tasks) else sizes.weights_lr)
 
 
 def _passages(tasks: Iterable[str]) -> bool:
@@ -294,7 +292,6 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     }
     if echoes:
         record["echoes"] = echoes
-        record["inner"]["rates"] = "learned"
 
     def new():
         way = new_way(spec.method, lm, backbone, profile, spec.tasks)
