@@ -24,6 +24,7 @@ from prosg_lib.conditioning import pair_lm_objective, pair_objective
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, TokenGenerator
 from prosg_lib.gradient_step import AdapterStep, WeightStep
+from prosg_lib.map_step import MapStep
 from prosg_lib.profiles import TASKS, PairSizes, get_profile
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pair_batches import PairDraw
@@ -211,7 +212,8 @@ class WaySpec:
 
     Attributes:
         method: "adapter" (one step in a LoRA adapter), "weights" (on all weights, from any start), "weights-<r>" (from
-            a start that a rank-r change of the model is), or a generator, "token" or "final".
+            a start that a rank-r change of the model is), "maps" (on all linear maps, at learned rates, after practice
+            with random tokens), or a generator, "token" or "final".
         tasks: trained on; several in turn.
         objective: "LC" or "LG".
         contexts: number of contexts a query comes with.
@@ -236,11 +238,9 @@ _MAPS = {"recurrent": ("att.output", "att.value", "ffn.key", "ffn.value")}
 _EVERY = ("",)  # map of a transformer's blocks, whatever its class calls them
 
 
-def new_way(method: str, lm: LanguageModel, backbone: str, profile: str, tasks: tuple[str, ...] = PEOPLE) -> nn.Module:
+def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.Module:
     """An untrained way; the step's start is the model itself.
 
-    Args:
-        tasks: what it is for; where there are passages among the contexts, a step on the weights is larger.
     Raises:
         UserError: unknown method, or a rank that a matrix does not have.
     """
@@ -251,15 +251,12 @@ def new_way(method: str, lm: LanguageModel, backbone: str, profile: str, tasks: 
     if method in _GENERATORS:
         maps = get_profile(profile).final.maps if method == "final" else maps
         return _GENERATORS[method](lm, sizes.rank, 2 * lm.config.width, maps)
+    if method == "maps":
+        return MapStep(lm, sizes.maps_lr)
     kind, _, rank = method.partition("-")
     if kind != "weights" or not (rank or "1").isdigit():
-        raise UserError(f"unknown method {method!r}; there are adapter, weights, weights-<rank>, token, final")
-    return WeightStep(lm, int(rank) if rank else None, sizes.passage_lr if _passages(tasks) else sizes.weights_lr)
-
-
-def _passages(tasks: Iterable[str]) -> bool:
-    """Whether contexts are long texts, not a sentence about somebody."""
-    return not set(tasks) <= set(PEOPLE)
+        raise UserError(f"unknown method {method!r}; there are adapter, maps, weights, weights-<rank>, token, final")
+    return WeightStep(lm, int(rank) if rank else None, sizes.weights_lr)
 
 
 def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain: bool = False) -> nn.Module:
@@ -270,11 +267,11 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     """
     sizes = get_profile(profile).pairs
     lm = pair_model(backbone, profile, 0, retrain)
-    fresh = new_way(spec.method, lm, backbone, profile, spec.tasks)  # first: it knows which methods there are
+    fresh = new_way(spec.method, lm, backbone, profile)  # first, because it knows which methods there are
     adapter = sizes.recurrent_adapter if backbone == "recurrent" else sizes.adapter
-    weights = sizes.passages if _passages(spec.tasks) else sizes.weights
-    training = {"adapter": adapter, "weights": weights}.get(spec.method, sizes.generator)
-    echoes = sizes.echoes if _passages(spec.tasks) and isinstance(fresh, WeightStep) else 0
+    by_method = {"adapter": adapter, "weights": sizes.weights, "maps": sizes.maps}
+    training = by_method.get(spec.method, sizes.generator)
+    echoes = sizes.echoes if spec.method == "maps" else 0
     if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
         training = replace(sizes.low_rank, lr=sizes.low_rank.lr / fresh.rank**0.5)
     training = replace(training, contexts=(spec.contexts,))
@@ -294,14 +291,16 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
         record["echoes"] = echoes
 
     def new():
-        way = new_way(spec.method, lm, backbone, profile, spec.tasks)
+        way = new_way(spec.method, lm, backbone, profile)
         if before is not None:
             way.load_state_dict(before.state_dict())
         return way
 
     def work(way):
         tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
-        draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, tuple(sorted(tasks)), echoes)
+        draw = PairDraw(
+            tasks, lm.tokenizer, training.batch, training.contexts, seed, tuple(sorted(tasks)), echoes, longest=96
+        )
         if spec.method == "final":
             told = draw(-1).to(stages.device()).context
             way.fit_normaliser(lm, told.ids[:, 0], told.valid[:, 0])

@@ -103,8 +103,7 @@ class PairSizes:
         recurrent_adapter: as `adapter`, of the recurrent model, on as many examples as the generators beside it.
         generator: training of the two generators.
         adapter_lr, weights_lr: of the inner step. Chosen on the validation split, see notebook 07.
-        passages: meta-training of a step on all weights where the contexts are passages; passage_lr: its inner step.
-            The inner loss is a mean over tokens, and a passage has five times as many as a sentence about people.
+        maps: meta-training of a step on all linear maps at learned rates, which are maps_lr at first.
         echoes: so many first steps of it are random tokens said twice, so that it learns to store before it reads.
         at_once: examples in memory at a time; None: the whole batch.
         items: pairs of a split that are evaluated, at most.
@@ -123,12 +122,12 @@ class PairSizes:
     weights: PairTraining
     low_rank: PairTraining
     generator: PairTraining
-    passages: PairTraining
+    maps: PairTraining
     echoes: int
     rank: int = 8
     adapter_lr: float = 100.0
     weights_lr: float = 0.1
-    passage_lr: float = 1.0
+    maps_lr: float = 0.01
     at_once: int | None = None
     items: int = 500
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -214,7 +213,7 @@ PROFILES = {
             weights=PairTraining(4, 4, 1e-3, warmup=2),
             low_rank=PairTraining(4, 4, 1e-2, warmup=2),
             generator=PairTraining(20, 8, 3e-3, warmup=5),
-            passages=PairTraining(4, 4, 1e-3, warmup=2),
+            maps=PairTraining(4, 4, 1e-3, warmup=2),
             echoes=2,
             items=20,
             seeds=(0,),
@@ -253,8 +252,8 @@ PROFILES = {
             weights=PairTraining(300, 8, 2e-3),
             low_rank=PairTraining(600, 8, 1e-2),
             generator=PairTraining(400, 32, 2e-3),
-            passages=PairTraining(500, 16, 2e-3),
-            echoes=100,
+            maps=PairTraining(540, 16, 1e-3, warmup=20),
+            echoes=180,
             items=200,
         ),
         pretrained=PretrainedSizes(
@@ -288,7 +287,7 @@ PROFILES = {
             weights=PairTraining(1000, 16, 1e-4),
             low_rank=PairTraining(1000, 16, 1e-3),
             generator=PairTraining(1000, 64, 1e-3),
-            passages=PairTraining(1000, 16, 1e-3),
+            maps=PairTraining(1000, 16, 1e-3),
             echoes=200,
         ),
         pretrained=PretrainedSizes(
@@ -316,11 +315,11 @@ PROFILES["paper"] = replace(
         weights=replace(_EPOCH, lr=1e-5),
         low_rank=_EPOCH,
         generator=_EPOCH,
-        passages=replace(_EPOCH, lr=1e-5),
+        maps=replace(_EPOCH, lr=1e-5),
         echoes=0,
         adapter_lr=0.1,  # times the adapter's own scale, twice: 1e-3
         weights_lr=1e-3,
-        passage_lr=1e-3,
+        maps_lr=1e-5,  # for a sum over a hundred tokens, where theirs is a mean
         at_once=1,
         context=1024,
         query=256,
