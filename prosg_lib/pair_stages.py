@@ -299,7 +299,14 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
     def work(way):
         tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
         draw = PairDraw(
-            tasks, lm.tokenizer, training.batch, training.contexts, seed, tuple(sorted(tasks)), echoes, longest=96
+            tasks,
+            lm.tokenizer,
+            training.batch,
+            training.contexts,
+            seed,
+            tuple(sorted(tasks)),
+            echoes,
+            96 if echoes else 0,
         )
         if spec.method == "final":
             told = draw(-1).to(stages.device()).context

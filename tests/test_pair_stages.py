@@ -11,7 +11,7 @@ from prosg_lib.backbones.transformer import CausalTransformer, TransformerConfig
 from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE
 from prosg_lib.pair_stages import PEOPLE, WaySpec, new_way, pair_model, pair_way, pairs_of
-from prosg_lib.profiles import PROFILES, TASKS, PairTraining
+from prosg_lib.profiles import PROFILES, PairTraining
 from prosg_lib.tokenizer import load_tokenizer
 
 FEW = PairTraining(steps=2, batch=2, lr=1e-2, warmup=1)
@@ -21,10 +21,18 @@ TINY = replace(
     name="tiny",
     lm=replace(SMOKE.lm, steps=2, batch=2, facts=(1,), distances=(0,)),
     pairs=replace(
-        SMOKE.pairs, recurrent=FEW, transformer=FEW, adapter=FEW, weights=FEW, low_rank=FEW, generator=FEW, rank=2
+        SMOKE.pairs,
+        recurrent=FEW,
+        transformer=FEW,
+        adapter=FEW,
+        weights=FEW,
+        maps=FEW,
+        low_rank=FEW,
+        generator=FEW,
+        rank=2,
     ),
 )
-METHODS = ("adapter", "weights", "weights-1", "token", "final")
+METHODS = ("adapter", "maps", "weights", "weights-1", "token", "final")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,48 +136,29 @@ def test_a_model_of_transformers_is_taught_with_its_own_tokenizer(place, saved, 
     assert seen[0][0].endswith("my-model-pairs-adapter-characters-lc-tiny")
 
 
-@pytest.fixture
-def passages(tmp_path, monkeypatch):
-    """A text of made-up articles, and a profile that has the cloze, with three echoes."""
-    names = ("Alda", "Bero", "Cilla", "Dovo", "Edda", "Fenn")
-    articles = (
-        f" = {a}{b.lower()} = \nThe river in this valley rises near {a}{b.lower()}. It is quiet there in winter.\n"
-        for a in names
-        for b in names
-    )
-    pair_model("recurrent", "tiny")  # trained without this text
-    folder = tmp_path / "books"
-    folder.mkdir()
-    (folder / "articles.txt").write_text("".join(articles), encoding="utf-8")
-    monkeypatch.setenv("PROSG_TEST_DATA", str(tmp_path))
-    longer = replace(FEW, steps=5, batch=3)
-    sizes = replace(TINY.pairs, tasks=TASKS, passages=longer, echoes=3, passage_lr=0.7)
+def test_a_step_on_maps_learns_to_store_first(monkeypatch):
+    """Random tokens, more and more of them, come before the task, and a checkpoint's record says how often."""
+    sizes = replace(TINY.pairs, maps=replace(FEW, steps=8), echoes=6, maps_lr=0.7)
     monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, pairs=sizes))
-    pairs_of.cache_clear()
-    yield
-    pairs_of.cache_clear()
-
-
-def test_a_step_on_passages_learns_to_store_first(passages, monkeypatch):
-    """It is larger, and random tokens come before the passages; a checkpoint's record says so."""
     seen = []
     monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append(given))
-    way = pair_way(WaySpec("weights", ("wikitext",)), "recurrent", "tiny")
-    _, _, draw, _, sizes, _, record = seen[0]
-    assert way.lr == record["inner"]["lr"] == 0.7
-    assert (sizes.steps, record["echoes"]) == (5, 3)
-    texts = [load_tokenizer().decode(draw(step).query.ids[0].tolist()) for step in range(5)]
-    assert ["Complete from the passage" in text for text in texts] == [False, False, False, True, True]
+    way = pair_way(WaySpec("maps", ("characters",)), "recurrent", "tiny")
+    _, _, draw, _, training, _, record = seen[0]
+    assert (way.lr, training.steps) == (0.7, 8)
+    assert (record["inner"]["lr"], record["echoes"]) == (0.7, 6)
+    lengths = [draw(step).context.ids.shape[-1] for step in range(6)]
+    assert lengths[:2] == [8, 8]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] > 40
+    assert ["Question" in load_tokenizer().decode(draw(step).query.ids[0].tolist()) for step in (5, 6)] == [False, True]
 
 
-def test_a_step_on_people_does_not(passages, monkeypatch):
+def test_other_steps_do_not(monkeypatch):
     """Records of those that are shipped stay as they are."""
     seen = []
     monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append(given))
-    way = pair_way(WaySpec("weights", ("characters",), "LG"), "recurrent", "tiny")
-    _, _, draw, _, sizes, _, record = seen[0]
-    assert way.lr == record["inner"]["lr"] == TINY.pairs.weights_lr
-    assert sizes == FEW
+    pair_way(WaySpec("weights", ("characters",), "LG"), "recurrent", "tiny")
+    _, _, draw, _, _, _, record = seen[0]
     assert "echoes" not in record
     assert "Question" in load_tokenizer().decode(draw(0).query.ids[0].tolist())
 
@@ -187,10 +176,10 @@ def test_without_steps_there_are_those_of_an_epoch(monkeypatch):
 def test_the_papers_profile_has_the_papers_numbers():
     """Batch 16, one epoch, inner learning rate 1e-3, through the adapter's own scale as well."""
     pairs = PROFILES["paper"].pairs
-    assert {t.batch for t in (pairs.adapter, pairs.weights, pairs.passages)} == {16}
-    assert {t.steps for t in (pairs.adapter, pairs.weights, pairs.passages)} == {0}
+    assert {t.batch for t in (pairs.adapter, pairs.weights, pairs.maps)} == {16}
+    assert {t.steps for t in (pairs.adapter, pairs.weights, pairs.maps)} == {0}
     assert pairs.echoes == 0
-    assert pairs.weights_lr == pairs.passage_lr == pytest.approx(1e-3)
+    assert pairs.weights_lr == pytest.approx(1e-3)
     assert pairs.adapter_lr * SCALE**2 == pytest.approx(1e-3)
 
 
@@ -215,7 +204,10 @@ def test_smoke_leaves_out_what_it_has_no_time_for():
         (lambda: pair_model("no/such/folder", "tiny"), "no/such/folder could not be loaded"),
         (lambda: pairs_of("riddles", "test"), "unknown task 'riddles'; there are characters, reversal"),
         (lambda: pairs_of("squad", "test"), "the data of squad are not here; set PROSG_TEST_DATA"),
-        (lambda: pair_way(WaySpec("magic", PEOPLE), "recurrent", "tiny"), "unknown method 'magic'; there are adapter"),
+        (
+            lambda: pair_way(WaySpec("magic", PEOPLE), "recurrent", "tiny"),
+            "unknown method 'magic'; there are adapter, maps",
+        ),
         (lambda: pair_way(WaySpec("rank", PEOPLE), "recurrent", "tiny"), "unknown method 'rank'; there are adapter"),
         (lambda: pair_way(WaySpec("weights-999", PEOPLE), "recurrent", "tiny"), "rank 999 asked for"),
         (lambda: pair_way(WaySpec("adapter", PEOPLE, "LX"), "recurrent", "tiny"), "unknown objective 'LX'"),
