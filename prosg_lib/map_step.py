@@ -35,8 +35,8 @@ Memory = Mapping[str, TokenFactors]
 """By map: what the step adds to it, delta (B, T, out), the rate and the sign in it, and x (B, T, in)."""
 
 _READOUT = "readout"
-_PACE = 30.0
-"""An outer step that moves a weight by 0.001 moves a rate by 3 %."""
+_PACE = 15.0
+"""An outer step that moves a weight by 0.002 moves a rate by 3 %."""
 
 
 class MapStep(nn.Module):
@@ -47,7 +47,7 @@ class MapStep(nn.Module):
 
     Attributes:
         moved: the start's difference to the model, by name of the weight.
-        pace: logarithms of the maps' rates over `lr`, divided by 30, (maps + 1,), the readout's last.
+        pace: logarithms of the maps' rates over `lr`, divided by 15, (maps + 1,), the readout's last.
     """
 
     def __init__(self, lm: LanguageModel, lr: float):

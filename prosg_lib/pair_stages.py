@@ -130,6 +130,12 @@ def _lessons(tasks: tuple[str, ...], backbone: str, profile: str, tokenizer: Tok
     return found
 
 
+def _by_number(tasks: dict[str, tuple[Pair, ...]]) -> tuple[str, ...]:
+    """One to three turns each, by how many pairs a task has: few, said often, would be learned by heart."""
+    most = max(map(len, tasks.values()))
+    return tuple(task for task in sorted(tasks) for _ in range(-(-3 * len(tasks[task]) // most)))
+
+
 def _digest(tasks: Iterable[str]) -> str:
     """Names the training data of tasks, as far as every machine has them; a checkpoint's provenance tells the prose."""
     digest = hashlib.sha256()
@@ -298,16 +304,9 @@ def pair_way(spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain:
 
     def work(way):
         tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
-        draw = PairDraw(
-            tasks,
-            lm.tokenizer,
-            training.batch,
-            training.contexts,
-            seed,
-            tuple(sorted(tasks)),
-            echoes,
-            96 if echoes else 0,
-        )
+        turns = _by_number(tasks) if spec.method == "maps" else tuple(sorted(tasks))
+        longest = 96 if echoes else 0
+        draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, turns, echoes, longest)
         if spec.method == "final":
             told = draw(-1).to(stages.device()).context
             way.fit_normaliser(lm, told.ids[:, 0], told.valid[:, 0])

@@ -252,8 +252,8 @@ PROFILES = {
             weights=PairTraining(300, 8, 2e-3),
             low_rank=PairTraining(600, 8, 1e-2),
             generator=PairTraining(400, 32, 2e-3),
-            maps=PairTraining(540, 16, 1e-3, warmup=20),
-            echoes=180,
+            maps=PairTraining(430, 16, 2e-3, warmup=20),
+            echoes=150,
             items=200,
         ),
         pretrained=PretrainedSizes(
