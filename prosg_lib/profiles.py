@@ -103,6 +103,8 @@ class PairSizes:
         recurrent_adapter: as `adapter`, of the recurrent model, on as many examples as the generators beside it.
         generator: training of the two generators.
         adapter_lr, weights_lr: of the inner step. Chosen on the validation split, see notebook 07.
+        maps: meta-training of a step on all linear maps at learned rates, which are maps_lr at first.
+        echoes: so many first steps of it are random tokens said twice, so that it learns to store before it reads.
         at_once: examples in memory at a time; None: the whole batch.
         items: pairs of a split that are evaluated, at most.
         seeds: of the trainings that results are a mean over; many: numbers of contexts that they are asked with.
@@ -120,9 +122,12 @@ class PairSizes:
     weights: PairTraining
     low_rank: PairTraining
     generator: PairTraining
+    maps: PairTraining
+    echoes: int
     rank: int = 8
     adapter_lr: float = 100.0
     weights_lr: float = 0.1
+    maps_lr: float = 0.01
     at_once: int | None = None
     items: int = 500
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -207,6 +212,8 @@ PROFILES = {
             weights=PairTraining(4, 4, 1e-3, warmup=2),
             low_rank=PairTraining(4, 4, 1e-2, warmup=2),
             generator=PairTraining(20, 8, 3e-3, warmup=5),
+            maps=PairTraining(4, 4, 1e-3, warmup=2),
+            echoes=2,
             items=20,
             seeds=(0,),
             many=(2,),
@@ -243,6 +250,8 @@ PROFILES = {
             weights=PairTraining(300, 8, 2e-3),
             low_rank=PairTraining(600, 8, 1e-2),
             generator=PairTraining(400, 32, 2e-3),
+            maps=PairTraining(430, 16, 2e-3, warmup=20),
+            echoes=150,
             items=200,
         ),
         pretrained=PretrainedSizes(
@@ -275,6 +284,8 @@ PROFILES = {
             weights=PairTraining(1000, 16, 1e-4),
             low_rank=PairTraining(1000, 16, 1e-3),
             generator=PairTraining(1000, 64, 1e-3),
+            maps=PairTraining(1000, 16, 1e-3),
+            echoes=200,
         ),
         pretrained=PretrainedSizes(
             _mamba2(512, 12, 16, 64),
@@ -300,8 +311,11 @@ PROFILES["paper"] = replace(
         weights=replace(_EPOCH, lr=1e-5),
         low_rank=_EPOCH,
         generator=_EPOCH,
+        maps=replace(_EPOCH, lr=1e-5),
+        echoes=0,
         adapter_lr=0.1,  # times the adapter's own scale, twice: 1e-3
         weights_lr=1e-3,
+        maps_lr=1e-5,  # for a sum over a hundred tokens, where theirs is a mean
         at_once=1,
         context=1024,
         query=256,
