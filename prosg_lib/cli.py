@@ -212,6 +212,7 @@ def _chat(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from prosg_lib import pair_stages, processes, stages
 
+    processes.accelerator()
     profile, what = options.profile, options.what
     if what == "way":
         tasks, after = tuple(options.task), tuple(options.after)

@@ -6,6 +6,7 @@ what there is to do for a single process, which is next to nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeVar
@@ -37,6 +38,12 @@ def accelerator() -> Accelerator:
         raise UserError(
             f"launched as {found.distributed_type.value}, but the processes here share the batch and nothing else; "
             "launch without sharding or other devices than CPUs and NVIDIA GPUs"
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != found.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but accelerate was set up before for {found.num_processes}; "
+            "let prosg_lib.processes.accelerator() be the first to do so"
         )
     if found.mixed_precision not in ("no", "bf16"):
         raise UserError(f"launched with mixed precision {found.mixed_precision!r}; there are 'no' and 'bf16'")
@@ -87,7 +94,7 @@ def added(tensor: Tensor) -> Tensor:
 
 def gathered(value: Result) -> list[Result]:
     """Every process's value, in the order of their numbers."""
-    return gather_object([value])
+    return gather_object([value]) if count() > 1 else [value]
 
 
 def agreed(value: Result, what: str) -> Result:
@@ -107,8 +114,8 @@ def agreed(value: Result, what: str) -> Result:
 
 def shared(work: Sequence[Work], do: Callable[[Work], Result]) -> list[Result]:
     """`[do(piece) for piece in work]`, each process doing its share of it, and all having all results."""
-    mine = [(number, do(piece)) for number, piece in enumerate(work) if number % count() == index()]
-    return [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
+    shares = gathered([do(piece) for piece in work[index() :: count()]])
+    return [shares[number % count()][number // count()] for number in range(len(work))]
 
 
 def leave() -> None:

@@ -163,18 +163,18 @@ def measured():
 
 def main(folder: Path) -> None:
     """All of it, written by each process into a folder of its own; the last is a command that fails."""
-    number = processes.index()
-    own = folder / f"process-{number}"
-    for name in trainings():
-        files.save_tensors(own / f"{name}.safetensors", trained(name, folder / "whole", at_once=AT_ONCE.get(name)), {})
-    stopped("lm", folder / "stopped", STOPS[1])
-    errors = {kind: diverged(folder / kind, kind) for kind in ("raised", "returned")} | {"refused": refused(folder)}
+    own = folder / f"process-{os.environ['RANK']}"
     stages.load_prose = little_prose
     profiles.PROFILES |= {"tiny": TINY, "broken": BROKEN}
     os.environ["PROSG_RUNS"] = str(folder / "runs")
     for name in ("first", "again"):
         module = stages.load_or_train("token", "tiny")
         files.save_tensors(own / f"{name}.safetensors", module.state_dict(), {})
+    for name in trainings():
+        weights = trained(name, folder / "whole", at_once=AT_ONCE.get(name))
+        files.save_tensors(own / f"{name}.safetensors", weights, {})
+    stopped("lm", folder / "stopped", STOPS[1])
+    errors = {kind: diverged(folder / kind, kind) for kind in ("raised", "returned")} | {"refused": refused(folder)}
     for name, frame in zip(("recall", "pairs"), measured(), strict=True):
         frame.to_csv(own / f"{name}.csv")
     numbers = lots(folder / "lots")
