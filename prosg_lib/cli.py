@@ -79,6 +79,26 @@ def _parser() -> argparse.ArgumentParser:
     data = command("data", _data, "build the data that the repository ships, or check that it is what would be built")
     data.add_argument("action", choices=("build", "check"))
 
+    chat = command(
+        "chat",
+        _chat,
+        "talk to a model that keeps what it was asked to remember",
+        "Ends with /quit, the end of input or Ctrl-C; /help within the chat lists what else it can do.",
+    )
+    chat.add_argument(
+        "--model", default="rwkv4-dialogue", help="shipped name, path or hub id (default: rwkv4-dialogue)"
+    )
+    chat.add_argument("--generator", metavar="NAME", help="shipped name or file (default: the model's own, if shipped)")
+    chat.add_argument(
+        "--remember", action="append", default=[], metavar="TEXT", help="write it into the weights first; repeatable"
+    )
+    chat.add_argument(
+        "--temperature", type=float, default=0.0, help="0: the likeliest answer; above: drawn (default: 0)"
+    )
+    chat.add_argument(
+        "--refresh", type=int, metavar="N", help="write in what was said, too, after every N tokens of conversation"
+    )
+
     train = command("train", _train, "train one model, or load the checkpoint that fits")
     train.formatter_class, train.epilog = argparse.RawDescriptionHelpFormatter, _LAUNCH
     _add_trained(train.add_subparsers(title="what to train", metavar="WHAT", dest="what", required=True))
@@ -171,6 +191,21 @@ def _data(options: argparse.Namespace) -> int:
     if options.action == "check":
         return 0 if build.check() else FAILED
     build.build()
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from prosg_lib.chat import run
+
+    run(
+        options.model,
+        options.generator,
+        options.remember,
+        options.temperature,
+        options.refresh,
+        sys.stdin,
+        sys.stdout,
+    )
     return 0
 
 

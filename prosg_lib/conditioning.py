@@ -53,7 +53,7 @@ def _predicted(batch: PairBatch) -> dict[str, Tensor]:
 
 
 def pair_objective(
-    lm: LanguageModel, way: Way, objective: str, everywhere: bool = False, successive: bool = False
+    lm: LanguageModel, way: Way, objective: str, everywhere: bool = False, successive: bool = False, echoes: int = 0
 ) -> Callable[[int, PairBatch], Loss]:
     """The outer loss of a way to take contexts in; the model itself stays as it is.
 
@@ -64,6 +64,8 @@ def pair_objective(
     Args:
         everywhere: over the query's positions as well, not the answer's alone.
         successive: one step a context, in their order, instead of one for all.
+        echoes: so many first steps are random tokens said twice (`PairDraw`). They are LG's under either objective: a
+            model of language does not go on with random tokens, even where it has just read them.
     Raises:
         UserError: unknown objective.
     """
@@ -76,7 +78,7 @@ def pair_objective(
         says = answering(way, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1])
         student = F.log_softmax(says[where].float(), -1)
         gold = (F.nll_loss(student, batch.query.ids[:, 1:][where], reduction="none") * share).sum()
-        if objective == "LG":
+        if objective == "LG" or step < echoes:
             return Loss(gold, {"gold": gold})
         with torch.no_grad():
             given = hidden_of(lm, batch.prompted)[:, -where.shape[1] :][where]

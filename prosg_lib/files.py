@@ -5,7 +5,8 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,40 @@ def write_bytes(path: str | Path, content: bytes) -> None:
                 "before is lost. Free some space (or set PROSG_RUNS to a folder on another disk) and run it again."
             ) from error
         raise
+
+
+def write_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
+    """What another library writes into a folder, put into `folder` once all of it is whole, file by file.
+
+    Args:
+        folder: created where it is missing; files of other names in it stay.
+        write: fills the (temporary) folder that it is given; no folders inside.
+    Raises:
+        UserError: the disk (or the quota) is full; `folder` is as it was.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in temporary.iterdir():
+            with open(file, "rb") as whole:
+                os.fsync(whole.fileno())
+        folder.mkdir(exist_ok=True)
+        # The configuration last: where it is, all the rest is.
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
+        _sync_folder(folder)
+    except Exception as error:
+        # safetensors has the number in its message only
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "StorageFull" in str(error):
+            raise UserError(
+                f"The disk is full: {folder} could not be written. Nothing that was there before is lost. "
+                "Free some space and run it again."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -162,3 +197,21 @@ def load_tensors(path: str | Path) -> "tuple[dict[str, Tensor], dict[str, Any]]"
             "give the path of a file that prosg wrote."
         )
     return tensors, json.loads(header[META_KEY])
+
+
+def load_foreign_tensors(path: str | Path) -> "dict[str, Tensor]":
+    """Reads a safetensors file that others wrote: its tensors, on the CPU.
+
+    Raises:
+        UserError: the file is missing, cut short or no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; copy it there, or save it again as safetensors.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is cut short or no safetensors file ({error}); copy it again.") from error

@@ -18,6 +18,7 @@ Glossary of shapes: B batch, T prompt tokens, D model width, H hidden width, r r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -238,6 +239,28 @@ class TokenGenerator(Generator):
         if memory is not None:
             sums = {name: memory.sums[name] + new for name, new in sums.items()}
         return Memory(sums, state, pending, ids.shape[1] + (memory.length if memory else 0))
+
+    @torch.no_grad()
+    def remember(
+        self, lm: LanguageModel, text: str | Sequence[int], memory: Memory | None = None, chunk: int = 256
+    ) -> Memory:
+        """Take in one text of any length, or more of one, `chunk` tokens at a time: nothing here grows with its length.
+
+        `delta_of` makes the change of what it returns. See `memories` for several prompts in one memory.
+
+        Args:
+            text: or its token ids.
+            memory: what was taken in before; None: nothing. Never changed.
+        Raises:
+            UserError: the text is empty, a chunk has no token, or the generator was trained for another model.
+        """
+        if chunk < 1:
+            raise UserError(f"chunk is {chunk}; a text is taken in by at least 1 token at a time")
+        self.check(lm)
+        self.eval()  # no dropout
+        for piece in lm.encode_prompts([text])[0].split(chunk, 1):
+            memory = self.absorb(lm, piece, memory)
+        return memory
 
     def delta_of(self, memory: Memory) -> LowRankDelta:
         """U = sum_t delta_t (V^T x_t + K z_t)^T with delta_t = W z_t, taken as W (sum_t z_t (V^T x_t + K z_t)^T)."""

@@ -127,7 +127,7 @@ def answering(way: Way | None, lm: LanguageModel, contexts: Rows, successive: bo
     return with_delta(lm, None) if way is None else way.after(lm, contexts, successive)
 
 
-def _in_turn(contexts: Rows, successive: bool) -> list[Rows]:
+def in_turn(contexts: Rows, successive: bool) -> list[Rows]:
     """What each inner step learns, (B, m, C): all contexts at once, or one after the other."""
     return [Rows(*(t[:, [i]] for t in contexts)) for i in range(contexts.ids.shape[1])] if successive else [contexts]
 
@@ -161,7 +161,7 @@ class AdapterStep(Generator):
         for name in self.names:
             for kind, matrix in (("U", self.U[key(name)]), ("V", self.V[key(name)])):
                 params[f"{name}.{kind}"] = matrix.expand(len(contexts.ids), -1, -1)
-        for told in _in_turn(contexts, successive):
+        for told in in_turn(contexts, successive):
             params = gradient_step([self._loss_of(lm, told)], params, self.lr, self.second_order)
         return self._delta_of(params)
 
@@ -227,7 +227,7 @@ class WeightStep(nn.Module):
 
     def after(self, lm, contexts, successive):
         weights = {n: w.expand(len(contexts.ids), *w.shape) for n, w in self.start(lm).items()}
-        for told in _in_turn(contexts, successive):
+        for told in in_turn(contexts, successive):
             weights = gradient_step([self._loss_of(lm, told)], weights, self.lr, self.second_order)
 
         def logits_of(ids, valid):

@@ -8,8 +8,9 @@ Glossary of shapes: B batch, T tokens, r rank; U (B, out, r), V (B, in, r).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from prosg_lib import files
+from prosg_lib import adapters, files
 from prosg_lib.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +75,22 @@ class LowRankDelta:
         return replace(self, factors={n: Factors(f(u), f(v)) for n, (u, v) in self.factors.items()})
 
     def __add__(self, other: Self) -> Self:
-        """Both changes at once: adds U where the reading directions V are the same, else concatenates ranks."""
+        """Both changes at once: adds U where the reading directions V are the same, else concatenates ranks.
+
+        Raises:
+            UserError: changes of different models, or of batches that do not fit.
+        """
+        return self._with(other, add=True)
+
+    def __radd__(self, other: int) -> Self:
+        """For `sum`, which begins with 0."""
+        return self if other == 0 else NotImplemented
+
+    def beside(self, other: Self) -> Self:
+        """The same change as the sum, always with concatenated ranks: U and V of each stay as they are."""
+        return self._with(other, add=False)
+
+    def _with(self, other: Self, add: bool) -> Self:
         if self.fingerprint != other.fingerprint:
             raise UserError(
                 f"cannot add a delta for model {other.fingerprint} to one for {self.fingerprint}; "
@@ -86,7 +102,7 @@ class LowRankDelta:
         for name, (u, v) in other._scaled_into_u(other.scale).factors.items():
             if name not in total:
                 total[name] = Factors(u, v)
-            elif total[name].V is v or (total[name].V.shape == v.shape and torch.equal(total[name].V, v)):
+            elif add and (total[name].V is v or (total[name].V.shape == v.shape and torch.equal(total[name].V, v))):
                 total[name] = Factors(total[name].U + u, v)
             else:
                 mine = total[name]
@@ -122,22 +138,106 @@ class LowRankDelta:
         except KeyError as error:
             raise UserError(f"{path} is no complete delta, it lacks {error}; save it again") from error
 
+    @torch.no_grad()
+    def merged(self, lm: LanguageModel) -> LanguageModel:
+        """A new model with the change in its weights, W + scale U V^T; `lm` stays as it is, and the two share nothing
+        but the tokenizer.
+
+        Raises:
+            UserError: the change is one of several sequences, which no weights can be, or another model's.
+        """
+        maps_of(lm, self)  # only to check
+        other = copy.deepcopy(lm, {id(lm.tokenizer): lm.tokenizer})
+        for name, (u, v) in self._only().items():
+            module = other.editable()[name]
+            wide = torch.promote_types(module.weight.dtype, torch.float32)
+            change = self.scale * u.to(wide) @ v.to(wide).t()
+            module.weight.copy_(module.weight.to(wide) + (change if isinstance(module, nn.Linear) else change.t()))
+        return other
+
+    def save_peft(self, folder: str | Path, lm: LanguageModel, base_model: str | None = None) -> None:
+        """Write a LoRA adapter that `peft.PeftModel.from_pretrained(model, folder)` loads, atomically file by file.
+
+        `model` is what computes the same as `lm` in `transformers`: for an RWKV-4 the one that `save_model` writes.
+        (Where its config.json has another `rescale_every` than 0, as RWKV's own have, it divides weights in place that
+        PEFT knows nothing of; load it with `rescale_every=0`.)
+
+        Args:
+            base_model: the hub id or folder of that model, for the adapter's description; `AutoPeftModelForCausalLM`
+                needs it.
+        Raises:
+            UserError: the change is one of several sequences, another model's, or of maps that PEFT refuses.
+        """
+        maps = maps_of(lm, self)
+        refused = [name for name in maps if lm.peft_refuses and name.endswith(lm.peft_refuses)]
+        if refused:
+            raise UserError(
+                f"PEFT puts no adapter on {refused[0]} of a {type(lm).__name__} ({len(refused)} such maps here); "
+                "hand on merged(lm), or derive the change by a generator of other maps"
+            )
+        changes = {lm.hf_module_name(name): (self.scale * u, v) for name, (u, v) in self._only().items()}
+        transposed = not all(isinstance(module, nn.Linear) for module in maps.values())
+        adapters.save(folder, changes, transposed, base_model)
+
+    @classmethod
+    def load_peft(cls, folder: str | Path, lm: LanguageModel) -> Self:
+        """Read a LoRA adapter that `save_peft` or PEFT itself wrote, as a change of this model, of batch 1 and scale 1.
+
+        The folder does not say which weights the adapter is for; whether they are this model's is for you to know.
+
+        Raises:
+            UserError: files are missing or damaged; the adapter is more than a low-rank change (DoRA, biases, modules
+                saved whole), or changes what this model has not.
+        """
+        own = {lm.hf_module_name(name): name for name in lm.editable()}
+        found = adapters.load(folder)
+        unknown = found.keys() - own.keys()
+        if unknown:
+            raise UserError(
+                f"{folder} changes {', '.join(sorted(unknown))}, which is no map of this model that can be changed "
+                f"(those are {', '.join(own)})"
+            )
+        for name, (u, v) in found.items():
+            if (len(u), len(v)) != sizes(lm.editable()[own[name]]):
+                raise UserError(
+                    f"{folder} is for another model: there, {name} has {len(u)} outputs and {len(v)} inputs, "
+                    f"here {' and '.join(map(str, sizes(lm.editable()[own[name]])))}"
+                )
+        return cls({own[name]: Factors(u[None], v[None]) for name, (u, v) in found.items()}, lm.fingerprint())
+
+    def _only(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """U (out, r) and V (in, r) of every map, where there is one change and not several.
+
+        Raises:
+            UserError: there are several.
+        """
+        if self.batch != 1:
+            raise UserError(f"this delta is one of {self.batch} sequences, and weights hold one; select([i]) one first")
+        return {name: (u[0], v[0]) for name, (u, v) in self.factors.items()}
+
 
 def sizes(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a linear map; GPT-2's Conv1D keeps its weight transposed."""
     return tuple(module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape))
 
 
-@contextmanager
-def applied(lm: LanguageModel, delta: LowRankDelta | None) -> Iterator[None]:
+def applied(lm: LanguageModel, delta: LowRankDelta | None) -> AbstractContextManager[None]:
     """While it lasts, y = x W^T + scale (x V) U^T in every map that the delta names; W itself is never written.
+
+    Checked and prepared here, once; what is returned may be entered again and again, as generation does at every step.
 
     Raises:
         UserError: the delta was made for another model, or names a map that this one does not have.
     """
-    if delta is None:
-        yield
-        return
+    return nullcontext() if delta is None else _Applied(maps_of(lm, delta), delta)
+
+
+def maps_of(lm: LanguageModel, delta: LowRankDelta) -> dict[str, nn.Module]:
+    """The maps of the model that the delta changes, by name.
+
+    Raises:
+        UserError: the delta was made for another model, or names a map that this one does not have.
+    """
     if delta.fingerprint != lm.fingerprint():
         raise UserError(
             f"this delta was made for model {delta.fingerprint}, not for this one ({lm.fingerprint()}); "
@@ -149,26 +249,44 @@ def applied(lm: LanguageModel, delta: LowRankDelta | None) -> Iterator[None]:
         raise UserError(
             f"the delta changes {', '.join(sorted(unknown))}, which this model has not (it has {', '.join(maps)})"
         )
-    handles = [maps[name].register_forward_hook(_adder(f, delta.scale)) for name, f in delta.factors.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
+    return {name: maps[name] for name in delta.factors}
+
+
+class _Applied(AbstractContextManager):
+    def __init__(self, maps: dict[str, nn.Module], delta: LowRankDelta):
+        self._adders = [(maps[name], _Adder(f, delta.scale, maps[name])) for name, f in delta.factors.items()]
+        self._handles = None
+
+    def __enter__(self) -> None:
+        if self._handles is not None:  # so it is entered again and again
+            for _, adder in self._adders:
+                adder.lay_out()
+        self._handles = [module.register_forward_hook(adder) for module, adder in self._adders]
+
+    def __exit__(self, *error) -> None:
+        for handle in self._handles:
             handle.remove()
 
 
-def _adder(factors: Factors, scale: float):
-    def add(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+class _Adder:
+    """Adds scale (x V) U^T to what a linear map says, as a forward hook of it."""
+
+    def __init__(self, factors: Factors, scale: float, module: nn.Module):
+        self.u, self.v = (t.to(module.weight.dtype).transpose(1, 2) for t in factors)  # (B, r, out), (B, r, in)
+        self.scale = scale
+
+    def lay_out(self) -> None:
+        """Order the factors in memory as single tokens need them: a step takes a third of the time then, and the copy
+        takes as long as a few steps."""
+        self.u, self.v = self.u.contiguous(), self.v.contiguous()
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
         (x,) = args
-        u, v = (t.to(x.dtype) for t in factors)
+        u, v = self.u.to(x.dtype), self.v.to(x.dtype)
         if not {len(u), len(v)} <= {1, len(x)}:
             raise UserError(f"{len(x)} sequences but a delta of batch {max(len(u), len(v))}; select() one per sequence")
-        read = x @ v[0] if len(v) == 1 else torch.bmm(x, v)  # (B, T, r)
-        if len(u) == 1:
-            return out + scale * (read @ u[0].t())
-        return torch.baddbmm(out, read, u.transpose(1, 2), alpha=scale)
-
-    return add
+        read = x @ v[0].t() if len(v) == 1 else torch.bmm(x, v.transpose(1, 2))  # (B, T, r)
+        return torch.baddbmm(out, read, u.expand(len(x), -1, -1), alpha=self.scale)
 
 
 LogitsOf = Callable[[Tensor, Tensor | None], Tensor]
@@ -182,13 +300,20 @@ def with_delta(lm: LanguageModel, delta: LowRankDelta | None) -> LogitsOf:
 
 @contextmanager
 def captured_inputs(lm: LanguageModel, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """While it lasts, every forward pass leaves the inputs x of the named maps, (B, T, in), in the dict it yields."""
+    """While it lasts, what is read leaves the inputs x of the named maps, (B, T, in), in the dict it yields.
+
+    T: all tokens read, one piece after the other, because some models read a batch in pieces.
+    """
     inputs: dict[str, Tensor] = {}
     maps = lm.editable()
-    handles = [
-        maps[name].register_forward_pre_hook(lambda module, args, name=name: inputs.__setitem__(name, args[0]))
-        for name in names
-    ]
+
+    def keep(name):
+        def hook(module, args):
+            inputs[name] = torch.cat([inputs[name], args[0]], 1) if name in inputs else args[0]
+
+        return hook
+
+    handles = [maps[name].register_forward_pre_hook(keep(name)) for name in names]
     try:
         yield inputs
     finally:

@@ -8,40 +8,69 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prosg_lib import files, paths
 from prosg_lib.allocator import keep_freed_memory
-from prosg_lib.backbones.rwkv4 import RWKV4, from_hf, from_weights, to_hf, to_weights
+from prosg_lib.backbones import rwkv4, rwkv7
+from prosg_lib.backbones.registry import LOADERS, loader
+from prosg_lib.backbones.rwkv import RWKV
+from prosg_lib.backbones.rwkv4 import RWKV4, from_hf, to_hf
+from prosg_lib.backbones.rwkv7 import RWKV7
 from prosg_lib.errors import UserError
-from prosg_lib.tokenizer import Tokenizer, load_tokenizer
+from prosg_lib.tokenizer import Tokenizer, folder_tokenizer, load_tokenizer
+from prosg_lib.world_tokenizer import WorldTokenizer
+
+if TYPE_CHECKING:
+    from prosg_lib.backbones.base import LanguageModel
 
 LAYOUTS = ("prosg", "transformers", "author")
 
 
-def load_model(source: str | Path) -> RWKV4:
-    """An RWKV-4 in evaluation mode, float32 on the CPU, whatever the file's precision.
+class Generation(NamedTuple):
+    """A generation of RWKV; `mark` is a tensor that its weights have, and no other generation's."""
+
+    model: type[RWKV]
+    mark: str
+    from_weights: Callable[[dict[str, Tensor]], RWKV]
+    to_weights: Callable[[RWKV], dict[str, Tensor]]
+
+
+GENERATIONS = (
+    Generation(RWKV4, "blocks.0.att.time_first", rwkv4.from_weights, rwkv4.to_weights),
+    Generation(RWKV7, "blocks.0.att.r_k", rwkv7.from_weights, rwkv7.to_weights),
+)
+
+_TOKENIZERS = {kind.kind: kind for kind in (Tokenizer, WorldTokenizer)}
+
+
+def load_model(source: str | Path) -> LanguageModel:
+    """A recurrent model in evaluation mode, float32 on the CPU, whatever the file's precision.
 
     Args:
         source: an existing path, else a shipped checkpoint's name, else a hub id ("owner/name"). A path is one of
-            a folder in transformers' layout (config.json and model*.safetensors or pytorch_model*.bin), an original
-            author's .pth file, or a file of this project.
+            a folder in transformers' layout (config.json, whose model_type is one of `registry.LOADERS`, and
+            model*.safetensors or pytorch_model*.bin), an original author's .pth file, or a file of this project.
     Returns:
-        The model, with its tokenizer where there is one (a folder's tokenizer.json, the project's for its own
-        checkpoints); an author's .pth has none, and `lm.tokenizer` is None.
+        The model, with its tokenizer where there is one (a folder's, of any kind; the project's for its own
+        checkpoints). An author's .pth has none, and `lm.tokenizer` is None; for a World model set it by
+        `lm.tokenizer = load_world_tokenizer("rwkv_vocab_v20230424.txt")` (`prosg_lib.world_tokenizer`).
     Raises:
         UserError: there is nothing of that name; the hub cannot be reached; the file is damaged, holds pickled
-            objects, or another architecture's weights.
+            objects, or another architecture's weights; a folder's model_type is unknown, or its tokenizer has more
+            tokens than the model.
     """
     keep_freed_memory()
     path = Path(source).expanduser()
     if path.is_dir():
         model = _from_folder(path)
     elif path.is_file():
-        model = _from_prosg(path) if path.suffix == ".safetensors" else from_weights(_unpickled_tensors(path))
+        model = _from_prosg(path) if path.suffix == ".safetensors" else _from_weights(_unpickled_tensors(path))
     elif path.suffix in (".pth", ".safetensors") or path.is_absolute():
         raise UserError(f"{path} does not exist; give the path of a model's file or folder")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
@@ -51,29 +80,51 @@ def load_model(source: str | Path) -> RWKV4:
     return model.eval()
 
 
-def save_model(model: RWKV4, path: str | Path, layout: str) -> None:
+def save_model(model: LanguageModel, path: str | Path, layout: str) -> None:
     """Write a model, atomically file by file.
 
     Args:
         path: a folder for "transformers", else a file.
-        layout: "prosg" (safetensors with the tokenizer in its header), "transformers" (a folder that
-            `RwkvForCausalLM.from_pretrained` loads) or "author" (.pth, a state dict of tensors and nothing else: the
-            one place where the project writes a pickle, because that format is one).
+        layout: "transformers" (a folder that `AutoModelForCausalLM.from_pretrained` loads; of RWKV, generation 4 alone,
+            and without a World tokenizer, which transformers has not) or, for RWKV, "prosg" (safetensors with the
+            tokenizer in its header) or "author" (.pth, a state dict of tensors and nothing else: the one place where
+            the project writes a pickle, because that format is one).
     Raises:
-        UserError: unknown layout.
+        UserError: unknown layout, or not one of this model's.
     """
-    path = Path(path)
-    tokenizer = None if model.tokenizer is None else model.tokenizer.to_json()
+    path, tokenizer = Path(path), model.tokenizer
+    if layout != "transformers" and layout in LAYOUTS and not isinstance(model, RWKV):
+        raise UserError(f"a {type(model).__name__} has no layout {layout!r}; save it in layout 'transformers'")
     if layout == "prosg":
-        files.save_tensors(path, model.state_dict(), {"kind": "lm", "tokenizer": tokenizer})
+        meta = {} if tokenizer is None else {"tokenizer": tokenizer.to_json(), "tokenizer_kind": tokenizer.kind}
+        files.save_tensors(path, model.state_dict(), {"kind": "lm", **meta})
     elif layout == "author":
+        weights = _generation(model).to_weights(model)
         buffer = io.BytesIO()
-        torch.save({name: tensor.detach().cpu().clone() for name, tensor in to_weights(model).items()}, buffer)
+        torch.save({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, buffer)
         files.write_bytes(path, buffer.getvalue())
     elif layout == "transformers":
-        _to_folder(model, path, tokenizer)
+        if isinstance(model, RWKV7):
+            raise UserError(f"transformers has no class for a {type(model).__name__}; save it as 'prosg' or 'author'")
+        _to_folder(model, path)
     else:
         raise UserError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+
+
+def _generation(model: RWKV) -> Generation:
+    return next(generation for generation in GENERATIONS if isinstance(model, generation.model))
+
+
+def _from_weights(weights: dict[str, Tensor]) -> RWKV:
+    """The model whose weights these are, in its author's layout."""
+    for generation in GENERATIONS:
+        if generation.mark in weights:
+            return generation.from_weights(weights)
+    marks = " nor ".join(f"{generation.mark} ({generation.model.__name__})" for generation in GENERATIONS)
+    raise UserError(
+        f"these {len(weights)} tensors ({', '.join(sorted(weights)[:3])}) are of no model that is known here, with "
+        f"neither {marks} among them; give an RWKV's weights"
+    )
 
 
 def _shipped(name: str) -> Path:
@@ -88,16 +139,23 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _from_prosg(path: Path) -> RWKV4:
+def _from_prosg(path: Path) -> RWKV:
     tensors, meta = files.load_tensors(path)
     if meta.get("kind") != "lm":
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a language model")
-    model = from_weights(tensors)
+    model = _from_weights(tensors)
     if meta.get("tokenizer"):
-        model.tokenizer = Tokenizer.from_json(meta["tokenizer"])
+        kind = meta.get("tokenizer_kind", Tokenizer.kind)
+        if kind not in _TOKENIZERS:
+            raise UserError(f"{path} has a tokenizer of kind {kind!r}; there are {', '.join(_TOKENIZERS)}")
+        model.tokenizer = _TOKENIZERS[kind].from_json(meta["tokenizer"])
     elif load_tokenizer().vocab == model.config.vocab:
         model.tokenizer = load_tokenizer()
     return model
+
+
+_SMALL_FILES = ["config.json", "*.index.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"]
+_SMALL_FILES += ["vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"]
 
 
 def _from_hub(name: str) -> Path:
@@ -105,7 +163,7 @@ def _from_hub(name: str) -> Path:
 
     try:
         # Two calls, because most repositories hold the same weights twice, and one copy is enough.
-        folder = Path(snapshot_download(name, allow_patterns=["config.json", "tokenizer.json", "model*.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, "model*.safetensors"]))
         if not list(folder.glob("model*.safetensors")):
             snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # the hub's, the HTTP client's and the operating system's errors have no common class
@@ -129,11 +187,16 @@ def _sizes(model: RWKV4) -> dict[str, int | float]:
     }
 
 
-def _from_folder(folder: Path) -> RWKV4:
+def _from_folder(folder: Path) -> LanguageModel:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no model's folder, config.json does not exist there; give the folder that has it")
     config = files.read_json(folder / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "rwkv":
-        raise UserError(f"{folder} holds a model of type {kind!r}; only 'rwkv' (RWKV-4) can be loaded")
+    model = loader(config.get("model_type") if isinstance(config, dict) else None)(folder)
+    model.tokenizer = folder_tokenizer(folder, model.config.vocab)
+    return model
+
+
+def _rwkv4_from_folder(folder: Path) -> RWKV4:
     shards = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not shards:
         raise UserError(f"{folder} has no model.safetensors and no pytorch_model.bin; copy the weights there")
@@ -141,24 +204,32 @@ def _from_folder(folder: Path) -> RWKV4:
     for shard in shards:
         weights |= _safe_tensors(shard) if shard.suffix == ".safetensors" else _unpickled_tensors(shard)
     model = from_hf(weights)
+    config = files.read_json(folder / "config.json")
     for name, ours in _sizes(model).items():
         if config.get(name) not in (None, ours):
             raise UserError(
                 f"{folder}: config.json says {name} = {config[name]}, but the weights (or this RWKV-4) have {ours}"
             )
-    if (folder / "tokenizer.json").exists():
-        model.tokenizer = load_tokenizer(folder / "tokenizer.json")
     return model
 
 
-def _to_folder(model: RWKV4, folder: Path, tokenizer: str | None) -> None:
+LOADERS["rwkv"] = _rwkv4_from_folder
+
+
+def _to_folder(model: LanguageModel, folder: Path) -> None:
+    if isinstance(model, RWKV4):
+        _rwkv4_to_folder(model, folder)
+    else:  # of `transformers` itself; in one file, as the others, although the library would cut it
+        files.write_folder(folder, lambda place: model.model.save_pretrained(place, max_shard_size="1TB"))
+    if isinstance(model.tokenizer, Tokenizer):
+        model.tokenizer.save(folder)
+
+
+def _rwkv4_to_folder(model: RWKV4, folder: Path) -> None:
     from safetensors.torch import save
 
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(model).items()}
     files.write_bytes(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
-    if tokenizer is not None:
-        files.write_text(folder / "tokenizer.json", tokenizer)
-        files.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     rest = {
         "architectures": ["RwkvForCausalLM"],
         "model_type": "rwkv",

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from prosg_lib.conditioning import pair_lm_objective, pair_objective
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, TokenGenerator
 from prosg_lib.gradient_step import AdapterStep, WeightStep
+from prosg_lib.map_step import MapStep
 from prosg_lib.profiles import TASKS, PairSizes, get_profile
 from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks.characters import characters
@@ -131,6 +131,12 @@ def _lessons(tasks: tuple[str, ...], backbone: str, profile: str, tokenizer: Tok
     return found
 
 
+def _by_number(tasks: dict[str, tuple[Pair, ...]]) -> tuple[str, ...]:
+    """One to three turns each, by how many pairs a task has: few, said often, would be learned by heart."""
+    most = max(map(len, tasks.values()))
+    return tuple(task for task in sorted(tasks) for _ in range(-(-3 * len(tasks[task]) // most)))
+
+
 def _digest(tasks: Iterable[str]) -> str:
     """Names the training data of tasks, as far as every machine has them; a checkpoint's provenance tells the prose."""
     digest = hashlib.sha256()
@@ -142,17 +148,12 @@ def _digest(tasks: Iterable[str]) -> str:
 
 def _plan(label, name, kind, record, new, work, training, seed, lm, thrift) -> stages.Plan:
     record = {"stage": label, "seed": seed, "recipe": RECIPE, "training": asdict(training)} | record
-    record = json.loads(json.dumps(record))
-    return stages.Plan(label, name, kind, record, new, work, training, seed, lm, thrift)
+    return stages.Plan(label, name, kind, stages.plain(record), new, work, training, seed, lm, thrift)
 
 
 def model_name(backbone: str, profile: str) -> str:
     """Of a checkpoint: `rwkv4-pairs` is the cpu profile's recurrent model."""
-    return f"{_NAMES[backbone]}-pairs" + _ending(profile)
-
-
-def _ending(profile: str) -> str:
-    return "" if profile == "cpu" else f"-{profile}"
+    return f"{_NAMES[backbone]}-pairs" + stages.ending(profile)
 
 
 def pair_model(
@@ -226,7 +227,8 @@ class WaySpec:
 
     Attributes:
         method: "adapter" (one step in a LoRA adapter), "weights" (on all weights, from any start), "weights-<r>" (from
-            a start that a rank-r change of the model is), or a generator, "token" or "final".
+            a start that a rank-r change of the model is), "maps" (on all linear maps, at learned rates, after practice
+            with random tokens), or a generator, "token" or "final".
         tasks: trained on; several in turn.
         objective: "LC" or "LG".
         contexts: number of contexts a query comes with.
@@ -264,21 +266,23 @@ def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.M
     if method in _GENERATORS:
         maps = get_profile(profile).final.maps if method == "final" else maps
         return _GENERATORS[method](lm, sizes.rank, 2 * lm.config.width, maps)
+    if method == "maps":
+        return MapStep(lm, sizes.maps_lr)
     return WeightStep(lm, rank, sizes.weights_lr)
 
 
 def _rank(method: str) -> int | None:
     """Of the change that the start of a step on all weights is; None: of no rank, or of another method."""
     kind, dash, rank = method.partition("-")
-    if method not in ("adapter", "weights", *_GENERATORS) and not (kind == "weights" and rank.isdigit()):
-        raise UserError(f"unknown method {method!r}; there are adapter, weights, weights-<rank>, token, final")
+    if method not in ("adapter", "maps", "weights", *_GENERATORS) and not (kind == "weights" and rank.isdigit()):
+        raise UserError(f"unknown method {method!r}; there are adapter, maps, weights, weights-<rank>, token, final")
     return int(rank) if dash else None
 
 
 def way_name(spec: WaySpec, backbone: str, profile: str, seed: int = 0) -> str:
     """Of a checkpoint: `llama-pairs-weights-characters-lc` is one of the cpu profile's ways."""
     model = _NAMES.get(backbone) or re.sub(r"\W+", "-", backbone).strip("-")
-    return f"{model}-pairs-{spec.name}" + (f"-seed{seed}" if seed else "") + _ending(profile)
+    return f"{model}-pairs-{spec.name}" + (f"-seed{seed}" if seed else "") + stages.ending(profile)
 
 
 def pair_way(
@@ -302,7 +306,9 @@ def pair_way(
     lm = pair_model(backbone, profile, 0, retrain, thrift)
     fresh = new_way(spec.method, lm, backbone, profile)
     adapter = sizes.recurrent_adapter if backbone == "recurrent" else sizes.adapter
-    training = {"adapter": adapter, "weights": sizes.weights}.get(spec.method, sizes.generator)
+    by_method = {"adapter": adapter, "weights": sizes.weights, "maps": sizes.maps}
+    training = by_method.get(spec.method, sizes.generator)
+    echoes = sizes.echoes if spec.method == "maps" else 0
     if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
         training = replace(sizes.low_rank, lr=sizes.low_rank.lr / fresh.rank**0.5)
     training = replace(training, contexts=(spec.contexts,))
@@ -317,6 +323,8 @@ def pair_way(
         "data": _digest(spec.tasks + spec.after),
         "inner": {"lr": getattr(fresh, "lr", None), "rank": getattr(fresh, "rank", None)},
     }
+    if echoes:
+        record["echoes"] = echoes
 
     def new():
         way = new_way(spec.method, lm, backbone, profile)
@@ -326,11 +334,13 @@ def pair_way(
 
     def work(way):
         tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
-        draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, tuple(sorted(tasks)))
+        turns = _by_number(tasks) if spec.method == "maps" else tuple(sorted(tasks))
+        longest = 96 if echoes else 0
+        draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, turns, echoes, longest)
         if spec.method == "final":
             told = draw(-1).to(stages.device()).context
             way.fit_normaliser(lm, told.ids[:, 0], told.valid[:, 0])
-        return draw, pair_objective(lm, way, spec.objective)
+        return draw, pair_objective(lm, way, spec.objective, echoes=echoes)
 
     thrift = replace(thrift, at_once=thrift.at_once or sizes.at_once)
     label, name = f"{backbone} {spec.name}", way_name(spec, backbone, profile, seed)

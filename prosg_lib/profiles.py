@@ -103,6 +103,8 @@ class PairSizes:
         recurrent_adapter: as `adapter`, of the recurrent model, on as many examples as the generators beside it.
         generator: training of the two generators.
         adapter_lr, weights_lr: of the inner step. Chosen on the validation split, see notebook 07.
+        maps: meta-training of a step on all linear maps at learned rates, which are maps_lr at first.
+        echoes: so many first steps of it are random tokens said twice, so that it learns to store before it reads.
         at_once: examples in memory at a time; None: the whole batch.
         items: pairs of a split that are evaluated, at most.
         seeds: of the trainings that results are a mean over; many: numbers of contexts that they are asked with.
@@ -120,9 +122,12 @@ class PairSizes:
     weights: PairTraining
     low_rank: PairTraining
     generator: PairTraining
+    maps: PairTraining
+    echoes: int
     rank: int = 8
     adapter_lr: float = 100.0
     weights_lr: float = 0.1
+    maps_lr: float = 0.01
     at_once: int | None = None
     items: int = 500
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -132,6 +137,28 @@ class PairSizes:
     words: int | None = 50
     tasks: tuple[str, ...] = TASKS
     hub: bool = False
+
+
+@dataclass(frozen=True)
+class PretrainedSizes:
+    """A generator for a model of `transformers`, and the small model that stands in where no hub is reached.
+
+    Attributes:
+        settings: the small model's configuration, a Mamba-2's; it is made and trained here.
+        lm: its training.
+        rank: of the generator; its width is twice the model's.
+        token_training: of the generator.
+        prompts: that it is evaluated with; distances: tokens between them and the questions.
+        together: numbers of prompts in one memory.
+    """
+
+    settings: tuple[tuple[str, int], ...]
+    lm: Training
+    rank: int
+    token_training: Training
+    prompts: int
+    distances: tuple[int, ...]
+    together: tuple[int, ...] = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -150,7 +177,14 @@ class Profile:
     adapter_training: Training
     evaluation: Evaluation
     pairs: PairSizes
+    pretrained: PretrainedSizes
     autocast: bool = False
+
+
+def _mamba2(width: int, layers: int, heads: int, state: int) -> tuple[tuple[str, int], ...]:
+    """Settings of a Mamba-2 with input and output embeddings tied, and chunks as short as a CPU likes them."""
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_heads": heads, "head_dim": 2 * width // heads}
+    return tuple((sizes | {"state_size": state, "n_groups": 1, "chunk_size": 32, "vocab_size": VOCAB}).items())
 
 
 _MAPS = ("att.output", "att.value", "ffn.key", "ffn.value")
@@ -178,10 +212,21 @@ PROFILES = {
             weights=PairTraining(4, 4, 1e-3, warmup=2),
             low_rank=PairTraining(4, 4, 1e-2, warmup=2),
             generator=PairTraining(20, 8, 3e-3, warmup=5),
+            maps=PairTraining(4, 4, 1e-3, warmup=2),
+            echoes=2,
             items=20,
             seeds=(0,),
             many=(2,),
             tasks=TASKS[:2],
+        ),
+        pretrained=PretrainedSizes(
+            _mamba2(32, 2, 2, 16),
+            Training(20, 8, 6e-3, (2, 3), (0, 16), warmup=5),
+            4,
+            Training(10, 8, 4e-3, (3,), (0, 32), warmup=5),
+            prompts=3,
+            distances=(0, 64),
+            together=(1, 2),
         ),
     ),
     "cpu": Profile(
@@ -205,7 +250,17 @@ PROFILES = {
             weights=PairTraining(300, 8, 2e-3),
             low_rank=PairTraining(600, 8, 1e-2),
             generator=PairTraining(400, 32, 2e-3),
+            maps=PairTraining(430, 16, 2e-3, warmup=20),
+            echoes=150,
             items=200,
+        ),
+        pretrained=PretrainedSizes(
+            _mamba2(128, 4, 4, 32),
+            Training(1200, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
+            32,
+            Training(500, 32, 2e-3, (3, 6), (0, 64, 256), warmup=50),
+            prompts=24,
+            distances=(0, 256, 1024),
         ),
     ),
     "gpu": Profile(
@@ -229,6 +284,16 @@ PROFILES = {
             weights=PairTraining(1000, 16, 1e-4),
             low_rank=PairTraining(1000, 16, 1e-3),
             generator=PairTraining(1000, 64, 1e-3),
+            maps=PairTraining(1000, 16, 1e-3),
+            echoes=200,
+        ),
+        pretrained=PretrainedSizes(
+            _mamba2(512, 12, 16, 64),
+            Training(4000, 64, 1e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
+            32,
+            Training(1500, 64, 1e-3, (3, 6, 12), (0, 64, 256, 512), warmup=50),
+            prompts=64,
+            distances=(0, 256, 1024, 4096),
         ),
         autocast=True,
     ),
@@ -246,8 +311,11 @@ PROFILES["paper"] = replace(
         weights=replace(_EPOCH, lr=1e-5),
         low_rank=_EPOCH,
         generator=_EPOCH,
+        maps=replace(_EPOCH, lr=1e-5),
+        echoes=0,
         adapter_lr=0.1,  # times the adapter's own scale, twice: 1e-3
         weights_lr=1e-3,
+        maps_lr=1e-5,  # for a sum over a hundred tokens, where theirs is a mean
         at_once=1,
         context=1024,
         query=256,

@@ -29,7 +29,7 @@ from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, l
 from prosg_lib.profiles import AdapterSize, GeneratorSize, PairTraining, Profile, Training, get_profile
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
 from prosg_lib.tasks.prose import ProseTokens, load_prose
-from prosg_lib.tokenizer import load_tokenizer
+from prosg_lib.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.training import RECIPE, fit
 
 STAGES = ("lm", "token", "final", "static", "adapter")
@@ -42,18 +42,28 @@ def device() -> torch.device:
 
 def checkpoint_name(stage: str, profile: str) -> str:
     """`rwkv4-dialogue` is the cpu profile's language model, `rwkv4-dialogue-token` a generator for it."""
-    return "rwkv4-dialogue" + ("" if stage == "lm" else f"-{stage}") + ("" if profile == "cpu" else f"-{profile}")
+    return "rwkv4-dialogue" + ("" if stage == "lm" else f"-{stage}") + ending(profile)
+
+
+def ending(profile: str) -> str:
+    """Of a checkpoint's name; the cpu profile's have none."""
+    return "" if profile == "cpu" else f"-{profile}"
 
 
 @lru_cache(maxsize=8)
-def dialogues(split: str, seed: int, rich: bool = False) -> Dialogues:
-    """The data set of a split and seed, with whatever prose this machine has."""
-    return Dialogues(load_tokenizer(), _prose(split), split, seed, rich)
+def dialogues(split: str, seed: int, rich: bool = False, tokenizer: Tokenizer | None = None) -> Dialogues:
+    """The data set of a split and seed, with whatever prose this machine has.
+
+    Args:
+        tokenizer: None for the project's own.
+    """
+    tokenizer = tokenizer or load_tokenizer()
+    return Dialogues(tokenizer, _prose(split, tokenizer), split, seed, rich)
 
 
-@lru_cache(maxsize=3)
-def _prose(split: str) -> ProseTokens:
-    return ProseTokens.of(load_prose(), split, load_tokenizer())
+@lru_cache(maxsize=6)
+def _prose(split: str, tokenizer: Tokenizer) -> ProseTokens:
+    return ProseTokens.of(load_prose(), split, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -138,25 +148,29 @@ class Plan:
 
 
 def obtain(plan: Plan, profile: str, retrain: bool = False) -> nn.Module:
-    """Load or train; see `load_or_train`. Of several processes all load, or all train."""
+    """Load or train; see `load_or_train`. Of several processes all load, or all train.
+
+    Returns:
+        The module; its `checkpoint` is the file that has it, with its log beside it.
+    """
     keep_freed_memory()
     kept = _kept(profile) / f"{plan.name}.safetensors"
     shipped = paths.data_dir() / "checkpoints" / f"{plan.name}.safetensors"
     found = _found(plan, (kept,) if retrain else (shipped, kept))
     if processes.agreed(found is not None, f"whether {plan.label} is trained"):
-        return _built(plan.new(), found)
+        return _built(plan.new(), *found)
     return _train(plan, kept)
 
 
-def _found(plan: Plan, places: tuple[Path, ...]) -> dict | None:
-    """The tensors of the first checkpoint that fits."""
+def _found(plan: Plan, places: tuple[Path, ...]) -> tuple[Path, dict] | None:
+    """The first checkpoint that fits, and its tensors."""
     for path in places:
         if path.exists():
             tensors, meta = files.load_tensors(path)
             if meta.get("record") == plan.record:
                 where = meta["provenance"]["device"]
                 processes.say(f"{plan.label}: loaded {path.name}, trained on {where}: same sizes, seed and data")
-                return tensors
+                return path, tensors
             why = _why(meta.get("record", {}), plan.record)
             processes.say(f"{plan.label}: {path.name} was trained otherwise ({why}); not used")
     return None
@@ -190,7 +204,12 @@ def _record(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None) -> dict:
     if lm is not None:
         record |= {"generator": asdict(_size(stage, sizes))}
         record |= {"lm": lm.fingerprint()}
-    return json.loads(json.dumps(record))  # as a checkpoint would give it back: tuples become lists
+    return plain(record)
+
+
+def plain(record: dict) -> dict:
+    """A record as a checkpoint gives it back: tuples become lists."""
+    return json.loads(json.dumps(record))
 
 
 def _why(theirs: dict, ours: dict) -> str:
@@ -209,8 +228,9 @@ def _new(stage: str, size: RWKV4Config | GeneratorSize | AdapterSize, lm: RWKV4 
     return StaticDelta(lm, size.rank, size.maps)
 
 
-def _built(module: nn.Module, tensors: dict) -> nn.Module:
+def _built(module: nn.Module, path: Path, tensors: dict) -> nn.Module:
     module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    module.checkpoint = path
     if isinstance(module, LanguageModel):
         module.tokenizer = load_tokenizer()
     return module.to(device()).eval().requires_grad_(False)
@@ -254,7 +274,7 @@ def _train(plan: Plan, path: Path) -> nn.Module:
         files.save_tensors(path, keep, {"kind": plan.kind, "record": plan.record, "provenance": facts})
         (path.parent / f"{path.stem}.checkpoint.safetensors").unlink(missing_ok=True)
     processes.wait()
-    return _built(plan.new(), keep)
+    return _built(plan.new(), path, keep)
 
 
 def load_generator(name: str, lm: RWKV4) -> Generator:
@@ -270,5 +290,7 @@ def load_generator(name: str, lm: RWKV4) -> Generator:
     record = meta["record"]
     if record["lm"] != lm.fingerprint():
         raise UserError(f"{path.name} was trained for model {record['lm']}, not for this one ({lm.fingerprint()})")
+    if record["stage"] not in STAGES:
+        raise UserError(f"{path.name} was trained on pairs ({record['stage']}); `pair_stages.pair_way` loads those")
     size = GeneratorSize(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["generator"].items()})
-    return _built(_new(record["stage"], size, lm), tensors)
+    return _built(_new(record["stage"], size, lm), path, tensors)

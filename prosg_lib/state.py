@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,8 +15,10 @@ class RecurrentState:
     """The state vectors of a batch of sequences.
 
     Attributes:
-        tensors: name -> (B, layers, ...), batch first. Which names there are is the backbone's affair; RWKV-4 has
-            its five vectors a block: att_shift, ffn_shift, num, den, m, each (B, layers, D).
+        tensors: name -> (B, ...), batch first. Which names there are is the backbone's affair. RWKV-4 has its five
+            vectors a block: att_shift, ffn_shift, num, den, m, each (B, layers, D); RWKV-7 the two shifts and a matrix
+            a head, wkv (B, layers, H, N, N); models of `transformers` have "3.conv", "3.state", ... by layer
+            (`backbones.hf.Recurrent`).
     """
 
     tensors: dict[str, Tensor]
@@ -25,7 +28,8 @@ class RecurrentState:
         return next(iter(self.tensors.values())).shape[0]
 
     def nbytes(self) -> int:
-        """Bytes of one sequence's state; the same however long the text was."""
+        """Bytes of one sequence's state; the same however long the text was, unless the model `grows`: keys and values
+        of attention layers are counted as they are kept, with the padding to the longest text of the batch."""
         return sum(t[0].numel() * t.element_size() for t in self.tensors.values())
 
     def select(self, rows: Tensor | list[int] | slice) -> Self:
@@ -36,16 +40,31 @@ class RecurrentState:
         return self._map(Tensor.detach)
 
     def to(self, *args, **kwargs) -> Self:
-        """As `Tensor.to`: move to a device, or change the dtype."""
-        return self._map(lambda t: t.to(*args, **kwargs))
+        """As `nn.Module.to`: move to a device, or change the dtype of what is floating point."""
+        return self._map(lambda t: _moved(t, t.to(*args, **kwargs)))
 
     @classmethod
     def cat(cls, states: list[Self]) -> Self:
-        """One batch out of several."""
-        return cls({name: torch.cat([s.tensors[name] for s in states]) for name in states[0].tensors})
+        """One batch out of several. What grows with the text is padded on the left, with zeros, to the longest."""
+        return cls({name: torch.cat(_as_long([s.tensors[name] for s in states])) for name in states[0].tensors})
 
     def _map(self, f) -> Self:
         return type(self)({name: f(t) for name, t in self.tensors.items()})
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    return after if before.is_floating_point() else before.to(after.device)
+
+
+def _as_long(tensors: list[Tensor]) -> list[Tensor]:
+    longest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    return [
+        F.pad(
+            t,
+            [n for have, need in zip(reversed(t.shape[1:]), reversed(longest), strict=True) for n in (need - have, 0)],
+        )
+        for t in tensors
+    ]
 
 
 @dataclass(frozen=True)

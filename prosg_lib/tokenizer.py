@@ -1,4 +1,4 @@
-"""The project's tokenizer: byte-level BPE, trained by the project on prose and dialogues."""
+"""Text <-> token ids: the project's byte-level BPE, trained on prose and dialogues, and those of other models."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from pathlib import Path
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from prosg_lib import files
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
 
 
 class Tokenizer:
-    """Text <-> token ids. Any UTF-8 text survives the round trip.
+    """Text <-> token ids, by any tokenizer.json. With the project's own, any UTF-8 text survives the round trip.
 
-    A text may be encoded in pieces: cut before a space or after a newline, the pieces' ids are those of the whole,
-    because a token holds at most one white-space character, and that at its start.
+    There, a text may be encoded in pieces: cut before a space or after a newline, the pieces' ids are those of the
+    whole, because a token holds at most one white-space character, and that at its start.
     """
+
+    kind = "bpe"
 
     def __init__(self, bpe: BPE):
         self._bpe = bpe
@@ -38,17 +41,27 @@ class Tokenizer:
     def vocab(self) -> int:
         return self._bpe.get_vocab_size()
 
-    @lru_cache(maxsize=16)  # noqa: B019  (one tokenizer lives as long as the program)
-    def ids_containing(self, text: str) -> tuple[int, ...]:
-        """The tokens whose own text contains `text`."""
-        return tuple(i for i in range(self.vocab) if text in self.decode([i]))
-
     def to_json(self) -> str:
         return self._bpe.to_str(pretty=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Put it into a model's folder, where this project and `transformers` find it."""
+        files.write_text(Path(folder) / "tokenizer.json", self.to_json())
+        files.write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
         return cls(BPE.from_str(text))
+
+    @classmethod
+    def from_file(cls, path: Path) -> Tokenizer:
+        """Raises UserError if the file is missing or is no tokenizer."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"no tokenizer at {path}; `prosg data build` makes the project's own") from None
+        except Exception as error:  # the tokenizers library raises bare Exception for malformed JSON
+            raise UserError(f"{path} is not a tokenizer file: {error}") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:
@@ -63,17 +76,108 @@ class Tokenizer:
         return cls(bpe)
 
 
+class TextPieces:
+    """The tokens of one text, one after the other -> the text in pieces, each as soon as its characters are whole.
+
+    A character of up to four bytes may be spread over as many tokens. The pieces together are what `decode` makes of
+    all tokens, also where their bytes are no text; a few tokens are remembered, however long the text.
+    """
+
+    _UNKNOWN = "\ufffd"  # what `decode` writes for bytes that are no character, or not yet
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decode = tokenizer.decode
+        self._ids: list[int] = []  # the last ones, as far back as their text may change or be needed
+        self._given = 0  # characters of their text that were given out
+
+    def push(self, token: int) -> str:
+        """What the token adds; "" where it ends in the middle of a character."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        whole = text.removesuffix(self._UNKNOWN)
+        piece, self._given = whole[self._given :], len(whole)
+        if whole == text:  # nothing is open; one token stays, because some decoders trim the beginning of a text
+            self._ids, self._given = [token], len(self._decode([token]))
+        else:
+            self._forget(text)
+        return piece
+
+    def _forget(self, text: str) -> None:
+        """Keeps only what the open character may need: cut where no character reaches across."""
+        for kept in range(1, min(4, len(self._ids))):
+            before, after = self._decode(self._ids[:-kept]), self._decode(self._ids[-kept:])
+            if after and before + after == text:
+                self._ids, self._given = self._ids[-kept:], self._given - len(before)
+                return
+
+    def rest(self) -> str:
+        """What was held back, where no further token comes: a character that was never completed."""
+        return self._decode(self._ids)[self._given :]
+
+
 @lru_cache(maxsize=4)
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """The shipped tokenizer, or the one in a file.
+    """The shipped tokenizer, or the one in a file, read once.
 
     Raises:
         UserError: the file is missing or is no tokenizer.
     """
-    path = Path(path) if path else data_dir() / "tokenizer.json"
+    return Tokenizer.from_file(Path(path) if path else data_dir() / "tokenizer.json")
+
+
+class LibraryTokenizer(Tokenizer):
+    """Text <-> token ids by a tokenizer of `transformers` that has no tokenizer.json: sentencepiece, bytes, others."""
+
+    def encode_long(self, text):
+        return self._bpe.encode(text, add_special_tokens=False)
+
+    def decode(self, ids):
+        return self._bpe.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @property
+    def vocab(self):
+        return len(self._bpe)
+
+    def to_json(self):
+        raise UserError(f"a {type(self._bpe).__name__} is no tokenizer.json; save the model in layout 'transformers'")
+
+    def save(self, folder):
+        files.write_folder(folder, self._bpe.save_pretrained)
+
+
+_OTHER_FILES = ("tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def folder_tokenizer(folder: Path, vocab: int) -> Tokenizer | None:
+    """The tokenizer in a model's folder, of whatever kind; None if there is none. Code in the folder is never run.
+
+    Args:
+        vocab: of the model; may be larger than the tokenizer's, and often is, rounded up.
+    Raises:
+        UserError: it is damaged, needs code of its own, or has more tokens than the model.
+    """
+    if (folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    elif any((folder / name).exists() for name in _OTHER_FILES):
+        tokenizer = _library_tokenizer(folder)
+    else:
+        return None
+    if tokenizer.vocab > vocab:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokenizer.vocab} tokens, but the model only {vocab}; "
+            "put the one there that the model was trained with"
+        )
+    return tokenizer
+
+
+def _library_tokenizer(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
     try:
-        return Tokenizer.from_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no tokenizer at {path}; `prosg data build` makes the project's own") from None
-    except Exception as error:  # the tokenizers library raises bare Exception for malformed JSON
-        raise UserError(f"{path} is not a tokenizer file: {error}") from error
+        return LibraryTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+    except Exception as error:  # the library raises whatever its parsers raise
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise UserError(
+            f"the tokenizer in {folder} could not be loaded ({reason}); put a tokenizer.json there, "
+            "or remove its files to load the model without one"
+        ) from error

@@ -3,26 +3,41 @@
 import pytest
 import torch
 
+from prosg_lib.backbones.rwkv import RWKV
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)
 
+FRESH = {
+    "rwkv4": lambda vocab, width, layers: RWKV4(RWKV4Config(vocab, width, layers, 2 * width)),
+    "rwkv7": lambda vocab, width, layers: RWKV7(RWKV7Config(vocab, width, layers, 2 * width, 8, 4, 3, 2, 5)),
+}
+
 
 @pytest.fixture
-def make_lm():
-    """Builds a small random RWKV-4 with the project's tokenizer. A fresh model has zero layers; here none is zero."""
+def family() -> str:
+    """Which models the others make; a test of what every family promises is parametrised with their names."""
+    return "rwkv4"
 
-    def make(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 3, width: int = 16) -> RWKV4:
+
+@pytest.fixture
+def make_lm(family):
+    """Builds a small random RWKV with the project's tokenizer. A fresh model has zero layers; here none is zero."""
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 3, width: int = 16) -> RWKV:
         tokenizer = load_tokenizer()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            lm = RWKV4(RWKV4Config(tokenizer.vocab, width, layers, 2 * width))
+            lm = FRESH[family](tokenizer.vocab, width, layers)
             for name, p in lm.named_parameters():
                 if p.ndim == 2:
                     torch.nn.init.normal_(p, std=1.0 if "emb" in name else 1.5 / p.shape[1] ** 0.5)
                 elif "ln" in name:
                     torch.nn.init.normal_(p, mean=1.0 if "weight" in name else 0.0, std=0.2)
+                elif not p.any():
+                    torch.nn.init.normal_(p, std=0.3)
         lm.tokenizer = tokenizer
         return lm.to(dtype).eval()
 
@@ -30,12 +45,12 @@ def make_lm():
 
 
 @pytest.fixture
-def lm(make_lm) -> RWKV4:
+def lm(make_lm) -> RWKV:
     return make_lm()
 
 
 @pytest.fixture
-def lm64(make_lm) -> RWKV4:
+def lm64(make_lm) -> RWKV:
     return make_lm(dtype=torch.float64)
 
 

@@ -106,6 +106,16 @@ def test_lc_and_lg_are_those_of_a_loop(lm, kind, everywhere):
         assert_close(value.double(), gold, rtol=1e-5, atol=1e-6)
 
 
+def test_echoes_are_held_to_their_own_tokens(lm):
+    """LC with two echoes is LG in the first two steps, and LC from the third on."""
+    found, way = examples(1), adapter(lm)
+    kl, _, _, gold = by_hand(lm, way, found)
+    assert abs(kl - gold) > 1e-2
+    loss_of = pair_objective(lm, way, "LC", echoes=2)
+    for step, expected in ((0, gold), (1, gold), (2, kl)):
+        assert_close(loss_of(step, batch_of(found)).total.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("successive", [False, True])
 def test_several_contexts_at_once_or_one_after_the_other(lm, successive):
     """The way gets them as asked for, and the model that is imitated reads all of them in their order."""

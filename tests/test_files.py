@@ -106,6 +106,36 @@ def test_full_disk_keeps_the_previous_file(tmp_path, monkeypatch, number):
     assert leftovers(tmp_path) == []
 
 
+def test_a_folder_is_filled_at_once(tmp_path):
+    """What another library writes replaces files of the same names only once all of it is there; new folders, too."""
+    target = tmp_path / "new" / "folder"
+
+    def write(text, then=None):
+        def write_into(place):
+            (place / "config.json").write_text(text)
+            assert not (target / "weights").exists() or (target / "weights").read_text() != text
+            if then:
+                raise then
+            (place / "weights").write_text(text)
+
+        return write_into
+
+    files.write_folder(target, write("one"))
+    (target / "notes").write_text("mine")
+    failures = [(OSError(errno.ENOSPC, "full"), UserError), (RuntimeError("kind: StorageFull"), UserError)]
+    for failure, expected in [*failures, (ValueError("no"), ValueError)]:
+        with pytest.raises(expected, match=r"disk is full: .*folder could not be written|no"):
+            files.write_folder(target, write("two", failure))
+        assert {path.name: path.read_text() for path in target.iterdir()} == {
+            "config.json": "one",
+            "weights": "one",
+            "notes": "mine",
+        }
+    files.write_folder(target, write("three"))
+    assert {path.read_text() for path in target.iterdir()} == {"three", "mine"}
+    assert leftovers(target.parent) == []
+
+
 def test_other_failures_leave_nothing_behind(tmp_path, monkeypatch):
     """Any other error passes through as it is, and leaves no temporary file either."""
 

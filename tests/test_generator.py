@@ -11,6 +11,8 @@ from prosg_lib.generator import FinalStateGenerator, StaticDelta, TokenGenerator
 ENDINGS = ("att.output", "ffn.key", "ffn.value")
 KINDS = ("final", "token", "static")
 
+every_family = pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
+
 
 def make(kind, lm, rank=3, trained=True, seed=0):
     """A generator; `trained`: with last layers that are not zero."""
@@ -42,6 +44,7 @@ def assert_same(a, b, tolerance=1e-5):
         assert_close(full(a, name), full(b, name), rtol=tolerance, atol=tolerance)
 
 
+@every_family
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_effect_before_training(lm, prompts, kind):
     delta = make(kind, lm, trained=False).memorize(lm, prompts)
@@ -49,6 +52,7 @@ def test_no_effect_before_training(lm, prompts, kind):
     assert torch.equal(lm(ids, delta=delta)[0], lm(ids)[0])
 
 
+@every_family
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_rank_is_at_most_r(lm64, prompts, kind, rank):
@@ -65,6 +69,7 @@ def test_the_rank_is_at_most_r(lm64, prompts, kind, rank):
         assert torch.equal(torch.linalg.matrix_rank(change), expected)
 
 
+@every_family
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_padded_batch_is_one_at_a_time(lm, prompts, kind):
     generator = make(kind, lm)
@@ -73,6 +78,7 @@ def test_a_padded_batch_is_one_at_a_time(lm, prompts, kind):
         assert_same(together.select([row]), generator.memorize(lm, [prompt]))
 
 
+@every_family
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_static_delta_ignores_the_prompt(lm, prompts, kind):
     delta = make(kind, lm).memorize(lm, prompts)
@@ -103,6 +109,7 @@ def test_token_wise_is_the_sum_of_its_terms(lm64):
     assert_close(full(delta, name)[0], delta.scale * total, rtol=1e-10, atol=1e-12)
 
 
+@every_family
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [(1,) * 45, (44, 1), (1, 44), (7, 31, 2, 5), (32, 13)])
 def test_token_wise_streams(lm, sizes):
@@ -157,6 +164,7 @@ def test_a_continued_prompt_cannot_be_padded(lm):
         generator.absorb(lm, ids_of(1, 3), generator.absorb(lm, ids_of(1, 3)), torch.ones(1, 3, dtype=torch.bool))
 
 
+@every_family
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_the_generator_and_not_the_model(lm, kind):
     """From zero, the last layer learns first; after one step, everything does. The model's weights never."""
@@ -214,6 +222,7 @@ def test_sizes_that_cannot_be_meant_are_refused(lm):
         make("token", lm).memorize(lm, [""])
 
 
+@every_family
 def test_final_state_normaliser(lm, prompts):
     """Fitted on prompts, it gives the trunk unit features; and the delta depends on it."""
     generator = make("final", lm)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE, key
@@ -305,6 +306,22 @@ def test_a_llamas_steps_are_those_of_a_loop(kind, n, successive, dtype):
     else:
         way = kind(lm)
     assert_steps_are_by_hand(lm, way, n, successive, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "successive", "dtype", "tolerance"),
+    [(1, False, torch.float64, 1e-8), (2, True, torch.float64, 1e-8), (1, False, torch.float32, 1e-4)],
+)
+@pytest.mark.parametrize("kind", [adapter, full, rank_two])
+def test_an_rwkv7s_steps_are_those_of_a_loop(kind, n, successive, dtype, tolerance):
+    """Its delta rule is differentiated twice, under vmap, with weights of each example's own, and beside padding, whose
+    keys are zero."""
+    torch.manual_seed(0)
+    lm = RWKV7(RWKV7Config(50, 16, 2, 32, 8, 4, 3, 2, 5)).to(dtype).eval().requires_grad_(False)
+    for weight in lm.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)
+    assert_steps_are_by_hand(lm, kind(lm).to(dtype), n, successive, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("rank", [None, 2])

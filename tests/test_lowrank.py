@@ -1,5 +1,6 @@
 """Factors of a gradient are the gradient; a delta is the merged weights; and the weights stay as they are."""
 
+import functools
 import hashlib
 
 import pytest
@@ -11,6 +12,8 @@ from prosg_lib.errors import UserError
 from prosg_lib.lowrank import Factors, LowRankDelta, TokenFactors, applied, best_rank, gradient_factors, spectrum
 
 MAPS = ("blocks.0.att.output", "blocks.1.ffn.key", "blocks.2.ffn.value")
+
+every_family = pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
 
 
 def delta_for(lm, batch, rank=2, seed=0, names=MAPS, v=None, dtype=torch.float32):
@@ -51,13 +54,14 @@ def loss_of(lm, ids):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
+@every_family
 @pytest.mark.parametrize("frozen", [False, True])
-def test_factors_are_the_gradient_of_every_map(lm64, frozen):
+def test_factors_are_the_gradient_of_every_map(lm64, frozen, family):
     ids, names = ids_of(3, 13), list(lm64.editable())
     grads = torch.autograd.grad(loss_of(lm64, ids), [lm64.editable()[n].weight for n in names])
     lm64.requires_grad_(not frozen)
     factors = gradient_factors(lm64, names, lambda: loss_of(lm64, ids))
-    assert len(names) == 3 * 7
+    assert len(names) == 3 * {"rwkv4": 7, "rwkv7": 6}[family]
     for name, grad in zip(names, grads, strict=True):
         assert grad.abs().max() > 0
         assert_close(factors[name].delta.t() @ factors[name].x, grad, rtol=1e-10, atol=1e-12)
@@ -65,6 +69,7 @@ def test_factors_are_the_gradient_of_every_map(lm64, frozen):
     assert all(p.grad is None for p in lm64.parameters())
 
 
+@every_family
 def test_factors_of_a_text_read_in_pieces(lm64):
     """The loss may take several passes; every pass's tokens count."""
     ids = ids_of(2, 12)
@@ -131,6 +136,7 @@ def test_spectrum_of_a_real_gradient(lm64):
 # --- application --------------------------------------------------------------------------------------------------
 
 
+@every_family
 @torch.no_grad()
 def test_applied_per_sample_is_merged_weights(make_lm, lm64):
     delta, ids = delta_for(lm64, 3, dtype=torch.float64).scaled(0.7), ids_of(3, 40)
@@ -163,6 +169,7 @@ def test_shared_factors_are_one_for_all(lm64, shared):
     assert_close(*chosen, rtol=1e-12, atol=1e-12)
 
 
+@every_family
 def test_weights_are_never_written(lm):
     before, ids = digest(lm), ids_of(2, 6)
     plain = lm(ids)[0]
@@ -176,6 +183,14 @@ def test_weights_are_never_written(lm):
 
     with pytest.raises(RuntimeError, match="inside"):
         interrupted()
+    again = applied(lm, delta_for(lm, 2))
+    changed = []
+    for _ in range(2):
+        with again:
+            changed.append(lm(ids)[0])
+        assert torch.equal(lm(ids)[0], plain)
+    assert torch.equal(*changed)
+    assert not torch.equal(changed[0], plain)
     list(lm.stream([[1], [2]], None, delta_for(lm, 2), 3, None))
     next(lm.stream([[1], [2]], None, delta_for(lm, 2), 3, None))  # abandoned half-way
     assert digest(lm) == before
@@ -235,6 +250,23 @@ def test_sums_with_other_maps_batches_and_zero(lm):
     assert torch.equal(full(gone, MAPS[2]), torch.zeros_like(full(gone, MAPS[2])))
     with pytest.raises(UserError, match="batch 3 and 2"):
         three + delta_for(lm, 2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sum_of_many(lm, shared):
+    """`sum` adds them all; with shared reading directions their rank stays that of one, and `beside` never adds U."""
+    first = delta_for(lm, 2, seed=0).scaled(0.5)
+    v = {n: f.V for n, f in first.factors.items()} if shared else None
+    several = [first, *(delta_for(lm, 2, seed=i, v=v) for i in range(1, 5))]
+    total, apart = sum(several), functools.reduce(LowRankDelta.beside, several)
+    for name in MAPS:
+        expected = torch.stack([full(d, name) for d in several]).sum(0)
+        for found in (total, apart):
+            assert_close(full(found, name), expected, rtol=1e-5, atol=1e-6)
+    assert (total.rank, apart.rank) == (2 if shared else 10, 10)
+    assert sum([first]) is first
+    with pytest.raises(TypeError):
+        sum([first], 1)
 
 
 def test_deltas_of_two_models_do_not_add(lm, make_lm):

@@ -27,12 +27,13 @@ TINY = replace(
         adapter=FEW,
         recurrent_adapter=FEW,
         weights=FEW,
+        maps=FEW,
         low_rank=FEW,
         generator=FEW,
         rank=2,
     ),
 )
-METHODS = ("adapter", "weights", "weights-1", "token", "final")
+METHODS = ("adapter", "maps", "weights", "weights-1", "token", "final")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,6 +137,33 @@ def test_a_model_of_transformers_is_taught_with_its_own_tokenizer(place, saved, 
     assert seen[0][0].endswith("my-model-pairs-adapter-characters-lc-tiny")
 
 
+def test_a_step_on_maps_learns_to_store_first(monkeypatch):
+    """Random tokens, more and more of them, come before the task, and a checkpoint's record says how often."""
+    sizes = replace(TINY.pairs, maps=replace(FEW, steps=8), echoes=6, maps_lr=0.7)
+    monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, pairs=sizes))
+    seen = []
+    monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append(given))
+    way = pair_way(WaySpec("maps", ("characters",)), "recurrent", "tiny")
+    _, _, draw, _, training, _, record = seen[0]
+    assert (way.lr, training.steps) == (0.7, 8)
+    assert (record["inner"]["lr"], record["echoes"]) == (0.7, 6)
+    lengths = [draw(step).context.ids.shape[-1] for step in range(6)]
+    assert lengths[:2] == [8, 8]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] > 40
+    assert ["Question" in load_tokenizer().decode(draw(step).query.ids[0].tolist()) for step in (5, 6)] == [False, True]
+
+
+def test_other_steps_do_not(monkeypatch):
+    """Records of those that are shipped stay as they are."""
+    seen = []
+    monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append(given))
+    pair_way(WaySpec("weights", ("characters",), "LG"), "recurrent", "tiny")
+    _, _, draw, _, _, _, record = seen[0]
+    assert "echoes" not in record
+    assert "Question" in load_tokenizer().decode(draw(0).query.ids[0].tolist())
+
+
 def test_without_steps_there_are_those_of_an_epoch(monkeypatch):
     """As many as there are batches in the tasks' pairs, rounded up: 10,000 pairs, 16 a step."""
     epoch = replace(FEW, steps=0, batch=16)
@@ -149,8 +177,9 @@ def test_without_steps_there_are_those_of_an_epoch(monkeypatch):
 def test_the_papers_profile_has_the_papers_numbers():
     """Batch 16, one epoch, inner learning rate 1e-3, through the adapter's own scale as well."""
     pairs = PROFILES["paper"].pairs
-    assert {t.batch for t in (pairs.adapter, pairs.weights)} == {16}
-    assert {t.steps for t in (pairs.adapter, pairs.weights)} == {0}
+    assert {t.batch for t in (pairs.adapter, pairs.weights, pairs.maps)} == {16}
+    assert {t.steps for t in (pairs.adapter, pairs.weights, pairs.maps)} == {0}
+    assert pairs.echoes == 0
     assert pairs.weights_lr == pytest.approx(1e-3)
     assert pairs.adapter_lr * SCALE**2 == pytest.approx(1e-3)
 
@@ -176,7 +205,10 @@ def test_smoke_leaves_out_what_it_has_no_time_for():
         (lambda: pair_model("no/such/folder", "tiny"), "no/such/folder could not be loaded"),
         (lambda: pairs_of("riddles", "test"), "unknown task 'riddles'; there are characters, reversal"),
         (lambda: pairs_of("squad", "test"), "the data of squad are not here; set PROSG_TEST_DATA"),
-        (lambda: pair_way(WaySpec("magic", PEOPLE), "recurrent", "tiny"), "unknown method 'magic'; there are adapter"),
+        (
+            lambda: pair_way(WaySpec("magic", PEOPLE), "recurrent", "tiny"),
+            "unknown method 'magic'; there are adapter, maps",
+        ),
         (lambda: pair_way(WaySpec("rank", PEOPLE), "recurrent", "tiny"), "unknown method 'rank'; there are adapter"),
         (lambda: pair_way(WaySpec("weights-999", PEOPLE), "recurrent", "tiny"), "rank 999 asked for"),
         (lambda: pair_way(WaySpec("adapter", PEOPLE, "LX"), "recurrent", "tiny"), "unknown objective 'LX'"),

@@ -1,10 +1,12 @@
 """What README shows, works: its example runs, and what it points to is there."""
 
+import inspect
 import re
 
 import pytest
 
 from prosg_lib import paths
+from prosg_lib.backbones import registry
 
 
 @pytest.fixture(scope="module")
@@ -12,13 +14,23 @@ def text():
     return (paths.repo_root() / "README.md").read_text(encoding="utf-8")
 
 
+def blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 def test_example_runs(text, tmp_path, monkeypatch, capsys):
-    """The Python block, as it stands: it still knows the home town, and leaves the file that it saves."""
+    """The first Python block, as it stands: it still knows the home town, and leaves the file that it saves."""
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    block, _ = blocks(text)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert "Oslo" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["prompt.safetensors"]
+
+
+def test_a_class_of_ones_own_is_registered_as_the_docstring_says(text):
+    """The second block is the one that `register` shows, which tests/test_backbones.py runs."""
+    _, _, example = inspect.getdoc(registry.register).partition("::\n")
+    assert blocks(text)[1].strip() == inspect.cleandoc(example).strip()
 
 
 def test_everything_linked_is_there(text):

@@ -29,6 +29,7 @@ TINY = Profile(
     STEPS,
     Evaluation(1, 1, 1, (0,), (0,), (1,)),
     PROFILES["smoke"].pairs,
+    PROFILES["smoke"].pretrained,
 )
 LM = "rwkv4-dialogue-tiny.safetensors"
 

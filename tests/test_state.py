@@ -6,23 +6,28 @@ from torch.testing import assert_close
 
 from prosg_lib.state import Normaliser, RecurrentState
 
+every_family = pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
+
 
 def same(lm, a, b, tolerance=1e-5):
     """Equal as states: the shifts, num / den and log den + m; the gauge itself is free."""
     assert_close(lm.state_features(a), lm.state_features(b), rtol=tolerance, atol=tolerance)
 
 
+@every_family
 def test_a_padded_batch_is_one_at_a_time(lm, prompts):
     together = lm.derive_state(prompts)
     for row, prompt in enumerate(prompts):
         same(lm, together.select([row]), lm.derive_state([prompt]))
 
 
+@every_family
 def test_states_tell_prompts_apart(lm, prompts):
     features = lm.state_features(lm.derive_state(prompts))
     assert (features[:, None] - features[None]).norm(dim=-1).add(10 * torch.eye(len(prompts))).min() > 1
 
 
+@every_family
 @pytest.mark.parametrize("cuts", [(1, 1, 1, 1), (2, 1, 64, 3), (4, 1, 5, 32)])
 def test_two_pieces_are_the_whole(lm, prompts, cuts):
     """Different lengths in both pieces, so that the second is padded behind a state."""
@@ -32,6 +37,7 @@ def test_two_pieces_are_the_whole(lm, prompts, cuts):
     same(lm, both, lm.derive_state(prompts))
 
 
+@every_family
 def test_a_row_that_is_only_padding_keeps_its_state(lm, prompts):
     state = lm.derive_state(prompts)
     valid = torch.ones(4, 6, dtype=torch.bool)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.build import VOCAB
 from prosg_lib.tasks.dialogue import words
-from prosg_lib.tokenizer import Tokenizer, load_tokenizer
+from prosg_lib.tokenizer import TextPieces, Tokenizer, load_tokenizer
 
 ENGLISH = st.lists(
     st.sampled_from(
@@ -78,10 +78,33 @@ def test_shipped_tokenizer_has_the_size_that_models_expect():
     assert load_tokenizer().vocab == VOCAB
 
 
-def test_tokens_with_a_text_in_them():
-    """`ids_containing` finds exactly the tokens whose text has a line's end."""
+BYTES = [i for i in range(VOCAB) if "\ufffd" in load_tokenizer().decode([i])]  # tokens that are part of a character
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(BYTES) | st.integers(0, VOCAB - 1), max_size=30))
+def test_pieces_of_any_tokens_are_their_text(ids):
+    """Together they are what `decode` says, also of bytes that are no text; each is final, and ends with a character;
+    and a few tokens are all that is remembered."""
     tokenizer = load_tokenizer()
-    assert tokenizer.ids_containing("\n") == tokenizer.encode("\n")
+    pieces, text = TextPieces(tokenizer), ""
+    for n, token in enumerate(ids, 1):
+        text += pieces.push(token)
+        whole = tokenizer.decode(ids[:n])
+        assert text in (whole, whole.removesuffix("\ufffd"))
+        assert len(pieces._ids) <= 4
+    assert text + pieces.rest() == tokenizer.decode(ids)
+
+
+def test_a_character_of_several_tokens_comes_as_one_piece():
+    tokenizer = load_tokenizer()
+    ids = tokenizer.encode("a東!")
+    assert len(ids) == 5
+    pieces = TextPieces(tokenizer)
+    assert [pieces.push(token) for token in ids] == ["a", "", "", "東", "!"]
+    pieces = TextPieces(tokenizer)
+    assert [pieces.push(token) for token in ids[:3]] == ["a", "", ""]
+    assert pieces.rest() == "\ufffd"
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):

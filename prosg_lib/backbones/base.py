@@ -11,9 +11,18 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from prosg_lib import generation
 from prosg_lib.errors import UserError
+from prosg_lib.generation import Decoding
 from prosg_lib.lowrank import LowRankDelta, applied
 from prosg_lib.state import RecurrentState
+from prosg_lib.tokenizer import Tokenizer
+
+
+def check_batch(ids: Tensor, state: RecurrentState | None) -> None:
+    """Raises UserError if there is not one state per sequence."""
+    if state is not None and state.batch != len(ids):
+        raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one state per sequence")
 
 
 class LanguageModel(nn.Module, ABC):
@@ -23,7 +32,9 @@ class LanguageModel(nn.Module, ABC):
     (`editable`), what the features of a state are (`state_features`), and keep a dataclass `config`.
     """
 
-    tokenizer = None  # prosg_lib.tokenizer.Tokenizer, where texts go in or out
+    tokenizer: Tokenizer | None = None  # needed where texts go in or out
+    peft_refuses: tuple[str, ...] = ()  # endings of the maps that PEFT puts no adapter on
+    grows = False  # whether the state grows with the text: attention layers keep what they have read
 
     @abstractmethod
     def step_through(
@@ -42,6 +53,10 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def editable(self) -> dict[str, nn.Linear]:
         """The linear maps a delta may change, by module name."""
+
+    def hf_module_name(self, name: str) -> str:
+        """What an editable map is called in the model of `transformers` that computes the same; adapters use it."""
+        return name
 
     def state_features(self, state: RecurrentState) -> Tensor:
         """What a generator reads of a state, (B, F): every vector on its own scale, gauge removed.
@@ -78,7 +93,7 @@ class LanguageModel(nn.Module, ABC):
             raise UserError("prompts is one string; pass a list of prompts, [prompt] for a single one")
         if len(prompts) == 0:
             raise UserError("the list of prompts is empty; pass at least one prompt")
-        rows = [list(self._needed_tokenizer().encode(p) if isinstance(p, str) else p) for p in prompts]
+        rows = [list(self.needed_tokenizer().encode(p) if isinstance(p, str) else p) for p in prompts]
         for i, row in enumerate(rows):
             if not row:
                 raise UserError(f"prompt {i} is empty; a prompt needs at least one token")
@@ -114,42 +129,49 @@ class LanguageModel(nn.Module, ABC):
         state: RecurrentState | None = None,
         delta: LowRankDelta | None = None,
         max_new_tokens: int = 32,
-        stop: str | None = "\n",
-    ) -> list[str]:
-        """Greedy continuations of a batch of prompts, in constant memory.
+        stop: str | Sequence[str | None] | None = "\n",
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+    ) -> list[str] | list[list[int]]:
+        """Continuations of a batch of prompts, the likeliest or drawn, in constant memory.
 
         Args:
             prompts: texts or token ids, of any lengths.
-            state, delta: as in `forward`; one per prompt.
-            stop: a continuation ends before the first token whose text contains it; None: never.
+            state, delta: as in `forward`; one per prompt. Never changed.
+            max_new_tokens, stop, temperature, top_k, top_p, seeds: see `generation.Decoding`.
+        Returns:
+            One text a prompt, without the prompt and without the stop string. Where the model has no tokenizer, which
+            needs prompts of token ids and stop=None: one list of token ids a prompt.
+        Raises:
+            UserError: a value that cannot be meant; prompts, states, changes or seeds of different numbers.
         """
-        rows: list[list[int]] = [[] for _ in prompts]
-        for tokens in self.stream(prompts, state, delta, max_new_tokens, stop):
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                if token >= 0:
-                    row.append(token)
-        tokenizer = self._needed_tokenizer()
-        return [tokenizer.decode(row) for row in rows]
+        how = Decoding(max_new_tokens, stop, temperature, top_k, top_p, seeds)
+        return generation.generate(self, prompts, state, delta, how)
 
-    @torch.no_grad()
-    def stream(self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n") -> Iterator[Tensor]:
-        """The tokens of `generate`, (B,) a step, -1 for a sequence that has ended."""
-        ids, valid = self.encode_prompts(prompts)
-        stops = self._needed_tokenizer().ids_containing(stop) if stop is not None else []
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        ends = torch.tensor(stops, dtype=torch.long, device=ids.device)
-        valid = None if valid.all() else valid
-        for _ in range(max_new_tokens):
-            with applied(self, delta):  # for this step only: whoever takes the tokens may use the model in between
-                hidden, state = self.step_through(ids, state, valid)
-            token = self.read_out(hidden[:, -1]).argmax(-1)
-            ended = ended | torch.isin(token, ends)
-            if ended.all():
-                return
-            yield torch.where(ended, -1, token)
-            ids, valid = token[:, None], None
+    def stream(self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n", **drawing) -> Iterator[Tensor]:
+        """The tokens of `generate` as they come, (B,) a step, -1 for a sequence that has ended.
 
-    def _needed_tokenizer(self):
+        What a stop string is complete with is -1 already; where one spans tokens, those before were out by then.
+        """
+        return generation.stream(self, prompts, state, delta, Decoding(max_new_tokens, stop, **drawing))
+
+    def stream_text(
+        self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n", **drawing
+    ) -> Iterator[list[str]]:
+        """The texts of `generate` as they come: the new piece of each, "" where there is nothing to show yet.
+
+        Pieces are of whole characters, and hold back what may turn out to be the beginning of a stop string.
+        """
+        return generation.stream_text(self, prompts, state, delta, Decoding(max_new_tokens, stop, **drawing))
+
+    def needed_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            UserError: there is none.
+        """
         if self.tokenizer is None:
             raise UserError(
                 "this model has no tokenizer; set lm.tokenizer = load_tokenizer(PATH) to the one it was trained with, "

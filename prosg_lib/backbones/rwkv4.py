@@ -1,8 +1,8 @@
 """RWKV-4 in plain PyTorch, written to be read.
 
 Source: Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", section 3. Module names are those of the
-original author's checkpoints (`blocks.0.att.time_decay`, ...), so that his .pth files load as they are; `from_hf` and
-`to_hf` translate to and from the layout of `transformers.RwkvForCausalLM`.
+author's checkpoints (`blocks.0.att.time_decay`, ...); `from_hf` and `to_hf` translate to and from the layout of
+`transformers.RwkvForCausalLM`.
 
 Glossary of shapes: B batch, T time, D width, F feed-forward width, L layers.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.rwkv import RWKV, BlockState, filled, layers_of, shifted, sum_dtype
 from prosg_lib.backbones.wkv import BLANK, WKVState, wkv_chunked, wkv_recurrent
 from prosg_lib.errors import UserError
 from prosg_lib.state import RecurrentState
@@ -32,19 +32,6 @@ class RWKV4Config:
     width: int
     layers: int
     ffn: int
-
-
-def shifted(x: Tensor, last: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The previous token's vector at every position: (B, T, D), `last` (B, D) before the first; and x with padding
-    replaced by `last`, so that the first valid token finds there what came before it."""
-    if valid is not None:
-        x = torch.where(valid[..., None], x, last[:, None])
-    return torch.cat([last[:, None], x[:, :-1]], 1), x
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of states and of the sums in them: float32 next to half precision."""
-    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
 class TimeMix(nn.Module):
@@ -73,7 +60,7 @@ class TimeMix(nn.Module):
         r = torch.sigmoid(self.receptance(torch.lerp(previous, x, self.time_mix_r)))
         wkv = wkv_recurrent if x.shape[1] == 1 else wkv_chunked
         with torch.autocast(x.device.type, enabled=False):  # sums over many tokens need the digits
-            decay, first = torch.exp(self.time_decay.to(_sum_dtype(k))), self.time_first.to(_sum_dtype(k))
+            decay, first = torch.exp(self.time_decay.to(sum_dtype(k))), self.time_first.to(sum_dtype(k))
             mixed, state = wkv(decay, first, k.to(decay.dtype), v.to(decay.dtype), state, valid)
         return self.output(r * mixed.to(r.dtype)), x[:, -1], state
 
@@ -109,9 +96,7 @@ class Block(nn.Module):
         self.att = TimeMix(config, layer)
         self.ffn = ChannelMix(config, layer)
 
-    def forward(
-        self, x: Tensor, state: dict[str, Tensor] | None, valid: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, state: BlockState | None, valid: Tensor | None) -> tuple[Tensor, BlockState]:
         if state is None:
             att_shift = ffn_shift = x.new_zeros(x.shape[0], x.shape[2])
             wkv = None
@@ -121,52 +106,29 @@ class Block(nn.Module):
         out, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv, valid)
         x = x + out
         out, ffn_shift = self.ffn(self.ln2(x), ffn_shift, valid)
-        return x + out, (att_shift, ffn_shift, *wkv)
+        return x + out, dict(zip(STATE_NAMES, (att_shift, ffn_shift, *wkv), strict=True))
 
 
-class RWKV4(LanguageModel):
+class RWKV4(RWKV):
     """The language model. `forward`, `derive_state`, `generate`: see `LanguageModel`."""
 
     def __init__(self, config: RWKV4Config):
-        super().__init__()
-        self.config = config
-        self.emb = nn.Embedding(config.vocab, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.ln_out = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocab, bias=False)
-        nn.init.uniform_(self.emb.weight, -1e-2, 1e-2)
+        super().__init__(config, Block)
 
-    def blank_state(self, batch: int) -> RecurrentState:
-        """The state before the first token."""
+    def blank_state(self, batch):
         shape = (batch, self.config.layers, self.config.width)
-        zeros = torch.zeros(shape, dtype=_sum_dtype(self.emb.weight), device=self.emb.weight.device)
+        zeros = torch.zeros(shape, dtype=sum_dtype(self.emb.weight), device=self.emb.weight.device)
         return RecurrentState({n: torch.full_like(zeros, BLANK) if n == "m" else zeros for n in STATE_NAMES})
 
-    def step_through(self, ids, state=None, valid=None):
-        if state is not None and state.batch != len(ids):
-            raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one state per sequence")
-        x, after = self.embed(ids), []
-        for layer, block in enumerate(self.blocks):
-            before = None
-            if state is not None:
-                before = {n: t[:, layer].to(x.dtype if "shift" in n else t.dtype) for n, t in state.tensors.items()}
-            x, tensors = block(x, before, valid)
-            after.append(tensors)
-        stacked = (torch.stack(t, 1).to(_sum_dtype(self.emb.weight)) for t in zip(*after, strict=True))
-        return self.ln_out(x), RecurrentState(dict(zip(STATE_NAMES, stacked, strict=True)))
+    def through_blocks(self, x, before, valid):
+        after = []
+        for block, state in zip(self.blocks, before, strict=True):
+            x, state = block(x, state, valid)
+            after.append(state)
+        return x, after
 
-    def read_out(self, hidden):
-        return self.head(hidden)
-
-    def embed(self, ids):
-        return self.blocks[0].ln0(self.emb(ids))
-
-    def editable(self):
-        return {
-            name: module
-            for name, module in self.named_modules()
-            if isinstance(module, nn.Linear) and name.startswith("blocks.")
-        }
+    def hf_module_name(self, name):
+        return _hf_name(name)
 
     def state_features(self, state):
         """Of the five vectors a block: both shifts, the ratio num / den (what WKV would read), and log den + m."""
@@ -205,8 +167,7 @@ def config_of(weights: dict[str, Tensor]) -> RWKV4Config:
     """The sizes, read off a state dict in the author's layout."""
     try:
         vocab, width = weights["emb.weight"].shape
-        layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-        return RWKV4Config(vocab, width, layers, weights["blocks.0.ffn.key.weight"].shape[0])
+        return RWKV4Config(vocab, width, layers_of(weights), weights["blocks.0.ffn.key.weight"].shape[0])
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(
             f"these weights are not RWKV-4's: {error}; expected names like emb.weight, blocks.0.att.time_decay"
@@ -216,20 +177,7 @@ def config_of(weights: dict[str, Tensor]) -> RWKV4Config:
 def from_weights(weights: dict[str, Tensor]) -> RWKV4:
     """A model out of a state dict in the author's .pth layout (time_mix_* may be (1, 1, D)), in float32."""
     model = RWKV4(config_of(weights))
-    own = model.state_dict()
-    missing, foreign = own.keys() - weights.keys(), weights.keys() - own.keys()
-    if missing or foreign:
-        raise UserError(
-            f"these weights are not RWKV-4's: {len(missing)} tensors missing ({', '.join(sorted(missing)[:3])}), "
-            f"{len(foreign)} unknown ({', '.join(sorted(foreign)[:3])})"
-        )
-    for name, tensor in weights.items():
-        if [n for n in tensor.shape if n > 1] != [n for n in own[name].shape if n > 1]:
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        if not tensor.is_floating_point():
-            raise UserError(f"{name} is {tensor.dtype}; quantised weights cannot be read, take the float16 file")
-    model.load_state_dict({name: tensor.float().reshape(own[name].shape) for name, tensor in weights.items()})
-    return model
+    return filled(model, to_weights(model), weights, "RWKV-4")
 
 
 def from_hf(weights: dict[str, Tensor]) -> RWKV4:

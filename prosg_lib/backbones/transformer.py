@@ -7,64 +7,29 @@ and for comparison. Attention is eager, because fused attention cannot be differ
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import cached_file
 
-from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.errors import UserError
+from prosg_lib.backbones.base import check_batch
+from prosg_lib.backbones.hub import HubModel, TransformerConfig, pretrained
 from prosg_lib.state import RecurrentState
 from prosg_lib.tokenizer import Tokenizer, load_tokenizer
 
 
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes. kind: the model_type of `transformers`; ffn: 0 where the class does not say.
-
-    rest: what else its configuration sets, as JSON; a model's fingerprint has it.
-    """
-
-    kind: str
-    vocab: int
-    width: int
-    layers: int
-    ffn: int = 0
-    heads: int = 0
-    rest: str = ""
-
-
-_NO_SIZE = ("_name_or_path", "architectures", "dtype", "transformers_version")
-
-
-class CausalTransformer(LanguageModel):
+class CausalTransformer(HubModel):
     """A causal language model of `transformers`. `forward`, `generate`: see `LanguageModel`."""
 
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        model.set_attn_implementation("eager")
-        self.model = model
-        c = model.config
-        self.config = TransformerConfig(
-            c.model_type,
-            c.vocab_size,
-            c.hidden_size,
-            c.num_hidden_layers,
-            getattr(c, "intermediate_size", None) or 0,
-            c.num_attention_heads,
-            json.dumps({k: v for k, v in c.to_diff_dict().items() if k not in _NO_SIZE}, sort_keys=True, default=str),
-        )
+    grows = True
 
     def step_through(self, ids, state=None, valid=None):
         time = ids.shape[1]
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+        check_batch(ids, state)
         if state is not None:
-            if state.batch != len(ids):
-                raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one per sequence")
             ids = torch.cat([state.tensors["ids"], ids], 1)
             valid = torch.cat([state.tensors["valid"], valid], 1)
         body = self.model.base_model
@@ -75,21 +40,6 @@ class CausalTransformer(LanguageModel):
             use_cache=False,
         ).last_hidden_state
         return hidden[:, -time:], RecurrentState({"ids": ids, "valid": valid})
-
-    def read_out(self, hidden):
-        return self.model.get_output_embeddings()(hidden)
-
-    def embed(self, ids):
-        return self.model.get_input_embeddings()(ids)
-
-    def editable(self):
-        """Every linear map of the blocks, by its name in the model."""
-        heads = (self.model.get_output_embeddings(),)
-        return {
-            name.removeprefix("model."): module
-            for name, module in self.named_modules()
-            if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module not in heads
-        }
 
 
 def _causal(valid: Tensor, dtype: torch.dtype) -> Tensor:
@@ -146,14 +96,7 @@ def load_transformer(source: str | Path) -> CausalTransformer:
     Raises:
         UserError: the hub cannot be reached, or there is no such model.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # the hub's, the HTTP client's and the operating system's errors have no common class
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise UserError(
-            f"{source} could not be loaded ({reason}); give a folder that `save_pretrained` wrote"
-        ) from error
-    lm = CausalTransformer(model).eval()
+    lm = CausalTransformer(pretrained(source)).eval()
     lm.tokenizer = _tokenizer(source)
     return lm
 

@@ -119,6 +119,7 @@ class PairDraw:
         tasks: pairs by task.
         turns: the tasks' order; one may have several turns.
         echoes: so many first steps are `echoed` random tokens instead.
+        longest: of an echo's context: the first third of them have 8 tokens, then ever more; 0: all have 40.
         contexts: numbers of contexts; a step draws one. Fewer are taken where they would be longer than `room` tokens.
     """
 
@@ -129,12 +130,13 @@ class PairDraw:
     seed: int
     turns: tuple[str, ...]
     echoes: int = 0
+    longest: int = 0
     room: int = 320
 
     def __call__(self, step: int) -> PairBatch:
         rng = random.Random(f"pairs/{self.seed}/{step}")
         if step < self.echoes:
-            return echoed(self.batch, self.tokenizer.vocab, f"{self.seed}/{step}")
+            return echoed(self.batch, self.tokenizer.vocab, f"{self.seed}/{step}", *self._lengths(step))
         pairs = self.tasks[self.turns[step % len(self.turns)]]
         n = rng.choice(self.contexts)
         if n > len(pairs):
@@ -143,3 +145,10 @@ class PairDraw:
         longest = max(len(encoded(pair, self.tokenizer)[0]) for group in drawn for pair in group)
         groups = [group[: max(1, self.room // longest)] for group in drawn]
         return collate(groups, self.tokenizer, f"{self.seed}/{step}")
+
+    def _lengths(self, step: int) -> tuple[int, int]:
+        """Tokens of an echo that are told, and of them asked."""
+        if not self.longest:
+            return 40, 24
+        told = round(8 * (self.longest / 8) ** max(0.0, 1.5 * step / self.echoes - 0.5))
+        return told, min(18, told * 3 // 4)

@@ -1,0 +1,108 @@
+"""What all classes of `transformers` share behind the project's interface, whether they are recurrent or not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.errors import UserError
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a model of `transformers`. kind: its model_type; ffn, heads: 0 where the class does not say.
+
+    rest: what else its configuration sets, as JSON; a model's fingerprint has it.
+    """
+
+    kind: str
+    vocab: int
+    width: int
+    layers: int
+    ffn: int = 0
+    heads: int = 0
+    rest: str = ""
+
+
+_NO_SIZE = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
+
+
+class HubModel(LanguageModel):
+    """A causal language model of `transformers`, attention eager, because fused attention has no second derivative.
+
+    Attributes:
+        model: the wrapped model.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        model.set_attn_implementation("eager")
+        self.model = model
+        c = model.config
+        self.config = TransformerConfig(
+            c.model_type,
+            c.vocab_size,
+            c.hidden_size,
+            c.num_hidden_layers,
+            getattr(c, "intermediate_size", None) or 0,
+            getattr(c, "num_attention_heads", None) or 0,
+            json.dumps({k: v for k, v in c.to_diff_dict().items() if k not in _NO_SIZE}, sort_keys=True, default=str),
+        )
+
+    def _apply(self, fn, recurse=True):
+        """What `to`, `half`, `cuda` do. Buffers that are no weights are moved, but keep their precision: the
+        frequencies of rotary positions would be wrong after some hundred tokens."""
+        weights = self.state_dict().keys()
+        kept = [(n, b) for n, b in self.named_buffers(remove_duplicate=False) if n not in weights]
+        super()._apply(fn, recurse)
+        for name, before in kept:
+            module, leaf = self.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            setattr(module, leaf, before.to(getattr(module, leaf).device))
+        return self
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        head = self.model.get_output_embeddings()
+        return head(hidden.to(head.weight.dtype))  # Mamba's are float32 in a model of half precision
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids)
+
+    def editable(self) -> dict[str, nn.Linear]:
+        """Every linear map of the blocks, by its name in the model."""
+        heads = (self.model.get_output_embeddings(),)
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module not in heads
+        }
+
+
+def pretrained(source: str | Path) -> PreTrainedModel:
+    """A model of `transformers` by hub id or folder, float32, every weight from the file; its own code only.
+
+    Raises:
+        UserError: the hub cannot be reached, there is no such model, or its files are damaged or another model's.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # the hub's, the HTTP client's and the operating system's errors have no common class
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise UserError(
+            f"{source} could not be loaded ({reason}); give a folder that `save_pretrained` wrote"
+        ) from error
+    # The library would make up what is missing, at random, with no more than a warning.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{source} lacks {len(missing)} of the weights that its config.json speaks of ({', '.join(missing[:3])}); "
+            "copy it again, or give the folder of a whole model"
+        )
+    return model.eval()

@@ -1,0 +1,125 @@
+"""What the generations of RWKV have in common: token shift, blocks that hand on a state, the author's weight files.
+
+Module names are those of the author's checkpoints, so that their .pth files load as they are.
+
+Glossary of shapes: B batch, T time, D width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from prosg_lib.backbones.base import LanguageModel, check_batch
+from prosg_lib.errors import UserError
+from prosg_lib.state import RecurrentState
+
+BlockState = dict[str, Tensor]
+"""One block's state: name -> (B, ...)."""
+
+
+def shifted(x: Tensor, last: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The previous token's vector at every position: (B, T, D), `last` (B, D) before the first; and x with padding
+    replaced by `last`, so that the first valid token finds there what came before it."""
+    if valid is not None:
+        x = torch.where(valid[..., None], x, last[:, None])
+    return torch.cat([last[:, None], x[:, :-1]], 1), x
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of states and of the sums in them: float32 next to half precision."""
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
+class RWKV(LanguageModel):
+    """Embedding, blocks and read-out. A generation says what its blocks are and how they follow each other.
+
+    Args:
+        config: has vocab, width and layers.
+        block: (config, layer) -> the block.
+    """
+
+    def __init__(self, config, block: Callable[..., nn.Module]):
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.layers))
+        self.ln_out = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab, bias=False)
+        nn.init.uniform_(self.emb.weight, -1e-2, 1e-2)
+
+    @abstractmethod
+    def blank_state(self, batch: int) -> RecurrentState:
+        """The state before the first token."""
+
+    @abstractmethod
+    def through_blocks(
+        self, x: Tensor, before: list[BlockState | None], valid: Tensor | None
+    ) -> tuple[Tensor, list[BlockState]]:
+        """x (B, T, D) behind the last block, and the state of every block after the last token."""
+
+    def step_through(self, ids, state=None, valid=None):
+        check_batch(ids, state)
+        x, before = self.embed(ids), [None] * self.config.layers
+        if state is not None:
+            given = {n: t.to(x.dtype if "shift" in n else t.dtype).unbind(1) for n, t in state.tensors.items()}
+            before = [dict(zip(given, tensors, strict=True)) for tensors in zip(*given.values(), strict=True)]
+        x, after = self.through_blocks(x, before, valid)
+        stacked = {n: torch.stack([s[n] for s in after], 1).to(sum_dtype(self.emb.weight)) for n in after[0]}
+        return self.ln_out(x), RecurrentState(stacked)
+
+    def read_out(self, hidden):
+        return self.head(hidden)
+
+    def embed(self, ids):
+        return self.blocks[0].ln0(self.emb(ids))
+
+    def editable(self):
+        return {
+            name: module
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith("blocks.")
+        }
+
+
+Model = TypeVar("Model", bound=RWKV)
+
+
+def filled(model: Model, layout: dict[str, Tensor], weights: dict[str, Tensor], kind: str) -> Model:
+    """The model with an author's weights instead of its own, in float32; the weights themselves are copied.
+
+    Args:
+        layout: the model's state dict as the author lays it out.
+        weights: of these names and shapes, but for dimensions of size 1.
+        kind: the generation, for messages.
+    Raises:
+        UserError: tensors are missing, foreign, of another shape, or quantised.
+    """
+    missing, foreign = layout.keys() - weights.keys(), weights.keys() - layout.keys()
+    if missing or foreign:
+        raise UserError(
+            f"these weights are not {kind}'s: {len(missing)} tensors missing ({', '.join(sorted(missing)[:3])}), "
+            f"{len(foreign)} unknown ({', '.join(sorted(foreign)[:3])})"
+        )
+    for name, tensor in weights.items():
+        if [n for n in tensor.shape if n > 1] != [n for n in layout[name].shape if n > 1]:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(layout[name].shape)}")
+        if not tensor.is_floating_point():
+            raise UserError(f"{name} is {tensor.dtype}; quantised weights cannot be read, take the float16 file")
+    own = model.state_dict()
+    copied = {n: t.to("cpu", torch.float32, copy=True).reshape(own[n].shape) for n, t in weights.items()}
+    model.load_state_dict(copied, assign=True)
+    return model
+
+
+def layers_of(weights: dict[str, Tensor]) -> int:
+    """How many blocks these weights name.
+
+    Raises:
+        ValueError, IndexError: a name is not of the author's layout, or none names a block.
+    """
+    return 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))

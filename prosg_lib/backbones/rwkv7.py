@@ -1,0 +1,257 @@
+"""RWKV-7 in plain PyTorch, written to be read.
+
+Source: Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", arXiv 2503.14456; x070 in the author's
+code. Module names are those of the author's checkpoints (`blocks.0.att.x_r`, `blocks.0.att.w1`, ...).
+
+Glossary of shapes: B batch, T time, D width, F feed-forward width, L layers, H heads, N head size; D = H N.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prosg_lib.backbones.rwkv import RWKV, BlockState, filled, layers_of, shifted, sum_dtype
+from prosg_lib.backbones.wkv7 import wkv7_chunked, wkv7_recurrent
+from prosg_lib.errors import UserError
+from prosg_lib.state import RecurrentState
+
+
+@dataclass(frozen=True)
+class RWKV7Config:
+    """Sizes; the defaults are those of the published model of width 768.
+
+    Attributes:
+        ffn: the feed-forward width, 4 D in every published model.
+        head: N, 64 in every published model.
+        decay_rank, rate_rank, value_rank, gate_rank: of the low-rank maps to w, a, v and g. A single layer has no map
+            to v, and value_rank 0.
+    """
+
+    vocab: int
+    width: int
+    layers: int
+    ffn: int
+    head: int = 64
+    decay_rank: int = 64
+    rate_rank: int = 64
+    value_rank: int = 32
+    gate_rank: int = 128
+
+    def __post_init__(self):
+        if self.head < 1 or self.width % self.head:
+            raise UserError(f"a width of {self.width} is no multiple of the head size {self.head}; choose one that is")
+        if self.layers == 1:
+            object.__setattr__(self, "value_rank", 0)
+
+
+def _mixing(config: RWKV7Config, layer: int, power: float) -> nn.Parameter:
+    """(D,), the previous token's share in a token shift: from 1 to 0 over the channels, and less in later layers."""
+    return nn.Parameter(1 - (torch.arange(config.width) / config.width) ** (power * (1 - layer / config.layers)))
+
+
+def _low_rank(width: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """(D, rank) and (rank, D), whose product starts at zero."""
+    return nn.Parameter(torch.zeros(width, rank)), nn.Parameter(torch.randn(rank, width) * 0.1 / width**0.5)
+
+
+def _linear(inner: int, out: int, size: float) -> nn.Linear:
+    """Without bias; uniform in ± size / sqrt(inner)."""
+    linear = nn.Linear(inner, out, bias=False)
+    nn.init.uniform_(linear.weight, -size / inner**0.5, size / inner**0.5)
+    return linear
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x (..., N) at length 1; zero stays zero, with finite derivatives."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp(min=1e-24))
+
+
+class TimeMix(nn.Module):
+    """Attention's place: mixes over time by the delta rule of `wkv7`, and adds a bonus for the token at hand.
+
+    Mixing vectors x_r, ..., x_g give the share of the previous token; those of RWKV-4 the share of this one.
+    """
+
+    def __init__(self, config: RWKV7Config, layer: int):
+        super().__init__()
+        width, depth = config.width, layer / max(config.layers - 1, 1)
+        self.size = config.head
+        self.x_r = _mixing(config, layer, 0.2)
+        self.x_w = _mixing(config, layer, 0.9)
+        self.x_k = _mixing(config, layer, 0.7)
+        self.x_v = _mixing(config, layer, 0.7)
+        self.x_a = _mixing(config, layer, 0.9)
+        self.x_g = _mixing(config, layer, 0.2)
+        channel = torch.arange(width) / max(width - 1, 1)
+        place = 2 * (torch.arange(width) % config.head) / max(config.head - 1, 1) - 1  # -1 to 1 in every head
+        self.w0 = nn.Parameter(-5.5 + 6 * channel ** (1 + depth**0.3) + 2.5 * place * place.abs())
+        self.w1, self.w2 = _low_rank(width, config.decay_rank)
+        self.a0 = nn.Parameter(0.4 * channel - 0.4 + 0.3 * place * place.abs())
+        self.a1, self.a2 = _low_rank(width, config.rate_rank)
+        if layer > 0:
+            self.v0 = nn.Parameter(0.9 - 0.4 * channel)
+            self.v1, self.v2 = _low_rank(width, config.value_rank)
+        self.g1, self.g2 = _low_rank(width, config.gate_rank)
+        self.k_k = nn.Parameter(torch.full((width,), 0.7))
+        self.k_a = nn.Parameter(torch.ones(width))
+        # Tells the head size; three dimensions, so that it counts as a vector where matrices are changed by low rank.
+        self.r_k = nn.Parameter(torch.zeros(1, width // config.head, config.head))
+        self.receptance = _linear(width, width, 0.5)
+        self.key = _linear(width, width, 0.05)
+        self.value = _linear(width, width, 0.5)
+        self.output = _linear(width, width, 0.0)
+        self.ln_x = nn.GroupNorm(width // config.head, width, eps=64e-5)
+
+    def forward(self, x: Tensor, last: Tensor, state: Tensor | None, valid: Tensor | None, first: Tensor | None):
+        """(B, T, D); shift and matrices after the last token; the first layer's values, which are `first` in others."""
+        previous, x = shifted(x, last, valid)
+        r = self.receptance(torch.lerp(x, previous, self.x_r))
+        k = self.key(torch.lerp(x, previous, self.x_k))
+        x_v = torch.lerp(x, previous, self.x_v)
+        v = self.value(x_v)
+        if first is None:
+            first = v
+        else:
+            v = v + (first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2)
+        w = self.w0 + torch.tanh(torch.lerp(x, previous, self.x_w) @ self.w1) @ self.w2
+        a = torch.sigmoid(self.a0 + torch.lerp(x, previous, self.x_a) @ self.a1 @ self.a2)
+        g = torch.sigmoid(torch.lerp(x, previous, self.x_g) @ self.g1) @ self.g2
+        removed = k * self.k_k
+        k = k * (1 + (a - 1) * self.k_a)
+
+        def heads(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (-1, self.size)).to(sum_dtype(x))
+
+        wkv = wkv7_recurrent if x.shape[1] == 1 else wkv7_chunked
+        with torch.autocast(x.device.type, enabled=False):  # sums over many tokens need the digits
+            w = -math.exp(-0.5) * torch.sigmoid(heads(w))
+            y, state = wkv(heads(r), w, heads(k), heads(v), _unit(heads(removed)), heads(a), state, valid)
+            bonus = (heads(r) * heads(k) * self.r_k).sum(-1, keepdim=True) * heads(v)
+        y, bonus = (t.flatten(2).to(v.dtype) for t in (y, bonus))
+        y = self.ln_x(y.flatten(0, 1)).view_as(y) + bonus
+        return self.output(y * g), x[:, -1], state, first
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward part: W_v relu(W_k x)^2, without RWKV-4's gate."""
+
+    def __init__(self, config: RWKV7Config, layer: int):
+        super().__init__()
+        self.x_k = nn.Parameter(1 - (torch.arange(config.width) / config.width) ** ((1 - layer / config.layers) ** 4))
+        self.key = _linear(config.width, config.ffn, 0.5)
+        self.value = _linear(config.ffn, config.width, 0.0)
+
+    def forward(self, x: Tensor, last: Tensor, valid: Tensor | None):
+        previous, x = shifted(x, last, valid)
+        return self.value(torch.relu(self.key(torch.lerp(x, previous, self.x_k))).square()), x[:, -1]
+
+
+class Block(nn.Module):
+    def __init__(self, config: RWKV7Config, layer: int):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.width)
+        self.ln1 = nn.LayerNorm(config.width)
+        self.ln2 = nn.LayerNorm(config.width)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config, layer)
+
+    def forward(
+        self, x: Tensor, state: BlockState | None, valid: Tensor | None, first: Tensor | None
+    ) -> tuple[Tensor, BlockState, Tensor]:
+        if state is None:
+            zeros = x.new_zeros(x.shape[0], x.shape[2])
+            state = {"att_shift": zeros, "ffn_shift": zeros, "wkv": None}
+        out, att_shift, wkv, first = self.att(self.ln1(x), state["att_shift"], state["wkv"], valid, first)
+        x = x + out
+        out, ffn_shift = self.ffn(self.ln2(x), state["ffn_shift"], valid)
+        return x + out, {"att_shift": att_shift, "ffn_shift": ffn_shift, "wkv": wkv}, first
+
+
+class RWKV7(RWKV):
+    """The language model. `forward`, `derive_state`, `generate`: see `LanguageModel`."""
+
+    def __init__(self, config: RWKV7Config):
+        super().__init__(config, Block)
+
+    def blank_state(self, batch):
+        c, weight = self.config, self.emb.weight
+        shift = torch.zeros(batch, c.layers, c.width, dtype=sum_dtype(weight), device=weight.device)
+        wkv = shift.new_zeros(batch, c.layers, c.width // c.head, c.head, c.head)
+        return RecurrentState({"att_shift": shift, "ffn_shift": shift, "wkv": wkv})
+
+    def through_blocks(self, x, before, valid):
+        after, first = [], None
+        for block, state in zip(self.blocks, before, strict=True):
+            x, state, first = block(x, state, valid, first)
+            after.append(state)
+        return x, after
+
+    def state_features(self, state):
+        """Both shifts, and every head's matrix as a direction and the log of its length: the read-out is normalised, so
+        that it is the direction which is read, and the length says how far the next token will turn it."""
+        s = state.tensors
+        wkv = s["wkv"].flatten(3)  # (B, L, H, N N)
+        length = wkv.norm(dim=-1, keepdim=True)
+        seen = length > 0
+        length = torch.where(seen, length, 1.0)
+        features = (s["att_shift"], s["ffn_shift"], (wkv / length).flatten(2), torch.log(length).flatten(2))
+        return torch.cat(features, -1).flatten(1)  # (B, L (2 D + D N + H))
+
+
+def config_of(weights: dict[str, Tensor]) -> RWKV7Config:
+    """The sizes, read off a state dict in the author's layout."""
+    try:
+        vocab, width = weights["emb.weight"].shape
+        layers = layers_of(weights)
+        *_, _heads, head = weights["blocks.0.att.r_k"].shape
+        ffn, _ = weights["blocks.0.ffn.key.weight"].shape
+        ranks = [weights[f"blocks.0.att.{name}"].shape[1] for name in ("w1", "a1", "g1")]
+        value_rank = weights["blocks.1.att.v1"].shape[1] if layers > 1 else 0
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"these weights are not RWKV-7's: {error}; expected names like emb.weight, blocks.0.att.r_k"
+        ) from error
+    decay_rank, rate_rank, gate_rank = ranks
+    return RWKV7Config(vocab, width, layers, ffn, head, decay_rank, rate_rank, value_rank, gate_rank)
+
+
+def from_weights(weights: dict[str, Tensor]) -> RWKV7:
+    """A model out of a state dict in the author's .pth layout, in float32.
+
+    The first layer may have v0, v1 and v2 or not; nothing uses them there, and they are left out.
+
+    Raises:
+        UserError: a tensor is missing, foreign, of a wrong shape, or quantised.
+    """
+    weights = {n: t for n, t in weights.items() if n not in _UNUSED}
+    with torch.device("meta"):  # every number of it will be replaced
+        model = RWKV7(config_of(weights))
+    return filled(model, to_weights(model), weights, "RWKV-7")
+
+
+_UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+
+
+def to_weights(model: RWKV7) -> dict[str, Tensor]:
+    """The state dict in the author's .pth layout: r_k (H, N), the other vectors of a mix (1, 1, D)."""
+
+    def laid_out(name: str, tensor: Tensor) -> Tensor:
+        if name.endswith(".r_k"):
+            return tensor[0]
+        return tensor[None, None] if tensor.ndim == 1 and "ln" not in name else tensor
+
+    return {name: laid_out(name, tensor) for name, tensor in model.state_dict().items()}
+
+
+def training_flops(config: RWKV7Config) -> float:
+    """Floating point operations of training per token: 6 per weight of the linear and low-rank maps (forward 2,
+    backward 4), and as much for each of the four times that a token meets a number of the matrices."""
+    c = config
+    ranks = c.layers * (c.decay_rank + c.rate_rank + c.gate_rank) + (c.layers - 1) * c.value_rank
+    block = 4 * c.width**2 + 2 * c.width * c.ffn + 4 * c.width * c.head
+    return 6.0 * (c.layers * block + 2 * c.width * ranks + c.width * c.vocab)

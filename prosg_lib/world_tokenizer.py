@@ -1,0 +1,138 @@
+"""The tokenizer of RWKV's World models, from the vocabulary file that comes with them (rwkv_vocab_v20230424.txt).
+
+A line a token: its index, the token as a Python string or bytes literal, and its length in bytes. A text's tokens are
+found by greedy longest match on its bytes. Index 0 is not in the file: it ends a text and is never part of one.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from prosg_lib.errors import UserError
+
+_END = -1  # key of a trie node, beside the bytes that go on: the index of the token that ends here
+
+
+class WorldTokenizer:
+    """Text <-> token ids, as `tokenizer.Tokenizer`. Any UTF-8 text survives the round trip.
+
+    Args:
+        tokens: index -> the token's bytes.
+    """
+
+    kind = "world"
+
+    def __init__(self, tokens: Mapping[int, bytes]):
+        self._tokens = dict(tokens)
+        self._trie: dict = {}
+        for index, token in self._tokens.items():
+            node = self._trie
+            for byte in token:
+                node = node.setdefault(byte, {})
+            node[_END] = index
+        self.encode = lru_cache(maxsize=200_000)(self._encode)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.encode_long(text))
+
+    def encode_long(self, text: str) -> list[int]:
+        """As `encode`, for long texts that are not worth remembering.
+
+        Raises:
+            UserError: no token begins with a byte of the text; the full vocabulary has a token for each.
+        """
+        data, ids, start = text.encode(), [], 0
+        while start < len(data):
+            index, end = self._longest(data, start)
+            if index is None:
+                raise UserError(
+                    f"no token of this vocabulary covers byte {data[start]:#04x} (byte {start} of the text); take one "
+                    "that has all 256 bytes"
+                )
+            ids.append(index)
+            start = end
+        return ids
+
+    def _longest(self, data: bytes, start: int) -> tuple[int | None, int]:
+        """The longest token at `start`, and where it ends."""
+        node, found = self._trie, (None, start)
+        for place in range(start, len(data)):
+            node = node.get(data[place])
+            if node is None:
+                break
+            if _END in node:
+                found = node[_END], place + 1
+        return found
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; replacement characters where the bytes are no UTF-8, as where a character is cut in two."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The text's bytes, for texts that come token by token. An id without a token (0, and the rows by which an
+        embedding is larger than its vocabulary) adds nothing."""
+        return b"".join(self._tokens.get(index, b"") for index in ids)
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the embedding that goes with it: up to the highest index, to the next multiple of 64."""
+        return -(-(max(self._tokens) + 1) // 64) * 64
+
+    def to_json(self) -> str:
+        return json.dumps({index: token.decode("latin-1") for index, token in self._tokens.items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> WorldTokenizer:
+        return cls({int(index): token.encode("latin-1") for index, token in json.loads(text).items()})
+
+
+@lru_cache(maxsize=4)
+def load_world_tokenizer(path: str | Path) -> WorldTokenizer:
+    """The tokenizer of a vocabulary file.
+
+    Raises:
+        UserError: the file is missing, is no text, or has a line that is not `index 'token' length` with the token's
+            length in bytes, or that repeats an index or a token; names the line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"no vocabulary at {path}; give the path of the model's rwkv_vocab_*.txt") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no vocabulary file: byte {error.start} is not UTF-8; copy it again") from error
+    tokens: dict[int, bytes] = {}
+    seen: dict[bytes, int] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            index, token = _token(line)
+            if index in tokens:
+                raise ValueError(f"index {index} is there twice")
+            if token in seen:
+                raise ValueError(f"the token of index {seen[token]} once more")
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}; copy the file again") from error
+        tokens[index], seen[token] = token, index
+    return WorldTokenizer(tokens)
+
+
+def _token(line: str) -> tuple[int, bytes]:
+    """A line's index and token."""
+    index, _, rest = line.partition(" ")
+    literal, _, length = rest.rpartition(" ")
+    if not (index.isdecimal() and length.isdecimal() and literal):
+        raise ValueError("not `index 'token' length`")
+    try:
+        token = ast.literal_eval(literal)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError(f"{literal[:40]} is no string or bytes as Python writes them") from None
+    token = token.encode() if isinstance(token, str) else token
+    if not isinstance(token, bytes) or not token or int(index) == 0:
+        raise ValueError("not an index above 0 with a string or bytes that are not empty")
+    if len(token) != int(length):
+        raise ValueError(f"the token has {len(token)} bytes, and the line says {length}")
+    return int(index), token
