@@ -126,7 +126,7 @@ def _add_trained(whats) -> None:
     }.items():
         way = whats.add_parser(name, help=summary, description=f"Trains {summary}.", parents=[every])
     # The last one has more options.
-    way.add_argument("--method", required=True, help="adapter, weights, weights-RANK, token or final")
+    way.add_argument("--method", required=True, help="adapter, maps, weights, weights-RANK, token or final")
     way.add_argument("--task", action="append", required=True, metavar="NAME", help="trained on it; repeatable")
     way.add_argument("--after", action="append", default=[], metavar="NAME", help="trained on it before; repeatable")
     way.add_argument("--objective", choices=("LC", "LG"), default="LC", help="default: LC")

@@ -122,16 +122,17 @@ def _backward(step: int, batch: Examples, at_once: int | None, loss_of: Callable
     Raises:
         NotFinite: it is not, which all processes find together, whichever it came from.
     """
-    sums, reason = {}, None
+    total, sums, reason = 0.0, {}, None
     try:
         for piece in batch.split(at_once or len(batch)):
             loss = loss_of(step, piece.to(parameters[0].device))
             loss.total.backward()
-            for name, value in {"": loss.total, **loss.parts}.items():
-                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+            total = total + loss.total.detach()
+            for name, value in loss.parts.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
     except NotFinite as error:
-        sums[""], reason = parameters[0].new_tensor(math.nan), str(error)
-    total = processes.added(sums.pop(""))
+        total, reason = parameters[0].new_tensor(math.nan), str(error)
+    total = processes.added(total)
     if not torch.isfinite(total):
         reasons = [found for found in processes.gathered(reason) if found]
         raise NotFinite(reasons[0] if reasons else f"the loss is {total.item()}")

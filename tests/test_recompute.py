@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from prosg_lib.allocator import peak_bytes
+from prosg_lib.backbones.families import Mamba2
 from prosg_lib.backbones.recompute import recomputed
 from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.errors import UserError
@@ -41,10 +43,10 @@ def llama():
     return lm
 
 
-@pytest.mark.parametrize("kind", ["rwkv4", "llama"])
-def test_a_language_models_gradients_are_the_same(lm, kind):
+@pytest.mark.parametrize("family", ["rwkv4", "rwkv7", "llama"])
+def test_a_language_models_gradients_are_the_same(request, family):
     """To the last bit, because the same is calculated again; in training and in evaluation mode."""
-    model = lm if kind == "rwkv4" else llama()
+    model = llama() if family == "llama" else request.getfixturevalue("lm")
     batch, loss_of = batch_of(model.config.vocab), lm_objective(model)
     for _ in range(2):
         expected = gradients(model, lambda: loss_of(0, batch).total)
@@ -64,6 +66,7 @@ def generator_of(lm):
 
 
 @pytest.mark.parametrize("step", [0, 5, 8, 9])
+@pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
 def test_a_change_of_the_weights_is_there_when_blocks_run_again(lm, step):
     """A generator's gradients, alone and with a carried state, with and without locality: the model is frozen, and the
     change is applied no more by the time of the backward pass."""
@@ -119,7 +122,12 @@ def test_the_model_is_as_before_afterwards(lm):
     assert not any("forward" in vars(block) for block in lm.blocks)
 
 
-def test_a_model_without_blocks_is_refused(lm):
-    del lm.blocks
-    with pytest.raises(UserError, match="a RWKV4 has no list of blocks"), recomputed(lm):
+def test_blocks_that_write_their_state_while_they_run_are_refused():
+    """Run again they would go on from the end, and a Mamba-2's gradients would be wrong with nobody told."""
+    sizes = Mamba2Config(hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, n_groups=1, vocab_size=50)
+    lm = Mamba2(Mamba2ForCausalLM(sizes))
+    with (
+        pytest.raises(UserError, match="the blocks of a Mamba2 cannot be run again; leave out recompute"),
+        recomputed(lm),
+    ):
         pass

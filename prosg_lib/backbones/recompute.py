@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.rwkv import RWKV
+from prosg_lib.backbones.transformer import CausalTransformer
 from prosg_lib.errors import UserError
 
 
@@ -24,11 +26,12 @@ def recomputed(lm: LanguageModel) -> Iterator[None]:
     is applied no more by then. First derivatives only.
 
     Raises:
-        UserError: the model has no list of blocks.
+        UserError: the model's blocks do more than calculate; those of `transformers`' recurrent classes write the state
+            while they run, and would go on from the end.
     """
-    blocks = next((module for module in lm.modules() if isinstance(module, nn.ModuleList)), None)
-    if blocks is None:
-        raise UserError(f"a {type(lm).__name__} has no list of blocks that could be run again; train without that")
+    if not isinstance(lm, RWKV | CausalTransformer):
+        raise UserError(f"the blocks of a {type(lm).__name__} cannot be run again; leave out recompute")
+    blocks = next(module for module in lm.modules() if isinstance(module, nn.ModuleList))
     for block in blocks:
         block.forward = _run_again_later(block, block.forward)
     try:
