@@ -131,10 +131,13 @@ def _lessons(tasks: tuple[str, ...], backbone: str, profile: str, tokenizer: Tok
     return found
 
 
-def _by_number(tasks: dict[str, tuple[Pair, ...]]) -> tuple[str, ...]:
-    """One to three turns each, by how many pairs a task has: few, said often, would be learned by heart."""
-    most = max(map(len, tasks.values()))
-    return tuple(task for task in sorted(tasks) for _ in range(-(-3 * len(tasks[task]) // most)))
+def _mostly_practice(lessons: dict[str, tuple[Pair, ...]]) -> tuple[dict[str, tuple[Pair, ...]], tuple[str, ...]]:
+    """All practice as one, and three turns of it for one of each task: few pairs, said often, are learned by heart."""
+    tasks = {name: pairs for name, pairs in lessons.items() if name in TASKS}
+    practice = sum((pairs for name, pairs in lessons.items() if name not in TASKS), ())
+    if not practice:
+        return tasks, tuple(sorted(tasks))
+    return tasks | {"practice": practice}, tuple(name for task in sorted(tasks) for name in (task, *["practice"] * 3))
 
 
 def _digest(tasks: Iterable[str]) -> str:
@@ -146,9 +149,9 @@ def _digest(tasks: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _plan(label, name, kind, record, new, work, training, seed, lm, thrift) -> stages.Plan:
+def _plan(label, name, kind, record, new, work, training, seed, lm, thrift, held=0) -> stages.Plan:
     record = {"stage": label, "seed": seed, "recipe": RECIPE, "training": asdict(training)} | record
-    return stages.Plan(label, name, kind, stages.plain(record), new, work, training, seed, lm, thrift)
+    return stages.Plan(label, name, kind, stages.plain(record), new, work, training, seed, lm, thrift, held)
 
 
 def model_name(backbone: str, profile: str) -> str:
@@ -334,7 +337,9 @@ def pair_way(
 
     def work(way):
         tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
-        turns = _by_number(tasks) if spec.method == "maps" else tuple(sorted(tasks))
+        turns = tuple(sorted(tasks))
+        if spec.method == "maps":
+            tasks, turns = _mostly_practice(tasks)
         longest = 96 if echoes else 0
         draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, turns, echoes, longest)
         if spec.method == "final":
@@ -344,5 +349,5 @@ def pair_way(
 
     thrift = replace(thrift, at_once=thrift.at_once or sizes.at_once)
     label, name = f"{backbone} {spec.name}", way_name(spec, backbone, profile, seed)
-    plan = _plan(label, name, "generator", record, new, work, training, seed, lm, thrift)
+    plan = _plan(label, name, "generator", record, new, work, training, seed, lm, thrift, held=echoes)
     return stages.obtain(plan, profile, retrain)

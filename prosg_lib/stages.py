@@ -133,6 +133,7 @@ class Plan:
         work: the untrained module -> (step -> batch, (step, batch) -> Loss).
         training: steps, batch, learning rate.
         lm: the language model that it is for; None: it is one itself.
+        held: as in `training.fit`.
     """
 
     label: str
@@ -145,6 +146,7 @@ class Plan:
     seed: int
     lm: LanguageModel | None = None
     thrift: Thrift = PLENTY
+    held: int = 0
 
 
 def obtain(plan: Plan, profile: str, retrain: bool = False) -> nn.Module:
@@ -265,8 +267,8 @@ def _train(plan: Plan, path: Path) -> nn.Module:
     weights = sum(p.numel() for p in module.parameters()) / 1e6
     processes.say(f"{plan.label}: training, {weights:.2f} M parameters, {where}")
     with recomputed(plan.lm or module) if plan.thrift.recompute else nullcontext():
-        at_once = plan.thrift.at_once
-        fit(path.stem, module, batch_of, loss_of, plan.training, path.parent, plan.record, at_once=at_once)
+        how = {"at_once": plan.thrift.at_once, "held": plan.held}
+        fit(path.stem, module, batch_of, loss_of, plan.training, path.parent, plan.record, **how)
     facts = provenance.facts() | {"prose": load_prose().source, "seconds": round(time.monotonic() - began, 1)}
     # Generators are kept in half precision, and used so too: what is loaded later is what was measured now.
     keep = {n: t if plan.kind == "lm" else t.half() for n, t in module.state_dict().items()}

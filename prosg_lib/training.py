@@ -32,7 +32,7 @@ RECIPE = 1
 
 SAVE_EVERY_S = 60.0
 _LINES = 100  # of a log, at most
-_CLIP = 1.0
+_GROUP = {"factor": 1.0, "clip": 1.0}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def fit(
     record: dict,
     save_every_s: float = SAVE_EVERY_S,
     at_once: int | None = None,
+    held: int = 0,
 ) -> None:
     """Train `module` in place; safe to kill at any moment and to call again, with as many processes or others.
 
@@ -66,6 +67,7 @@ def fit(
         folder: `<name>.checkpoint.safetensors` is kept here while training, `<name>.jsonl` logs every line.
         record: what was trained on which data; a checkpoint with another record is not continued.
         at_once: so many examples are in memory at a time, and their gradients summed; None: all of the process's part.
+        held: so many first steps keep the peak learning rate, once it is reached.
     Raises:
         Diverged: the loss is not finite, in whichever process; the last good checkpoint stays.
         UserError: the checkpoint in `folder` belongs to another configuration, or is damaged; a batch has fewer
@@ -73,7 +75,7 @@ def fit(
     """
     keep_freed_memory()
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=sizes.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(groups_of(module), lr=sizes.lr, betas=(0.9, 0.99), weight_decay=0.01)
     path = folder / f"{name}.checkpoint.safetensors"
     start = _resume(path, module, optimiser, record) if path.exists() else 0
     start = processes.agreed(start, f"the step that {path} is at")
@@ -81,7 +83,7 @@ def fit(
     saved, device = time.monotonic(), parameters[0].device
     for step, batch in enumerate(_drawn_ahead(batch_of, start, sizes.steps, device), start):
         for group in optimiser.param_groups:
-            group["lr"] = sizes.lr * schedule(step, sizes)
+            group["lr"] = group["factor"] * (sizes.lr * schedule(step, sizes, held))
         optimiser.zero_grad(set_to_none=True)
         if not processes.first():  # the first one's random numbers are those of a single process
             torch.manual_seed(random.Random(f"{record}/{step}/{processes.index()}").getrandbits(63))
@@ -95,7 +97,8 @@ def fit(
                 f"is {path if path.exists() else 'none (it happened before the first was written)'}; "
                 f"a smaller learning rate than {sizes.lr} usually helps"
             ) from error
-        nn.utils.clip_grad_norm_(parameters, _CLIP)
+        for group in optimiser.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], group["clip"])
         optimiser.step()
         if log:
             log.step(step, loss)
@@ -104,6 +107,17 @@ def fit(
                 saved = time.monotonic()
     if log:
         log.close()
+
+
+def groups_of(module: nn.Module) -> list[dict]:
+    """AdamW's groups of parameters: those that the module names in `optimiser_groups()`, else all as one.
+
+    Beside AdamW's own settings a group may have a `factor` on the stage's learning rate, and the norm at which to
+    `clip` its gradient.
+    """
+    if not hasattr(module, "optimiser_groups"):
+        return [_GROUP | {"params": [p for p in module.parameters() if p.requires_grad]}]
+    return [_GROUP | group for group in module.optimiser_groups()]
 
 
 def _own(batch: Examples) -> Examples:
@@ -163,9 +177,9 @@ def _drawn_ahead(batch_of: Callable[[int], Examples], start: int, stop: int, dev
     return DataLoader(_Steps(batch_of, start, stop), batch_size=None, num_workers=workers, generator=own)
 
 
-def schedule(step: int, sizes: Training) -> float:
-    """Share of the peak learning rate: a linear warm-up, then a cosine down to a twentieth."""
-    progress = step / max(1, sizes.steps)
+def schedule(step: int, sizes: Training, held: int = 0) -> float:
+    """Share of the peak learning rate: a linear warm-up, then a cosine, from step `held` on, down to a twentieth."""
+    progress = max(0, step - held) / max(1, sizes.steps - held)
     return min(1.0, (step + 1) / sizes.warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

@@ -261,7 +261,8 @@ def test_other_models_and_damaged_folders_are_refused(lm, make_lm, tmp_path):
 
 def test_maps_that_peft_refuses_are_refused_at_once(tmp_path):
     """PEFT would refuse them when the adapter is loaded, elsewhere; `merged` is what remains, and is offered."""
-    config = Mamba2Config(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=8)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1}
+    config = Mamba2Config(vocab_size=50, **sizes)
     lm = Mamba2(Mamba2ForCausalLM(config)).eval()
     delta = delta_for(lm)
     with pytest.raises(UserError, match=r"no adapter on backbone.layers.0.mixer.out_proj of a Mamba2.*merged\(lm\)"):

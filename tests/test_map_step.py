@@ -1,5 +1,7 @@
 """A step on linear maps that is kept as factors is the step on their whole weights, gradients and all."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -13,6 +15,7 @@ from prosg_lib.generator import key
 from prosg_lib.gradient_step import answering
 from prosg_lib.map_step import MapStep
 from prosg_lib.tasks.pair_batches import Rows, left_padded
+from prosg_lib.training import groups_of
 
 
 def scrambled(lm):
@@ -110,6 +113,19 @@ def test_without_training_it_is_the_models_own_step(lm):
         moved = answering(way.requires_grad_(False), lm, contexts)(ids, valid)
     assert_close(still[valid], answering(None, lm, contexts)(ids, valid)[valid])
     assert not torch.allclose(still[valid], moved[valid])
+
+
+def test_rates_are_trained_apart_from_the_start(lm):
+    """All that is trained is in a group, once; the rates' gradient is not clipped, and leaves the weights' as it is."""
+    way = MapStep(lm, 0.02)
+    weights, rates = groups_of(way)
+    assert [id(p) for p in weights["params"]] == [id(p) for p in way.moved.parameters()]
+    assert [id(p) for p in rates["params"]] == [id(way.pace)]
+    assert len(list(way.parameters())) == len(weights["params"]) + 1
+    assert (weights["factor"], weights["clip"], rates["factor"], rates["clip"]) == (1.0, 1.0, 30.0, math.inf)
+    with torch.no_grad():
+        way.pace[-1] += math.log(2)
+    assert [rate.item() for rate in way.rates(lm).values()][-2:] == pytest.approx([0.02, 0.04])
 
 
 def test_another_models_start_is_refused(lm):

@@ -230,6 +230,30 @@ def test_first_steps_are_echoes(draw, tokenizer):
         assert_same(later(step), draw(step))
 
 
+def test_echoes_grow(draw):
+    """From 8 tokens to `longest`, the last three quarters asked but 18 at most, two tokens given to find the place; a
+    batch has about as many tokens all the while, as long as it is neither doubled nor halved."""
+    growing = replace(draw, echoes=60, longest=96)
+    found = [growing(step) for step in range(60)]
+    lengths = [batch.context.ids.shape[-1] for batch in found]
+    assert lengths[:20] == [8] * 20
+    assert lengths[20:] == sorted(lengths[20:])
+    assert 85 < lengths[-1] <= 96
+    for batch, length in zip(found, lengths, strict=True):
+        assert batch.query.ids.shape[1] == min(18, length * 3 // 4)
+        assert not batch.answer[:, :2].any()
+        assert batch.answer[:, 2:].all()
+        assert len(batch) == min(8, max(2, 4 * 48 // length))
+    assert {len(batch) for batch in found} >= {2, 4, 8}
+    assert_same(growing(60), draw(60))
+
+
+def test_a_step_before_the_first_is_no_echo(draw, tokenizer):
+    """A generator's normaliser is fitted on it."""
+    for some in (draw, replace(draw, echoes=5)):
+        assert task_of(some(-1), tokenizer) == draw.turns[-1]
+
+
 def test_room_limits_the_contexts(draw, tokenizer):
     """As many of those drawn as fit; at least one, and the asked one is among them. Here all are equally long."""
     (long,) = {len(encoded(pair, tokenizer)[0]) for pair in TASKS["red"]}

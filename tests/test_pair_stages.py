@@ -12,6 +12,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE
 from prosg_lib.pair_stages import PEOPLE, WaySpec, new_way, pair_model, pair_way, pairs_of
 from prosg_lib.profiles import PROFILES, PairTraining
+from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tokenizer import load_tokenizer
 
 FEW = PairTraining(steps=2, batch=2, lr=1e-2, warmup=1)
@@ -138,15 +139,16 @@ def test_a_model_of_transformers_is_taught_with_its_own_tokenizer(place, saved, 
 
 
 def test_a_step_on_maps_learns_to_store_first(monkeypatch):
-    """Random tokens, more and more of them, come before the task, and a checkpoint's record says how often."""
+    """Random tokens, more and more of them, come before the task, and a checkpoint's record says how often; till then
+    the learning rate stays up."""
     sizes = replace(TINY.pairs, maps=replace(FEW, steps=8), echoes=6, maps_lr=0.7)
     monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, pairs=sizes))
     seen = []
-    monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append(given))
+    monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append((given, named)))
     way = pair_way(WaySpec("maps", ("characters",)), "recurrent", "tiny")
-    _, _, draw, _, training, _, record = seen[0]
+    (_, _, draw, _, training, _, record), named = seen[0]
     assert (way.lr, training.steps) == (0.7, 8)
-    assert (record["inner"]["lr"], record["echoes"]) == (0.7, 6)
+    assert (record["inner"]["lr"], record["echoes"], named["held"]) == (0.7, 6, 6)
     lengths = [draw(step).context.ids.shape[-1] for step in range(6)]
     assert lengths[:2] == [8, 8]
     assert lengths == sorted(lengths)
@@ -154,13 +156,24 @@ def test_a_step_on_maps_learns_to_store_first(monkeypatch):
     assert ["Question" in load_tokenizer().decode(draw(step).query.ids[0].tolist()) for step in (5, 6)] == [False, True]
 
 
+def test_a_step_on_maps_practises_most_of_the_time():
+    """Three turns in four, of whatever source; where there is no practice, tasks take turns."""
+    a, b, c = (tuple(Pair(f"{name} {i}", "?", "!") for i in range(3)) for name in "abc")
+    tasks, turns = pair_stages._mostly_practice({"wikitext": a, "copied from one": b, "copied from two": c})
+    assert tasks == {"wikitext": a, "practice": b + c}
+    assert turns == ("wikitext", "practice", "practice", "practice")
+    people = {"reversal": a, "characters": b}
+    assert pair_stages._mostly_practice(people) == (people, ("characters", "reversal"))
+
+
 def test_other_steps_do_not(monkeypatch):
     """Records of those that are shipped stay as they are."""
     seen = []
-    monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append(given))
+    monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append((given, named)))
     pair_way(WaySpec("weights", ("characters",), "LG"), "recurrent", "tiny")
-    _, _, draw, _, _, _, record = seen[0]
+    (_, _, draw, _, _, _, record), named = seen[0]
     assert "echoes" not in record
+    assert named["held"] == 0
     assert "Question" in load_tokenizer().decode(draw(0).query.ids[0].tolist())
 
 

@@ -1,6 +1,7 @@
 """The training loop: killed and started again it ends with the same bits; it refuses what it should, and says why."""
 
 import json
+import math
 import os
 import random
 import re
@@ -78,6 +79,49 @@ def test_one_process_is_a_plain_loop(tmp_path):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimiser.step()
     assert bits(train(tmp_path)) == bits(net.state_dict())
+
+
+class TwoPaces(nn.Sequential):
+    """Biases apart: faster, neither clipped nor decayed."""
+
+    def optimiser_groups(self):
+        weights, biases = (list(filter(lambda p: (p.ndim == 1) == flat, self.parameters())) for flat in (False, True))
+        return [{"params": weights}, {"params": biases, "weight_decay": 0.0, "factor": 3.0, "clip": math.inf}]
+
+
+def test_a_module_may_say_how_its_parameters_are_trained(tmp_path):
+    """Two optimisers of a plain loop, to the last bit; the gradients are such that clipping matters. Stopped and
+    continued it ends the same."""
+
+    def steep(net):
+        inner = loss_of(net)
+        return lambda step, batch: Loss(100 * inner(step, batch).total, {})
+
+    def stopping(step, batch):
+        if step == 9:
+            raise KeyboardInterrupt
+        return steep(halted)(step, batch)
+
+    halted, net = TwoPaces(*module()), TwoPaces(*module())
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "halted", halted, stopping)
+    found = [train(tmp_path / name, new, steep(new)) for name in ("whole", "halted") for new in [TwoPaces(*module())]]
+    weights, biases = net.optimiser_groups()
+    torch.manual_seed(0)
+    module()
+    slow, fast = (
+        torch.optim.AdamW(group["params"], betas=(0.9, 0.99), weight_decay=decay)
+        for group, decay in ((weights, 0.01), (biases, 0.0))
+    )
+    for step in range(SIZES.steps):
+        steep(net)(step, batch_of(step)).total.backward()
+        norm = nn.utils.clip_grad_norm_(weights["params"], 1.0)
+        assert norm > 1
+        for optimiser, factor in ((slow, 1.0), (fast, 3.0)):
+            optimiser.param_groups[0]["lr"] = factor * (SIZES.lr * schedule(step, SIZES))
+            optimiser.step()
+            optimiser.zero_grad()
+    assert bits(found[0]) == bits(found[1]) == bits(net.state_dict())
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 4, 9])
@@ -260,6 +304,15 @@ def test_schedule_rises_then_falls_to_a_twentieth():
     assert rates[:peak] == sorted(rates[:peak])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] == pytest.approx(0.05)
+
+
+def test_first_steps_may_be_held_at_the_peak():
+    """After the warm-up, and then the whole cosine in the steps that are left."""
+    rates = [schedule(step, SIZES, held=9) for step in range(SIZES.steps + 1)]
+    left = replace(SIZES, steps=SIZES.steps - 9, warmup=1)
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:9] == [1.0] * 4
+    assert rates[9:] == [schedule(step, left) for step in range(left.steps + 1)]
 
 
 def test_log_has_the_same_lines_on_every_machine(tmp_path):

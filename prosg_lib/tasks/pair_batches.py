@@ -89,16 +89,16 @@ def collate(groups: Sequence[Sequence[Pair]], tokenizer: Tokenizer, seed: object
     )
 
 
-def echoed(batch: int, vocab: int, seed: object, told: int = 40, asked: int = 24) -> PairBatch:
-    """Random tokens, and a piece of them again as query and answer, from its second token on: to find the place and go
-    on from there is all there is to learn."""
+def echoed(batch: int, vocab: int, seed: object, told: int = 40, asked: int = 24, given: int = 1) -> PairBatch:
+    """Random tokens, and a piece of them again, its first `given` as the query, the others as the answer: to find the
+    place and go on from there is all there is to learn."""
     rng = random.Random(f"echo/{seed}")
     contexts = [rng.choices(range(vocab), k=told) for _ in range(batch)]
     starts = [rng.randrange(told - asked + 1) for _ in range(batch)]
     queries = [row[start : start + asked] for row, start in zip(contexts, starts, strict=True)]
     context, query = left_padded(contexts), left_padded(queries)
     answer = query.valid.clone()
-    answer[:, 0] = False
+    answer[:, :given] = False
     prompted = Rows(torch.cat([context.ids, query.ids], 1), torch.cat([context.valid, query.valid], 1))
     return PairBatch(Rows(context.ids[:, None], context.valid[:, None]), query, prompted, answer)
 
@@ -119,7 +119,8 @@ class PairDraw:
         tasks: pairs by task.
         turns: the tasks' order; one may have several turns.
         echoes: so many first steps are `echoed` random tokens instead.
-        longest: of an echo's context: the first third of them have 8 tokens, then ever more; 0: all have 40.
+        longest: of an echo's context: the first third of them have 8 tokens, then ever more, and the batch is the
+            smaller, from twice to half its size; 0: all have 40.
         contexts: numbers of contexts; a step draws one. Fewer are taken where they would be longer than `room` tokens.
     """
 
@@ -135,8 +136,8 @@ class PairDraw:
 
     def __call__(self, step: int) -> PairBatch:
         rng = random.Random(f"pairs/{self.seed}/{step}")
-        if step < self.echoes:
-            return echoed(self.batch, self.tokenizer.vocab, f"{self.seed}/{step}", *self._lengths(step))
+        if 0 <= step < self.echoes:
+            return self._echo(step)
         pairs = self.tasks[self.turns[step % len(self.turns)]]
         n = rng.choice(self.contexts)
         if n > len(pairs):
@@ -146,9 +147,10 @@ class PairDraw:
         groups = [group[: max(1, self.room // longest)] for group in drawn]
         return collate(groups, self.tokenizer, f"{self.seed}/{step}")
 
-    def _lengths(self, step: int) -> tuple[int, int]:
-        """Tokens of an echo that are told, and of them asked."""
+    def _echo(self, step: int) -> PairBatch:
+        vocab, seed = self.tokenizer.vocab, f"{self.seed}/{step}"
         if not self.longest:
-            return 40, 24
+            return echoed(self.batch, vocab, seed)
         told = round(8 * (self.longest / 8) ** max(0.0, 1.5 * step / self.echoes - 0.5))
-        return told, min(18, told * 3 // 4)
+        batch = max(self.batch // 2, min(2 * self.batch, self.longest * self.batch // (2 * told)))
+        return echoed(batch, vocab, seed, told, asked=min(18, told * 3 // 4), given=2)
