@@ -20,6 +20,7 @@ from prosg_lib.errors import Diverged, NotFinite, UserError
 from prosg_lib.evaluate import sweep
 from prosg_lib.generator import TokenGenerator
 from prosg_lib.gradient_step import AdapterStep
+from prosg_lib.map_step import MapStep
 from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 from prosg_lib.pair_evaluation import answered
 from prosg_lib.profiles import PROFILES, Evaluation, GeneratorSize, PairTraining, Training
@@ -79,12 +80,13 @@ def trainings() -> dict:
     lm, pair_lm, frozen = model().requires_grad_(True), model().requires_grad_(True), model()
     token = TokenGenerator(frozen, 4, 16, MAPS)
     token.mlp[0].p = 0.0
-    adapter = AdapterStep(frozen, 2, MAPS, 100.0)
+    adapter, maps = AdapterStep(frozen, 2, MAPS, 100.0), MapStep(frozen, 0.1)
     return {
         "lm": (lm, lm_draw(data, SIZES), lm_objective(lm), SIZES),
         "token": (token, generator_draw(data, SIZES), generator_objective(frozen, token, SIZES, 0), SIZES),
         "pair-lm": (pair_lm, pairs, pair_lm_objective(pair_lm), PAIRS),
         "adapter": (adapter, pairs, pair_objective(frozen, adapter, "LC"), PAIRS),
+        "maps": (maps, pairs, pair_objective(frozen, maps, "LG"), PAIRS),
     }
 
 
