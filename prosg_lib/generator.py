@@ -39,6 +39,10 @@ DROPOUT = 0.1
 """Of what a generator reads, while it trains: without it, the wording of the training prompts is learned by heart."""
 
 
+EVERY = ("",)
+"""Endings that every editable map of a model has, whatever its class calls them."""
+
+
 def edited_maps(lm: LanguageModel, endings: tuple[str, ...]) -> dict[str, nn.Linear]:
     """The editable maps of every block whose name ends so, e.g. "att.output".
 

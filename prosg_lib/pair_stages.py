@@ -22,7 +22,7 @@ from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.transformer import load_transformer, new_llama
 from prosg_lib.conditioning import pair_lm_objective, pair_objective
 from prosg_lib.errors import UserError
-from prosg_lib.generator import FinalStateGenerator, TokenGenerator
+from prosg_lib.generator import EVERY, FinalStateGenerator, TokenGenerator
 from prosg_lib.gradient_step import AdapterStep, WeightStep
 from prosg_lib.map_step import MapStep
 from prosg_lib.profiles import TASKS, PairSizes, get_profile
@@ -253,7 +253,6 @@ class WaySpec:
 
 _GENERATORS = {"token": TokenGenerator, "final": FinalStateGenerator}
 _MAPS = {"recurrent": ("att.output", "att.value", "ffn.key", "ffn.value")}
-_EVERY = ("",)  # map of a transformer's blocks, whatever its class calls them
 
 
 def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.Module:
@@ -263,7 +262,7 @@ def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.M
         UserError: unknown method, or a rank that a matrix does not have.
     """
     sizes, rank = get_profile(profile).pairs, _rank(method)
-    maps = _MAPS.get(backbone, _EVERY)
+    maps = _MAPS.get(backbone, EVERY)
     if method == "adapter":
         return AdapterStep(lm, sizes.rank, maps, sizes.adapter_lr)
     if method in _GENERATORS:

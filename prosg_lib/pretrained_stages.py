@@ -13,7 +13,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 from prosg_lib import stages
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.families import Mamba2
-from prosg_lib.generator import TokenGenerator
+from prosg_lib.generator import EVERY, TokenGenerator
 from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 from prosg_lib.profiles import GeneratorSize, PretrainedSizes, get_profile
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
@@ -22,9 +22,6 @@ from prosg_lib.training import RECIPE
 
 SMALL = "mamba2-dialogue"
 """The small model's name, and its checkpoint's."""
-
-EVERY = ("",)
-"""Every editable map of a model, whatever its class calls them."""
 
 
 def dialogues_of(lm: LanguageModel, split: str, seed: int, rich: bool = False) -> Dialogues:
