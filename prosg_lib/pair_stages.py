@@ -131,13 +131,11 @@ def _lessons(tasks: tuple[str, ...], backbone: str, profile: str, tokenizer: Tok
     return found
 
 
-def _mostly_practice(lessons: dict[str, tuple[Pair, ...]]) -> tuple[dict[str, tuple[Pair, ...]], tuple[str, ...]]:
-    """All practice as one, and three turns of it for one of each task: few pairs, said often, are learned by heart."""
-    tasks = {name: pairs for name, pairs in lessons.items() if name in TASKS}
-    practice = sum((pairs for name, pairs in lessons.items() if name not in TASKS), ())
-    if not practice:
-        return tasks, tuple(sorted(tasks))
-    return tasks | {"practice": practice}, tuple(name for task in sorted(tasks) for name in (task, *["practice"] * 3))
+def _mostly_practice(lessons: dict[str, tuple[Pair, ...]]) -> tuple[str, ...]:
+    """Whose turn it is: a task's once, and its practice's twice, each source's as often as another's. Few pairs, said
+    often, are learned by heart; and of all practice as one, books would be nearly all."""
+    practice = sorted(name for name in lessons if name not in TASKS)
+    return tuple(name for task in sorted(set(lessons) - set(practice)) for name in (task, *practice, *practice))
 
 
 def _digest(tasks: Iterable[str]) -> str:
@@ -325,8 +323,9 @@ def pair_way(
         "data": _digest(spec.tasks + spec.after),
         "inner": {"lr": getattr(fresh, "lr", None), "rank": getattr(fresh, "rank", None)},
     }
-    if echoes:
-        record["echoes"] = echoes
+    everywhere = spec.method == "maps"  # the cloze's query repeats the passage: each of its words can teach to find it
+    if everywhere:
+        record |= {"echoes": echoes, "everywhere": True}
 
     def new():
         way = new_way(spec.method, lm, backbone, profile)
@@ -336,15 +335,13 @@ def pair_way(
 
     def work(way):
         tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
-        turns = tuple(sorted(tasks))
-        if spec.method == "maps":
-            tasks, turns = _mostly_practice(tasks)
+        turns = _mostly_practice(tasks) if spec.method == "maps" else tuple(sorted(tasks))
         longest = 96 if echoes else 0
         draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, turns, echoes, longest)
         if spec.method == "final":
             told = draw(-1).to(stages.device()).context
             way.fit_normaliser(lm, told.ids[:, 0], told.valid[:, 0])
-        return draw, pair_objective(lm, way, spec.objective, echoes=echoes)
+        return draw, pair_objective(lm, way, spec.objective, everywhere, echoes=echoes)
 
     thrift = replace(thrift, at_once=thrift.at_once or sizes.at_once)
     label, name = f"{backbone} {spec.name}", way_name(spec, backbone, profile, seed)

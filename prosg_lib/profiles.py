@@ -250,7 +250,7 @@ PROFILES = {
             weights=PairTraining(300, 8, 2e-3),
             low_rank=PairTraining(600, 8, 1e-2),
             generator=PairTraining(400, 32, 2e-3),
-            maps=PairTraining(480, 16, 1e-3, warmup=20),
+            maps=PairTraining(600, 16, 1e-3, warmup=20),
             echoes=180,
             items=200,
         ),

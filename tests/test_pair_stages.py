@@ -157,13 +157,11 @@ def test_a_step_on_maps_learns_to_store_first(monkeypatch):
 
 
 def test_a_step_on_maps_practises_most_of_the_time():
-    """Three turns in four, of whatever source; where there is no practice, tasks take turns."""
+    """Two turns of every source for one of a task, however many pairs a source has; without practice, tasks alone."""
     a, b, c = (tuple(Pair(f"{name} {i}", "?", "!") for i in range(3)) for name in "abc")
-    tasks, turns = pair_stages._mostly_practice({"wikitext": a, "copied from one": b, "copied from two": c})
-    assert tasks == {"wikitext": a, "practice": b + c}
-    assert turns == ("wikitext", "practice", "practice", "practice")
-    people = {"reversal": a, "characters": b}
-    assert pair_stages._mostly_practice(people) == (people, ("characters", "reversal"))
+    turns = pair_stages._mostly_practice({"wikitext": a, "copied from one": b * 9, "copied from two": c})
+    assert turns == ("wikitext", *["copied from one", "copied from two"] * 2)
+    assert pair_stages._mostly_practice({"reversal": a, "characters": b}) == ("characters", "reversal")
 
 
 def test_other_steps_do_not(monkeypatch):
