@@ -52,6 +52,9 @@ _TOKENIZERS = {kind.kind: kind for kind in (Tokenizer, WorldTokenizer)}
 def load_model(source: str | Path) -> LanguageModel:
     """A recurrent model in evaluation mode, float32 on the CPU, whatever the file's precision.
 
+    Shipped are `rwkv4-dialogue`, `rwkv4-pairs` and `mamba2-dialogue`, and, for comparison, the transformer
+    `llama-pairs`; a name that is none of them is answered with the list.
+
     Args:
         source: an existing path, else a shipped checkpoint's name, else a hub id ("owner/name"). A path is one of
             a folder in transformers' layout (config.json, whose model_type is one of `registry.LOADERS`, and
@@ -131,19 +134,19 @@ def _shipped(name: str) -> Path:
     folder = paths.data_dir() / "checkpoints"
     path = folder / f"{name}.safetensors"
     if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
+        models = [p.stem for p in sorted(folder.glob("*.safetensors")) if files.load_meta(p).get("kind") == "lm"]
         raise UserError(
-            f"no model {name!r}: no such path, and no shipped checkpoint of that name (there are: {there}); "
-            "a model on the hub is named owner/name"
+            f"no model {name!r}: no such path, and no shipped model of that name "
+            f"(there are: {', '.join(models) or 'none'}); a model on the hub is named owner/name"
         )
     return path
 
 
-def _from_prosg(path: Path) -> RWKV:
+def _from_prosg(path: Path) -> LanguageModel:
     tensors, meta = files.load_tensors(path)
     if meta.get("kind") != "lm":
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a language model")
-    model = _from_weights(tensors)
+    model = _of_transformers(tensors, meta.get("record", {})) or _from_weights(tensors)
     if meta.get("tokenizer"):
         kind = meta.get("tokenizer_kind", Tokenizer.kind)
         if kind not in _TOKENIZERS:
@@ -151,6 +154,22 @@ def _from_prosg(path: Path) -> RWKV:
         model.tokenizer = _TOKENIZERS[kind].from_json(meta["tokenizer"])
     elif load_tokenizer().vocab == model.config.vocab:
         model.tokenizer = load_tokenizer()
+    return model
+
+
+def _of_transformers(weights: dict[str, Tensor], record: dict) -> LanguageModel | None:
+    """The model of a class of `transformers` that this project has trained; None where it is none."""
+    if "model.backbone.layers.0.mixer.A_log" in weights:
+        from prosg_lib.backbones.families import new_mamba2  # takes seconds, and who loads an RWKV does not need it
+
+        model = new_mamba2(record["model"])
+    elif "model.model.layers.0.self_attn.q_proj.weight" in weights:
+        from prosg_lib.backbones.transformer import TransformerConfig, new_llama
+
+        model = new_llama(TransformerConfig(**record["model"]))
+    else:
+        return None
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model
 
 
