@@ -72,7 +72,7 @@ class MapStep(nn.Module):
         """The model after a step on its contexts, (B, n, C); see `gradient_step.answering`.
 
         Raises:
-            UserError: it was made for another model.
+            UserError: it was made for another model, or this one has no second derivative here.
             NotFinite: a context's loss is not finite.
         """
         if self.fingerprint != lm.fingerprint():
@@ -81,6 +81,8 @@ class MapStep(nn.Module):
         read = _Read(lm)
         memory: Memory = {}
         training = torch.is_grad_enabled()
+        if training:
+            lm.check_second_order()
         for told in in_turn(contexts, successive):
             with torch.enable_grad():
                 learned = self._learned(read, start, memory, told, create_graph=training)

@@ -34,6 +34,7 @@ class LanguageModel(nn.Module, ABC):
 
     tokenizer: Tokenizer | None = None  # needed where texts go in or out
     peft_refuses: tuple[str, ...] = ()  # endings of the maps that PEFT puts no adapter on
+    vmaps = True  # whether `torch.func.vmap` can run it with weights of each example's own
     grows = False  # whether the state grows with the text: attention layers keep what they have read
 
     @abstractmethod
@@ -65,6 +66,13 @@ class LanguageModel(nn.Module, ABC):
             UserError: this kind of model has no state of a fixed size.
         """
         raise UserError(f"a {type(self).__name__} has no state of a fixed size; take a recurrent model")
+
+    def check_second_order(self) -> None:
+        """Nothing, where the model can be differentiated twice, which gradient steps need that are trained through.
+
+        Raises:
+            UserError: it cannot, as it runs here; names the class and the remedy.
+        """
 
     def forward(
         self,
