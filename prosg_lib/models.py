@@ -18,6 +18,7 @@ from torch import Tensor
 from prosg_lib import files, paths
 from prosg_lib.allocator import keep_freed_memory
 from prosg_lib.backbones import rwkv4, rwkv7
+from prosg_lib.backbones.base import listed
 from prosg_lib.backbones.registry import LOADERS, loader
 from prosg_lib.backbones.rwkv import RWKV
 from prosg_lib.backbones.rwkv4 import RWKV4, from_hf, to_hf
@@ -100,7 +101,7 @@ def save_model(model: LanguageModel, path: str | Path, layout: str) -> None:
         raise UserError(f"a {type(model).__name__} has no layout {layout!r}; save it in layout 'transformers'")
     if layout == "prosg":
         meta = {} if tokenizer is None else {"tokenizer": tokenizer.to_json(), "tokenizer_kind": tokenizer.kind}
-        files.save_tensors(path, model.state_dict(), {"kind": "lm", **meta})
+        files.save_tensors(path, model.state_dict(), {"kind": "lm", "ends": model.ends, **meta})
     elif layout == "author":
         weights = _generation(model).to_weights(model)
         buffer = io.BytesIO()
@@ -154,6 +155,7 @@ def _from_prosg(path: Path) -> LanguageModel:
         model.tokenizer = _TOKENIZERS[kind].from_json(meta["tokenizer"])
     elif load_tokenizer().vocab == model.config.vocab:
         model.tokenizer = load_tokenizer()
+    model.ends = listed(meta.get("ends", model.ends))
     return model
 
 
@@ -173,8 +175,8 @@ def _of_transformers(weights: dict[str, Tensor], record: dict) -> LanguageModel 
     return model
 
 
-_SMALL_FILES = ["config.json", "*.index.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"]
-_SMALL_FILES += ["vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"]
+_SMALL_FILES = ["config.json", "generation_config.json", "*.index.json", "tokenizer*.json", "special_tokens_map.json"]
+_SMALL_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"]
 
 
 def _from_hub(name: str) -> Path:
@@ -229,6 +231,8 @@ def _rwkv4_from_folder(folder: Path) -> RWKV4:
             raise UserError(
                 f"{folder}: config.json says {name} = {config[name]}, but the weights (or this RWKV-4) have {ours}"
             )
+    own = folder / "generation_config.json"
+    model.ends = listed((files.read_json(own) if own.is_file() else config).get("eos_token_id"))
     return model
 
 
@@ -254,7 +258,7 @@ def _rwkv4_to_folder(model: RWKV4, folder: Path) -> None:
         "model_type": "rwkv",
         "dtype": str(model.emb.weight.dtype).removeprefix("torch."),
         "bos_token_id": None,
-        "eos_token_id": None,
+        "eos_token_id": model.ends[0] if len(model.ends) == 1 else list(model.ends) or None,
         "tie_word_embeddings": False,
         "rescale_every": 0,  # otherwise transformers divides weights in place when the mode changes
     }

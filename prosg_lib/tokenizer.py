@@ -22,6 +22,7 @@ class Tokenizer:
     """
 
     kind = "bpe"
+    ends: tuple[int, ...] = ()  # tokens that end a text, whatever the model
 
     def __init__(self, bpe: BPE):
         self._bpe = bpe

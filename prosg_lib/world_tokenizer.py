@@ -25,6 +25,7 @@ class WorldTokenizer:
     """
 
     kind = "world"
+    ends = (0,)
 
     def __init__(self, tokens: Mapping[int, bytes]):
         self._tokens = dict(tokens)

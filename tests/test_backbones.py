@@ -302,12 +302,26 @@ def test_going_on_twice_from_one_state_is_the_same_twice(case):
 def test_greedy_generation_is_the_argmax_of_the_whole_text(case):
     """Of a padded batch; each token is what the class, given all before it at once, says next."""
     lm = case.lm
-    steps = torch.stack(list(lm.stream(case.rows, max_new_tokens=5, stop=None)), 1).tolist()
+    steps = torch.stack(list(lm.stream(case.rows, max_new_tokens=5, stop=None, past_end=True)), 1).tolist()
     assert len({tuple(row) for row in steps}) > 1
     for row, new in zip(case.rows, steps, strict=True):
         ids = torch.tensor([row + new], device=case.device)
         logits = lm.model(ids).logits if isinstance(lm, HubModel) else lm(ids)[0]
         assert logits[0, len(row) - 1 : -1].argmax(-1).tolist() == new
+
+
+@torch.no_grad()
+def test_texts_end_where_the_model_ends_them(case):
+    """At what the class's generation would end them at; for the others of the batch nothing changes."""
+    lm = case.make()
+    free = torch.stack(list(lm.stream(case.rows, max_new_tokens=6, stop=None, past_end=True)), 1).tolist()
+    if isinstance(lm, HubModel):
+        assert lm.ends == (1,)
+    lm.ends = (free[0][1], free[1][3], free[2][1])
+    cut = [next((n for n, token in enumerate(row) if token in lm.ends), 6) for row in free]
+    steps = torch.stack(list(lm.stream(case.rows, max_new_tokens=6, stop=None)), 1).tolist()
+    assert steps == [(row[:n] + [-1] * 6)[: len(steps[0])] for row, n in zip(free, cut, strict=True)]
+    assert lm.generate(case.rows, max_new_tokens=6, stop=None) == [row[:n] for row, n in zip(free, cut, strict=True)]
 
 
 # Changes of the weights

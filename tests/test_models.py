@@ -176,6 +176,28 @@ def test_a_shipped_mamba_keeps_its_prompt():
     assert lm.generate(question, delta=delta) == [" Oslo."] != lm.generate(question)
 
 
+@every_layout
+def test_the_end_of_texts_goes_with_the_model(lm, tmp_path, layout):
+    """But into an author's file, which has room for weights alone."""
+    for ends in ((), (7,), (7, 0)):
+        lm.ends = ends
+        save_model(lm, tmp_path / NAMES[layout], layout)
+        assert load_model(tmp_path / NAMES[layout]).ends == (() if layout == "author" else ends)
+
+
+@pytest.mark.parametrize("which", ["rwkv4", "mamba2"])
+def test_the_end_of_texts_in_a_folder(lm, mamba2, tmp_path, which):
+    """What generation_config.json says counts; where there is none, config.json's word does."""
+    save_model(lm if which == "rwkv4" else mamba2, tmp_path, "transformers")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    for said, ends in ((None, ()), (3, (3,)), ([3, 5], (3, 5))):
+        files.write_json(tmp_path / "config.json", config | {"eos_token_id": said})
+        assert load_model(tmp_path).ends == ends
+    files.write_json(tmp_path / "generation_config.json", {"eos_token_id": 9})
+    assert load_model(tmp_path).ends == (9,)
+
+
 class Bomb:
     """A pickle that would run code."""
 
