@@ -86,6 +86,8 @@ class WorldTokenizer:
     def to_json(self) -> str:
         return json.dumps({index: token.decode("latin-1") for index, token in self._tokens.items()})
 
+    signature = to_json  # what names it in a record
+
     @classmethod
     def from_json(cls, text: str) -> WorldTokenizer:
         return cls({int(index): token.encode("latin-1") for index, token in json.loads(text).items()})

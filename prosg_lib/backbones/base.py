@@ -169,8 +169,8 @@ class LanguageModel(nn.Module, ABC):
     def stream(self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n", **drawing) -> Iterator[Tensor]:
         """The tokens of `generate` as they come, (B,) a step, -1 for a sequence that has ended.
 
-        The token that ends a text is -1 already, and so is the one that completes a stop string; where that spans tokens,
-        those before were out by then.
+        The token that ends a text is -1 already, and so is the one that completes a stop string; where that spans
+        several, those before were out by then.
         """
         return generation.stream(self, prompts, state, delta, Decoding(max_new_tokens, stop, **drawing))
 
