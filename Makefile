@@ -6,7 +6,10 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$python && break; \
 	done)
 
-.PHONY: help reproduce test lint
+# What README quotes of them.
+BENCHMARKS := scale decode mixed_deltas
+
+.PHONY: help reproduce test lint benchmarks
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +18,7 @@ help:
 	@echo 'make reproduce PROFILE=gpu    the same at the size of one large GPU'
 	@echo 'make reproduce RETRAIN=1      trains anew instead of using checkpoints that fit'
 	@echo 'make test                     the tests'
+	@echo 'make benchmarks               the benchmarks that README quotes, on one thread; writes them into the ledger'
 	@echo 'make lint                     style, notebooks without outputs, quoted numbers against the ledger'
 	@echo 'PYTHON=... chooses the Python (3.11 to 3.13) that .venv is made with'
 
@@ -37,3 +41,6 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/prosg check
+
+benchmarks: $(STAMP)
+	for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/$$name.py --keep || exit 1; done

@@ -5,10 +5,9 @@ one process, and the most memory that it takes, counted. Both ways end with a Lo
 prompt. Prints a table, and one JSON line last: ratios are the gradient step's seconds over the generator's, and its
 memory over the generator's, for which there is no goal.
 
-    python benchmarks/absorb.py [--rounds 30]
+    python benchmarks/absorb.py [--rounds 30] [--keep]
 """
 
-import argparse
 import statistics
 import time
 
@@ -59,21 +58,21 @@ def measure(length: int, rounds: int) -> dict[str, tuple[float, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = result.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=30, help="measured prompts each (default: 30)")
-    rounds = parser.parse_args().rounds
+    arguments = parser.parse_args()
     keep_freed_memory()
     names = ("token", "final", "step")
     print(f"{'tokens':>7} " + " ".join(f"{f'{n} {unit}':>9}" for unit in ("ms", "MB") for n in names), flush=True)
     ratios = {}
     for length in LENGTHS:
-        taken = measure(length, rounds)
+        taken = measure(length, arguments.rounds)
         columns = [taken[n][0] * 1e3 for n in names] + [taken[n][1] / 1e6 for n in names]
         print(f"{length:>7} " + " ".join(f"{value:>9.1f}" for value in columns), flush=True)
         for kind in ("token", "final"):
             ratios[f"{kind}/{length}"] = taken["step"][0] / taken[kind][0]
             ratios[f"memory/{kind}/{length}"] = taken["step"][1] / taken[kind][1]
-    print(result.line(ratios, GOALS, lower_is_better=False))
+    result.finish(ratios, GOALS, lower_is_better=False, keep=arguments.keep)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ minutes of compiling each. The WKV sums take one of several ways by a number (`w
 graph in two; code for any length is slower than PyTorch's own for this one; and the hooks that read maps' inputs and
 add a change to them are other functions at every step, for which blocks are compiled anew until the compiler gives up.
 
-    python benchmarks/compile.py [--rounds 5]
+    python benchmarks/compile.py [--rounds 5] [--keep]
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -121,22 +120,22 @@ def measure(setting: Callable, rounds: int) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = result.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help=f"measured rounds of {BATCHES} batches each (default: 5)")
-    rounds = parser.parse_args().rounds
+    arguments = parser.parse_args()
     keep_freed_memory()
     print(f"{'':>12} {'first s':>8} {'plain s':>8} {'compiled s':>10} {'ratio':>6}", flush=True)
     ratios = {}
     for name, setting in zip(GOALS, (one_length, as_drawn, generator), strict=True):
         try:
-            first, plain, compiled = measure(setting, rounds)
+            first, plain, compiled = measure(setting, arguments.rounds)
         except Exception as error:  # what breaks is a result, too; it may be the compiler's or the model's own error
             ratios[name] = 0.0
             print(f"{name:>12} does not work: {type(error).__name__}: {str(error).splitlines()[0]:.100}", flush=True)
         else:
             ratios[name] = plain / compiled
             print(f"{name:>12} {first:>8.1f} {plain:>8.3f} {compiled:>10.3f} {plain / compiled:>6.2f}", flush=True)
-    print(result.line(ratios, GOALS, lower_is_better=False))
+    result.finish(ratios, GOALS, lower_is_better=False, keep=arguments.keep)
 
 
 if __name__ == "__main__":

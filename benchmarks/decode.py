@@ -5,10 +5,9 @@ rank 8 on two maps a layer, another one for every sequence. Both are streamed by
 and take their tokens in turn in one process. Prints a table, and one JSON line last: ratios are the changed model's
 seconds over the plain one's.
 
-    python benchmarks/decode.py [--tokens 60]
+    python benchmarks/decode.py [--tokens 60] [--keep]
 """
 
-import argparse
 import statistics
 import time
 
@@ -60,18 +59,18 @@ def measure(lm: RWKV4, batch: int, tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = result.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=60, help="measured steps each (default: 60)")
-    tokens = parser.parse_args().tokens
+    arguments = parser.parse_args()
     lm = model(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"{'batch':>9} {'plain ms':>9} {'changed ms':>11} {'ratio':>6} {'goal':>5}", flush=True)
     ratios = {}
     for name, goal in GOALS.items():
-        taken = measure(lm, int(name.split("-")[1]), tokens)
+        taken = measure(lm, int(name.split("-")[1]), arguments.tokens)
         ratios[name] = taken["changed"] / taken["plain"]
         shown = (taken["plain"] * 1e3, taken["changed"] * 1e3, ratios[name], goal)
         print("{:>9} {:>9.1f} {:>11.1f} {:>6.2f} {:>5}".format(name, *shown), flush=True)
-    print(result.line(ratios, GOALS, lower_is_better=True))
+    result.finish(ratios, GOALS, lower_is_better=True, keep=arguments.keep)
 
 
 if __name__ == "__main__":

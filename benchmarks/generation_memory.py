@@ -4,10 +4,8 @@ The shipped model with a prompt in its weights streams one text, drawn so that i
 the resident memory as it goes, and one JSON line last: the ratio is the resident memory at the end over that after
 1,000 tokens, by when everything that is made once was made.
 
-    python benchmarks/generation_memory.py [--tokens 10000]
+    python benchmarks/generation_memory.py [--tokens 10000] [--keep]
 """
-
-import argparse
 
 import psutil
 import result
@@ -22,20 +20,22 @@ EVERY = 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = result.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=10_000, help="more than 1,000 (default: 10,000)")
-    tokens = parser.parse_args().tokens
+    arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm = load_model("rwkv4-dialogue").to(device)
     delta = load_generator("rwkv4-dialogue-token", lm).to(device).memorize(lm, [PROMPT])
     process, resident, letters = psutil.Process(), {}, 0
     print(f"{'tokens':>7} {'resident MB':>12} {'letters':>8}", flush=True)
-    for n, pieces in enumerate(lm.stream_text([PROMPT], None, delta, tokens, None, temperature=1.0, seeds=[0]), 1):
+    steps = lm.stream_text([PROMPT], None, delta, arguments.tokens, None, temperature=1.0, seeds=[0])
+    for n, pieces in enumerate(steps, 1):
         letters += len(pieces[0])
         if n % EVERY == 0:
             resident[n] = process.memory_info().rss
             print(f"{n:>7} {resident[n] / 1e6:>12.2f} {letters:>8}", flush=True)
-    print(result.line({"end-over-1000": resident[max(resident)] / resident[EVERY]}, GOALS, lower_is_better=True))
+    ratios = {"end-over-1000": resident[max(resident)] / resident[EVERY]}
+    result.finish(ratios, GOALS, lower_is_better=True, keep=arguments.keep)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ and, without a goal, at 12 layers x 768 with random weights and rank 8 on two ma
 most of their time in the model's own matrix products. Prints a table, and one JSON line last: ratios are our tokens a
 second over PEFT's.
 
-    python benchmarks/mixed_deltas.py [--tokens 40]
+    python benchmarks/mixed_deltas.py [--tokens 40] [--keep]
 """
 
-import argparse
 import copy
 import statistics
 import time
@@ -93,20 +92,20 @@ def measure(lm: RWKV4, delta: LowRankDelta, tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = result.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=40, help="measured tokens each (default: 40)")
-    tokens = parser.parse_args().tokens
+    arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{'model':>8} {'ours tokens/s':>14} {'PEFT tokens/s':>14} {'ratio':>6} {'goal':>5}", flush=True)
     ratios = {}
     for name, setting in (("shipped", shipped), ("12x768", large)):
-        taken = measure(*setting(device), tokens)
+        taken = measure(*setting(device), arguments.tokens)
         rates = [BATCH / taken[step] for step in ("ours_step", "theirs_step")]
         ratios[name] = rates[0] / rates[1]
         print(
             f"{name:>8} {rates[0]:>14.0f} {rates[1]:>14.0f} {ratios[name]:>6.2f} {GOALS.get(name, ''):>5}", flush=True
         )
-    print(result.line(ratios, GOALS, lower_is_better=False))
+    result.finish(ratios, GOALS, lower_is_better=False, keep=arguments.keep)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,34 @@
-"""The one JSON line that every benchmark ends with."""
+"""How every benchmark begins and ends: its options, the one JSON line, and the ledger of what texts quote.
 
+With `--keep` a result goes into the ledger, `expected/<benchmark>.benchmark.json`, as a notebook's claims do: a ratio's
+bar is its goal, a count's is the count itself. Texts quote it as `NUMBER<!--claim benchmark NAME RATIO-->`, and `prosg
+check` compares the two. `make benchmarks` runs, and keeps, all that README quotes.
+"""
+
+import argparse
 import json
+import shlex
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
-from prosg_lib import provenance
+from prosg_lib import claims, files, provenance
+
+NO_GOAL = 0.25
+"""What is said of a ratio without a goal: it was so much, give or take a quarter."""
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A benchmark's options, of which `--keep` is every one's.
+
+    Args:
+        doc: its docstring, whose first line says what it does.
+    """
+    made = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    made.add_argument("--keep", action="store_true", help="write the result into the ledger, for texts to quote")
+    return made
 
 
 def line(ratios: Mapping[str, float], goals: Mapping[str, float], lower_is_better: bool) -> str:
@@ -21,3 +44,47 @@ def line(ratios: Mapping[str, float], goals: Mapping[str, float], lower_is_bette
             "threads": torch.get_num_threads(),
         }
     )
+
+
+def finish(
+    ratios: Mapping[str, float],
+    goals: Mapping[str, float],
+    lower_is_better: bool,
+    keep: bool = False,
+    counts: Mapping[str, int] | None = None,
+) -> None:
+    """Print the JSON line, last; before it, if asked to, keep the result and say what was kept beside its bars.
+
+    Args:
+        ratios: what was measured, with goals or without.
+        counts: what was counted, and is the same on every machine.
+    """
+    if keep:
+        bar = "at_most" if lower_is_better else "at_least"
+        found = {name: round(ratio, 4) for name, ratio in ratios.items()} | dict(counts or {})
+        entries = {name: _entry(value, goals.get(name), bar, name in (counts or {})) for name, value in found.items()}
+        script = Path(sys.argv[0])
+        path = claims.ledger_path(script.stem, claims.BENCHMARK)
+        facts = provenance.facts()
+        files.write_json(
+            path,
+            {
+                "benchmark": script.stem,
+                "command": shlex.join(["python", f"benchmarks/{script.name}", *sys.argv[1:]]),
+                "device": facts["device"],
+                "threads": torch.get_num_threads(),
+                "versions": facts["versions"],
+                "claims": entries,
+            },
+        )
+        print(claims.table_text(claims.compare(found, entries)))
+        print(f"kept in {path.parent.name}/{path.name}")
+    print(line(ratios, goals, lower_is_better))
+
+
+def _entry(value: float, goal: float | None, bar: str, counted: bool) -> dict[str, float | str]:
+    if counted:
+        return {"value": value, "tolerance": 0, "kind": "exact", "reference": value}
+    if goal is None:
+        return {"value": value, "tolerance": NO_GOAL, "kind": "relative", "reference": value}
+    return {"value": goal, "tolerance": 0, "kind": bar, "reference": value}

@@ -9,7 +9,7 @@ in the last line are how far that is from 1, at worst.
 What fits is counted and was not run: it holds as far as the ratios do, in float32, with a tenth of the memory free.
 Prints three tables, and one JSON line last.
 
-    python benchmarks/scale.py
+    python benchmarks/scale.py [--keep]
 """
 
 from __future__ import annotations
@@ -239,17 +239,19 @@ def of_size(lm: RWKV4Config, generator: tuple[int, int]) -> str:
     return " | ".join(f"{number:,.4g}" for number in numbers)
 
 
-def fitting(lm: RWKV4Config, generator: tuple[int, int]) -> str:
-    """A row: the largest batch by GPU, activations kept / blocks run again."""
-    cells = []
-    for size in (None, generator):
-        for room, gpus in GPUS.values():
-            steps = (Step(lm, 1, generator=size, recompute=again) for again in (False, True))
-            cells.append(" / ".join(f"{largest_batch(step, room, gpus) or '–'}" for step in steps))
-    return " | ".join(cells)
+def fitting(lm: RWKV4Config, generator: tuple[int, int]) -> dict[str, int]:
+    """The largest batch of the model's and of the generator's training, by GPU, activations kept or blocks run again:
+    "model/16GB/kept", "model/16GB/again", ...; 0 where not one sequence fits."""
+    return {
+        f"{what}/{gpu.replace(' ', '')}/{how}": largest_batch(Step(lm, 1, generator=size, recompute=again), room, gpus)
+        for what, size in (("model", None), ("generator", generator))
+        for gpu, (room, gpus) in GPUS.items()
+        for how, again in (("kept", False), ("again", True))
+    }
 
 
 def main() -> None:
+    keep = result.parser(__doc__).parse_args().keep
     keep_freed_memory()
     worst = dict.fromkeys(GOALS, 0.0)
     print("| vocabulary, width, layers | batch, prompt, text | trained | blocks | memory | operations |")
@@ -278,9 +280,14 @@ def main() -> None:
     print(f"\nLargest batch of {PROMPT:,} tokens of prompt and {TEXT_BEHIND:,} behind it: kept / run again.\n")
     print("| RWKV-4 | " + " | ".join(f"{what}, {gpu}" for what in ("model", "generator") for gpu in GPUS) + " |")
     print("|---" * (1 + 2 * len(GPUS)) + "|")
+    counts = {}
     for name, lm in models.items():
-        print(f"| {name} | {fitting(lm, generator)} |")
-    print(result.line(worst, GOALS, lower_is_better=True))
+        batches = fitting(lm, generator)
+        counts |= {f"{name}/{what}": batch for what, batch in batches.items()}
+        numbers = list(batches.values())
+        cells = (f"{kept} / {again}" for kept, again in zip(numbers[::2], numbers[1::2], strict=True))
+        print(f"| {name} | {' | '.join(cells)} |")
+    result.finish(worst, GOALS, lower_is_better=True, keep=keep, counts=counts)
 
 
 if __name__ == "__main__":

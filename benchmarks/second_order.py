@@ -8,7 +8,7 @@ a table, and one JSON line last.
 Goals: the exact gradient takes at most 2.3 times the first-order one's time and at most twice its memory, and no more
 time or memory than TorchOpt's exact one. Needs `pip install torchopt`, which nothing else here does.
 
-    python benchmarks/second_order.py [--rounds 7]
+    python benchmarks/second_order.py [--rounds 7] [--keep]
 """
 
 import argparse
@@ -122,7 +122,7 @@ def times(rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = result.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="measured gradients each (default: 7)")
     parser.add_argument("--peak-of", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -141,7 +141,7 @@ def main() -> None:
     for kind, values in (("time", seconds), ("memory", memory)):
         ratios[f"{kind}/exact-over-first-order"] = values["exact"] / values["first-order"]
         ratios[f"{kind}/ours-over-torchopt"] = values["exact"] / values["torchopt"]
-    print(result.line(ratios, GOALS, lower_is_better=True))
+    result.finish(ratios, GOALS, lower_is_better=True, keep=arguments.keep)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 Same weights, same tokens, same float32, same AdamW, in one process, measured in turn so that a slow moment of the
 machine meets both. Prints a table, and one JSON line last: ratios are their seconds over ours.
 
-    python benchmarks/wkv.py [--rounds 7]
+    python benchmarks/wkv.py [--rounds 7] [--keep]
 """
 
-import argparse
 import statistics
 import time
 
@@ -77,18 +76,18 @@ def measure(batch: int, length: int, rounds: int, device: torch.device) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = result.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="measured steps each (default: 7)")
-    rounds = parser.parse_args().rounds
+    arguments = parser.parse_args()
     keep_freed_memory()  # as in training; theirs gains from it, too
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{'tokens':>8} {'ours s':>9} {'theirs s':>9} {'ratio':>7} {'goal':>5}", flush=True)
     ratios = {}
     for name, goal in GOALS.items():
-        ours, theirs = measure(*map(int, name.split("x")), rounds, device)
+        ours, theirs = measure(*map(int, name.split("x")), arguments.rounds, device)
         ratios[name] = theirs / ours
         print(f"{name:>8} {ours:>9.3f} {theirs:>9.3f} {theirs / ours:>7.2f} {goal:>5}", flush=True)
-    print(result.line(ratios, GOALS, lower_is_better=False))
+    result.finish(ratios, GOALS, lower_is_better=False, keep=arguments.keep)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 Same inputs, same float32, in one process, measured in turn so that a slow moment of the machine meets both. Prints a
 table, and one JSON line last: ratios are the recurrence's seconds over ours.
 
-    python benchmarks/wkv7.py [--rounds 5]
+    python benchmarks/wkv7.py [--rounds 5] [--keep]
 """
 
-import argparse
 import math
 import statistics
 import time
@@ -54,18 +53,18 @@ def measure(batch: int, length: int, rounds: int, device: torch.device) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = result.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="measured passes each (default: 5)")
-    rounds = parser.parse_args().rounds
+    arguments = parser.parse_args()
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{'tokens':>8} {'ours s':>9} {'by token s':>11} {'ratio':>7} {'goal':>5}", flush=True)
     ratios = {}
     for name, goal in GOALS.items():
-        ours, recurrence = measure(*map(int, name.split("x")), rounds, device)
+        ours, recurrence = measure(*map(int, name.split("x")), arguments.rounds, device)
         ratios[name] = recurrence / ours
         print(f"{name:>8} {ours:>9.3f} {recurrence:>11.3f} {ratios[name]:>7.2f} {goal:>5}", flush=True)
-    print(result.line(ratios, GOALS, lower_is_better=False))
+    result.finish(ratios, GOALS, lower_is_better=False, keep=arguments.keep)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ DEFAULT_TOLERANCE = (
     0.05  # five points of a recall or a rate, which most claims are; others are set by hand in the ledger
 )
 OF_THE_PROSE = ("absolute", "relative")
+BENCHMARK = "benchmark"  # stands where a ledger's file has a profile, if a benchmark wrote it
 UNEXPECTED = "unexpected"  # the kind shown for a claim that no ledger knows; a claim nobody checks is no claim
 
 Row = dict[str, Any]

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +176,19 @@ def load_tensors(path: str | Path) -> "tuple[dict[str, Tensor], dict[str, Any]]"
     Raises:
         UserError: the file is missing, cut short, no safetensors file, or not written by this project.
     """
+    with _opened(path) as (file, meta):
+        # Cloned, because the tensors are views of the mapped file, which the next save may replace.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, meta  # noqa: SIM118
+
+
+def load_meta(path: str | Path) -> dict[str, Any]:
+    """The description alone, and none of the tensors; raises what `load_tensors` does."""
+    with _opened(path) as (_, meta):
+        return meta
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -184,19 +197,17 @@ def load_tensors(path: str | Path) -> "tuple[dict[str, Tensor], dict[str, Any]]"
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}
-            # Cloned, because the tensors are views of the mapped file, which the next save may replace.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            if META_KEY not in header:
+                raise UserError(
+                    f"{path} is a safetensors file, but not one of this project's (its header has no {META_KEY!r} "
+                    "entry); give the path of a file that prosg wrote."
+                )
+            yield file, json.loads(header[META_KEY])
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} ({path.stat().st_size} bytes) is cut short or no safetensors file ({error}); "
             "remove it and train or copy it again."
         ) from error
-    if META_KEY not in header:
-        raise UserError(
-            f"{path} is a safetensors file, but not one of this project's (its header has no {META_KEY!r} entry); "
-            "give the path of a file that prosg wrote."
-        )
-    return tensors, json.loads(header[META_KEY])
 
 
 def load_foreign_tensors(path: str | Path) -> "dict[str, Tensor]":

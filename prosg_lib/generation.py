@@ -31,13 +31,14 @@ class Decoding:
     Attributes:
         max_new_tokens: a text has at most so many tokens.
         stop: a string, or several; a text ends before the one that is complete first, whether or not it begins or ends
-            with a token. None, alone or among several: never.
+            with a token. None, alone or among several: before none.
         temperature: 0 takes the likeliest token, whatever the rest says; else the logits are divided by it, and the
             token is drawn.
         top_k: draw among the k likeliest tokens; None: among all.
         top_p: draw among the fewest likeliest tokens that have this probability together (nucleus sampling, Holtzman
             et al. 2020, section 3.1); 1: among all.
         seeds: one a prompt, which alone decides what is drawn for it; None: from torch's own generator.
+        past_end: go on where the model says that the text ends (`LanguageModel.end_tokens`), instead of ending there.
     Raises:
         UserError: a value that cannot be meant.
     """
@@ -48,6 +49,7 @@ class Decoding:
     top_k: int | None = None
     top_p: float = 1.0
     seeds: Sequence[int] | None = None
+    past_end: bool = False
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -72,8 +74,8 @@ def generate(
 ) -> list[str] | list[list[int]]:
     """The whole continuations, one a prompt: see `LanguageModel.generate`."""
     if lm.tokenizer is None and not how.stops():
-        steps = [step.tolist() for step in stream(lm, prompts, state, delta, how)]
-        return [list(row) for row in zip(*steps, strict=True)]
+        steps = [step.tolist() for step in stream(lm, prompts, state, delta, how)] or [[-1] * len(prompts)]
+        return [[token for token in row if token >= 0] for row in zip(*steps, strict=True)]
     return ["".join(row) for row in zip(*stream_text(lm, prompts, state, delta, how), strict=True)]
 
 
@@ -125,8 +127,10 @@ class _Text:
         return self._until_stop(self._pieces.push(token))
 
     def rest(self) -> str:
-        """What was held back, where no further token comes."""
-        return "" if self.ended else self._until_stop(self._pieces.rest()) + self._held
+        """What was held back, where no further token comes: the text has ended."""
+        rest = "" if self.ended else self._until_stop(self._pieces.rest()) + self._held
+        self.ended = True
+        return rest
 
     def _until_stop(self, piece: str) -> str:
         text = self._held + piece
@@ -153,7 +157,9 @@ def _steps(
     """Token by token: (B,), -1 where the text has ended; and the new piece of each text. Checks everything at once."""
     ids, valid = lm.encode_prompts(prompts)
     choose = _chooser(how, len(ids), ids.device)
-    return _loop(lm, ids, None if valid.all() else valid, state, applied(lm, delta), choose, how.max_new_tokens, texts)
+    ends = () if how.past_end else lm.end_tokens()
+    change = applied(lm, delta)  # checks it
+    return _loop(lm, ids, None if valid.all() else valid, state, delta, change, choose, how.max_new_tokens, ends, texts)
 
 
 @torch.no_grad()
@@ -162,24 +168,43 @@ def _loop(
     ids: Tensor,
     valid: Tensor | None,
     state: RecurrentState | None,
+    delta: LowRankDelta | None,
     change: AbstractContextManager[None],
-    choose: Callable[[Tensor], Tensor],
+    choose: Callable[[Tensor, list[int]], Tensor],
     count: int,
+    ends: Sequence[int],
     texts: list[_Text],
 ) -> Iterator[tuple[Tensor, list[str]]]:
+    batch = len(ids)
+    rows = list(range(batch))  # the sequences that are computed
+    ended = [False] * batch
     for _ in range(count):
         with change:  # for this step only: whoever takes the tokens may use the model in between
             hidden, state = lm.step_through(ids, state, valid)
-        ids, valid = choose(lm.read_out(hidden[:, -1]))[:, None], None
-        pieces = [text.push(token) for text, token in zip(texts, ids[:, 0].tolist(), strict=True)] if texts else []
-        ended = torch.tensor([text.ended for text in texts] or [False], device=ids.device)
-        yield torch.where(ended, -1, ids[:, 0]), pieces
-        if ended.all():
+        ids, valid = choose(lm.read_out(hidden[:, -1]), rows)[:, None], None
+        tokens, pieces = [-1] * batch, [""] * len(texts)
+        for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
+            if ended[row]:
+                continue
+            ended[row] = token in ends
+            if texts:
+                pieces[row] = texts[row].rest() if ended[row] else texts[row].push(token)
+                ended[row] = texts[row].ended
+            if not ended[row]:
+                tokens[row] = token
+        yield torch.tensor(tokens, device=ids.device), pieces
+        if all(ended):
             return
+        places = [place for place, row in enumerate(rows) if not ended[row]]
+        if 2 * len(places) <= len(rows):  # the others go on without those that have ended
+            rows = [rows[place] for place in places]
+            ids, state = ids[places], state.select(places)
+            if delta is not None and delta.batch > 1:
+                change = applied(lm, delta.select(rows))
 
 
-def _chooser(how: Decoding, batch: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Logits (B, vocab) -> the next token of each sequence, (B,).
+def _chooser(how: Decoding, batch: int, device: torch.device) -> Callable[[Tensor, list[int]], Tensor]:
+    """Logits (B, vocab), and which prompts' they are -> the next token of each sequence, (B,).
 
     Drawn as an exponential race: of independent exponential variables with the probabilities as rates, token i's is the
     smallest with probability i. Every sequence has noise of its own, of every token, and so its choice does not depend
@@ -188,14 +213,14 @@ def _chooser(how: Decoding, batch: int, device: torch.device) -> Callable[[Tenso
     if how.seeds is not None and (isinstance(how.seeds, int) or len(how.seeds) != batch):
         raise UserError(f"seeds is {how.seeds!r}, but there are {batch} prompts; give a list of one seed a prompt")
     if how.temperature == 0:
-        return lambda logits: logits.argmax(-1)
+        return lambda logits, rows: logits.argmax(-1)
     seeds = torch.randint(2**62, (batch,)).tolist() if how.seeds is None else how.seeds
     generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
 
-    def draw(logits: Tensor) -> Tensor:
+    def draw(logits: Tensor, rows: list[int]) -> Tensor:
         chances = _chances(logits.float() / how.temperature, how.top_k, how.top_p)
         noise = torch.stack(
-            [c.new_empty(len(c)).exponential_(generator=g) for c, g in zip(chances, generators, strict=True)]
+            [c.new_empty(len(c)).exponential_(generator=generators[row]) for c, row in zip(chances, rows, strict=True)]
         )
         return (chances / noise).argmax(-1)
 

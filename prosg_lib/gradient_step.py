@@ -156,7 +156,14 @@ class AdapterStep(Generator):
         return with_delta(lm, self.delta(lm, contexts, successive))
 
     def delta(self, lm: LanguageModel, contexts: Rows, successive: bool = False) -> LowRankDelta:
-        """The adapter after the step (or steps) on each example's contexts, (B, n, C)."""
+        """The adapter after the step (or steps) on each example's contexts, (B, n, C).
+
+        Raises:
+            UserError: the model has no second derivative here, and one is needed (`LanguageModel.check_second_order`).
+            NotFinite: see `gradient_step`.
+        """
+        if self.second_order and torch.is_grad_enabled():
+            lm.check_second_order()
         params = {}
         for name in self.names:
             for kind, matrix in (("U", self.U[key(name)]), ("V", self.V[key(name)])):
@@ -185,7 +192,8 @@ class WeightStep(nn.Module):
     """One gradient step on all weights of the model, from a start that is trained: the paper's plain form.
 
     Every example has weights of its own after the step, as many as the model has; where those of a batch would not fit
-    in memory, train on a few examples at a time (`training.fit`, at_once).
+    in memory, train on a few examples at a time (`training.fit`, at_once). The examples of a batch are computed at once
+    where the model's class lets them (`LanguageModel.vmaps`), else one after the other.
 
     Attributes:
         moved: the start's difference to the model, by name of the weight: of its shape, or, of a given rank, as two
@@ -226,12 +234,18 @@ class WeightStep(nn.Module):
         return start
 
     def after(self, lm, contexts, successive):
+        """See `Way`; raises what `AdapterStep.delta` and `start` do."""
+        if self.second_order and torch.is_grad_enabled():
+            lm.check_second_order()
+        if not lm.vmaps and len(contexts.ids) > 1:
+            alone = [self.after(lm, Rows(*(t[[i]] for t in contexts)), successive) for i in range(len(contexts.ids))]
+            return lambda ids, valid: torch.cat([says(ids[[i]], valid[[i]]) for i, says in enumerate(alone)])
         weights = {n: w.expand(len(contexts.ids), *w.shape) for n, w in self.start(lm).items()}
         for told in in_turn(contexts, successive):
             weights = gradient_step([self._loss_of(lm, told)], weights, self.lr, self.second_order)
 
         def logits_of(ids, valid):
-            return torch.func.vmap(_logits(lm))(weights, ids[:, None], valid[:, None])[:, 0]
+            return _mapped(lm, _logits(lm))(weights, ids[:, None], valid[:, None])[:, 0]
 
         return logits_of
 
@@ -239,7 +253,14 @@ class WeightStep(nn.Module):
         def loss_of_one(weights, ids, valid):
             return _nll(_logits(lm)(weights, ids[:, :-1], valid[:, :-1]), ids, valid).mean()
 
-        return lambda weights: torch.func.vmap(loss_of_one)(weights, *contexts).sum()
+        return lambda weights: _mapped(lm, loss_of_one)(weights, *contexts).sum()
+
+
+def _mapped(lm: LanguageModel, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of one example's weights and tensors as one of a batch of them, or of a batch of one example."""
+    if lm.vmaps:
+        return torch.func.vmap(f)
+    return lambda weights, *tensors: f({n: w[0] for n, w in weights.items()}, *(t[0] for t in tensors))[None]
 
 
 def _logits(lm: LanguageModel):

@@ -9,7 +9,7 @@ Glossary of shapes: B batch, T tokens, r rank; U (B, out, r), V (B, in, r).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -321,6 +321,32 @@ def captured_inputs(lm: LanguageModel, names: list[str]) -> Iterator[dict[str, T
             handle.remove()
 
 
+@contextmanager
+def watched(lm: LanguageModel, names: Iterable[str]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """While it lasts, what is read leaves the inputs and outputs of the named maps in the dict it yields: name -> a
+    pair (B, T, in), (B, T, out) for each pass, of which there are several where a text is read in pieces.
+
+    Outputs can be differentiated by, also where all weights are frozen.
+    """
+    passes: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+
+    def keep(name):
+        def hook(module, args, out):
+            out = out if out.requires_grad else out.detach().requires_grad_()  # the graph has to start somewhere
+            passes[name].append((args[0], out))
+            return out
+
+        return hook
+
+    maps = lm.editable()
+    handles = [maps[name].register_forward_hook(keep(name)) for name in passes]
+    try:
+        yield passes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class TokenFactors(NamedTuple):
     """A gradient as a sum over tokens, G = delta^T x: delta (tokens, out), x (tokens, in)."""
 
@@ -337,25 +363,8 @@ def gradient_factors(lm: LanguageModel, names: list[str], loss_of: Callable[[], 
     Returns:
         name -> TokenFactors over all batch x time tokens; delta.T @ x equals the weight's gradient.
     """
-    maps = lm.editable()
-    passes = {name: [] for name in names}  # a text read in pieces goes through a map more than once
-
-    def keep(name):
-        def hook(module, args, out):
-            # The weights may be frozen; the graph then has to start at the outputs.
-            out = out if out.requires_grad else out.detach().requires_grad_()
-            passes[name].append((args[0], out))
-            return out
-
-        return hook
-
-    handles = [maps[name].register_forward_hook(keep(name)) for name in names]
-    try:
-        with torch.enable_grad():
-            loss = loss_of()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.enable_grad(), watched(lm, names) as passes:
+        loss = loss_of()
     grads = iter(torch.autograd.grad(loss, [out for name in names for _, out in passes[name]]))
     return {
         name: TokenFactors(

@@ -29,7 +29,7 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.generator import key
 from prosg_lib.gradient_step import in_turn
-from prosg_lib.lowrank import TokenFactors
+from prosg_lib.lowrank import TokenFactors, watched
 from prosg_lib.tasks.pair_batches import Rows
 
 Memory = Mapping[str, TokenFactors]
@@ -72,7 +72,7 @@ class MapStep(nn.Module):
         """The model after a step on its contexts, (B, n, C); see `gradient_step.answering`.
 
         Raises:
-            UserError: it was made for another model.
+            UserError: it was made for another model, or this one has no second derivative here.
             NotFinite: a context's loss is not finite.
         """
         if self.fingerprint != lm.fingerprint():
@@ -81,6 +81,8 @@ class MapStep(nn.Module):
         read = _Read(lm)
         memory: Memory = {}
         training = torch.is_grad_enabled()
+        if training:
+            lm.check_second_order()
         for told in in_turn(contexts, successive):
             with torch.enable_grad():
                 learned = self._learned(read, start, memory, told, create_graph=training)
@@ -96,21 +98,27 @@ class MapStep(nn.Module):
         """What a step on contexts (B, n, C) adds to each map: one on the mean of their losses."""
         batch, n, _ = told.ids.shape
         ids, valid = (t.flatten(0, 1) for t in told)
-        with _remembering(read.lm, memory), _watched(read.lm) as seen:
+        with _remembering(read.lm, memory), watched(read.lm, read.lm.editable()) as seen:
             hidden, logits = torch.func.functional_call(read, start, (ids[:, :-1], valid[:, :-1]))
         logits = _recalled(hidden, logits, memory)
         logits = logits if logits.requires_grad else logits.detach().requires_grad_()
-        seen[_READOUT] = hidden, logits
+        seen[_READOUT] = [(hidden, logits)]
         losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         loss = (losses * (valid[:, 1:] & valid[:, :-1])).sum() / n
         if not torch.isfinite(loss):
             raise NotFinite(f"the loss of the context is {loss.item()} before the step; look at both of them")
-        slopes = torch.autograd.grad(loss, [out for _, out in seen.values()], create_graph=create_graph)
-        rates = self.rates(read.lm)
-        return {
-            name: TokenFactors(*(t.reshape(batch, -1, t.shape[-1]) for t in (-rates[name] * slope, x)))
-            for (name, (x, _)), slope in zip(seen.items(), slopes, strict=True)
-        }
+        outs = [out for passes in seen.values() for _, out in passes]
+        slopes = iter(torch.autograd.grad(loss, outs, create_graph=create_graph))
+        rates, learned = self.rates(read.lm), {}
+        for name, passes in seen.items():
+            x, slope = _joined([x for x, _ in passes]), _joined([next(slopes) for _ in passes])
+            learned[name] = TokenFactors(*(t.reshape(batch, -1, t.shape[-1]) for t in (-rates[name] * slope, x)))
+        return learned
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Pieces of time (B, T, ...) as one; a copy, which takes memory, only where there are several."""
+    return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
 
 
 class _Read(nn.Module):
@@ -148,27 +156,6 @@ def _remembering(lm: LanguageModel, memory: Memory) -> Iterator[None]:
     ]
     try:
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _watched(lm: LanguageModel) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """While it lasts, a forward pass leaves every map's inputs and outputs, in the order in which they run."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(module, args, out, name):
-        out = out if out.requires_grad else out.detach().requires_grad_()  # the weights may be frozen
-        seen[name] = args[0], out
-        return out
-
-    handles = [
-        module.register_forward_hook(lambda module, args, out, name=name: keep(module, args, out, name))
-        for name, module in lm.editable().items()
-    ]
-    try:
-        yield seen
     finally:
         for handle in handles:
             handle.remove()

@@ -18,6 +18,7 @@ from torch import Tensor
 from prosg_lib import files, paths
 from prosg_lib.allocator import keep_freed_memory
 from prosg_lib.backbones import rwkv4, rwkv7
+from prosg_lib.backbones.base import listed
 from prosg_lib.backbones.registry import LOADERS, loader
 from prosg_lib.backbones.rwkv import RWKV
 from prosg_lib.backbones.rwkv4 import RWKV4, from_hf, to_hf
@@ -51,6 +52,9 @@ _TOKENIZERS = {kind.kind: kind for kind in (Tokenizer, WorldTokenizer)}
 
 def load_model(source: str | Path) -> LanguageModel:
     """A recurrent model in evaluation mode, float32 on the CPU, whatever the file's precision.
+
+    Shipped are `rwkv4-dialogue`, `rwkv4-pairs` and `mamba2-dialogue`, and, for comparison, the transformer
+    `llama-pairs`; a name that is none of them is answered with the list.
 
     Args:
         source: an existing path, else a shipped checkpoint's name, else a hub id ("owner/name"). A path is one of
@@ -97,7 +101,7 @@ def save_model(model: LanguageModel, path: str | Path, layout: str) -> None:
         raise UserError(f"a {type(model).__name__} has no layout {layout!r}; save it in layout 'transformers'")
     if layout == "prosg":
         meta = {} if tokenizer is None else {"tokenizer": tokenizer.to_json(), "tokenizer_kind": tokenizer.kind}
-        files.save_tensors(path, model.state_dict(), {"kind": "lm", **meta})
+        files.save_tensors(path, model.state_dict(), {"kind": "lm", "ends": model.ends, **meta})
     elif layout == "author":
         weights = _generation(model).to_weights(model)
         buffer = io.BytesIO()
@@ -131,19 +135,19 @@ def _shipped(name: str) -> Path:
     folder = paths.data_dir() / "checkpoints"
     path = folder / f"{name}.safetensors"
     if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
+        models = [p.stem for p in sorted(folder.glob("*.safetensors")) if files.load_meta(p).get("kind") == "lm"]
         raise UserError(
-            f"no model {name!r}: no such path, and no shipped checkpoint of that name (there are: {there}); "
-            "a model on the hub is named owner/name"
+            f"no model {name!r}: no such path, and no shipped model of that name "
+            f"(there are: {', '.join(models) or 'none'}); a model on the hub is named owner/name"
         )
     return path
 
 
-def _from_prosg(path: Path) -> RWKV:
+def _from_prosg(path: Path) -> LanguageModel:
     tensors, meta = files.load_tensors(path)
     if meta.get("kind") != "lm":
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a language model")
-    model = _from_weights(tensors)
+    model = _of_transformers(tensors, meta.get("record", {})) or _from_weights(tensors)
     if meta.get("tokenizer"):
         kind = meta.get("tokenizer_kind", Tokenizer.kind)
         if kind not in _TOKENIZERS:
@@ -151,11 +155,28 @@ def _from_prosg(path: Path) -> RWKV:
         model.tokenizer = _TOKENIZERS[kind].from_json(meta["tokenizer"])
     elif load_tokenizer().vocab == model.config.vocab:
         model.tokenizer = load_tokenizer()
+    model.ends = listed(meta.get("ends", model.ends))
     return model
 
 
-_SMALL_FILES = ["config.json", "*.index.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"]
-_SMALL_FILES += ["vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"]
+def _of_transformers(weights: dict[str, Tensor], record: dict) -> LanguageModel | None:
+    """The model of a class of `transformers` that this project has trained; None where it is none."""
+    if "model.backbone.layers.0.mixer.A_log" in weights:
+        from prosg_lib.backbones.families import new_mamba2  # takes seconds, and who loads an RWKV does not need it
+
+        model = new_mamba2(record["model"])
+    elif "model.model.layers.0.self_attn.q_proj.weight" in weights:
+        from prosg_lib.backbones.transformer import TransformerConfig, new_llama
+
+        model = new_llama(TransformerConfig(**record["model"]))
+    else:
+        return None
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return model
+
+
+_SMALL_FILES = ["config.json", "generation_config.json", "*.index.json", "tokenizer*.json", "special_tokens_map.json"]
+_SMALL_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"]
 
 
 def _from_hub(name: str) -> Path:
@@ -210,6 +231,8 @@ def _rwkv4_from_folder(folder: Path) -> RWKV4:
             raise UserError(
                 f"{folder}: config.json says {name} = {config[name]}, but the weights (or this RWKV-4) have {ours}"
             )
+    own = folder / "generation_config.json"
+    model.ends = listed((files.read_json(own) if own.is_file() else config).get("eos_token_id"))
     return model
 
 
@@ -235,7 +258,7 @@ def _rwkv4_to_folder(model: RWKV4, folder: Path) -> None:
         "model_type": "rwkv",
         "dtype": str(model.emb.weight.dtype).removeprefix("torch."),
         "bos_token_id": None,
-        "eos_token_id": None,
+        "eos_token_id": model.ends[0] if len(model.ends) == 1 else list(model.ends) or None,
         "tie_word_embeddings": False,
         "rescale_every": 0,  # otherwise transformers divides weights in place when the mode changes
     }

@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 
-from transformers import Mamba2Config, Mamba2ForCausalLM
-
 from prosg_lib import stages
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.backbones.families import Mamba2
+from prosg_lib.backbones.families import new_mamba2
 from prosg_lib.generator import EVERY, TokenGenerator
 from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 from prosg_lib.profiles import GeneratorSize, PretrainedSizes, get_profile
@@ -60,8 +58,7 @@ def small_model(profile: str, seed: int = 0, retrain: bool = False) -> LanguageM
 
 def new_small(sizes: PretrainedSizes) -> LanguageModel:
     """The small model, untrained and without a tokenizer."""
-    nothing = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the project's tokenizer has none
-    return Mamba2(Mamba2ForCausalLM(Mamba2Config(tie_word_embeddings=True, **nothing, **dict(sizes.settings))))
+    return new_mamba2(dict(sizes.settings))
 
 
 def generator_for(

@@ -1,4 +1,8 @@
-"""Numbers in texts, each beside the name of its claim: `NUMBER<!--claim PROFILE NOTEBOOK NAME-->`."""
+"""Numbers in texts, each beside the name of its claim: `NUMBER<!--claim PROFILE NOTEBOOK NAME-->`.
+
+Where a benchmark measured it (`benchmarks/result.py`), the word `benchmark` stands for the profile, and the benchmark's
+name for the notebook's.
+"""
 
 import json
 import re

@@ -460,12 +460,16 @@ def check(root: Path | None = None) -> list[str]:
     found = [problem for path in course for problem in notebooks.problems(path)]
     names = {path.stem for path in course}
     for ledger in sorted((root / "expected").glob("*.json")):
-        notebook, _, profile = ledger.stem.partition(".")
+        name, _, profile = ledger.stem.partition(".")
         try:
-            if notebook not in names:
-                raise UserError(f"there is no notebook {notebook!r}")
-            get_profile(profile)
-            claims.expected(notebook, profile, root / "expected")
+            if profile == claims.BENCHMARK:
+                if not (root / "benchmarks" / f"{name}.py").is_file():
+                    raise UserError(f"there is no benchmark {name!r}")
+            else:
+                if name not in names:
+                    raise UserError(f"there is no notebook {name!r}")
+                get_profile(profile)
+            claims.expected(name, profile, root / "expected")
         except UserError as error:
             found.append(f"expected/{ledger.name}: {error}")
     return found + [str(problem) for problem in quotes.check_quotes(root)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -22,6 +25,7 @@ class Tokenizer:
     """
 
     kind = "bpe"
+    ends: tuple[int, ...] = ()  # tokens that end a text, whatever the model
 
     def __init__(self, bpe: BPE):
         self._bpe = bpe
@@ -43,6 +47,10 @@ class Tokenizer:
 
     def to_json(self) -> str:
         return self._bpe.to_str(pretty=False)
+
+    def signature(self) -> str:
+        """What names this tokenizer in a record: the same for the same, wherever it lies, and no other's."""
+        return self.to_json()
 
     def save(self, folder: str | Path) -> None:
         """Put it into a model's folder, where this project and `transformers` find it."""
@@ -125,6 +133,10 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     return Tokenizer.from_file(Path(path) if path else data_dir() / "tokenizer.json")
 
 
+_PLACES = ("name_or_path", "is_local", "local_files_only")
+"""Settings of a tokenizer of `transformers` that say where it was loaded from."""
+
+
 class LibraryTokenizer(Tokenizer):
     """Text <-> token ids by a tokenizer of `transformers` that has no tokenizer.json: sentencepiece, bytes, others."""
 
@@ -140,6 +152,19 @@ class LibraryTokenizer(Tokenizer):
 
     def to_json(self):
         raise UserError(f"a {type(self._bpe).__name__} is no tokenizer.json; save the model in layout 'transformers'")
+
+    def signature(self):
+        """Of the files that it is saved as: settings, and merges, a sentencepiece model or whatever it has."""
+        digest = hashlib.sha256(json.dumps(self._bpe.get_vocab(), sort_keys=True).encode())
+        with TemporaryDirectory() as folder:
+            self._bpe.save_pretrained(folder)
+            for file in sorted(Path(folder).iterdir()):
+                content = file.read_bytes()
+                if file.name == "tokenizer_config.json":
+                    settings = {name: value for name, value in json.loads(content).items() if name not in _PLACES}
+                    content = json.dumps(settings, sort_keys=True).encode()
+                digest.update(file.name.encode() + content)
+        return digest.hexdigest()
 
     def save(self, folder):
         files.write_folder(folder, self._bpe.save_pretrained)

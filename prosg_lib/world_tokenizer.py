@@ -25,6 +25,7 @@ class WorldTokenizer:
     """
 
     kind = "world"
+    ends = (0,)
 
     def __init__(self, tokens: Mapping[int, bytes]):
         self._tokens = dict(tokens)
@@ -84,6 +85,8 @@ class WorldTokenizer:
 
     def to_json(self) -> str:
         return json.dumps({index: token.decode("latin-1") for index, token in self._tokens.items()})
+
+    signature = to_json  # what names it in a record
 
     @classmethod
     def from_json(cls, text: str) -> WorldTokenizer:

@@ -32,11 +32,13 @@ from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.backbones.transformer import CausalTransformer
 from prosg_lib.errors import UserError
-from prosg_lib.generator import FinalStateGenerator, TokenGenerator
-from prosg_lib.gradient_step import AdapterStep
+from prosg_lib.generator import EVERY, FinalStateGenerator, TokenGenerator
+from prosg_lib.gradient_step import AdapterStep, WeightStep, answering
 from prosg_lib.lowrank import Factors, LowRankDelta, captured_inputs, gradient_factors
+from prosg_lib.map_step import MapStep
 from prosg_lib.models import load_model
 from prosg_lib.state import RecurrentState
+from prosg_lib.tasks.pair_batches import Rows, left_padded
 
 VOCAB = 64
 CLOSE = {"rtol": 1e-3, "atol": 5e-4}  # logits are of size 1 to 6
@@ -300,12 +302,26 @@ def test_going_on_twice_from_one_state_is_the_same_twice(case):
 def test_greedy_generation_is_the_argmax_of_the_whole_text(case):
     """Of a padded batch; each token is what the class, given all before it at once, says next."""
     lm = case.lm
-    steps = torch.stack(list(lm.stream(case.rows, max_new_tokens=5, stop=None)), 1).tolist()
+    steps = torch.stack(list(lm.stream(case.rows, max_new_tokens=5, stop=None, past_end=True)), 1).tolist()
     assert len({tuple(row) for row in steps}) > 1
     for row, new in zip(case.rows, steps, strict=True):
         ids = torch.tensor([row + new], device=case.device)
         logits = lm.model(ids).logits if isinstance(lm, HubModel) else lm(ids)[0]
         assert logits[0, len(row) - 1 : -1].argmax(-1).tolist() == new
+
+
+@torch.no_grad()
+def test_texts_end_where_the_model_ends_them(case):
+    """At what the class's generation would end them at; for the others of the batch nothing changes."""
+    lm = case.make()
+    free = torch.stack(list(lm.stream(case.rows, max_new_tokens=6, stop=None, past_end=True)), 1).tolist()
+    if isinstance(lm, HubModel):
+        assert lm.ends == (1,)
+    lm.ends = (free[0][1], free[1][3], free[2][1])
+    cut = [next((n for n, token in enumerate(row) if token in lm.ends), 6) for row in free]
+    steps = torch.stack(list(lm.stream(case.rows, max_new_tokens=6, stop=None)), 1).tolist()
+    assert steps == [(row[:n] + [-1] * 6)[: len(steps[0])] for row, n in zip(free, cut, strict=True)]
+    assert lm.generate(case.rows, max_new_tokens=6, stop=None) == [row[:n] for row, n in zip(free, cut, strict=True)]
 
 
 # Changes of the weights
@@ -628,6 +644,101 @@ def test_generators_train(name, kind):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1e-3
+
+
+# Gradient steps
+
+
+def told_and_asked(device):
+    """Contexts of different lengths, padded and as rows; and queries, all of one length."""
+    rows, query = rows_of((7, 12)), torch.tensor(rows_of((8, 8), 3), device=device)
+    return rows, Rows(*(t[:, None].to(device) for t in left_padded(rows))), query
+
+
+def nll(logits, rows):
+    """Next-token NLL of rows of tokens, on the right in their logits: the mean of each, added up."""
+    return sum(
+        torch.nn.functional.cross_entropy(says[len(says) - len(row) :][:-1], torch.tensor(row[1:], device=says.device))
+        for says, row in zip(logits, rows, strict=True)
+    )
+
+
+def outer_slopes(way, lm, contexts, query):
+    """Logits of the queries after the step, and the gradient of the parameters by them, held against random numbers."""
+    says = answering(way, lm, contexts)(query, torch.ones_like(query).bool())
+    along = torch.randn(says.shape, generator=torch.Generator().manual_seed(2)).to(says.device)
+    return says, torch.autograd.grad((says * along).sum() / along.numel(), list(way.parameters()))
+
+
+def learns(way, lm, rows, contexts):
+    """Whether a step on the contexts lowers their loss."""
+    told = contexts.ids[:, 0], contexts.valid[:, 0]
+    with torch.no_grad():
+        way.lr, lr = 0.0, way.lr
+        before = nll(answering(way, lm, contexts)(*told), rows)
+        way.lr = lr
+        return nll(answering(way, lm, contexts)(*told), rows) < before - 1e-3
+
+
+def test_a_gradient_step_in_an_adapter(case):
+    """It lowers the context's loss, and has the outer gradient that finite differences measure."""
+    lm = case.make()
+    rows, contexts, query = told_and_asked(case.device)
+    torch.manual_seed(1)
+    way = AdapterStep(lm, 2, EVERY, 1.0).to(case.device)
+    for u in way.U.parameters():
+        torch.nn.init.normal_(u, std=0.01)
+    assert learns(way, lm, rows, contexts)
+    _, slopes = outer_slopes(way, lm, contexts, query)
+    length = torch.cat([s.flatten() for s in slopes]).norm()
+    values = []
+    with torch.no_grad():
+        for step in (1e-3, -2e-3):
+            for p, s in zip(way.parameters(), slopes, strict=True):
+                p.add_(s, alpha=step / length.item())
+            says = answering(way, lm, contexts)(query, torch.ones_like(query).bool())
+            along = torch.randn(says.shape, generator=torch.Generator().manual_seed(2)).to(says.device)
+            values.append((says * along).double().mean())
+    assert_close((values[0] - values[1]) / 2e-3, length.double(), rtol=0.02, atol=0)
+
+
+def test_a_gradient_step_on_all_weights(case):
+    """It lowers the context's loss. Logits and outer gradient are those of each example alone, not padded, through the
+    graph of plain SGD; also where the class cannot run the weights of several examples at once."""
+    lm = case.make()
+    rows, contexts, query = told_and_asked(case.device)
+    way = WeightStep(lm, None, 1e-3).to(case.device)
+    assert learns(way, lm, rows, contexts)
+    found, slopes = outer_slopes(way, lm, contexts, query)
+    expected = []
+    for row, asked in zip(rows, query, strict=True):
+        weights, ids = way.start(lm), torch.tensor([row], device=case.device)
+        says = torch.func.functional_call(lm, weights, (ids,))[0]
+        inner = torch.autograd.grad(nll(says, [row]), list(weights.values()), create_graph=True, allow_unused=True)
+        after = {n: w if g is None else w - 1e-3 * g for (n, w), g in zip(weights.items(), inner, strict=True)}
+        expected.append(torch.func.functional_call(lm, after, (asked[None],))[0][0])
+    expected = torch.stack(expected)
+    along = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).to(case.device)
+    same = torch.autograd.grad((expected * along).sum() / along.numel(), list(way.parameters()))
+    assert_close(found, expected, **CLOSE)
+    apart, length = (
+        torch.cat([t.flatten() for t in tensors]).norm()
+        for tensors in ([a - b for a, b in zip(slopes, same, strict=True)], same)
+    )
+    assert apart < 1e-3 * length
+
+
+def test_a_class_without_a_second_derivative_is_said(monkeypatch):
+    """With a package installed whose kernels have none: every way that would differentiate twice names the class and
+    the remedy, instead of training with a wrong gradient; a first-order step is taken."""
+    lm = FAMILIES["mamba2"]().requires_grad_(False)
+    _, contexts, query = told_and_asked("cpu")
+    monkeypatch.setattr(lm, "_installed", lambda: ["mamba_ssm"])
+    for way in (AdapterStep(lm, 2, EVERY, 1.0), WeightStep(lm, None, 1e-3), MapStep(lm, 1e-3)):
+        with pytest.raises(UserError, match="a Mamba2 has no second derivative with the kernels of mamba_ssm; uninst"):
+            answering(way, lm, contexts)
+    for way in (AdapterStep(lm, 2, EVERY, 1.0, second_order=False), WeightStep(lm, None, 1e-3, second_order=False)):
+        assert torch.isfinite(answering(way, lm, contexts)(query, torch.ones_like(query).bool())).all()
 
 
 # Classes of one's own

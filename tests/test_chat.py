@@ -246,6 +246,15 @@ def test_the_shipped_model_keeps_what_it_is_told():
     assert done.stdout.endswith("User: \nGoodbye.\n")
 
 
+def test_a_model_finds_its_own_generator(monkeypatch, capsys):
+    """Also where the two are no RWKV's."""
+    told = ("--remember", "You should know that my home town is Oslo.")
+    code, shown = command(monkeypatch, capsys, "--model", "mamba2-dialogue", *told, typed="What is my home town?\n")
+    assert code == 0
+    assert shown.out.startswith("mamba2-dialogue, with mamba2-dialogue-token. /help")
+    assert "Bot: Oslo.\n" in shown.out
+
+
 def command(monkeypatch, capsys, *arguments, typed=""):
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     code = cli.main(["chat", *arguments])

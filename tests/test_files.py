@@ -34,7 +34,7 @@ def test_tensors_and_meta_come_back_bit_for_bit(tmp_path):
     meta = {"step": 3, "nested": {"list": [1, 2.5, None]}, "text": "naïve"}
     files.save_tensors(tmp_path / "new" / "folder" / "a.safetensors", tensors, meta)
     loaded, loaded_meta = files.load_tensors(tmp_path / "new" / "folder" / "a.safetensors")
-    assert loaded_meta == meta
+    assert loaded_meta == files.load_meta(tmp_path / "new" / "folder" / "a.safetensors") == meta
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype

@@ -1,5 +1,6 @@
 """Generation: a sample is its own whatever its batch, texts end where they should, and nothing grows with them."""
 
+import copy
 import gc
 
 import pytest
@@ -171,6 +172,85 @@ def test_a_finished_sample_costs_no_more_tokens(make_lm, prompts):
     assert lm.generate(prompts, max_new_tokens=20, stop=firsts) == [""] * 4
     handle.remove()
     assert len(calls) == 2
+
+
+# --- the end of a text --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ending(lm, prompts):
+    """A model, and what it would write behind the prompts: four texts that it ends at different places, one never."""
+    free = torch.stack(list(lm.stream(prompts, None, delta_for(lm, 4), 30, None)), 1).tolist()
+    lm.ends = (free[0][4], free[1][11], free[2][12])
+    cut = [next((n for n, token in enumerate(row) if token in lm.ends), 30) for row in free]
+    assert sorted(cut)[-1] == 30 > sorted(cut)[-2] > sorted(cut)[0]
+    return lm, [row[:n] for row, n in zip(free, cut, strict=True)], free
+
+
+def test_a_text_ends_at_the_models_end(ending, prompts):
+    """Before the token; as text, as tokens (-1 from there), and as token ids of a model without a tokenizer; unless
+    one wants to go past it. A tokenizer that knows an end ends texts, too."""
+    lm, expected, free = ending
+    delta, texts = delta_for(lm, 4), [lm.tokenizer.decode(row) for row in expected]
+    assert lm.generate(prompts, None, delta, 30, None) == texts
+    steps = list(lm.stream_text(prompts, None, delta, 30, None))
+    assert ["".join(row) for row in zip(*steps, strict=True)] == texts
+    steps = torch.stack(list(lm.stream(prompts, None, delta, 30, None)), 1).tolist()
+    assert steps == [row + [-1] * (30 - len(row)) for row in expected]
+    assert lm.generate(prompts, None, delta, 30, None, past_end=True) == [lm.tokenizer.decode(row) for row in free]
+    tokenizer, lm.tokenizer = lm.tokenizer, None
+    assert lm.generate(prompts, None, delta, 30, None) == expected
+    lm.tokenizer, ends, lm.ends = copy.copy(tokenizer), lm.ends, ()
+    assert lm.generate(prompts, None, delta, 30, None) != texts
+    lm.tokenizer.ends = ends
+    assert lm.generate(prompts, None, delta, 30, None) == texts
+
+
+def test_a_text_may_end_at_once(ending, prompts):
+    lm, _, free = ending
+    lm.ends = tuple(row[0] for row in free)
+    assert lm.generate(prompts, None, delta_for(lm, 4), 30, None) == [""] * 4
+    assert list(lm.stream(prompts, None, delta_for(lm, 4), 30, None)) == []
+    lm.tokenizer = None
+    assert lm.generate(prompts, None, delta_for(lm, 4), 30, None) == [[]] * 4
+
+
+def test_a_stop_string_that_only_began_is_text(ending, prompts):
+    """It was held back, and comes out where the text ends."""
+    lm, expected, _ = ending
+    texts = [lm.tokenizer.decode(row) for row in expected]
+    stops = [text[-2:] + "no such text" for text in texts]
+    assert lm.generate(prompts, None, delta_for(lm, 4), 30, stops) == texts
+
+
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 0.9, "seeds": [5, 6, 7, 8]}])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_has_ended_is_computed_no_more(lm, prompts, shared, drawn, monkeypatch):
+    """When half of a batch has ended, the rest goes on alone: every text is the one that it is by itself, drawn or
+    not, with a change and a state of its own, or with the change of all."""
+    delta = delta_for(lm, 1 if shared else 4)
+    state = lm.derive_state([row[::-1] for row in prompts])
+    free = torch.stack(list(lm.stream(prompts, state, delta, 30, None, **drawn)), 1).tolist()
+    lm.ends = (free[2][2], free[0][5], free[3][9])
+    alone = [
+        lm.generate(
+            [prompt],
+            state.select([row]),
+            delta if shared else delta.select([row]),
+            30,
+            None,
+            **{name: [value[row]] if name == "seeds" else value for name, value in drawn.items()},
+        )[0]
+        for row, prompt in enumerate(prompts)
+    ]
+    sizes, step_through = [], lm.step_through
+    monkeypatch.setattr(lm, "step_through", lambda ids, *rest: sizes.append(len(ids)) or step_through(ids, *rest))
+    assert lm.generate(prompts, state, delta, 30, None, **drawn) == alone
+    lengths = [next((n for n, token in enumerate(row) if token in lm.ends), 30) for row in free]
+    assert len(sizes) == min(30, max(lengths) + 1)
+    assert sizes == sorted(sizes, reverse=True)
+    for step, size in enumerate(sizes):
+        assert size < 2 * max(1, sum(length >= step for length in lengths))
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -102,6 +102,24 @@ def test_factors_do_what_whole_weights_do(lm, kind, n, successive):
     assert min(g.norm() for g in grads) > 1e-3
 
 
+def test_a_text_that_is_read_in_pieces_is_learned_whole(lm, monkeypatch):
+    """As classes read it that know no padding: step and outer gradient are those of one pass."""
+    contexts, (ids, valid) = rows_of(2, 1)[0], (t[:, 0] for t in rows_of(2, 1, seed=3)[0])
+    way, found = way_of(lm), []
+    whole = lm.step_through
+
+    def in_pieces(ids, state, valid):
+        first, state = whole(ids[:, :2], state, valid[:, :2])
+        rest, state = whole(ids[:, 2:], state, valid[:, 2:])
+        return torch.cat([first, rest], 1), state
+
+    for step_through in (whole, in_pieces):
+        monkeypatch.setattr(lm, "step_through", step_through)
+        says = answering(way, lm, contexts)(ids, valid)[valid]
+        found.append([says, *torch.autograd.grad(says.square().sum(), list(way.parameters()))])
+    assert_close(*found)
+
+
 def test_without_training_it_is_the_models_own_step(lm):
     """The start is the model, and every rate the one that is given."""
     way = MapStep(lm, 0.02).double()

@@ -20,6 +20,7 @@ from prosg_lib.backbones.rwkv4 import RWKV4, to_hf, to_weights
 from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.errors import UserError
 from prosg_lib.models import load_model, save_model
+from prosg_lib.stages import load_generator
 from prosg_lib.tokenizer import Tokenizer
 from prosg_lib.world_tokenizer import WorldTokenizer
 
@@ -136,10 +137,65 @@ def test_shipped_names(lm, tmp_path, monkeypatch):
     again = load_model("rwkv4-tiny")
     assert_same_weights(again, lm)
     assert again.tokenizer.vocab == lm.config.vocab
-    with pytest.raises(UserError, match=r"there are: rwkv4-tiny, tiny-token"):
+    with pytest.raises(UserError, match=r"\(there are: rwkv4-tiny\)"):  # a generator is no model
         load_model("rwkv4-huge")
     with pytest.raises(UserError, match="holds a generator, not a language model"):
         load_model("tiny-token")
+
+
+SHIPPED = {
+    "rwkv4-dialogue": "RWKV4",
+    "rwkv4-pairs": "RWKV4",
+    "mamba2-dialogue": "Mamba2",
+    "llama-pairs": "CausalTransformer",
+}
+
+
+def test_every_shipped_model_loads_by_its_name():
+    """With the project's tokenizer, as what it was trained as, and to the very weights that its generators were made
+    for; the list of names has no others."""
+    folder = paths.data_dir() / "checkpoints"
+    made_for = {path.stem: files.load_meta(path)["record"].get("lm") for path in folder.glob("*.safetensors")}
+    for name, kind in SHIPPED.items():
+        lm = load_model(name)
+        assert type(lm).__name__ == kind
+        assert not lm.training
+        assert lm.tokenizer.vocab == lm.config.vocab == 2048
+        own = {who for generator, who in made_for.items() if generator.startswith(f"{name}-")}
+        assert own == {lm.fingerprint()}
+    with pytest.raises(UserError, match=r"there are: llama-pairs, mamba2-dialogue, rwkv4-dialogue, rwkv4-pairs\)"):
+        load_model("rwkv4-dialogue-tokens")
+
+
+def test_a_shipped_mamba_keeps_its_prompt():
+    """Its generator is found by its name, too, and what it wrote into the weights is known without the text."""
+    lm = load_model("mamba2-dialogue")
+    generator = load_generator("mamba2-dialogue-token", lm)
+    delta = generator.memorize(lm, ["User: You should know that my home town is Oslo.\n"])
+    question = ["User: What is my home town?\nBot:"]
+    assert lm.generate(question, delta=delta) == [" Oslo."] != lm.generate(question)
+
+
+@every_layout
+def test_the_end_of_texts_goes_with_the_model(lm, tmp_path, layout):
+    """But into an author's file, which has room for weights alone."""
+    for ends in ((), (7,), (7, 0)):
+        lm.ends = ends
+        save_model(lm, tmp_path / NAMES[layout], layout)
+        assert load_model(tmp_path / NAMES[layout]).ends == (() if layout == "author" else ends)
+
+
+@pytest.mark.parametrize("which", ["rwkv4", "mamba2"])
+def test_the_end_of_texts_in_a_folder(lm, mamba2, tmp_path, which):
+    """What generation_config.json says counts; where there is none, config.json's word does."""
+    save_model(lm if which == "rwkv4" else mamba2, tmp_path, "transformers")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    for said, ends in ((None, ()), (3, (3,)), ([3, 5], (3, 5))):
+        files.write_json(tmp_path / "config.json", config | {"eos_token_id": said})
+        assert load_model(tmp_path).ends == ends
+    files.write_json(tmp_path / "generation_config.json", {"eos_token_id": 9})
+    assert load_model(tmp_path).ends == (9,)
 
 
 class Bomb:

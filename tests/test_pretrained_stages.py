@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
 from prosg_lib import models, paths, profiles, stages
 from prosg_lib.backbones.families import Mamba2
@@ -13,7 +14,7 @@ from prosg_lib.pretrained_stages import dialogues_of, generator_for, new_small, 
 from prosg_lib.profiles import PROFILES, Training
 from prosg_lib.tasks.dialogue import Shape
 from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
-from prosg_lib.tokenizer import Tokenizer
+from prosg_lib.tokenizer import Tokenizer, folder_tokenizer
 
 STEPS = Training(steps=2, batch=2, lr=1e-2, facts=(1,), distances=(0,), warmup=1)
 SIZES = replace(PROFILES["smoke"].pretrained, lm=STEPS, rank=2, token_training=STEPS)
@@ -63,6 +64,20 @@ def test_a_model_from_a_folder_gets_a_generator_of_its_own(tmp_path, capsys):
     next(lm.parameters()).add_(1.0)
     generator_for(lm, "some/model", "tiny", maps=("in_proj",))
     assert "some-model-token-tiny.safetensors was trained otherwise (lm); not used" in capsys.readouterr().out
+
+
+def test_a_model_with_a_tokenizer_of_any_kind_gets_a_generator(tmp_path, capsys):
+    """One without a tokenizer.json: the record names it, so that the generator is found again, and not with another."""
+    lm = new_small(SIZES)
+    ByT5Tokenizer().save_pretrained(tmp_path / "tokenizer")
+    lm.tokenizer = folder_tokenizer(tmp_path / "tokenizer", lm.config.vocab)
+    generator_for(lm, "m", "tiny", maps=("in_proj",))
+    assert "m-token-tiny: training" in capsys.readouterr().out
+    generator_for(lm, "m", "tiny", maps=("in_proj",))
+    assert "m-token-tiny: loaded" in capsys.readouterr().out
+    lm.tokenizer = stages.load_tokenizer()
+    generator_for(lm, "m", "tiny", maps=("in_proj",))
+    assert "was trained otherwise (data); not used" in capsys.readouterr().out
 
 
 def test_dialogues_are_in_the_models_own_tokens():

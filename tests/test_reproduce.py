@@ -473,10 +473,15 @@ def test_check_finds_dirty_notebooks_orphaned_ledgers_and_wrong_quotes(tmp_path)
     (tmp_path / "expected").mkdir()
     (tmp_path / "expected" / "01_gone.smoke.json").write_text('{"claims": {}}')
     (tmp_path / "expected" / "00_new.smok.json").write_text('{"claims": {}}')
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "race.py").touch()
+    for name in ("race", "gone"):
+        (tmp_path / "expected" / f"{name}.benchmark.json").write_text('{"claims": {}}')
     (tmp_path / "README.md").write_text("0.5<!--claim smoke 00_new a-->")
     found = reproduce.check(tmp_path)
     assert [problem.partition(":")[0] for problem in found] == [
         "expected/00_new.smok.json",
         "expected/01_gone.smoke.json",
+        "expected/gone.benchmark.json",
         "README.md, line 1",
     ]

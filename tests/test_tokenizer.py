@@ -3,11 +3,14 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import ByT5Tokenizer
 
+from prosg_lib import files
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.build import VOCAB
 from prosg_lib.tasks.dialogue import words
-from prosg_lib.tokenizer import TextPieces, Tokenizer, load_tokenizer
+from prosg_lib.tokenizer import LibraryTokenizer, TextPieces, Tokenizer, folder_tokenizer, load_tokenizer
+from prosg_lib.world_tokenizer import WorldTokenizer
 
 ENGLISH = st.lists(
     st.sampled_from(
@@ -113,3 +116,32 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
     (tmp_path / "foreign.json").write_text("{}")
     with pytest.raises(UserError, match=r"foreign\.json is not a tokenizer file"):
         load_tokenizer(tmp_path / "foreign.json")
+
+
+def slow(folder, merges=("a b</w>",), **settings):
+    """A tokenizer that is Python, in a folder: a few letters and one merge."""
+    folder.mkdir()
+    files.write_json(folder / "vocab.json", {"<unk>": 0, "a": 1, "b": 2, "ab": 3, "a@@": 4, "aa@@": 5})
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    files.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CTRLTokenizer", **settings})
+    return folder_tokenizer(folder, 64)
+
+
+def test_the_signature_of_a_tokenizer_without_a_file_of_its_own(tmp_path):
+    """The same wherever it lies and however often it was saved; another for other merges, settings, classes. Those that
+    have a tokenizer.json are named by that, as every checkpoint's record names them."""
+    first = slow(tmp_path / "first")
+    assert isinstance(first, LibraryTokenizer)
+    assert first.decode(first.encode("ab aab")) == "ab aab"
+    first.save(tmp_path / "again")
+    same = [slow(tmp_path / "second"), folder_tokenizer(tmp_path / "again", 64)]
+    assert {tokenizer.signature() for tokenizer in same} == {first.signature()}
+    ByT5Tokenizer().save_pretrained(tmp_path / "bytes")
+    others = [
+        slow(tmp_path / "merged", ("a a",)),
+        slow(tmp_path / "set", unk_token="a"),
+        folder_tokenizer(tmp_path / "bytes", 512),
+    ]
+    assert len({tokenizer.signature() for tokenizer in [first, *others]}) == 4
+    own, world = load_tokenizer(), WorldTokenizer({1: b"a"})
+    assert (own.signature(), world.signature()) == (own.to_json(), world.to_json())

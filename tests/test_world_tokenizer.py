@@ -88,6 +88,7 @@ def test_ids_without_a_token_add_nothing(tokenizer):
     """The end of a text, 0, and the embedding's spare rows."""
     (a,) = tokenizer.encode("a")
     assert tokenizer.decode([a, 0, tokenizer.vocab - 1, a]) == "aa"
+    assert tokenizer.ends == (0,)
 
 
 def test_size_of_the_vocabulary(tokenizer):

@@ -19,6 +19,11 @@ from prosg_lib.state import RecurrentState
 from prosg_lib.tokenizer import Tokenizer
 
 
+def listed(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One token, several or none, as configurations of `transformers` have them, as a tuple."""
+    return () if tokens is None else (tokens,) if isinstance(tokens, int) else tuple(tokens)
+
+
 def check_batch(ids: Tensor, state: RecurrentState | None) -> None:
     """Raises UserError if there is not one state per sequence."""
     if state is not None and state.batch != len(ids):
@@ -33,7 +38,9 @@ class LanguageModel(nn.Module, ABC):
     """
 
     tokenizer: Tokenizer | None = None  # needed where texts go in or out
+    ends: tuple[int, ...] = ()  # tokens that end a text, as the model's files say
     peft_refuses: tuple[str, ...] = ()  # endings of the maps that PEFT puts no adapter on
+    vmaps = True  # whether `torch.func.vmap` can run it with weights of each example's own
     grows = False  # whether the state grows with the text: attention layers keep what they have read
 
     @abstractmethod
@@ -65,6 +72,13 @@ class LanguageModel(nn.Module, ABC):
             UserError: this kind of model has no state of a fixed size.
         """
         raise UserError(f"a {type(self).__name__} has no state of a fixed size; take a recurrent model")
+
+    def check_second_order(self) -> None:
+        """Nothing, where the model can be differentiated twice, which gradient steps need that are trained through.
+
+        Raises:
+            UserError: it cannot, as it runs here; names the class and the remedy.
+        """
 
     def forward(
         self,
@@ -134,26 +148,29 @@ class LanguageModel(nn.Module, ABC):
         top_k: int | None = None,
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
+        past_end: bool = False,
     ) -> list[str] | list[list[int]]:
-        """Continuations of a batch of prompts, the likeliest or drawn, in constant memory.
+        """Continuations of a batch of prompts, the likeliest or drawn, in constant memory. Each ends at a stop string,
+        where the model ends it, or after `max_new_tokens`; what has ended is not computed for long.
 
         Args:
             prompts: texts or token ids, of any lengths.
             state, delta: as in `forward`; one per prompt. Never changed.
-            max_new_tokens, stop, temperature, top_k, top_p, seeds: see `generation.Decoding`.
+            max_new_tokens, stop, temperature, top_k, top_p, seeds, past_end: see `generation.Decoding`.
         Returns:
-            One text a prompt, without the prompt and without the stop string. Where the model has no tokenizer, which
+            One text a prompt, without the prompt and without what ended it. Where the model has no tokenizer, which
             needs prompts of token ids and stop=None: one list of token ids a prompt.
         Raises:
             UserError: a value that cannot be meant; prompts, states, changes or seeds of different numbers.
         """
-        how = Decoding(max_new_tokens, stop, temperature, top_k, top_p, seeds)
+        how = Decoding(max_new_tokens, stop, temperature, top_k, top_p, seeds, past_end)
         return generation.generate(self, prompts, state, delta, how)
 
     def stream(self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n", **drawing) -> Iterator[Tensor]:
         """The tokens of `generate` as they come, (B,) a step, -1 for a sequence that has ended.
 
-        What a stop string is complete with is -1 already; where one spans tokens, those before were out by then.
+        The token that ends a text is -1 already, and so is the one that completes a stop string; where that spans
+        several, those before were out by then.
         """
         return generation.stream(self, prompts, state, delta, Decoding(max_new_tokens, stop, **drawing))
 
@@ -165,6 +182,10 @@ class LanguageModel(nn.Module, ABC):
         Pieces are of whole characters, and hold back what may turn out to be the beginning of a stop string.
         """
         return generation.stream_text(self, prompts, state, delta, Decoding(max_new_tokens, stop, **drawing))
+
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text: those of the model's files, and its tokenizer's own."""
+        return self.ends + (() if self.tokenizer is None else self.tokenizer.ends)
 
     def needed_tokenizer(self) -> Tokenizer:
         """The tokenizer.

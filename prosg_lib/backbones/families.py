@@ -8,11 +8,13 @@ disagrees with itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from prosg_lib.backbones.hf import Recurrent, read_along, too_old
 from prosg_lib.backbones.registry import register
@@ -112,6 +114,16 @@ class Mamba2(Recurrent):
                 f"this {self.model.config.model_type} limits its time step to {limit}, which the class of transformers "
                 "leaves out where it reads one token at a time; such a model cannot be read"
             )
+
+
+def new_mamba2(settings: Mapping[str, int]) -> Mamba2:
+    """A fresh Mamba-2, input and output embeddings tied; its tokenizer has no tokens for beginnings and ends.
+
+    Args:
+        settings: the sizes, by their names in `Mamba2Config`.
+    """
+    nothing = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return Mamba2(Mamba2ForCausalLM(Mamba2Config(tie_word_embeddings=True, **nothing, **settings)))
 
 
 @register("granitemoehybrid")

@@ -48,10 +48,11 @@ class Recurrent(HubModel):
         reads_on: whether the class is right for several tokens from a state. If not, it gets one at a time.
         pads: whether the class, given an attention mask, is right for left padding before a blank state. If not, and
             always from a state, a padded batch is read in as many passes as it has lengths.
-        kernels: packages whose kernels the class takes for one token from a state, where they are installed. They
-            write the state without a gradient.
+        kernels: packages whose kernels the class takes, where they are installed. For one token from a state they
+            write the state without a gradient; they have no second derivative.
     """
 
+    vmaps = False  # the library's classes write into caches, and look at numbers
     reads_on = False
     pads = False
     kernels: tuple[str, ...] = ("causal_conv1d", "mamba_ssm", "fla")
@@ -116,8 +117,18 @@ class Recurrent(HubModel):
             self._check_gradient([body.last_hidden_state, *state.tensors.values()])
         return body.last_hidden_state, RecurrentState(_tensors(cache) | seen)
 
+    def check_second_order(self):
+        if installed := self._installed():  # autograd would leave out what goes through them, and say nothing
+            raise UserError(
+                f"a {type(self).__name__} has no second derivative with the kernels of {', '.join(installed)}; "
+                "uninstall them, or take the step with second_order=False"
+            )
+
+    def _installed(self) -> list[str]:
+        return [name for name in self.kernels if find_spec(name)]
+
     def _check_gradient(self, tensors: list[Tensor]) -> None:
-        if any(t.requires_grad for t in tensors) and (installed := [n for n in self.kernels if find_spec(n)]):
+        if any(t.requires_grad for t in tensors) and (installed := self._installed()):
             raise UserError(
                 f"one token from a state has no gradient with the kernels of {', '.join(installed)}; "
                 "read several tokens at once, or under torch.no_grad()"

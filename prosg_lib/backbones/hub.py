@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.base import LanguageModel, listed
 from prosg_lib.errors import UserError
 
 
@@ -44,6 +44,7 @@ class HubModel(LanguageModel):
         super().__init__()
         model.set_attn_implementation("eager")
         self.model = model
+        self.ends = listed(model.generation_config.eos_token_id)
         c = model.config
         self.config = TransformerConfig(
             c.model_type,

@@ -35,6 +35,24 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
+class ResidualBlock(nn.Module):
+    """Two norms, and what they lead to: a mix over time and one over channels. The first has the embedding's norm, too.
+
+    Attributes:
+        mixes: (config, layer) -> the time mix, and the same for the channel mix; for subclasses.
+    """
+
+    mixes: tuple[Callable[..., nn.Module], Callable[..., nn.Module]]
+
+    def __init__(self, config, layer: int):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.width)
+        self.ln1 = nn.LayerNorm(config.width)
+        self.ln2 = nn.LayerNorm(config.width)
+        self.att, self.ffn = (mix(config, layer) for mix in self.mixes)
+
+
 class RWKV(LanguageModel):
     """Embedding, blocks and read-out. A generation says what its blocks are and how they follow each other.
 

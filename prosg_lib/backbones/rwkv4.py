@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prosg_lib.backbones.rwkv import RWKV, BlockState, filled, layers_of, shifted, sum_dtype
+from prosg_lib.backbones.rwkv import RWKV, BlockState, ResidualBlock, filled, layers_of, shifted, sum_dtype
 from prosg_lib.backbones.wkv import BLANK, WKVState, wkv_chunked, wkv_recurrent
 from prosg_lib.errors import UserError
 from prosg_lib.state import RecurrentState
@@ -86,15 +86,8 @@ class ChannelMix(nn.Module):
         return r * self.value(k), x[:, -1]
 
 
-class Block(nn.Module):
-    def __init__(self, config: RWKV4Config, layer: int):
-        super().__init__()
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(config.width)
-        self.ln1 = nn.LayerNorm(config.width)
-        self.ln2 = nn.LayerNorm(config.width)
-        self.att = TimeMix(config, layer)
-        self.ffn = ChannelMix(config, layer)
+class Block(ResidualBlock):
+    mixes = (TimeMix, ChannelMix)
 
     def forward(self, x: Tensor, state: BlockState | None, valid: Tensor | None) -> tuple[Tensor, BlockState]:
         if state is None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prosg_lib.backbones.rwkv import RWKV, BlockState, filled, layers_of, shifted, sum_dtype
+from prosg_lib.backbones.rwkv import RWKV, BlockState, ResidualBlock, filled, layers_of, shifted, sum_dtype
 from prosg_lib.backbones.wkv7 import wkv7_chunked, wkv7_recurrent
 from prosg_lib.errors import UserError
 from prosg_lib.state import RecurrentState
@@ -150,15 +150,8 @@ class ChannelMix(nn.Module):
         return self.value(torch.relu(self.key(torch.lerp(x, previous, self.x_k))).square()), x[:, -1]
 
 
-class Block(nn.Module):
-    def __init__(self, config: RWKV7Config, layer: int):
-        super().__init__()
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(config.width)
-        self.ln1 = nn.LayerNorm(config.width)
-        self.ln2 = nn.LayerNorm(config.width)
-        self.att = TimeMix(config, layer)
-        self.ffn = ChannelMix(config, layer)
+class Block(ResidualBlock):
+    mixes = (TimeMix, ChannelMix)
 
     def forward(
         self, x: Tensor, state: BlockState | None, valid: Tensor | None, first: Tensor | None

@@ -379,7 +379,7 @@ def data_hash(tokenizer: Tokenizer, rich: bool = False) -> str:
     The prose between is the user's (a folder, WikiText, or our own), so it is recorded and not part of the hash.
     """
     digest = hashlib.sha256(f"{VERSION}".encode())
-    digest.update(tokenizer.to_json().encode())
+    digest.update(tokenizer.signature().encode())
     digest.update(json.dumps(words(), sort_keys=True).encode())
     if rich:
         digest.update(json.dumps(asides(), sort_keys=True).encode())

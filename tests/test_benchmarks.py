@@ -1,0 +1,91 @@
+"""Results of benchmarks: kept as claims are, quoted as claims are, and what was counted is what the code counts now."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from prosg_lib import claims, files, paths, quotes
+from prosg_lib.profiles import get_profile
+
+sys.path.append(str(paths.repo_root() / "benchmarks"))  # where they import each other from, when they run
+
+import result
+import scale
+
+
+def quoted():
+    """benchmark -> the names that README quotes of it."""
+    found = {}
+    text = (paths.repo_root() / "README.md").read_text(encoding="utf-8")
+    for benchmark, name in re.findall(r"<!--claim benchmark (\S+) (\S+)-->", text):
+        found.setdefault(benchmark, []).append(name)
+    return found
+
+
+@pytest.fixture
+def keep(tmp_path, monkeypatch, capsys):
+    """Keeps a result as a benchmark called `race`, run with an option, would; -> its ledger and what was printed."""
+    monkeypatch.setattr(claims.paths, "expected_dir", lambda: tmp_path / "expected")
+    monkeypatch.setattr(sys, "argv", ["somewhere/benchmarks/race.py", "--rounds", "3", "--keep"])
+
+    def call(*arguments, **named):
+        result.finish(*arguments, **named)
+        path = tmp_path / "expected" / "race.benchmark.json"
+        return files.read_json(path) if path.is_file() else None, capsys.readouterr().out
+
+    return call
+
+
+def test_a_result_is_kept_with_its_goals_as_bars(keep):
+    """And with the command and the machine, but no date. It is a ledger that the claims' reader takes."""
+    ledger, printed = keep({"a": 1.23456, "b": 0.5}, {"a": 1.5}, lower_is_better=True, keep=True, counts={"c/d": 7})
+    assert ledger["claims"] == {
+        "a": {"value": 1.5, "tolerance": 0, "kind": "at_most", "reference": 1.2346},
+        "b": {"value": 0.5, "tolerance": 0.25, "kind": "relative", "reference": 0.5},
+        "c/d": {"value": 7, "tolerance": 0, "kind": "exact", "reference": 7},
+    }
+    assert ledger["command"] == "python benchmarks/race.py --rounds 3 --keep"
+    assert {"device", "versions", "threads"} < ledger.keys()
+    assert claims.expected("race", "benchmark") == ledger
+    *_, last = printed.splitlines()
+    assert json.loads(last)["ratios"] == {"a": 1.23}
+    ledger, printed = keep({"a": 1.0}, {"a": 1.5}, lower_is_better=False, keep=True)
+    assert ledger["claims"]["a"]["kind"] == "at_least"
+    assert re.search(r"a +1 +at least 1\.5 +NO\n", printed)  # kept, and said to be missed
+
+
+def test_nothing_is_kept_unasked(keep):
+    ledger, printed = keep({"a": 1.0}, {"a": 1.5}, lower_is_better=False)
+    assert ledger is None
+    assert json.loads(printed)["goals"] == {"a": 1.5}
+
+
+def test_a_kept_number_is_quoted_as_a_claim(keep, tmp_path):
+    keep({"a": 1.2345}, {"a": 1.5}, lower_is_better=True, keep=True)
+    for number, problems in (("1.23", 0), ("1.24", 1), ("123 %", 0)):
+        (tmp_path / "README.md").write_text(f"It takes {number}<!--claim benchmark race a--> times as long.")
+        assert len(quotes.check_quotes(tmp_path)) == problems
+
+
+def test_one_command_keeps_all_that_readme_quotes():
+    """`make benchmarks` runs the benchmarks whose numbers are in README, and each has been kept."""
+    makefile = (paths.repo_root() / "Makefile").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^BENCHMARKS := (.*)$", makefile, re.MULTILINE)
+    assert quoted().keys() <= set(listed.split())
+    for benchmark, names in quoted().items():
+        assert set(names) <= claims.expected(benchmark, claims.BENCHMARK)["claims"].keys()
+
+
+def test_what_fits_is_what_is_counted_now():
+    """Every batch of the table in README, counted again; it quotes all of them, of every published size."""
+    kept = {
+        n: e["reference"] for n, e in claims.expected("scale", "benchmark")["claims"].items() if e["kind"] == "exact"
+    }
+    generator = get_profile("gpu").token
+    for name, (layers, width) in scale.PUBLISHED.items():
+        lm = scale.RWKV4Config(50277, width, layers, 4 * width)
+        for what, batch in scale.fitting(lm, (generator.rank, generator.width)).items():
+            assert kept[f"{name}/{what}"] == batch
+            assert f"{name}/{what}" in quoted()["scale"]
