@@ -93,11 +93,12 @@ def predicted(
     """
     numbers = [(seed, number) for seed in seeds for number in range(items)]
     methods = methods_of(generator)
-    with tqdm(total=len(cells) * len(methods), desc=SUITE, unit="pass", file=sys.stderr) as bar:
+    pause = 0.1 if sys.stderr.isatty() else 30.0  # a log gets a line now and then
+    with tqdm(total=len(cells) * len(methods), desc=SUITE, unit="pass", mininterval=pause) as bar:
         for setting in cells:
             problems = [problem_of(setting, material, seed, number) for seed, number in numbers]
             _check_room(lm, problems)
-            bar.set_postfix_str(f"{problems[0].task} {_short(problems[0].cell)}")
+            bar.set_postfix_str(f"{problems[0].task} {_short(problems[0].cell)}", refresh=False)
             for method, says in answered(lm, generator, problems):
                 for (seed, number), problem, said in zip(numbers, problems, says, strict=True):
                     yield Prediction(problem.task, problem.cell, seed, number, method, problem.gold, said)

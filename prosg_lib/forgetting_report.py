@@ -64,7 +64,7 @@ def results(header: Mapping, predictions: Sequence[Prediction]) -> dict:
             "cells": [_cell(dict(cell), methods, scores) for cell, scores in cells],
             "overall": {"items": pooled.shape[1], "methods": _means(methods, pooled)},
             "against": {},
-            "power": {"cell": power.smallest_difference(cells[0][1].shape[1]), "any": _power(pooled), "seen": {}},
+            "power": {"cell": _power(cells[0][1]), "any": _power(pooled), "seen": {}},
         }
         if "base" in methods:
             base = pooled[methods.index("base")]
@@ -223,7 +223,8 @@ def _power_sentence(part: Mapping) -> str:
             f"; with the scatter seen here, {min(seen):.2f} to {max(seen):.2f} between a method and the plain model "
             "over all of them"
         )
-    return text + "."
+    never = 1 - (power.LEVEL / 2) ** (1 / cell)
+    return f"{text}. An interval without width is not certain: {cell} equal items leave room for {never:.2f} of others."
 
 
 def _size(difference: float | None) -> str:

@@ -7,11 +7,11 @@ A problem as token ids (length 16, 3 pairs, a vocabulary of 20; the model should
     judged:  ^    ^        ^            gold: 17, 15, 12
 
 The distribution is that of MQAR in "Zoology" (Arora et al. 2023, arXiv 2312.04927) as its authors published it, token
-for token: keys are different numbers of 1 .. vocab/2 - 1, values different ones of vocab/2 .. vocab - 1; all pairs stand
-in front; each key comes once more, an even number of places behind the pairs, 2 g with g drawn without replacement
-(keys in their order, each from the gaps left) from 0 .. space - 1 with weight (g + 1)^(power - 1), space being half the
-places; all other places are uniform over the whole vocabulary. What stands behind a repeated key is therefore random,
-too, and only the model's prediction at the key is judged.
+for token. Keys are different numbers of 1 .. vocab/2 - 1, values different ones of vocab/2 .. vocab - 1, and all pairs
+stand in front. Each key comes once more, an even number of places behind the pairs: 2 g, with g drawn without
+replacement (keys in their order, each from the gaps left) from 0 .. space - 1 with weight (g + 1)^(power - 1), space
+being half the places. All other places are uniform over the whole vocabulary; so what stands behind a repeated key is
+random, too, and only the model's prediction at the key is judged.
 
 Drawn without any global random state; the published numbers themselves are another generator's.
 """
@@ -91,7 +91,7 @@ def _gap_weights(space: int, power: float) -> np.ndarray:
 
 
 def problem(config: Mqar, split: str, seed: int, number: int) -> Problem:
-    """Problem `number` of a split and seed; no choice of keys, values and gaps is in two splits.
+    """Problem `number` of a split and seed; no sequence of tokens is in two splits.
 
     Raises:
         UserError: an unknown split.

@@ -102,7 +102,7 @@ def tokens(tokenizer: Tokenizer, *pieces: str) -> tuple[int, ...]:
 
 
 def split_of(content: object) -> str:
-    """The split that something to be remembered belongs to, by a hash of it: eight tenths train, one each the others."""
+    """The split that some content belongs to, by a hash of it: train has eight tenths, the others one each."""
     number = int.from_bytes(hashlib.sha256(repr(content).encode()).digest()[:8])
     return _TENTHS.get(number % 10, "train")
 
