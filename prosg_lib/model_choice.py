@@ -18,6 +18,7 @@ from prosg_lib.backbones.registry import LOADERS, loader
 from prosg_lib.backbones.transformer import TransformerConfig, load_transformer, new_llama
 from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
+from prosg_lib.gradient_step import AdapterStep
 from prosg_lib.models import load_model
 from prosg_lib.pretrained_stages import new_small
 from prosg_lib.profiles import get_profile
@@ -94,21 +95,28 @@ def choose_generator(name: str, lm: LanguageModel) -> Generator:
     """
     path = Path(name) if name.endswith(".safetensors") else paths.data_dir() / "checkpoints" / f"{name}.safetensors"
     tensors, meta = files.load_tensors(path)
-    way = meta.get("record", {}).get("way")
-    if way is None:
+    record = meta.get("record", {})
+    if "way" not in record and record.get("stage") != "adapter":
         return stages.load_generator(name, lm)
-    if way["method"] not in _WAYS:
-        raise UserError(
-            f"{path.name} changes all weights of the model ({way['method']}), and its step is no low-rank change; take "
-            f"one of the methods {', '.join(_WAYS)}"
-        )
-    found = pair_stages.new_way(way["method"], lm, meta["record"]["stage"].partition(" ")[0], "cpu")
-    if meta["record"]["lm"] != lm.fingerprint():
-        raise UserError(
-            f"{path.name} was trained for model {meta['record']['lm']}, not for this one ({lm.fingerprint()})"
-        )
-    found.load_state_dict({n: tensor.float() for n, tensor in tensors.items()})
+    if record["lm"] != lm.fingerprint():
+        raise UserError(f"{path.name} was trained for model {record['lm']}, not for this one ({lm.fingerprint()})")
+    found = _adapter(record["generator"], lm) if "way" not in record else _of_pairs(path, record, lm)
+    found.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return found.to(next(lm.parameters()).device).eval().requires_grad_(False)
+
+
+def _adapter(size: dict, lm: LanguageModel) -> AdapterStep:
+    return AdapterStep(lm, size["rank"], tuple(size["maps"]), size["lr"])
+
+
+def _of_pairs(path: Path, record: dict, lm: LanguageModel) -> Generator:
+    method = record["way"]["method"]
+    if method not in _WAYS:
+        raise UserError(
+            f"{path.name} changes all weights of the model ({method}), and its step is no low-rank change; take one of "
+            f"the methods {', '.join(_WAYS)}"
+        )
+    return pair_stages.new_way(method, lm, record["stage"].partition(" ")[0], "cpu")
 
 
 def own_generator(model: str) -> str | None:

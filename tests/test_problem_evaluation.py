@@ -1,4 +1,4 @@
-"""Evaluation of problems: every method says what it says to each problem alone, read in one go, whatever the padding."""
+"""Evaluation of problems: every method says what it says to each problem alone, in one go, whatever the padding."""
 
 import pytest
 import torch
