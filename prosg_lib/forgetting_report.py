@@ -223,8 +223,10 @@ def _power_sentence(part: Mapping) -> str:
             f"; with the scatter seen here, {min(seen):.2f} to {max(seen):.2f} between a method and the plain model "
             "over all of them"
         )
-    never = 1 - (power.LEVEL / 2) ** (1 / cell)
-    return f"{text}. An interval without width is not certain: {cell} equal items leave room for {never:.2f} of others."
+    other = 1 - (power.LEVEL / 2) ** (1 / cell)
+    return (
+        f"{text}. Where all {cell} items of a cell scored alike, up to {other:.2f} of all there are may still differ."
+    )
 
 
 def _size(difference: float | None) -> str:

@@ -1,17 +1,19 @@
 """The suite as a command: the same numbers from the file alone, and nothing written where something is wrong."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 
 from prosg_lib import cli, forgetting, predictions, profiles
+from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.errors import UserError
-from prosg_lib.forgetting import FILE, Material, evaluate, problem_of, recompute, settings
+from prosg_lib.forgetting import FILE, Material, evaluate, predicted, problem_of, recompute, settings
 from prosg_lib.generator import TokenGenerator
 from prosg_lib.profiles import PROFILES, Forgetting
+from prosg_lib.state import RecurrentState
 from prosg_lib.tasks import mqar
 from prosg_lib.tasks.prose import SPLITS, Prose, ProseTokens, own_sentences
 
@@ -40,6 +42,51 @@ def small(monkeypatch, make_lm):
     return lm
 
 
+@dataclass(frozen=True)
+class Sizes:
+    vocab: int
+
+
+class Copier(LanguageModel):
+    """Goes on as the text went on where its longest piece like the end of what was read stands, the first of several.
+
+    Its state is all that it has read, -1 being padding.
+    """
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.tokenizer, self.config = tokenizer, Sizes(tokenizer.vocab)
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def step_through(self, ids, state, valid):
+        ids = ids if valid is None else ids.masked_fill(~valid, -1)
+        read = ids if state is None else torch.cat([state.tensors["ids"], ids], 1)
+        time = ids.shape[1]
+        says = [[self.next(row[:n]) for n in range(len(row) - time + 1, len(row) + 1)]
+                for row in read.tolist()]  # fmt: skip
+        return nn.functional.one_hot(torch.tensor(says), self.config.vocab).float(), RecurrentState({"ids": read})
+
+    @staticmethod
+    def next(row):
+        row = [token for token in row if token >= 0]
+        best, length = 0, 0
+        for end in range(1, len(row)):
+            same = 0
+            while same < end and row[end - 1 - same] == row[-1 - same]:
+                same += 1
+            if same > length:
+                best, length = row[end], same
+        return best
+
+    def read_out(self, hidden):
+        return hidden
+
+    def embed(self, ids):
+        raise NotImplementedError
+
+    editable = embed
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -56,6 +103,21 @@ def test_everything_is_computed_again_from_the_file(tmp_path, capsys):
     for name in FILES:
         if name != FILE:
             assert (tmp_path / "c" / name).read_bytes() == (first / name).read_bytes(), name
+
+
+def test_who_copies_solves_all_four(small):
+    """A model that goes on as the text went on before says everything right, with the memory once or twice, and without
+    it nothing but a few tokens of copies and a query by chance. So the gold is what the memory says, and the judged
+    positions are where it has to be said."""
+    lm = Copier(small.tokenizer)
+    cells, _ = settings(replace(TINY, copy=(1, 12), mqar=((64, 4),), phonebook=(3, 8), depths=(0.0, 0.4, 1.0)), 2048)
+    material = Material(small.tokenizer, ProseTokens.of(LITTLE, "test", small.tokenizer))
+    found = list(predicted(lm, None, cells, material, (0,), 4))
+    for method, least, most in (("base", 1, 1), ("repeated", 1, 1), ("none", 0, 0.2)):
+        shares = [p.share for p in found if p.method == method]
+        assert least <= min(shares)
+        assert sum(shares) / len(shares) <= most
+    assert not any(p.right for p in found if p.method == "none")
 
 
 def test_the_file_has_every_item_of_every_method(tmp_path, small):

@@ -134,6 +134,7 @@ def test_what_is_written(found, tmp_path):
     assert "| most words with 90% right | 2 | 0 | 4 |" in page
     assert "Left out: MQAR of 512 tokens." in page
     assert "two-sided 5%, power 80%" in page
+    assert f"up to {stats.binomtest(0, 4).proportion_ci(0.95).high:.2f} of all there are may still differ" in page
     assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith("png"))
 
 
