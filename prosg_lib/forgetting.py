@@ -93,6 +93,8 @@ def predicted(
     """
     numbers = [(seed, number) for seed in seeds for number in range(items)]
     methods = methods_of(generator)
+    for setting in cells:  # what cannot be made or read is said before hours of measuring
+        _check_room(lm, [problem_of(setting, material, seeds[0], 0)])
     pause = 0.1 if sys.stderr.isatty() else 30.0  # a log gets a line now and then
     with tqdm(total=len(cells) * len(methods), desc=SUITE, unit="pass", mininterval=pause) as bar:
         for setting in cells:

@@ -2,7 +2,7 @@
 
 One forward pass over the rest of a batch, and all methods get the same problems. A model whose state is of a fixed size
 reads the memory, and then the rest from that state; one that looks back at all it has read (`grows`) reads both in
-one pass where nothing is changed in between.
+one pass. There, what is in its weights comes on top of what it still sees; the delta alone shows what the weights know.
 
 Glossary of shapes: B problems, M tokens of memory, T tokens of the rest, D model width.
 """

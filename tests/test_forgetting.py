@@ -168,14 +168,15 @@ def test_a_small_vocabulary_leaves_out_what_it_does_not_allow(tmp_path, small, m
     assert f"Left out: {reason}." in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 
-def test_a_model_with_too_few_places_is_told_so(tmp_path, monkeypatch, small):
-    """Before it would read beyond its last position."""
+def test_a_model_with_too_few_places_is_told_so(tmp_path, monkeypatch, small, capsys):
+    """Before it would read beyond its last position, and before anything is measured."""
     llama = new_llama(TransformerConfig("llama", 2048, width=8, layers=1, ffn=8, heads=1)).eval().requires_grad_(False)
     llama.tokenizer = small.tokenizer
     llama.model.config.max_position_embeddings = 80
     monkeypatch.setattr(forgetting, "choose_model", lambda name: llama)
     with pytest.raises(UserError, match=r"phonebook \(lines=3\) needs \d+ tokens .* this model reads 80"):
         evaluate("some", None, "tiny", (0,), 2, tmp_path / "out", "")
+    assert "pass" not in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
