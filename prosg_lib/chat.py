@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TextIO
 
-from prosg_lib import generation, paths
+from prosg_lib import generation
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
 from prosg_lib.generation import Decoding
 from prosg_lib.generator import Memory, TokenGenerator
 from prosg_lib.lowrank import LowRankDelta
 from prosg_lib.memories import tell, written
+from prosg_lib.model_choice import own_generator
 from prosg_lib.models import load_model
 from prosg_lib.stages import load_generator
 from prosg_lib.state import RecurrentState
@@ -261,13 +261,7 @@ def run(
     """
     lm = load_model(model)
     lm.needed_tokenizer()
-    own = f"{model}-token"
-    if (
-        generator is None
-        and Path(model).name == model
-        and (paths.data_dir() / f"checkpoints/{own}.safetensors").is_file()
-    ):
-        generator = own
+    generator = generator or own_generator(model)
     writer = None if generator is None else load_generator(generator, lm)
     if writer is not None and not isinstance(writer, TokenGenerator):
         raise UserError(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         put right; 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
+    options.words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return options.run(options)
     except UserError as error:
@@ -99,10 +101,33 @@ def _parser() -> argparse.ArgumentParser:
         "--refresh", type=int, metavar="N", help="write in what was said, too, after every N tokens of conversation"
     )
 
+    _add_evaluated(
+        command(
+            "evaluate",
+            _evaluate,
+            "measure on established tests what a model keeps, or compute all numbers again from kept predictions",
+            "Writes predictions.jsonl.gz, results.json, results.md and figures.",
+        )
+    )
+
     train = command("train", _train, "train one model, or load the checkpoint that fits")
     train.formatter_class, train.epilog = argparse.RawDescriptionHelpFormatter, _LAUNCH
     _add_trained(train.add_subparsers(title="what to train", metavar="WHAT", dest="what", required=True))
     return parser
+
+
+def _add_evaluated(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="NAME", help="shipped name, path or hub id of what is measured")
+    source.add_argument("--from-predictions", metavar="FILE", help="measure nothing: a file that was written before")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where results are written; made if need be")
+    parser.add_argument("--suite", choices=("forgetting",), default="forgetting", help="default: forgetting")
+    parser.add_argument(
+        "--generator", metavar="NAME", help="shipped name or file (default: the model's own, if shipped)"
+    )
+    parser.add_argument("--profile", default="cpu", help="sizes: smoke, cpu, gpu or paper (default: cpu)")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="of the items (default: 0)")
+    parser.add_argument("--items", type=_positive, metavar="N", help="a cell and seed (default: the profile's)")
 
 
 def _add_trained(whats) -> None:
@@ -206,6 +231,20 @@ def _chat(options: argparse.Namespace) -> int:
         sys.stdin,
         sys.stdout,
     )
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from prosg_lib import forgetting
+
+    if options.from_predictions is not None:
+        if options.generator is not None:
+            raise UserError("--generator goes with --model; predictions that are kept have theirs")
+        forgetting.recompute(options.from_predictions, options.out)
+    else:
+        how = (options.model, options.generator, options.profile, options.seed, options.items, options.out)
+        forgetting.evaluate(*how, command=shlex.join(["prosg", *options.words]))
+    print(f"written to {options.out}: results.md has the tables")
     return 0
 
 

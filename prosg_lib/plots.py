@@ -128,13 +128,18 @@ def distance_axis(ax: Axes, distances: Sequence[int]) -> None:
 
 
 def estimates_by_distance(ax: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle] | None = None) -> None:
-    """One line a method with its intervals, out of a table of `evaluate.by_distance`.
+    """`estimates` out of a table of `evaluate.by_distance`.
 
     Args:
         table: one row a method, one column a distance, cells `evaluate.Estimate`.
         styles: method -> style; METHOD_STYLE where None.
     """
-    styles = METHOD_STYLE if styles is None else styles
+    estimates(ax, table, METHOD_STYLE if styles is None else styles)
+    distance_axis(ax, list(table.columns))
+
+
+def estimates(ax: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> None:
+    """One line a method with its intervals: one row a method, one column a place on the x axis."""
     for method, cells in table.iterrows():
         values = [cell.value for cell in cells]
         # A statistic of resamples need not enclose the statistic of the sample, and matplotlib takes no negative bar.
@@ -143,7 +148,6 @@ def estimates_by_distance(ax: Axes, table: pd.DataFrame, styles: Mapping[str, Me
             [max(0.0, cell.high - cell.value) for cell in cells],
         ]
         ax.errorbar(table.columns, values, bars, capsize=2.5, elinewidth=1.0, **styles[method].kwargs())
-    distance_axis(ax, list(table.columns))
 
 
 def knowledge_grid(axes: Sequence[Axes], table: pd.DataFrame, prompt: int) -> None:

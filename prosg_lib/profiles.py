@@ -162,6 +162,25 @@ class PretrainedSizes:
 
 
 @dataclass(frozen=True)
+class Forgetting:
+    """Sizes of the established tests of memory; the defaults are the cpu profile's.
+
+    Attributes:
+        items: problems a cell and seed.
+        copy: numbers of words to repeat; phonebook: lines of the book.
+        mqar: (length, pairs), as published.
+        passkey: tokens of the text with the key in it; depths: where it stands there, from 0 to 1.
+    """
+
+    items: int = 32
+    copy: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    mqar: tuple[tuple[int, int], ...] = ((64, 4), (128, 8), (256, 16), (512, 64))
+    phonebook: tuple[int, ...] = (3, 5, 10, 20, 50)
+    passkey: tuple[int, ...] = (64, 256, 1024)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
 class Profile:
     """All sizes of one profile. autocast: train under bfloat16 autocast where the device has it."""
 
@@ -179,6 +198,7 @@ class Profile:
     pairs: PairSizes
     pretrained: PretrainedSizes
     autocast: bool = False
+    forgetting: Forgetting = Forgetting()
 
 
 def _mamba2(width: int, layers: int, heads: int, state: int) -> tuple[tuple[str, int], ...]:
@@ -228,6 +248,7 @@ PROFILES = {
             distances=(0, 64),
             together=(1, 2),
         ),
+        forgetting=Forgetting(4, (1, 5), ((64, 4), (128, 8)), (3, 5), (64, 128), (0.0, 0.5, 1.0)),
     ),
     "cpu": Profile(
         name="cpu",
@@ -296,6 +317,12 @@ PROFILES = {
             distances=(0, 256, 1024, 4096),
         ),
         autocast=True,
+        forgetting=Forgetting(
+            items=200,
+            copy=(1, 2, 5, 10, 20, 30, 40, 50, 60, 75, 100, 150),
+            phonebook=(3, 5, 10, 20, 50, 100, 200),
+            passkey=(256, 1024, 4096, 16384),
+        ),
     ),
 }
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from prosg_lib import cli, files, pair_stages, profiles, reproduce, stages
+from prosg_lib import cli, files, forgetting, pair_stages, profiles, reproduce, stages
 from prosg_lib.errors import Diverged, UserError
 from prosg_lib.pair_stages import WaySpec
 from prosg_lib.profiles import PROFILES, PairTraining
@@ -14,7 +14,8 @@ from prosg_lib.stages import PLENTY, Thrift
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([*name.split(), "--help"] for name in ("reproduce", "report", "train", "train way"))]
+    "arguments",
+    [["--help"], *([*name.split(), "--help"] for name in ("reproduce", "report", "evaluate", "train", "train way"))],
 )
 def test_help_is_there_and_needs_no_torch(arguments):
     """Help comes at once: the command's module imports nothing that is slow."""
@@ -35,6 +36,11 @@ def test_help_is_there_and_needs_no_torch(arguments):
         ["reprodcue"],
         ["reproduce", "--sed", "1"],
         ["reproduce", "--seed", "one"],
+        ["evaluate", "--model", "rwkv4-dialogue"],
+        ["evaluate", "--out", "here"],
+        ["evaluate", "--out", "here", "--model", "a", "--from-predictions", "b"],
+        ["evaluate", "--out", "here", "--model", "a", "--suite", "riddles"],
+        ["evaluate", "--out", "here", "--model", "a", "--items", "none"],
         ["train", "everything"],
         ["train", "lm", "--method", "adapter"],
         ["train", "lm", "--at-once", "0"],
@@ -97,6 +103,20 @@ def test_options_reach_the_run(monkeypatch):
         "parameters": {"x": "1=2"},
         "update_expected": True,
     }
+
+
+def test_what_is_to_be_evaluated_reaches_the_suite(monkeypatch, capsys):
+    """Every option in its place, the whole command for the record, and where the results are."""
+    seen = []
+    monkeypatch.setattr(forgetting, "evaluate", lambda *given, **named: seen.append((*given, named)))
+    command = "prosg evaluate --model a --out b --generator c --profile gpu --seed 1 2 --items 7"
+    assert cli.main(command.split()[1:]) == 0
+    assert cli.main(["evaluate", "--model", "a", "--out", "my folder"]) == 0
+    assert seen == [
+        ("a", "c", "gpu", [1, 2], 7, "b", {"command": command}),
+        ("a", None, "cpu", [0], None, "my folder", {"command": "prosg evaluate --model a --out 'my folder'"}),
+    ]
+    assert "written to my folder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("raised", "code"), [(UserError("No."), 2), (KeyboardInterrupt(), 130)])

@@ -1,0 +1,199 @@
+"""The established tests of memory, every method on the same problems: `prosg evaluate --suite forgetting`.
+
+Copying, multi-query associative recall, phone books and passkeys (`tasks`), in the sizes of a profile. What is kept is
+what every method said to every problem; all numbers and figures are computed from that file alone (`recompute`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from prosg_lib import forgetting_report, predictions, provenance
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.errors import UserError
+from prosg_lib.generator import Generator
+from prosg_lib.model_choice import choose_generator, choose_model, own_generator
+from prosg_lib.predictions import Prediction
+from prosg_lib.problem_evaluation import answered, methods_of
+from prosg_lib.profiles import Forgetting, get_profile
+from prosg_lib.tasks import copy, mqar, passkey, phonebook
+from prosg_lib.tasks.copy import Copy
+from prosg_lib.tasks.mqar import Mqar
+from prosg_lib.tasks.passkey import Passkey
+from prosg_lib.tasks.phonebook import Phonebook
+from prosg_lib.tasks.problems import Problem
+from prosg_lib.tasks.prose import ProseTokens, load_prose
+from prosg_lib.tokenizer import Tokenizer
+
+SUITE = "forgetting"
+SPLIT = "test"
+FILE = "predictions.jsonl.gz"
+
+Setting = Copy | Mqar | Phonebook | Passkey
+
+
+@dataclass(frozen=True)
+class Material:
+    """What problems are made of: a model's tokenizer, and prose of the split in its tokens."""
+
+    tokenizer: Tokenizer
+    prose: ProseTokens
+
+
+def settings(sizes: Forgetting, vocab: int) -> tuple[list[Setting], list[str]]:
+    """All cells of the suite for a model with so many tokens; and of those left out, why.
+
+    MQAR's published vocabulary of 8,192 becomes the model's where that is smaller (`tasks.mqar.fitting`); a length that
+    such a vocabulary does not allow is left out.
+    """
+    found: list[Setting] = [Copy(words) for words in sizes.copy]
+    left_out = []
+    for length, pairs in sizes.mqar:
+        try:
+            found.append(mqar.fitting(length, pairs, vocab))
+        except UserError as error:
+            left_out.append(str(error))
+    found += [Phonebook(lines) for lines in sizes.phonebook]
+    found += [Passkey(length, depth) for length in sizes.passkey for depth in sizes.depths]
+    return found, left_out
+
+
+def problem_of(setting: Setting, material: Material, seed: int, number: int) -> Problem:
+    """Problem `number` of a cell and seed, of the test split."""
+    match setting:
+        case Copy():
+            return copy.problem(setting, material.tokenizer, SPLIT, seed, number)
+        case Mqar():
+            return mqar.problem(setting, SPLIT, seed, number)
+        case Phonebook():
+            return phonebook.problem(setting, material.tokenizer, SPLIT, seed, number)
+        case Passkey():
+            return passkey.problem(setting, material.tokenizer, material.prose, SPLIT, seed, number)
+
+
+def predicted(
+    lm: LanguageModel,
+    generator: Generator | None,
+    cells: Sequence[Setting],
+    material: Material,
+    seeds: Sequence[int],
+    items: int,
+) -> Iterator[Prediction]:
+    """What every method says to every problem, cell by cell; shows its progress in a terminal.
+
+    Args:
+        items: problems a cell and seed, at least 2.
+    Raises:
+        UserError: a problem that cannot be made, or that the model cannot read.
+    """
+    numbers = [(seed, number) for seed in seeds for number in range(items)]
+    methods = methods_of(generator)
+    for setting in cells:  # what cannot be made or read is said before hours of measuring
+        _check_room(lm, [problem_of(setting, material, seeds[0], 0)])
+    pause = 0.1 if sys.stderr.isatty() else 30.0  # a log gets a line now and then
+    with tqdm(total=len(cells) * len(methods), desc=SUITE, unit="pass", mininterval=pause) as bar:
+        for setting in cells:
+            problems = [problem_of(setting, material, seed, number) for seed, number in numbers]
+            _check_room(lm, problems)
+            bar.set_postfix_str(f"{problems[0].task} {_short(problems[0].cell)}", refresh=False)
+            for method, says in answered(lm, generator, problems):
+                for (seed, number), problem, said in zip(numbers, problems, says, strict=True):
+                    yield Prediction(problem.task, problem.cell, seed, number, method, problem.gold, said)
+                bar.update()
+
+
+def _short(cell) -> str:
+    return " ".join(f"{name}={value:g}" for name, value in cell.items())
+
+
+def _check_room(lm: LanguageModel, problems: Sequence[Problem]) -> None:
+    """A model that looks back at all it has read may have places for so many tokens and no more."""
+    room = getattr(getattr(lm, "model", None), "config", None)
+    room = getattr(room, "max_position_embeddings", None) if lm.grows else None
+    need = max(2 * len(p.memory) + len(p.rest) for p in problems)
+    if room and need > room:
+        raise UserError(
+            f"{problems[0].task} ({_short(problems[0].cell)}) needs {need} tokens with the memory repeated, but this "
+            f"model reads {room}; take a profile with shorter texts (--profile smoke)"
+        )
+
+
+def evaluate(
+    model: str,
+    generator: str | None,
+    profile: str,
+    seeds: Sequence[int],
+    items: int | None,
+    out: str | Path,
+    command: str,
+) -> None:
+    """The whole command: predictions of all methods into a folder, and what follows from them.
+
+    Args:
+        model: as `model_choice.choose_model` takes it; generator: as `choose_generator` does; None: the model's own,
+            where one is shipped.
+        items: problems a cell and seed; None: the profile's.
+        command: what was typed, for the record.
+    Raises:
+        UserError: something is not there, is damaged or does not fit; nothing is written then.
+    """
+    sizes = get_profile(profile).forgetting
+    items, folder = sizes.items if items is None else items, output_folder(out)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"a seed is there twice ({', '.join(map(str, seeds))}); name each once")
+    if items < 2:
+        raise UserError(f"{items} item a cell was asked for; two are needed, because one is the other's wrong memory")
+    lm = choose_model(model)
+    generator = generator or own_generator(model)
+    writer = None if generator is None else choose_generator(generator, lm)
+    cells, left_out = settings(sizes, lm.config.vocab)
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    prose = load_prose()
+    material = Material(lm.needed_tokenizer(), ProseTokens.of(prose, SPLIT, lm.needed_tokenizer()))
+    found = list(predicted(lm, writer, cells, material, seeds, items))
+    header = {
+        "suite": SUITE,
+        "model": model,
+        "fingerprint": lm.fingerprint(),
+        "generator": generator,
+        "methods": list(methods_of(writer)),
+        "profile": profile,
+        "split": SPLIT,
+        "seeds": list(seeds),
+        "items": items,
+        "vocabulary": {"model": lm.config.vocab, "mqar": min(mqar.VOCAB, lm.config.vocab)},
+        "left_out": left_out,
+        "prose": {"source": prose.source, "sha256": prose.sha256},
+        "command": command,
+        **provenance.facts(),
+    }
+    predictions.write(folder / FILE, header, found)
+    recompute(folder / FILE, folder)
+
+
+def recompute(file: str | Path, out: str | Path) -> None:
+    """All numbers, the page and the figures, from a file of predictions alone.
+
+    Raises:
+        UserError: the file is missing, damaged or of another suite; nothing is written then.
+    """
+    folder = output_folder(out)
+    header, found = predictions.read(file)
+    if header["suite"] != SUITE:
+        raise UserError(f"{file} is of the suite {header['suite']!r}; there is {SUITE}")
+    forgetting_report.write(folder, header, found)
+
+
+def output_folder(out: str | Path) -> Path:
+    """A UserError where the name is a file's."""
+    folder = Path(out).expanduser().resolve()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file; name a folder that results can be written to")
+    return folder

@@ -1,0 +1,66 @@
+"""Phone book: lines of names and numbers, two of them repeated as examples, and then a third name.
+
+A problem, as text (4 lines)::
+
+    memory:  Mara Quill: 402-118-7735
+             Otto Birch: 771-640-0092
+             Ruth Hale: 115-903-4418
+             Igor Snow: 930-277-5061
+    rest:    Igor Snow: 930-277-5061
+             Mara Quill: 402-118-7735
+             Ruth Hale: 115-903-4418
+
+Only the last number is judged, and all of it has to be right. The test of "Repeat After Me" (Jelassi et al. 2024, arXiv
+2402.01032, section 4), with names of our own (`tasks.people`).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from prosg_lib.errors import UserError
+from prosg_lib.tasks.people import FIRST_NAMES, LAST_NAMES
+from prosg_lib.tasks.problems import Problem, asked, check_whole, drawn, tokens
+from prosg_lib.tokenizer import Tokenizer
+
+TASK = "phonebook"
+_LARGEST = 10_000  # lines; there are more than twice as many names
+
+
+@dataclass(frozen=True)
+class Phonebook:
+    """lines: of the book, 3 to 10,000: two are the examples, and another one is asked about."""
+
+    lines: int
+
+    def __post_init__(self):
+        check_whole("the number of lines of a phone book", self.lines, 3)
+        if self.lines > _LARGEST:
+            raise UserError(f"a phone book of {self.lines} lines was asked for; there are names for {_LARGEST}")
+
+
+def problem(config: Phonebook, tokenizer: Tokenizer, split: str, seed: int, number: int) -> Problem:
+    """Problem `number` of a split and seed; no book is in two splits, though names are, and no name twice in a book.
+
+    Raises:
+        UserError: an unknown split, or a tokenizer that makes nothing of the text.
+    """
+
+    def draw(rng: random.Random) -> tuple[tuple[tuple[str, str], ...], tuple[int, ...]]:
+        people = rng.sample(range(len(FIRST_NAMES) * len(LAST_NAMES)), config.lines)
+        book = tuple(
+            (
+                f"{FIRST_NAMES[who // len(LAST_NAMES)]} {LAST_NAMES[who % len(LAST_NAMES)]}",
+                f"{rng.randrange(100, 1000)}-{rng.randrange(1000):03d}-{rng.randrange(10000):04d}",
+            )
+            for who in people
+        )
+        return book, tuple(rng.sample(range(config.lines), 3))
+
+    book, (*examples, wanted) = drawn(draw, split, f"{TASK}/{config.lines}/{seed}/{number}")
+    lines = [tokens(tokenizer, f"{name}:", f" {phone}", "\n") for name, phone in book]
+    name, phone = book[wanted]
+    question = [*(i for n in examples for i in lines[n]), *tokens(tokenizer, f"{name}:")]
+    memory = [i for line in lines for i in line]
+    return asked(TASK, {"lines": config.lines}, memory, question, tokens(tokenizer, f" {phone}"))
