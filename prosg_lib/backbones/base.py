@@ -35,6 +35,7 @@ class LanguageModel(nn.Module, ABC):
     tokenizer: Tokenizer | None = None  # needed where texts go in or out
     peft_refuses: tuple[str, ...] = ()  # endings of the maps that PEFT puts no adapter on
     grows = False  # whether the state grows with the text: attention layers keep what they have read
+    recent: tuple[str, ...] = ()  # parts of names in a state: vectors that only say which tokens came last
 
     @abstractmethod
     def step_through(
@@ -65,6 +66,45 @@ class LanguageModel(nn.Module, ABC):
             UserError: this kind of model has no state of a fixed size.
         """
         raise UserError(f"a {type(self).__name__} has no state of a fixed size; take a recurrent model")
+
+    def combined(self, states: Sequence[RecurrentState], weights: Sequence[float]) -> RecurrentState:
+        """The weighted sum of what states of the same batch hold; which tokens came last is the first one's.
+
+        Here every tensor is summed as it is, which is right where a state is linear in what it holds (a matrix of
+        Mamba-2 or RWKV-7); a backbone whose tensors mean something else overrides it.
+
+        Raises:
+            UserError: the state grows with the text, so that there is nothing to add up.
+        """
+        self._fixed("added to another")
+        first = states[0].tensors
+        sums = {
+            name: sum(w * s.tensors[name] for s, w in zip(states, weights, strict=True))
+            for name in first
+            if not any(part in name for part in self.recent)
+        }
+        return RecurrentState(first | sums)
+
+    def lost(self, state: RecurrentState) -> RecurrentState:
+        """What of a state is gone one token later, for those who make up for it. Here: all of it, an upper bound; a
+        backbone that forgets at a rate of its own, whatever the token, knows better."""
+        return state
+
+    def tunable(self, state: RecurrentState) -> tuple[RecurrentState, tuple[str, ...]]:
+        """The same state in a form whose named tensors may be changed freely, each number on its own, and the names.
+
+        Raises:
+            UserError: the state grows with the text.
+        """
+        self._fixed("tuned")
+        return state, tuple(name for name, t in state.tensors.items() if t.is_floating_point())
+
+    def _fixed(self, what: str) -> None:
+        if self.grows:
+            raise UserError(
+                f"the state of a {type(self).__name__} grows with the text, so it cannot be {what}; "
+                "take a model whose state has a fixed size"
+            )
 
     def forward(
         self,
