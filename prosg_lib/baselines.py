@@ -90,17 +90,20 @@ class Reread:
     Attributes:
         prompts: token ids, one a sequence.
         line_end: the token that ends a line; None: right after so many tokens, wherever that is.
+        answer: the token that a line of answer begins with; such a line is not cut off from its question.
     """
 
     every: int
     prompts: Sequence[Sequence[int]]
-    line_end: int | None
+    line_end: int | None = None
+    answer: int | None = None
 
     def places(self, text: Sequence[int]) -> list[int]:
         """After how many tokens of this text the prompt is read again; what is read again does not count."""
         found, last = [], 0
         for place, token in enumerate(text, 1):
-            if place - last >= self.every and self.line_end in (token, None):
+            ends = self.line_end is None or (token == self.line_end and self.answer not in text[place : place + 1])
+            if place - last >= self.every and ends:
                 found.append(place)
                 last = place
         return found
@@ -209,8 +212,8 @@ def _baseline(lm: LanguageModel, prompts: list[list[int]], family: str, numbers:
     _, state = lm.step_through(ids, None, valid)
     base = Start(state, None)
     if family == "every":
-        line_end = None if lm.tokenizer is None else lm.tokenizer.encode("\n")[-1]
-        return replace(base, reread=Reread(*numbers, prompts, line_end))
+        marks = () if lm.tokenizer is None else (lm.tokenizer.encode("\n")[-1], lm.tokenizer.encode("A:")[0])
+        return replace(base, reread=Reread(*numbers, prompts, *marks))
     if family == "reinject":
         every, share = numbers
         return replace(base, between=Between(every, 1 - share, share, state))

@@ -69,7 +69,7 @@ def _stretch(
     rows, marks = [], []
     for text, prompt in zip(texts, reread.prompts, strict=True):
         row, mark = [], []
-        again = set(reread.places(text[:place]))
+        again = set(reread.places(text))
         for number in range(at, place):
             row.append(text[number])
             mark.append(True)
