@@ -34,9 +34,11 @@ def tuned_state(
         steps: of Adam; 0 gives back the same state.
         lr: Adam's learning rate.
     Raises:
-        UserError: the state grows with the text, or the model gives no gradient of its initial state.
+        UserError: the state grows with the text, the model gives no gradient of its initial state, or no prompt has a
+            second token.
         NotFinite: a loss or gradient is not finite.
     """
+    _check_length(ids)
     start, names = lm.tunable(state)
 
     def losses_of(leaves: dict[str, Tensor]) -> Tensor:
@@ -58,9 +60,10 @@ def fine_tuned(
     Returns:
         One change a prompt. V is drawn from a seed of its own, so a prompt's change does not depend on the batch.
     Raises:
-        UserError: no map ends so.
+        UserError: no map ends so, or no prompt has a second token.
         NotFinite: a loss or gradient is not finite.
     """
+    _check_length(ids)
     maps, drawn = edited_maps(lm, endings), torch.Generator().manual_seed(0)
     start = {}
     for name, module in maps.items():
@@ -77,6 +80,11 @@ def fine_tuned(
             return context_nll(lm, ids, valid)
 
     return change(_descended(losses_of, start, steps, lr))
+
+
+def _check_length(ids: Tensor) -> None:
+    if ids.shape[1] < 2:
+        raise UserError("a prompt of one token has no next token to learn from; give at least 2")
 
 
 def _descended(
