@@ -80,6 +80,9 @@ _NUMBERS = {
 DEFAULTS = {family: tuple(number.default for number in numbers) for family, numbers in _NUMBERS.items()}
 """Chosen on the validation split of the dialogues, with the shipped RWKV-4."""
 
+_CHANGED = {"reinject": "mixed with another", "offset": "added to another", "tuned": "tuned"}
+"""What these do to a state."""
+
 _GENERATOR = {"prosg-token": "token", "wrong": "token", "prosg-final": "final", "static-read": "static"}
 
 
@@ -208,6 +211,8 @@ def start(method: str, lm: LanguageModel, generators: dict[str, Generator], prom
 
 def _baseline(lm: LanguageModel, prompts: list[list[int]], family: str, numbers: tuple[float, ...]) -> Start:
     """The start of one of `BASELINES`."""
+    if family in _CHANGED:
+        lm.check_fixed(_CHANGED[family])
     ids, valid = lm.encode_prompts([[*p, *p] for p in prompts] if family == "twice" else prompts)
     _, state = lm.step_through(ids, None, valid)
     base = Start(state, None)

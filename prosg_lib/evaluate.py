@@ -358,6 +358,7 @@ def prose_nll(
     rng = random.Random(f"prose/{data.seed}/{data.split}")
     device = next(lm.parameters()).device
     ids = torch.tensor([data.prose.passage(length, rng) for _ in items], device=device)
-    logits, _ = lm(ids[:, :-1], begin.state, begin.delta)
+    (read,) = reading.read(lm, begin, ids.tolist(), [length])
+    logits = lm.read_out(read.before[:, 1:])
     losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return losses.view(len(ids), -1).mean(1).cpu().numpy()

@@ -10,6 +10,9 @@ from prosg_lib.backbones.hub import TransformerConfig
 from prosg_lib.backbones.transformer import new_llama
 from prosg_lib.baselines import BASELINES, DEFAULTS, METHODS, Between, Reread, Start, parsed, start
 from prosg_lib.errors import UserError
+from prosg_lib.gradient_step import context_nll
+from prosg_lib.pretrained_stages import new_small
+from prosg_lib.profiles import PROFILES
 from prosg_lib.reading import answering, read
 from prosg_lib.state import RecurrentState
 
@@ -232,11 +235,27 @@ def test_an_offset_goes_on_in_the_question(lm, prompts):
 
 def test_a_model_that_looks_back_has_no_state_to_mix(prompts):
     """Re-injection, offset and tuning need a state of a fixed size, and say so; re-reading works."""
-    lm = new_llama(TransformerConfig("llama", 2048, width=16, layers=1, ffn=32, heads=2)).eval().looking_back()
-    for name in ("offset", "tuned"):
-        with pytest.raises(UserError, match="grows with the text"):
-            start(name, lm, {}, prompts)
-    begin = start("reinject-4", lm, {}, prompts)
-    with pytest.raises(UserError, match="grows with the text"):
-        states_of(lm, begin, [[1] * 8] * len(prompts), (8,))
-    assert start("every-4", lm, {}, prompts).reread.line_end is None
+    slow = new_llama(TransformerConfig("llama", 2048, width=16, layers=1, ffn=32, heads=2)).eval()
+    for lm in (slow, slow.looking_back()):
+        for name in ("reinject", "offset", "tuned"):
+            with pytest.raises(UserError, match="grows with the text"):
+                start(name, lm, {}, prompts)
+        assert start("every-4", lm, {}, prompts).reread.line_end is None
+
+
+def test_other_families_states_are_mixed_and_tuned(prompts, texts):
+    """A Mamba-2 of `transformers`: its matrices are mixed as they are, its convolution goes on with the text's last
+    tokens; and from a tuned state every prompt is likelier."""
+    torch.manual_seed(0)
+    lm = new_small(PROFILES["smoke"].pretrained).eval()
+    prompts = [prompts[0], prompts[3]]
+    begin = start("reinject-6-0.25", lm, {}, prompts)
+    with torch.no_grad():
+        mixed, plain = (states_of(lm, b, texts[:2], (6,))[0] for b in (begin, replace(begin, between=None)))
+    for name, tensor in mixed.tensors.items():
+        text, prompt = plain.tensors[name], begin.state.tensors[name]
+        assert_close(tensor, text if "conv" in name else 0.75 * text + 0.25 * prompt)
+    tuned = start("tuned-5-0.01", lm, {}, prompts)
+    ids, valid = lm.encode_prompts(prompts)
+    with torch.no_grad():
+        assert (context_nll(lm, ids, valid, tuned.state) < context_nll(lm, ids, valid, begin.state)).all()

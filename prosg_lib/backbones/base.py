@@ -76,7 +76,7 @@ class LanguageModel(nn.Module, ABC):
         Raises:
             UserError: the state grows with the text, so that there is nothing to add up.
         """
-        self._fixed("added to another")
+        self.check_fixed("added to another")
         first = states[0].tensors
         sums = {
             name: sum(w * s.tensors[name] for s, w in zip(states, weights, strict=True))
@@ -96,10 +96,11 @@ class LanguageModel(nn.Module, ABC):
         Raises:
             UserError: the state grows with the text.
         """
-        self._fixed("tuned")
+        self.check_fixed("tuned")
         return state, tuple(name for name, t in state.tensors.items() if t.is_floating_point())
 
-    def _fixed(self, what: str) -> None:
+    def check_fixed(self, what: str) -> None:
+        """Raises a UserError where the state grows with the text, so that it cannot be `what`."""
         if self.grows:
             raise UserError(
                 f"the state of a {type(self).__name__} grows with the text, so it cannot be {what}; "
