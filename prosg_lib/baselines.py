@@ -70,15 +70,18 @@ class _Number(NamedTuple):
 _RATE = 1e-6
 _NUMBERS = {
     "twice": (),
-    "every": (_Number("the tokens between two readings", 128, 1, whole=True),),
+    "every": (_Number("the tokens between two readings", 64, 1, whole=True),),
     "reinject": (_Number("the tokens in between", 64, 1, whole=True), _Number("the prompt's share", 0.3, 0, 1)),
-    "offset": (_Number("the strength", 1.0, 0),),
+    "offset": (_Number("the strength", 0.03, 0),),
     "tuned": (_Number("the number of steps", 30, 0, whole=True), _Number("the learning rate", 0.03, _RATE)),
-    "lora": (_Number("the number of steps", 40, 0, whole=True), _Number("the learning rate", 0.003, _RATE)),
+    "lora": (_Number("the number of steps", 40, 0, whole=True), _Number("the learning rate", 0.001, _RATE)),
 }
 
 DEFAULTS = {family: tuple(number.default for number in numbers) for family, numbers in _NUMBERS.items()}
-"""Chosen on the validation split of the dialogues, with the shipped RWKV-4."""
+"""Chosen with the shipped RWKV-4 on 12 prompts of the validation split, by the mean recall at 0 to 1,024 tokens.
+
+Of those within one standard error (0.03) of the best, that which answers most about other people was taken: the most
+frequent readings and the largest shares recall a little more, and drown the text. No steps of tuning or LoRA helped."""
 
 _CHANGED = {"reinject": "mixed with another", "offset": "added to another", "tuned": "tuned"}
 """What these do to a state."""

@@ -1,6 +1,7 @@
 """Evaluation: known numbers come out of a model whose knowledge is known, and statistics are what they say."""
 
 import math
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -251,6 +252,26 @@ def test_a_transformer_reads_prompt_text_and_question_as_one(data, kind, monkeyp
             for probe, answer in zip(item.probes, answers, strict=True):
                 assert [answer] == whole.generate([text + list(data.encode_probe(probe)[0])], max_new_tokens=12)
     assert set(measure(lm, {}, ["base", "none", "repeated"], data, (0, 8), 1, 2, 1).distance) == {0, 8}
+
+
+def test_prose_is_read_as_the_method_reads(data):
+    """The plain model's numbers are those of its logits; a method that goes on changing the state has others, and one
+    that would do so after the passage has the same."""
+    torch.manual_seed(0)
+    lm = RWKV4(RWKV4Config(data.tokenizer.vocab, 16, 2, 32)).eval().requires_grad_(False)
+    for weight in lm.parameters():
+        if weight.ndim == 2:
+            nn.init.normal_(weight, std=0.5)
+    lm.tokenizer = data.tokenizer
+    base = evaluate.prose_nll(lm, {}, "base", data, 2, length=40)
+    items = data.items(2, Shape(6, 0, 1, instructions=2))
+    state = lm.derive_state([list(data.encode_prompt(item)) for item in items])
+    rng = random.Random(f"prose/{data.seed}/{data.split}")
+    ids = torch.tensor([data.prose.passage(40, rng) for _ in items])
+    losses = nn.functional.cross_entropy(lm(ids[:, :-1], state)[0].transpose(1, 2), ids[:, 1:], reduction="none")
+    assert base == pytest.approx(losses.mean(1).numpy(), rel=1e-5)
+    assert evaluate.prose_nll(lm, {}, "reinject-50", data, 2, length=40) == pytest.approx(base, rel=1e-6)
+    assert evaluate.prose_nll(lm, {}, "reinject-5-1", data, 2, length=40) != pytest.approx(base, rel=1e-4)
 
 
 def test_measure_asks_from_every_method_the_same(rows):
