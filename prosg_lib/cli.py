@@ -145,6 +145,7 @@ def _add_trained(whats) -> None:
         "final": "the final-state generator for it",
         "static": "the control: one change of its weights for all prompts",
         "adapter": "an adapter for it, in which a real gradient step is taken",
+        "transformer": "a transformer of the dialogues, to compare with, that can look back",
         "pairs-recurrent": "the recurrent model that knows the tasks of context and query",
         "pairs-transformer": "the transformer that knows them",
         "way": "a way to take a context in, for one of those two or another model",
@@ -249,7 +250,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib import pair_stages, processes, stages
+    from prosg_lib import pair_stages, processes, stages, transformer_stages
 
     processes.accelerator()
     profile, what = options.profile, options.what
@@ -258,6 +259,8 @@ def _train(options: argparse.Namespace) -> int:
         spec = pair_stages.WaySpec(options.method, tasks, options.objective, options.contexts, after)
         name = pair_stages.way_name(spec, options.backbone, profile, options.seed)
         train = partial(pair_stages.pair_way, spec, options.backbone)
+    elif what == "transformer":
+        name, train = transformer_stages.checkpoint_name(profile), transformer_stages.dialogue_transformer
     elif what.startswith("pairs-"):
         backbone = what.removeprefix("pairs-")
         name, train = pair_stages.model_name(backbone, profile), partial(pair_stages.pair_model, backbone)

@@ -17,18 +17,19 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from prosg_lib import processes
+from prosg_lib import processes, reading
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.baselines import Start, start
 from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
-from prosg_lib.lowrank import LowRankDelta, applied
+from prosg_lib.lowrank import LowRankDelta
 from prosg_lib.profiles import Evaluation
 from prosg_lib.state import RecurrentState
 from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Item, Shape, judge
 
 _ANSWER_TOKENS = 12  # the longest answer, with all three instructions, has 8
 _RESAMPLES = 2000
+_AT_ONCE = 32  # questions to a model whose state grows, at a time: each has a copy of all that was read
 
 
 @torch.no_grad()
@@ -110,27 +111,18 @@ def _answered(
 def _read(lm: LanguageModel, begin: Start, items: list[Item], distances: list[int]):
     """Reads the items' texts piece by piece; yields (distance, state there, and for every item the number of words of
     competing answers since the distance before, and how many of them were right)."""
-    device = next(lm.parameters()).device
-    body = torch.tensor([item.body for item in items], device=device)
-    kind = torch.tensor([item.body_kind for item in items], device=device)
-    state, last, before = begin.state, None, 0
-    for distance in distances:
-        asked = right = [0] * len(items)
-        if distance > before:
-            piece = body[:, before:distance]
-            with applied(lm, begin.delta):
-                hidden, state = lm.step_through(piece, state)
-            context = hidden[:, :-1] if last is None else torch.cat([last, hidden[:, :-1]], 1)
-            kinds, targets = kind[:, before:distance], piece
-            if last is None:
-                kinds, targets = kinds[:, 1:], targets[:, 1:]
-            chosen = kinds == COMPETING
-            hit = torch.zeros_like(chosen)
-            if chosen.any():
-                hit[chosen] = lm.read_out(context[chosen]).argmax(-1) == targets[chosen]
-            asked, right = chosen.sum(1).tolist(), hit.sum(1).tolist()
-            last, before = hidden[:, -1:], distance
-        yield distance, state, asked, right
+    competing = torch.tensor([item.body_kind for item in items], device=next(lm.parameters()).device) == COMPETING
+    body = torch.tensor([item.body for item in items], device=competing.device)
+    at = 0
+    for distance, state, before in reading.read(lm, begin, [item.body for item in items], distances):
+        chosen = competing[:, at:distance].clone()
+        if at == 0:
+            chosen[:, :1] = False  # nothing that was read here tells the first
+        hit = torch.zeros_like(chosen)
+        if chosen.any():
+            hit[chosen] = lm.read_out(before[chosen]).argmax(-1) == body[:, at:distance][chosen]
+        yield distance, state, chosen.sum(1).tolist(), hit.sum(1).tolist()
+        at = distance
 
 
 def _ask(
@@ -149,9 +141,15 @@ def _ask(
     owner = [i for i, item in enumerate(items) for _ in item.probes]
     again = [ends[i] + (prompts[i] if begin.repeat else []) for i in range(len(items))]
     questions = [again[i] + list(data.encode_probe(p)[0]) for i, item in enumerate(items) for p in item.probes]
-    forked = None if state is None else state.select(owner)
-    delta = None if begin.delta is None else begin.delta.select(owner)
-    texts = iter(lm.generate(questions, forked, delta, max_new_tokens=_ANSWER_TOKENS))
+    texts = []
+    together = _AT_ONCE if lm.grows else len(owner)
+    for first in range(0, len(owner), together):
+        rows = owner[first : first + together]
+        asked, forked = begin.select(rows), None if state is None else state.select(rows)
+        texts += reading.answering(lm, asked).generate(
+            questions[first : first + together], forked, asked.delta, max_new_tokens=_ANSWER_TOKENS
+        )
+    texts = iter(texts)
     return [[next(texts) for _ in item.probes] for item in items]
 
 
@@ -360,6 +358,7 @@ def prose_nll(
     rng = random.Random(f"prose/{data.seed}/{data.split}")
     device = next(lm.parameters()).device
     ids = torch.tensor([data.prose.passage(length, rng) for _ in items], device=device)
-    logits, _ = lm(ids[:, :-1], begin.state, begin.delta)
+    (read,) = reading.read(lm, begin, ids.tolist(), [length])
+    logits = lm.read_out(read.before[:, 1:])
     losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return losses.view(len(ids), -1).mean(1).cpu().numpy()

@@ -24,6 +24,7 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.generator import SCALE, Generator, key
 from prosg_lib.lowrank import Factors, LogitsOf, LowRankDelta, applied, with_delta
+from prosg_lib.state import RecurrentState
 from prosg_lib.tasks.pair_batches import Rows
 
 Params = Mapping[str, Tensor]
@@ -94,13 +95,16 @@ def _add(sums: list[Tensor], terms: Sequence[Tensor | None], factor: float = 1.0
             total.add_(term, alpha=factor)
 
 
-def context_nll(lm: LanguageModel, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+def context_nll(
+    lm: LanguageModel, ids: Tensor, valid: Tensor | None = None, state: RecurrentState | None = None
+) -> Tensor:
     """Mean next-token NLL of each context, (B,), nats; the first token has none.
 
     Args:
         ids: (B, T), left-padded where `valid` (B, T) is False.
+        state: that they are read from; None: a blank one.
     """
-    hidden, _ = lm.step_through(ids[:, :-1], None, None if valid is None else valid[:, :-1])
+    hidden, _ = lm.step_through(ids[:, :-1], state, None if valid is None else valid[:, :-1])
     return _nll(lm.read_out(hidden), ids, valid)
 
 

@@ -1,11 +1,13 @@
 """What people look at: one palette, one style a method, and figures that say where they came from."""
 
+from __future__ import annotations
+
 import contextlib
 import html
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib as mpl
 import pandas as pd
@@ -14,6 +16,9 @@ from matplotlib.figure import Figure
 
 from prosg_lib import claims, files, paths, provenance
 from prosg_lib.errors import UserError
+
+if TYPE_CHECKING:
+    from prosg_lib.evaluate import Estimate
 
 # Okabe & Ito (2008), "Color Universal Design": told apart with any common colour vision.
 PALETTE = {
@@ -51,7 +56,28 @@ METHOD_STYLE = {
     "static-read": MethodStyle("static delta, prompt read", PALETTE["sky"], "*", "--"),
     "none": MethodStyle("no prompt", PALETTE["grey"], "v", ":"),
     "repeated": MethodStyle("prompt repeated", PALETTE["green"], "P", "-."),
+    "twice": MethodStyle("prompt read twice", PALETTE["orange"], "<", "-."),
+    "every": MethodStyle("prompt read again", PALETTE["green"], ">", "-."),
+    "reinject": MethodStyle("state re-injected", PALETTE["vermillion"], "h", "-."),
+    "offset": MethodStyle("state offset", PALETTE["purple"], "p", "-."),
+    "tuned": MethodStyle("state tuned", PALETTE["sky"], "d", "-."),
+    "lora": MethodStyle("LoRA on the prompt", PALETTE["grey"], "X", "-."),
+    "transformer": MethodStyle("transformer, looks back", PALETTE["black"], "+", ":"),
 }
+
+
+def style_of(method: str) -> MethodStyle:
+    """The style of a method, or of its family with its numbers in the label: "every-128" is "prompt read again, 128".
+
+    Raises:
+        UserError: there is no such family.
+    """
+    family, *numbers = method.split("-")
+    if method in METHOD_STYLE:
+        return METHOD_STYLE[method]
+    if family not in METHOD_STYLE:
+        raise UserError(f"{method!r} has no style; give one as styles={{{method!r}: MethodStyle(...)}}")
+    return METHOD_STYLE[family]._replace(label=", ".join([METHOD_STYLE[family].label, *numbers]))
 
 
 @contextlib.contextmanager
@@ -132,14 +158,14 @@ def estimates_by_distance(ax: Axes, table: pd.DataFrame, styles: Mapping[str, Me
 
     Args:
         table: one row a method, one column a distance, cells `evaluate.Estimate`.
-        styles: method -> style; METHOD_STYLE where None.
+        styles: method -> style; `style_of` where it has none.
     """
-    estimates(ax, table, METHOD_STYLE if styles is None else styles)
+    estimates(ax, table, styles)
     distance_axis(ax, list(table.columns))
 
 
-def estimates(ax: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> None:
-    """One line a method with its intervals: one row a method, one column a place on the x axis."""
+def estimates(ax: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle] | None = None) -> None:
+    """One line a method with its intervals: one row a method, one column a place on the x axis; styles as above."""
     for method, cells in table.iterrows():
         values = [cell.value for cell in cells]
         # A statistic of resamples need not enclose the statistic of the sample, and matplotlib takes no negative bar.
@@ -147,7 +173,75 @@ def estimates(ax: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle]) 
             [max(0.0, cell.value - cell.low) for cell in cells],
             [max(0.0, cell.high - cell.value) for cell in cells],
         ]
-        ax.errorbar(table.columns, values, bars, capsize=2.5, elinewidth=1.0, **styles[method].kwargs())
+        ax.errorbar(table.columns, values, bars, capsize=2.5, elinewidth=1.0, **_style(method, styles).kwargs())
+
+
+def _style(method: str, styles: Mapping[str, MethodStyle] | None) -> MethodStyle:
+    return styles[method] if styles and method in styles else style_of(method)
+
+
+COSTS = {
+    "absorb_ms": "time to take in a prompt (ms)",
+    "token_ms": "time a token afterwards (ms)",
+    "kept_bytes": "kept of one text (bytes)",
+}
+"""The columns of `costs.measured` that a figure shows, and what its axes say."""
+
+
+def recall_against_costs(
+    axes: Sequence[Axes],
+    costs: pd.DataFrame,
+    recall: Mapping[str, Estimate],
+    styles: Mapping[str, MethodStyle] | None = None,
+) -> None:
+    """Three panels: recall with its interval against each cost, costs on logarithmic axes with their quartiles.
+
+    Of several methods of one family, which share a marker, the later ones are hollow. A method that costs nothing in
+    one way stands at the left edge there.
+
+    Args:
+        axes: one a cost, in the order of `COSTS`.
+        costs: of `costs.measured`, one row a method.
+        recall: method -> `evaluate.Estimate`, all at one distance; methods without costs are left out.
+        styles: as in `estimates_by_distance`.
+    """
+    rows = [row for row in costs.to_dict("records") if row["method"] in recall]
+    for ax, (column, label) in zip(axes, COSTS.items(), strict=True):
+        floor = min((row[column] for row in rows if row[column] > 0), default=1.0) / 2
+        seen = set()
+        for row in rows:
+            look, found = _style(row["method"], styles), recall[row["method"]]
+            x = max(row[column], floor)
+            ends = [row.get(f"{column}_low", x), row.get(f"{column}_high", x)]
+            ax.errorbar(
+                [x],
+                [found.value],
+                [[max(0.0, found.value - found.low)], [max(0.0, found.high - found.value)]],
+                [[max(0.0, x - max(ends[0], floor))], [max(0.0, ends[1] - x)]],
+                capsize=2.5,
+                elinewidth=1.0,
+                markersize=8,
+                markerfacecolor="white" if look.marker in seen else look.colour,
+                **look._replace(linestyle="none").kwargs(),
+            )
+            seen.add(look.marker)
+        ax.set_xscale("log")
+        ax.set_xlabel(label)
+
+
+def cost_alt(costs: pd.DataFrame, recall: Mapping[str, Estimate], distance: int) -> str:
+    """The figure of `recall_against_costs` in words, for `save_figure`."""
+    said = [
+        f"{style_of(row.method).label}: recall {recall[row.method].value:.2f}, {row.absorb_ms:.3g} ms a prompt, "
+        f"{row.token_ms:.3g} ms a token, {row.kept_bytes:,} bytes"
+        for row in costs.itertuples()
+        if row.method in recall
+    ]
+    return (
+        f"Recall {distance} tokens after the prompt against three costs, one panel each, on logarithmic axes: time to "
+        f"take in a prompt, time a token afterwards, bytes kept. {'; '.join(said)}. Bars are 95 % intervals over "
+        "prompts, and quartiles of the times."
+    )
 
 
 def knowledge_grid(axes: Sequence[Axes], table: pd.DataFrame, prompt: int) -> None:

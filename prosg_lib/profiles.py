@@ -182,7 +182,13 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Profile:
-    """All sizes of one profile. autocast: train under bfloat16 autocast where the device has it."""
+    """All sizes of one profile.
+
+    Attributes:
+        transformer_training: of the transformer that the dialogues' model is compared with, of `pairs`' size; as `lm`,
+            with distances as long as it is to look back, because it does not look further than it was trained to.
+        autocast: train under bfloat16 autocast where the device has it.
+    """
 
     name: str
     model: RWKV4Config
@@ -197,6 +203,7 @@ class Profile:
     evaluation: Evaluation
     pairs: PairSizes
     pretrained: PretrainedSizes
+    transformer_training: Training
     autocast: bool = False
     forgetting: Forgetting = Forgetting()
 
@@ -248,6 +255,7 @@ PROFILES = {
             distances=(0, 64),
             together=(1, 2),
         ),
+        transformer_training=Training(40, 16, 3e-3, (2, 3, 4), (0, 32, 64), warmup=20),
         forgetting=Forgetting(4, (1, 5), ((64, 4), (128, 8)), (3, 5), (64, 128), (0.0, 0.5, 1.0)),
     ),
     "cpu": Profile(
@@ -283,6 +291,9 @@ PROFILES = {
             prompts=24,
             distances=(0, 256, 1024),
         ),
+        transformer_training=Training(
+            2000, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128, 0, 0, 16, 32, 64, 128, 256, 512, 1024)
+        ),
     ),
     "gpu": Profile(
         name="gpu",
@@ -315,6 +326,9 @@ PROFILES = {
             Training(1500, 64, 1e-3, (3, 6, 12), (0, 64, 256, 512), warmup=50),
             prompts=64,
             distances=(0, 256, 1024, 4096),
+        ),
+        transformer_training=Training(
+            6000, 128, 1e-3, (2, 3, 4, 6, 6, 8, 12), (0, 0, 16, 32, 64, 128, 256, 512, 1024, 2048)
         ),
         autocast=True,
         forgetting=Forgetting(

@@ -1,6 +1,7 @@
 """Evaluation: known numbers come out of a model whose knowledge is known, and statistics are what they say."""
 
 import math
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from prosg_lib import evaluate
+from prosg_lib import evaluate, reading
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.baselines import METHODS, start
 from prosg_lib.errors import UserError
 from prosg_lib.evaluate import by_distance, differences, estimate, gap_recovered, half_life, locality, measure
@@ -208,6 +210,68 @@ def test_reading_on_equals_reading_from_scratch(data, method):
         for name in state.tensors:
             torch.testing.assert_close(state.tensors[name], alone.tensors[name], rtol=1e-4, atol=1e-5)
         assert texts == evaluate._ask(lm, data, items, prompts, begin, alone, distance)
+
+
+def test_reading_again_keeps_what_a_short_memory_loses(data, rows):
+    """A prompt that is read every 32 tokens is always in the window; one that is read twice in a row leaves it all the
+    same. Distances, questions and the words of competing answers are those of the plain model."""
+    lm, _, frame = rows
+    found = measure(lm, {}, ["twice", "every-32", "every-1000"], data, (0, 16, 256), FACTS, PROMPTS, PROBES)
+    for method, expected in {"twice": (1, 1, 0), "every-32": (1, 1, 1), "every-1000": (1, 1, 0)}.items():
+        assert [mean(found, method, d) for d in (0, 16, 256)] == list(expected), method
+    base = frame[frame.method == "base"].set_index(["distance", "prompt"])
+    for method in ("twice", "every-1000"):
+        other = found[found.method == method].set_index(["distance", "prompt"])
+        assert other.asked.equals(base.asked)
+        assert other.competing.equals(base.competing)
+    again = found[found.method == "every-32"].set_index(["distance", "prompt"])
+    assert again.asked.equals(base.asked)
+
+
+@pytest.mark.parametrize("kind", ["keys and values", "everything again"])
+def test_a_transformer_reads_prompt_text_and_question_as_one(data, kind, monkeypatch):
+    """A model without a state of fixed size answers from all it has read: as one whole forward pass over prompt, text
+    and question would, whatever the other lengths in the batch, and however few questions are asked at a time."""
+    torch.manual_seed(0)
+    lm = new_llama(TransformerConfig("llama", data.tokenizer.vocab, 16, 2, 32, 2)).eval().requires_grad_(False)
+    for weight in lm.parameters():
+        nn.init.normal_(weight, std=0.3)
+    lm.tokenizer = data.tokenizer
+    whole, lm = lm, lm.looking_back() if kind == "keys and values" else lm
+    monkeypatch.setattr(evaluate, "_AT_ONCE", 3)
+    monkeypatch.setattr(reading, "_PIECE", 16)
+    items = data.items(2, Shape(FACTS, 70, PROBES, instructions=1))
+    prompts = [list(data.encode_prompt(item)) for item in items]
+    newline = data.tokenizer.encode("\n")
+    begin = start("base", lm, {}, prompts)
+    for distance, state, _, _ in evaluate._read(lm, begin, items, [0, 33, 70]):
+        texts = evaluate._ask(lm, data, items, prompts, begin, state, distance)
+        for item, prompt, answers in zip(items, prompts, texts, strict=True):
+            text = [*prompt, *item.body[:distance]]
+            text += newline if text[-1] != newline[-1] else ()
+            for probe, answer in zip(item.probes, answers, strict=True):
+                assert [answer] == whole.generate([text + list(data.encode_probe(probe)[0])], max_new_tokens=12)
+    assert set(measure(lm, {}, ["base", "none", "repeated"], data, (0, 8), 1, 2, 1).distance) == {0, 8}
+
+
+def test_prose_is_read_as_the_method_reads(data):
+    """The plain model's numbers are those of its logits; a method that goes on changing the state has others, and one
+    that would do so after the passage has the same."""
+    torch.manual_seed(0)
+    lm = RWKV4(RWKV4Config(data.tokenizer.vocab, 16, 2, 32)).eval().requires_grad_(False)
+    for weight in lm.parameters():
+        if weight.ndim == 2:
+            nn.init.normal_(weight, std=0.5)
+    lm.tokenizer = data.tokenizer
+    base = evaluate.prose_nll(lm, {}, "base", data, 2, length=40)
+    items = data.items(2, Shape(6, 0, 1, instructions=2))
+    state = lm.derive_state([list(data.encode_prompt(item)) for item in items])
+    rng = random.Random(f"prose/{data.seed}/{data.split}")
+    ids = torch.tensor([data.prose.passage(40, rng) for _ in items])
+    losses = nn.functional.cross_entropy(lm(ids[:, :-1], state)[0].transpose(1, 2), ids[:, 1:], reduction="none")
+    assert base == pytest.approx(losses.mean(1).numpy(), rel=1e-5)
+    assert evaluate.prose_nll(lm, {}, "reinject-50", data, 2, length=40) == pytest.approx(base, rel=1e-6)
+    assert evaluate.prose_nll(lm, {}, "reinject-5-1", data, 2, length=40) != pytest.approx(base, rel=1e-4)
 
 
 def test_measure_asks_from_every_method_the_same(rows):

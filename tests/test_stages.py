@@ -30,6 +30,7 @@ TINY = Profile(
     Evaluation(1, 1, 1, (0,), (0,), (1,)),
     PROFILES["smoke"].pairs,
     PROFILES["smoke"].pretrained,
+    STEPS,
 )
 LM = "rwkv4-dialogue-tiny.safetensors"
 

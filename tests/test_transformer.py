@@ -317,3 +317,20 @@ def test_a_state_of_another_batch_is_refused():
     lm = transformer("new")
     with pytest.raises(UserError, match="2 sequences but a state of batch 1"):
         lm.step_through(torch.ones(2, 1, dtype=torch.long), lm.derive_state([[1, 2]]))
+
+
+def test_keys_and_values_say_what_reading_everything_again_says(lm):
+    """Hidden states behind a padded batch, a second padded piece and a third, against `CausalTransformer`; weights and
+    fingerprint are shared, and there is no state of a fixed size."""
+    kept = lm.looking_back()
+    assert kept.fingerprint() == lm.fingerprint()
+    kept.check()
+    states = [None, None]
+    for lengths in ((7, 3, 5), (2, 4, 1), (1, 1, 1)):
+        ids, valid = lm.encode_prompts(rows_of(*lengths))
+        (slow, states[0]), (fast, states[1]) = (
+            way.step_through(ids, state, valid) for way, state in zip((lm, kept), states, strict=True)
+        )
+        assert_close(fast[valid], slow[valid], **CLOSE)
+    with pytest.raises(UserError, match="fixed size"):
+        kept.state_features(states[1])

@@ -42,6 +42,7 @@ class LanguageModel(nn.Module, ABC):
     peft_refuses: tuple[str, ...] = ()  # endings of the maps that PEFT puts no adapter on
     vmaps = True  # whether `torch.func.vmap` can run it with weights of each example's own
     grows = False  # whether the state grows with the text: attention layers keep what they have read
+    recent: tuple[str, ...] = ()  # parts of names in a state: vectors that only say which tokens came last
 
     @abstractmethod
     def step_through(
@@ -79,6 +80,46 @@ class LanguageModel(nn.Module, ABC):
         Raises:
             UserError: it cannot, as it runs here; names the class and the remedy.
         """
+
+    def combined(self, states: Sequence[RecurrentState], weights: Sequence[float]) -> RecurrentState:
+        """The weighted sum of what states of the same batch hold; which tokens came last is the first one's.
+
+        Here every tensor is summed as it is, which is right where a state is linear in what it holds (a matrix of
+        Mamba-2 or RWKV-7); a backbone whose tensors mean something else overrides it.
+
+        Raises:
+            UserError: the state grows with the text, so that there is nothing to add up.
+        """
+        self.check_fixed("added to another")
+        first = states[0].tensors
+        sums = {
+            name: sum(w * s.tensors[name] for s, w in zip(states, weights, strict=True))
+            for name in first
+            if not any(part in name for part in self.recent)
+        }
+        return RecurrentState(first | sums)
+
+    def lost(self, state: RecurrentState) -> RecurrentState:
+        """What of a state is gone one token later, for those who make up for it. Here: all of it, an upper bound; a
+        backbone that forgets at a rate of its own, whatever the token, knows better."""
+        return state
+
+    def tunable(self, state: RecurrentState) -> tuple[RecurrentState, tuple[str, ...]]:
+        """The same state in a form whose named tensors may be changed freely, each number on its own, and the names.
+
+        Raises:
+            UserError: the state grows with the text.
+        """
+        self.check_fixed("tuned")
+        return state, tuple(name for name, t in state.tensors.items() if t.is_floating_point())
+
+    def check_fixed(self, what: str) -> None:
+        """Raises a UserError where the state grows with the text, so that it cannot be `what`."""
+        if self.grows:
+            raise UserError(
+                f"the state of a {type(self).__name__} grows with the text, so it cannot be {what}; "
+                "take a model whose state has a fixed size"
+            )
 
     def forward(
         self,

@@ -56,6 +56,7 @@ class Recurrent(HubModel):
     reads_on = False
     pads = False
     kernels: tuple[str, ...] = ("causal_conv1d", "mamba_ssm", "fla")
+    recent = (".conv",)
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)

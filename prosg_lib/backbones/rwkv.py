@@ -61,6 +61,8 @@ class RWKV(LanguageModel):
         block: (config, layer) -> the block.
     """
 
+    recent = ("shift",)
+
     def __init__(self, config, block: Callable[..., nn.Module]):
         super().__init__()
         self.config = config

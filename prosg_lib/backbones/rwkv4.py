@@ -123,6 +123,28 @@ class RWKV4(RWKV):
     def hf_module_name(self, name):
         return _hf_name(name)
 
+    def combined(self, states, weights):
+        """Of the sums num e^m and den e^m that the state stands for, in the gauge of the largest one that counts."""
+        counted = [(s.tensors, w) for s, w in zip(states, weights, strict=True) if w]
+        m = torch.stack([s["m"] for s, _ in counted] or [torch.full_like(states[0].tensors["m"], BLANK)]).amax(0)
+        zero = torch.zeros_like(m)
+        sums = {n: sum((w * s[n] * torch.exp(s["m"] - m) for s, w in counted), zero) for n in ("num", "den")}
+        return RecurrentState(states[0].tensors | sums | {"m": m})
+
+    def lost(self, state):
+        """The sums decay by e^{-w} a token, w = e^{time_decay}: 1 - e^{-w} of them."""
+        decay = torch.stack([block.att.time_decay for block in self.blocks]).exp()  # (L, D)
+        share = -torch.expm1(-decay.to(state.tensors["num"]))
+        return RecurrentState(state.tensors | {n: share * state.tensors[n] for n in ("num", "den")})
+
+    def tunable(self, state):
+        """With den = 1, which stays so: num is what WKV would read then, and m the logarithm of its weight."""
+        s = state.tensors
+        size = torch.where(s["den"] > 0, s["den"], 1.0)
+        m = torch.where(s["den"] > 0, s["m"] + torch.log(size), BLANK)
+        same = s | {"num": s["num"] / size, "den": s["den"] / size, "m": m}
+        return RecurrentState(same), tuple(name for name in STATE_NAMES if name != "den")
+
     def state_features(self, state):
         """Of the five vectors a block: both shifts, the ratio num / den (what WKV would read), and log den + m."""
         s = state.tensors

@@ -1,8 +1,8 @@
 """Causal transformers of `transformers` (GPT-2, Llama, Qwen3 and other classes) behind the recurrent models' interface.
 
-They look back at all that they have read, so their "state" is all of it, and grows; `step_through` runs everything
-again. That is simple and right, and slow for long texts; they are here for the gradient step, whose texts are short,
-and for comparison. Attention is eager, because fused attention cannot be differentiated twice.
+They look back at all that they have read, so their "state" is all of it, and grows. `CausalTransformer` runs everything
+again, which is simple and right, and slow for long texts: it is for the gradient step, whose texts are short. For long
+ones `LookingBack` keeps keys and values. Attention is eager, because fused attention cannot be differentiated twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import cached_file
 
-from prosg_lib.backbones.base import check_batch
+from prosg_lib.backbones.base import LanguageModel, check_batch
+from prosg_lib.backbones.hf import Recurrent
 from prosg_lib.backbones.hub import HubModel, TransformerConfig, pretrained
 from prosg_lib.state import RecurrentState
 from prosg_lib.tokenizer import Tokenizer, load_tokenizer
@@ -40,6 +41,22 @@ class CausalTransformer(HubModel):
             use_cache=False,
         ).last_hidden_state
         return hidden[:, -time:], RecurrentState({"ids": ids, "valid": valid})
+
+    def looking_back(self) -> LookingBack:
+        """The same model, its weights shared, with keys and values for a state: for long texts."""
+        lm = LookingBack(self.model)
+        lm.tokenizer = self.tokenizer
+        return lm.train(self.training)
+
+
+class LookingBack(Recurrent):
+    """A causal transformer with all keys and values so far as its state: what a recurrent model is compared with.
+
+    It says what `CausalTransformer` says, has its fingerprint, and reads every token once.
+    """
+
+    reads_on = pads = True
+    state_features = LanguageModel.state_features  # it has none of a fixed size
 
 
 def _causal(valid: Tensor, dtype: torch.dtype) -> Tensor:

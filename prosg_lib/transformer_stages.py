@@ -1,0 +1,64 @@
+"""Load or train a transformer of the dialogues: what recall a model has that looks back at its prompt, at what cost.
+
+`stages` does the same for the recurrent models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from prosg_lib import processes, stages
+from prosg_lib.backbones.transformer import LookingBack, new_llama
+from prosg_lib.objectives import lm_draw, lm_objective
+from prosg_lib.profiles import get_profile
+from prosg_lib.stages import PLENTY, Thrift
+from prosg_lib.tasks.dialogue import data_hash
+from prosg_lib.tokenizer import load_tokenizer
+from prosg_lib.training import RECIPE
+
+
+def checkpoint_name(profile: str) -> str:
+    """`llama-dialogue` is the cpu profile's."""
+    return "llama-dialogue" + stages.ending(profile)
+
+
+def dialogue_transformer(profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> LookingBack:
+    """A transformer of the recurrent model's width and layers, trained on the dialogues as that is.
+
+    Args:
+        retrain, thrift: as in `stages.load_or_train`.
+    Returns:
+        The model in evaluation mode, with its tokenizer; keys and values are its state.
+    Raises:
+        UserError: unknown profile; damaged checkpoint; diverged training.
+    """
+    sizes = get_profile(profile)
+    size, training = sizes.pairs.transformer_size, sizes.transformer_training
+    record = {
+        "stage": "transformer",
+        "seed": seed,
+        "recipe": RECIPE,
+        "data": data_hash(load_tokenizer()),
+        "model": asdict(size),
+        "training": asdict(training),
+    }
+
+    def work(model):
+        data = stages.dialogues("train", seed)
+        model.tokenizer = data.tokenizer
+        # Fused: a second derivative is not needed here, and eager attention takes three times as long on long texts.
+        model.model.set_attn_implementation("sdpa")
+        return lm_draw(data, training), lm_objective(model, processes.bfloat16(sizes.autocast))
+
+    plan = stages.Plan(
+        "transformer",
+        checkpoint_name(profile),
+        "lm",
+        stages.plain(record),
+        lambda: new_llama(size),
+        work,
+        training,
+        seed,
+        thrift=thrift,
+    )
+    return stages.obtain(plan, profile, retrain).looking_back()
