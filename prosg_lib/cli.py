@@ -120,6 +120,8 @@ def _add_trained(whats) -> None:
         "final": "the final-state generator for it",
         "static": "the control: one change of its weights for all prompts",
         "adapter": "an adapter for it, in which a real gradient step is taken",
+        "supervised": "the token-wise generator, first taught to predict true gradients",
+        "mend": "the generator that transforms a prompt's true gradient",
         "pairs-recurrent": "the recurrent model that knows the tasks of context and query",
         "pairs-transformer": "the transformer that knows them",
         "way": "a way to take a context in, for one of those two or another model",

@@ -56,6 +56,32 @@ class GeneratorSize:
 
 
 @dataclass(frozen=True)
+class SupervisedSize(GeneratorSize):
+    """Sizes of a token-wise generator that is first taught to predict true gradients (`supervised`).
+
+    Attributes:
+        lessons: share of the training's steps; the others are the end-to-end ones of every generator.
+        teacher: whose gradient (`true_gradient.TEACHERS`).
+        strength: norm of a usual change that it is to predict, over its weight's.
+        rank_of_teacher: only the best so many directions of it; None: all.
+        foresight: weight of the auxiliary task, to predict the next token's synthetic gradient.
+    """
+
+    lessons: float = 0.1
+    teacher: str = "answers"
+    strength: float = 0.03
+    rank_of_teacher: int | None = None
+    foresight: float = 0.0
+
+
+@dataclass(frozen=True)
+class TransformedSize(GeneratorSize):
+    """Sizes of a transformed true gradient (`mend`): width is the blocks' rank, lr the step size before training."""
+
+    lr: float
+
+
+@dataclass(frozen=True)
 class AdapterSize:
     """Sizes of an adapter in which one gradient step is taken: its rank, its maps, and the step's learning rate."""
 
@@ -163,7 +189,11 @@ class PretrainedSizes:
 
 @dataclass(frozen=True)
 class Profile:
-    """All sizes of one profile. autocast: train under bfloat16 autocast where the device has it."""
+    """All sizes of one profile. autocast: train under bfloat16 autocast where the device has it.
+
+    The ways to make a delta that are compared with the token-wise generator, supervised and mend, have its training:
+    as many steps on as many dialogues, and about as many parameters.
+    """
 
     name: str
     model: RWKV4Config
@@ -178,7 +208,17 @@ class Profile:
     evaluation: Evaluation
     pairs: PairSizes
     pretrained: PretrainedSizes
+    supervised: SupervisedSize
+    mend: TransformedSize
     autocast: bool = False
+
+    @property
+    def supervised_training(self) -> Training:
+        return self.token_training
+
+    @property
+    def mend_training(self) -> Training:
+        return self.token_training
 
 
 def _mamba2(width: int, layers: int, heads: int, state: int) -> tuple[tuple[str, int], ...]:
@@ -228,6 +268,8 @@ PROFILES = {
             distances=(0, 64),
             together=(1, 2),
         ),
+        supervised=SupervisedSize(8, 64, _MAPS),
+        mend=TransformedSize(8, 20, _MAPS, 0.1),
     ),
     "cpu": Profile(
         name="cpu",
@@ -262,6 +304,8 @@ PROFILES = {
             prompts=24,
             distances=(0, 256, 1024),
         ),
+        supervised=SupervisedSize(32, 256, _MAPS),
+        mend=TransformedSize(32, 42, _MAPS, 0.1),
     ),
     "gpu": Profile(
         name="gpu",
@@ -295,6 +339,8 @@ PROFILES = {
             prompts=64,
             distances=(0, 256, 1024, 4096),
         ),
+        supervised=SupervisedSize(32, 512, _MAPS),
+        mend=TransformedSize(32, 64, _MAPS, 0.1),
         autocast=True,
     ),
 }

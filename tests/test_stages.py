@@ -9,7 +9,16 @@ import torch
 from prosg_lib import files, paths, profiles, stages, training
 from prosg_lib.backbones.rwkv4 import RWKV4Config
 from prosg_lib.errors import UserError
-from prosg_lib.profiles import PROFILES, AdapterSize, Evaluation, GeneratorSize, Profile, Training
+from prosg_lib.profiles import (
+    PROFILES,
+    AdapterSize,
+    Evaluation,
+    GeneratorSize,
+    Profile,
+    SupervisedSize,
+    Training,
+    TransformedSize,
+)
 from prosg_lib.stages import Thrift, load_generator, load_or_train
 from prosg_lib.tasks.build import VOCAB
 from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
@@ -30,6 +39,8 @@ TINY = Profile(
     Evaluation(1, 1, 1, (0,), (0,), (1,)),
     PROFILES["smoke"].pairs,
     PROFILES["smoke"].pretrained,
+    SupervisedSize(rank=2, width=8, maps=("att.output",), lessons=0.5, foresight=0.1),
+    TransformedSize(rank=2, width=3, maps=("att.output",), lr=0.1),
 )
 LM = "rwkv4-dialogue-tiny.safetensors"
 
@@ -54,7 +65,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROSG_RUNS", str(folder))
         patch.setitem(profiles.PROFILES, "tiny", TINY)
-        for stage in ("token", "final", "static", "adapter"):
+        for stage in stages.STAGES[1:]:
             load_or_train(stage, "tiny")
     return folder / "tiny" / "checkpoints"
 
@@ -87,7 +98,7 @@ def same(one, other):
 def test_training_keeps_checkpoint_log_and_provenance(trained):
     """What is left: one file a stage that says what it is and came from, its log, and no resume file."""
     names = {path.name for path in trained.iterdir()}
-    kinds = ("", "-token", "-final", "-static", "-adapter")
+    kinds = ("", *(f"-{stage}" for stage in stages.STAGES[1:]))
     stems = [f"rwkv4-dialogue{kind}-tiny" for kind in kinds]
     assert names == {f"{stem}.{ending}" for stem in stems for ending in ("safetensors", "jsonl")}
     for stem, kind in zip(stems, kinds, strict=True):

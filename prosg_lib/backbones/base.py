@@ -34,6 +34,7 @@ class LanguageModel(nn.Module, ABC):
 
     tokenizer: Tokenizer | None = None  # needed where texts go in or out
     peft_refuses: tuple[str, ...] = ()  # endings of the maps that PEFT puts no adapter on
+    state_feature_names: tuple[str, ...] = ()  # kinds of `state_features`, where each layer has D of each in this order
     grows = False  # whether the state grows with the text: attention layers keep what they have read
 
     @abstractmethod
