@@ -124,9 +124,15 @@ def _add_trained(whats) -> None:
         "mend": "the generator that transforms a prompt's true gradient",
         "pairs-recurrent": "the recurrent model that knows the tasks of context and query",
         "pairs-transformer": "the transformer that knows them",
+        "ablation": "a generator that is another than the profile's in some respects",
         "way": "a way to take a context in, for one of those two or another model",
     }.items():
         way = whats.add_parser(name, help=summary, description=f"Trains {summary}.", parents=[every])
+    varied = whats.choices["ablation"]
+    varied.add_argument("--stage", required=True, help="token, final, supervised or mend")
+    varied.add_argument(
+        "--set", action="append", required=True, metavar="NAME=VALUE", help="e.g. rank=8 or layers=0,1; repeatable"
+    )
     # The last one has more options.
     way.add_argument("--method", required=True, help="adapter, maps, weights, weights-RANK, token or final")
     way.add_argument("--task", action="append", required=True, metavar="NAME", help="trained on it; repeatable")
@@ -212,7 +218,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib import pair_stages, processes, stages
+    from prosg_lib import ablations, pair_stages, processes, stages
 
     processes.accelerator()
     profile, what = options.profile, options.what
@@ -221,6 +227,10 @@ def _train(options: argparse.Namespace) -> int:
         spec = pair_stages.WaySpec(options.method, tasks, options.objective, options.contexts, after)
         name = pair_stages.way_name(spec, options.backbone, profile, options.seed)
         train = partial(pair_stages.pair_way, spec, options.backbone)
+    elif what == "ablation":
+        varied = ablations.Ablation.of(options.stage, options.set)
+        name = ablations.checkpoint_name(varied, profile, options.seed)
+        train = partial(ablations.ablated, varied)
     elif what.startswith("pairs-"):
         backbone = what.removeprefix("pairs-")
         name, train = pair_stages.model_name(backbone, profile), partial(pair_stages.pair_model, backbone)

@@ -107,6 +107,20 @@ class Generator(nn.Module, ABC):
         The model itself is only run forward and gets no gradient; the change has one for the generator's parameters.
         """
 
+    @torch.no_grad()
+    def keys_of(self, lm: LanguageModel, ids: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """By map the keys under which a change of this generator is looked up by a prompt's own tokens, V^T x_t.
+
+        Args:
+            ids: (B, T), left-padded where `valid` (B, T) is False.
+        Returns:
+            map -> (B, T, r), zero at padding.
+        """
+        with captured_inputs(lm, self.names) as inputs:
+            lm.step_through(ids, None, valid)
+        told = 1.0 if valid is None else valid[..., None]
+        return {name: inputs[name] @ self.V[key(name)] * told for name in self.names}
+
     def after(self, lm: LanguageModel, contexts: Rows, successive: bool) -> LogitsOf:
         """The model after its contexts, (B, 1, C): see `gradient_step.Way`.
 
@@ -276,6 +290,12 @@ class TokenGenerator(Generator):
     def forward(self, lm, ids, valid=None):
         memory = self.absorb(lm, ids, valid=valid)
         return self.delta_of(memory), memory.state
+
+    @torch.no_grad()
+    def keys_of(self, lm, ids, valid=None):
+        """Those that it writes under, V^T x_t + K z_t, (B, T - 1, r): nearer to a question's than the prompt's own."""
+        keys = self.terms(lm, ids, valid=valid).keys
+        return keys if valid is None else {name: k * valid[:, :-1, None] for name, k in keys.items()}
 
     def absorb(
         self, lm: LanguageModel, ids: Tensor, memory: Memory | None = None, valid: Tensor | None = None

@@ -1,6 +1,6 @@
 """The true gradient of a prompt, transformed by small networks: the third way to make a change of the weights.
 
-After MEND (Mitchell et al. 2021, arXiv 2110.11309, section 3): the gradient of a linear map is a sum over tokens of
+After MEND (Mitchell et al. 2021, arXiv 2110.11309): the gradient of a linear map is a sum over tokens of
 delta_t x_t^T. Each token's (x_t, delta_t), normalised per dimension, passes through two residual blocks of low rank,
 
     h = z + relu(A_1 B_1 z + b_1),   g = h + relu(A_2 B_2 h + b_2),   z = normalise([x; delta]),

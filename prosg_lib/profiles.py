@@ -76,9 +76,9 @@ class SupervisedSize(GeneratorSize):
 
 @dataclass(frozen=True)
 class TransformedSize(GeneratorSize):
-    """Sizes of a transformed true gradient (`mend`): width is the blocks' rank, lr the step size before training."""
+    """Sizes of a transformed true gradient (`mend`): width is the blocks' rank, step the step size before training."""
 
-    lr: float
+    step: float
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,7 @@ _KINDS: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
         SupervisedSize,
         lambda s, lm, **more: TokenGenerator(lm, s.rank, s.width, s.maps, foresight=s.foresight > 0, **more),
     ),
-    "mend": (TransformedSize, lambda s, lm: TransformedGradient(lm, s.rank, s.width, s.maps, s.lr)),
+    "mend": (TransformedSize, lambda s, lm: TransformedGradient(lm, s.rank, s.width, s.maps, s.step)),
 }
 """Stage -> what its size is, and (size, model that it is for, a generator's own options) -> the untrained module."""
 
@@ -330,5 +330,8 @@ def load_generator(name: str, lm: RWKV4) -> Generator:
     if record["stage"] not in STAGES:
         raise UserError(f"{path.name} was trained on pairs ({record['stage']}); `pair_stages.pair_way` loads those")
     kind = _KINDS[record["stage"]][0]
-    size = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["generator"].items()})
-    return _built(new_module(record["stage"], size, lm), path, tensors)
+    size, options = (
+        {k: tuple(v) if isinstance(v, list) else v for k, v in record.get(part, {}).items()}
+        for part in ("generator", "options")
+    )
+    return _built(new_module(record["stage"], kind(**size), lm, **options), path, tensors)

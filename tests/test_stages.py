@@ -193,7 +193,7 @@ def test_the_same_seed_trains_the_same(place):
     assert same(first, again)
 
 
-@pytest.mark.parametrize("stage", ["lm", "static"])
+@pytest.mark.parametrize("stage", ["lm", "static", "mend"])
 def test_less_memory_trains_the_same(place, stage):
     """One example at a time, with blocks that run again: the same weights, but for rounding."""
     stages.forget("tiny")
@@ -236,11 +236,23 @@ def test_unknown_stage_and_profile(place):
         load_or_train("lm", "huge")
 
 
-def test_load_generator_of_a_file(place):
+@pytest.mark.parametrize("stage", ["lm", "token", "final", "static", "adapter"])
+def test_what_is_shipped_still_loads(tmp_path, no_training, monkeypatch, capsys, stage):
+    """The cpu profile's checkpoints have the records that training now would write, and the weights of their stage."""
+    monkeypatch.setenv("PROSG_RUNS", str(tmp_path))
+    module = load_or_train(stage, "cpu")
+    name = stages.checkpoint_name(stage, "cpu")
+    assert f"{stage}: loaded {name}.safetensors" in capsys.readouterr().out
+    if stage != "lm":
+        assert same(load_generator(name, load_or_train("lm", "cpu")), module)
+
+
+@pytest.mark.parametrize("stage", stages.STAGES[1:])
+def test_load_generator_of_a_file(place, stage):
     """A generator is rebuilt from its file alone, for its own model only."""
     lm = load_or_train("lm", "tiny")
-    path = place / "rwkv4-dialogue-token-tiny.safetensors"
-    assert same(load_generator(str(path), lm), load_or_train("token", "tiny"))
+    path = place / f"rwkv4-dialogue-{stage}-tiny.safetensors"
+    assert same(load_generator(str(path), lm), load_or_train(stage, "tiny"))
     with pytest.raises(UserError, match="a lm, not a generator"):
         load_generator(str(place / LM), lm)
     other = load_or_train("lm", "tiny", seed=1)
