@@ -37,7 +37,8 @@ class Ablation:
         features: kinds of state features that a final-state generator sees (`LanguageModel.state_feature_names`).
         label: whether a token-wise generator sees the next token.
         alone, blank, local, locality: as in `Curriculum`.
-        lessons, teacher, strength, rank_of_teacher, foresight: as in `SupervisedSize`; step: as in `TransformedSize`.
+        lessons, teacher, strength, directions, rank_of_teacher, foresight: as in `SupervisedSize`.
+        step: as in `TransformedSize`.
         steps, batch, lr, facts, distances: as in `Training`.
     """
 
@@ -55,6 +56,7 @@ class Ablation:
     lessons: float | None = None
     teacher: str | None = None
     strength: float | None = None
+    directions: bool | None = None
     rank_of_teacher: int | None = None
     foresight: float | None = None
     step: float | None = None

@@ -63,13 +63,15 @@ class SupervisedSize(GeneratorSize):
         lessons: share of the training's steps; the others are the end-to-end ones of every generator.
         teacher: whose gradient (`true_gradient.TEACHERS`).
         strength: norm of a usual change that it is to predict, over its weight's.
+        directions: whether the reading directions start as those that read the most of the teacher's gradients.
         rank_of_teacher: only the best so many directions of it; None: all.
         foresight: weight of the auxiliary task, to predict the next token's synthetic gradient.
     """
 
     lessons: float = 0.1
     teacher: str = "answers"
-    strength: float = 0.03
+    strength: float = 0.3
+    directions: bool = True
     rank_of_teacher: int | None = None
     foresight: float = 0.0
 

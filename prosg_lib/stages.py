@@ -37,7 +37,7 @@ from prosg_lib.profiles import (
     TransformedSize,
     get_profile,
 )
-from prosg_lib.supervised import supervised_objective
+from prosg_lib.supervised import read_as, supervised_objective
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
 from prosg_lib.tasks.prose import ProseTokens, load_prose
 from prosg_lib.tokenizer import Tokenizer, load_tokenizer
@@ -288,6 +288,8 @@ def generator_work(
     sample = batch_of(-1).to(device())
     generator.fit_normaliser(lm, sample.prompt, sample.prompt_valid)
     if isinstance(size, SupervisedSize):
+        if size.directions:
+            read_as(lm, generator, size, sample)
         return batch_of, supervised_objective(lm, generator, training, seed, size, sample, autocast, course)
     return batch_of, generator_objective(lm, generator, training, seed, autocast, course)
 

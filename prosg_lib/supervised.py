@@ -24,7 +24,7 @@ from prosg_lib.objectives import USUAL, Curriculum, autocast_on, generator_objec
 from prosg_lib.profiles import SupervisedSize, Training
 from prosg_lib.tasks.dialogue import Batch
 from prosg_lib.training import Loss
-from prosg_lib.true_gradient import squared_error, squared_norm, teacher, truncated
+from prosg_lib.true_gradient import reading_directions, squared_error, squared_norm, teacher, truncated
 
 
 def supervised_objective(
@@ -84,6 +84,19 @@ def supervised_objective(
         return Loss(parts["gradient"] + size.foresight * parts["foresight"], parts)
 
     return loss_of
+
+
+@torch.no_grad()
+def read_as(lm: LanguageModel, generator: Generator, size: SupervisedSize, sample: Batch) -> None:
+    """Let the generator's reading directions start as those that read the most of the teacher's gradients.
+
+    Random ones read r of `in` dimensions, and what they do not read can be no lesson.
+
+    Raises:
+        UserError: unknown teacher, or too few dialogues for so many directions.
+    """
+    for name, factors in teacher(size.teacher)(lm, generator.names, sample).items():
+        generator.V[key(name)].copy_(reading_directions(factors, generator.rank))
 
 
 def steps_of(lm: LanguageModel, gradients: dict[str, TokenFactors], strength: float) -> dict[str, float]:

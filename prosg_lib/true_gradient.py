@@ -133,6 +133,23 @@ def truncated(factors: TokenFactors, rank: int) -> TokenFactors:
     return TokenFactors(u.mT, v.mT)
 
 
+def reading_directions(factors: TokenFactors, rank: int) -> Tensor:
+    """The `rank` directions, shared by all prompts, that read the most of their gradients, (in, rank), orthonormal.
+
+    They maximise the mean of ||G V||_F^2 / ||G||_F^2: the leading right singular vectors of the R_b X_b / ||G_b||_F,
+    one below the other, where Delta_b^T = Q_b R_b, so that no G is formed.
+
+    Raises:
+        UserError: all prompts together have not so many directions.
+    """
+    core = torch.linalg.qr(factors.delta.mT)[1] @ factors.x  # (B, min(T, out), in)
+    core = core / core.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None]
+    found = torch.linalg.svd(core.flatten(0, 1), full_matrices=False)[2]
+    if not 1 <= rank <= len(found):
+        raise UserError(f"{rank} reading directions asked for, but these gradients have 1 to {len(found)}")
+    return found[:rank].mT
+
+
 @torch.no_grad()
 def agreement(delta: LowRankDelta, gradients: dict[str, TokenFactors]) -> pd.DataFrame:
     """How near each prompt's change is to a step down its true gradient, by map.

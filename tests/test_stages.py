@@ -40,7 +40,7 @@ TINY = Profile(
     PROFILES["smoke"].pairs,
     PROFILES["smoke"].pretrained,
     SupervisedSize(rank=2, width=8, maps=("att.output",), lessons=0.5, foresight=0.1),
-    TransformedSize(rank=2, width=3, maps=("att.output",), lr=0.1),
+    TransformedSize(rank=2, width=3, maps=("att.output",), step=0.1),
 )
 LM = "rwkv4-dialogue-tiny.safetensors"
 

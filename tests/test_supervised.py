@@ -12,9 +12,9 @@ from prosg_lib.generator import FinalStateGenerator, TokenGenerator
 from prosg_lib.lowrank import best_rank
 from prosg_lib.objectives import generator_objective
 from prosg_lib.profiles import SupervisedSize, Training
-from prosg_lib.supervised import foreseen, steps_of, supervised_objective, unexplained
+from prosg_lib.supervised import foreseen, read_as, steps_of, supervised_objective, unexplained
 from prosg_lib.tasks.dialogue import ANSWER, TEXT, Batch
-from prosg_lib.true_gradient import TEACHERS, prompt_gradient
+from prosg_lib.true_gradient import TEACHERS, agreement, prompt_gradient
 
 MAPS = ("att.output", "ffn.key")
 SIZES = Training(10, 4, 1e-3, (1,), (0,))
@@ -171,6 +171,19 @@ def test_without_the_label_the_next_token_is_unseen(lm64):
         generator = make(lm64, label=label)
         first, second = (generator(lm64, text)[0].factors["blocks.0.ffn.key"].U for text in (ids, other))
         assert ((first - second).abs().max() < 1e-12) == (not label)
+
+
+def test_directions_are_the_teachers(lm64):
+    """They read more of other dialogues' gradients than random ones; nothing else of the generator is touched."""
+    sample, other = batch_of(1, rows=16), batch_of(2, rows=16)
+    for name in TEACHERS:
+        plain, taught = make(lm64), make(lm64)
+        read_as(lm64, taught, replace(SIZE, teacher=name), sample)
+        true = TEACHERS[name](lm64, plain.names, other)
+        first, second = (agreement(g(lm64, other.prompt, other.prompt_valid)[0], true) for g in (plain, taught))
+        assert second.reads.mean() > first.reads.mean() + 0.1
+        for weight, tensor in taught.state_dict().items():
+            assert torch.equal(tensor, plain.state_dict()[weight]) != weight.startswith("V.")
 
 
 def test_a_final_state_generator_takes_lessons_too(lm64):

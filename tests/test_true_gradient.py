@@ -15,6 +15,7 @@ from prosg_lib.true_gradient import (
     change_squared_norm,
     inner_product,
     prompt_gradient,
+    reading_directions,
     squared_error,
     squared_norm,
     teacher,
@@ -78,6 +79,18 @@ def test_no_change_is_nearer_than_the_best_of_its_rank():
     assert_close(least, squared_norm(factors) - squared_norm(part), rtol=1e-8, atol=1e-8)
     assert (squared_error(change, factors) > least).all()
     assert_close(dense(truncated(factors, 6)), dense(factors), rtol=1e-8, atol=1e-8)
+
+
+def test_shared_reading_directions_read_the_most():
+    """The leading eigenvectors of sum_b G_b^T G_b / ||G_b||^2, each prompt counting as much; no others read more."""
+    _, factors = random_factors()
+    factors = TokenFactors(factors.delta * torch.tensor([1.0, 10.0, 0.1])[:, None, None], factors.x)
+    unit = dense(factors) / dense(factors).flatten(1).norm(dim=1)[:, None, None]
+    values = torch.linalg.eigvalsh((unit.mT @ unit).sum(0)).flip(0)
+    for rank in (1, 4):
+        v = reading_directions(factors, rank)
+        assert_close(v.t() @ v, torch.eye(rank, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+        assert_close((unit @ v).square().sum(), values[:rank].sum(), rtol=1e-9, atol=1e-10)
 
 
 def test_rows_of_a_batch_are_each_its_own_gradient(lm64):
@@ -188,6 +201,8 @@ def test_what_cannot_be_compared_is_refused(lm64):
         teacher("nobody")
     with pytest.raises(UserError, match="rank 7 asked for"):
         truncated(factors, 7)
+    with pytest.raises(UserError, match="10 reading directions asked for, but these gradients have 1 to 9"):
+        reading_directions(factors, 10)
     delta = LowRankDelta({"a.0.b": change}, "x")
     with pytest.raises(UserError, match=r"without a gradient to compare with: a\.0\.b"):
         agreement(delta, {})
