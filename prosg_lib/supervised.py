@@ -61,6 +61,7 @@ def supervised_objective(
     gradient_of = teacher(size.teacher)
     lessons = int(size.lessons * sizes.steps)
     end_to_end = generator_objective(lm, generator, sizes, seed, autocast, course)
+    kind = next(generator.parameters()).dtype  # under autocast, gradients come in another
     steps = steps_of(lm, gradient_of(lm, generator.names, sample), size.strength)
 
     def loss_of(step: int, batch: Batch) -> Loss:
@@ -68,6 +69,7 @@ def supervised_objective(
             return end_to_end(step, batch)
         with autocast_on(batch.rest.device, autocast):
             true = gradient_of(lm, generator.names, batch)
+            true = {name: TokenFactors(*(t.to(kind) for t in factors)) for name, factors in true.items()}
             terms = None
             if looks_ahead:
                 terms = generator.terms(lm, batch.prompt, valid=batch.prompt_valid)
@@ -117,7 +119,7 @@ def unexplained(delta: LowRankDelta, true: dict[str, TokenFactors], steps: dict[
     errors = []
     for name, (u, v) in delta.factors.items():
         change = Factors(u.to(v.dtype) * (delta.scale / steps[name]), v)
-        factors = TokenFactors(-true[name].delta.to(v.dtype), true[name].x.to(v.dtype))
+        factors = TokenFactors(-true[name].delta, true[name].x)
         errors.append(squared_error(change, factors) / squared_norm(factors).clamp(min=1e-30))
     return torch.stack(errors)
 
@@ -132,8 +134,9 @@ def foreseen(generator: TokenGenerator, terms: Terms, valid: Tensor) -> Tensor:
         valid: (B, T), where the prompts are no padding.
     """
     gram = sum(w.t() @ w for w in (generator.heads[key(name)].weight.detach() for name in generator.names))
-    here, after = terms.z[:, :-1], terms.z[:, 1:].detach()
-    written = valid[:, :-1][:, : terms.z.shape[1]][:, :-1]
+    z = terms.z.to(gram.dtype)
+    here, after = z[:, :-1], z[:, 1:].detach()
+    written = valid[:, :-2]  # the last token has no label, and the one before it none to foresee
     wrong = (generator.ahead(here) - after) * written[..., None]
     whole = (((after * written[..., None]) @ gram) * after).sum((1, 2))
     return ((wrong @ gram) * wrong).sum((1, 2)) / whole.clamp(min=1e-12)

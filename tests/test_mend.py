@@ -153,3 +153,13 @@ def test_wrong_sizes_and_models_are_refused(lm, make_lm):
         TransformedGradient(lm, 2, 4, ("att.gate",), 0.1)
     with pytest.raises(UserError, match="trained for model"):
         make(lm).memorize(make_lm(seed=1), [[1, 2]])
+
+
+def test_in_half_precision_the_change_is_nearly_the_same(lm, prompts):
+    """Under autocast, as on a GPU."""
+    generator = fitted(make(lm), lm, prompts)
+    exact = generator.memorize(lm, prompts)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = generator.memorize(lm, prompts)
+    for name in generator.names:
+        assert (full(rough, name).float() - full(exact, name)).norm() < 0.1 * full(exact, name).norm()

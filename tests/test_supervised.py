@@ -204,3 +204,16 @@ def test_a_final_state_generator_takes_lessons_too(lm64):
 def test_lessons_that_cannot_be_meant_are_refused(lm, change, said):
     with pytest.raises(UserError, match=said):
         supervised_objective(lm, make(lm), SIZES, 0, replace(SIZE, **change), batch_of())
+
+
+def test_in_half_precision_the_lesson_is_nearly_the_same(lm):
+    """Under autocast, as on a GPU: what is compared is compared in the generator's own precision."""
+    size, batch = replace(SIZE, foresight=0.5, rank_of_teacher=2), batch_of()
+    losses = {}
+    for autocast in (False, True):
+        generator = make(lm, foresight=True)
+        loss = supervised_objective(lm, generator, SIZES, 0, size, batch_of(1), autocast)(0, batch)
+        loss.total.backward()
+        assert generator.heads["blocks_0_ffn_key"].weight.grad.isfinite().all()
+        losses[autocast] = loss.total.item()
+    assert losses[True] == pytest.approx(losses[False], rel=0.1)
