@@ -357,6 +357,7 @@ def sequence_factors(lm: LanguageModel, names: list[str], loss_of: Callable[[], 
     finally:
         for handle in handles:
             handle.remove()
+    passes = {name: tuple(each) for name, each in passes.items()}  # blocks that run again go through `keep` again
     grads = iter(torch.autograd.grad(loss, [out for name in names for _, out in passes[name]]))
     return {
         name: TokenFactors(
