@@ -146,11 +146,19 @@ def _add_trained(whats) -> None:
         "static": "the control: one change of its weights for all prompts",
         "adapter": "an adapter for it, in which a real gradient step is taken",
         "transformer": "a transformer of the dialogues, to compare with, that can look back",
+        "supervised": "the token-wise generator, first taught to predict true gradients",
+        "mend": "the generator that transforms a prompt's true gradient",
         "pairs-recurrent": "the recurrent model that knows the tasks of context and query",
         "pairs-transformer": "the transformer that knows them",
+        "ablation": "a generator that is another than the profile's in some respects",
         "way": "a way to take a context in, for one of those two or another model",
     }.items():
         way = whats.add_parser(name, help=summary, description=f"Trains {summary}.", parents=[every])
+    varied = whats.choices["ablation"]
+    varied.add_argument("--stage", required=True, help="token, final, supervised or mend")
+    varied.add_argument(
+        "--set", action="append", required=True, metavar="NAME=VALUE", help="e.g. rank=8 or layers=0,1; repeatable"
+    )
     # The last one has more options.
     way.add_argument("--method", required=True, help="adapter, maps, weights, weights-RANK, token or final")
     way.add_argument("--task", action="append", required=True, metavar="NAME", help="trained on it; repeatable")
@@ -250,7 +258,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib import pair_stages, processes, stages, transformer_stages
+    from prosg_lib import ablations, pair_stages, processes, stages, transformer_stages
 
     processes.accelerator()
     profile, what = options.profile, options.what
@@ -261,6 +269,10 @@ def _train(options: argparse.Namespace) -> int:
         train = partial(pair_stages.pair_way, spec, options.backbone)
     elif what == "transformer":
         name, train = transformer_stages.checkpoint_name(profile), transformer_stages.dialogue_transformer
+    elif what == "ablation":
+        varied = ablations.Ablation.of(options.stage, options.set)
+        name = ablations.checkpoint_name(varied, profile, options.seed)
+        train = partial(ablations.ablated, varied)
     elif what.startswith("pairs-"):
         backbone = what.removeprefix("pairs-")
         name, train = pair_stages.model_name(backbone, profile), partial(pair_stages.pair_model, backbone)

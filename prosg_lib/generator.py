@@ -20,6 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,9 @@ class Generator(nn.Module, ABC):
     def _delta(self, u: dict[str, Tensor]) -> LowRankDelta:
         return LowRankDelta({n: Factors(u[n], self.V[key(n)][None]) for n in self.names}, self.fingerprint, SCALE)
 
+    def fit_normaliser(self, lm: LanguageModel, ids: Tensor, valid: Tensor) -> None:
+        """Collect the statistics that it needs over a batch of prompts, once, before training; as a rule none."""
+
     @abstractmethod
     def forward(
         self, lm: LanguageModel, ids: Tensor, valid: Tensor | None = None
@@ -102,6 +106,20 @@ class Generator(nn.Module, ABC):
 
         The model itself is only run forward and gets no gradient; the change has one for the generator's parameters.
         """
+
+    @torch.no_grad()
+    def keys_of(self, lm: LanguageModel, ids: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """By map the keys under which a change of this generator is looked up by a prompt's own tokens, V^T x_t.
+
+        Args:
+            ids: (B, T), left-padded where `valid` (B, T) is False.
+        Returns:
+            map -> (B, T, r), zero at padding.
+        """
+        with captured_inputs(lm, self.names) as inputs:
+            lm.step_through(ids, None, valid)
+        told = 1.0 if valid is None else valid[..., None]
+        return {name: inputs[name] @ self.V[key(name)] * told for name in self.names}
 
     def after(self, lm: LanguageModel, contexts: Rows, successive: bool) -> LogitsOf:
         """The model after its contexts, (B, 1, C): see `gradient_step.Way`.
@@ -132,11 +150,37 @@ class Generator(nn.Module, ABC):
             )
 
 
-class FinalStateGenerator(Generator):
-    """U from the final state: normalised features -> residual trunk -> one head a map."""
+def _chosen(lm: LanguageModel, kinds: tuple[str, ...]) -> Tensor:
+    """1 at the state features of these kinds, 0 at the others, (F,)."""
+    names = lm.state_feature_names
+    unknown = [kind for kind in kinds if kind not in names]
+    if unknown or not kinds:
+        raise UserError(
+            f"no kind of state feature {', '.join(unknown) or 'chosen'}; a {type(lm).__name__} names "
+            f"{', '.join(names) or 'none'}"
+        )
+    of_layer = torch.tensor([float(name in kinds) for name in names]).repeat_interleave(lm.config.width)
+    return of_layer.repeat(lm.config.layers)
 
-    def __init__(self, lm: LanguageModel, rank: int, width: int, endings: tuple[str, ...]):
+
+class FinalStateGenerator(Generator):
+    """U from the final state: normalised features -> residual trunk -> one head a map.
+
+    Args:
+        features: kinds of state features that it sees (`LanguageModel.state_feature_names`); the others are 0 to it.
+            None: all.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rank: int,
+        width: int,
+        endings: tuple[str, ...],
+        features: tuple[str, ...] | None = None,
+    ):
         super().__init__(lm, rank, endings)
+        self.register_buffer("seen", None if features is None else _chosen(lm, features), persistent=False)
         features = lm.state_features(lm.blank_state(1)).shape[1]
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("std", torch.ones(features))
@@ -163,12 +207,28 @@ class FinalStateGenerator(Generator):
         with torch.no_grad():
             _, state = lm.step_through(ids, None, valid)
             features = Normaliser(self.mean, self.std)(lm.state_features(state))
+            features = features if self.seen is None else features * self.seen
         h = self.inner(F.dropout(features, DROPOUT, self.training))
         for layer in self.trunk:
             h = h + layer(h)
         h = self.norm(h)
         u = {name: self.heads[key(name)](h).view(-1, out, self.rank) for name, out in self.outs.items()}
         return self._delta(u), state
+
+
+class Terms(NamedTuple):
+    """A prompt's tokens as the sum over them has them: what is written, under which key, and what comes after them.
+
+    Attributes:
+        z: (B, T', H), zero at padding; T' = T - 1 tokens with a label, or T with one that was pending.
+        keys: map -> V^T x_t + K z_t, (B, T', r).
+        state, pending: as in `Memory`.
+    """
+
+    z: Tensor
+    keys: dict[str, Tensor]
+    state: RecurrentState
+    pending: tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -197,10 +257,25 @@ class TokenGenerator(Generator):
 
     V^T x_t is the key that the fact is written under, and V^T x at the question the one that it is looked up by. They
     are alike only as far as statement and question are; K z_t brings them closer where they are not.
+
+    Args:
+        label: whether it sees the next token; without it (DNI instead of cDNI) that input is 0, and nothing else is
+            another.
+        foresight: whether it has a head that predicts z_{t+1} from z_t, and by it the next token's delta: DNI's
+            auxiliary task, which `supervised` trains; a change of the weights never uses it.
     """
 
-    def __init__(self, lm: LanguageModel, rank: int, width: int, endings: tuple[str, ...]):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rank: int,
+        width: int,
+        endings: tuple[str, ...],
+        label: bool = True,
+        foresight: bool = False,
+    ):
         super().__init__(lm, rank, endings)
+        self.label = label
         size = lm.config.width
         self.mlp = nn.Sequential(
             nn.Dropout(DROPOUT), nn.Linear(3 * size, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
@@ -209,10 +284,18 @@ class TokenGenerator(Generator):
         self.keys = nn.ModuleDict({key(n): nn.Linear(width, rank, bias=False) for n in self.outs})
         for start in (*self.heads.values(), *self.keys.values()):
             nn.init.zeros_(start.weight)
+        if foresight:
+            self.ahead = nn.Linear(width, width)
 
     def forward(self, lm, ids, valid=None):
         memory = self.absorb(lm, ids, valid=valid)
         return self.delta_of(memory), memory.state
+
+    @torch.no_grad()
+    def keys_of(self, lm, ids, valid=None):
+        """Those that it writes under, V^T x_t + K z_t, (B, T - 1, r): nearer to a question's than the prompt's own."""
+        keys = self.terms(lm, ids, valid=valid).keys
+        return keys if valid is None else {name: k * valid[:, :-1, None] for name, k in keys.items()}
 
     def absorb(
         self, lm: LanguageModel, ids: Tensor, memory: Memory | None = None, valid: Tensor | None = None
@@ -222,6 +305,10 @@ class TokenGenerator(Generator):
         Args:
             memory: what was absorbed before; None: nothing. Cannot be combined with padding (`valid`).
         """
+        return self.summed(self.terms(lm, ids, memory, valid), ids.shape[1], memory)
+
+    def terms(self, lm: LanguageModel, ids: Tensor, memory: Memory | None = None, valid: Tensor | None = None) -> Terms:
+        """The tokens' terms of the sum; as in `absorb`."""
         if memory is not None and valid is not None:
             raise UserError("a prompt that goes on cannot be padded in between; absorb pieces of equal length")
         with torch.no_grad(), captured_inputs(lm, self.names) as inputs:
@@ -236,13 +323,19 @@ class TokenGenerator(Generator):
             here = torch.cat([memory.pending[0][:, None], here], 1)
             after = label
             reads = {name: torch.cat([memory.pending[1][name][:, None], read], 1) for name, read in reads.items()}
+        after = after if self.label else torch.zeros_like(after)
         z = self.mlp(torch.cat([here, after], -1))  # (B, T - 1, H), or T with a pending token
         if valid is not None:
             z = z * valid[:, :-1, None]
-        sums = {name: z.transpose(1, 2) @ (read + self.keys[key(name)](z)) for name, read in reads.items()}
+        keys = {name: read + self.keys[key(name)](z) for name, read in reads.items()}
+        return Terms(z, keys, state, pending)
+
+    def summed(self, terms: Terms, length: int, memory: Memory | None = None) -> Memory:
+        """The terms of `length` more tokens added to a memory."""
+        sums = {name: terms.z.transpose(1, 2) @ keys for name, keys in terms.keys.items()}
         if memory is not None:
             sums = {name: memory.sums[name] + new for name, new in sums.items()}
-        return Memory(sums, state, pending, ids.shape[1] + (memory.length if memory else 0))
+        return Memory(sums, terms.state, terms.pending, length + (memory.length if memory else 0))
 
     @torch.no_grad()
     def remember(

@@ -348,35 +348,44 @@ def watched(lm: LanguageModel, names: Iterable[str]) -> Iterator[dict[str, list[
 
 
 class TokenFactors(NamedTuple):
-    """A gradient as a sum over tokens, G = delta^T x: delta (tokens, out), x (tokens, in)."""
+    """A gradient as a sum over tokens, G = delta^T x: delta (..., tokens, out), x (..., tokens, in)."""
 
     delta: Tensor
     x: Tensor
 
 
-def gradient_factors(lm: LanguageModel, names: list[str], loss_of: Callable[[], Tensor]) -> dict[str, TokenFactors]:
-    """Per-token factors of the weight gradient of each named map, from one backward pass.
+def sequence_factors(lm: LanguageModel, names: list[str], loss_of: Callable[[], Tensor]) -> dict[str, TokenFactors]:
+    """Per-token factors of the weight gradient of each named map, from one backward pass, one row a sequence.
 
     Args:
         names: editable maps.
         loss_of: runs the model's forward pass and returns a scalar loss.
     Returns:
-        name -> TokenFactors over all batch x time tokens; delta.T @ x equals the weight's gradient.
+        name -> TokenFactors, delta (B, T, out) and x (B, T, in), T being all tokens that were read. Where the loss is a
+        sum over sequences, a row's product delta.T @ x is the gradient of that sequence's own loss.
     """
     with torch.enable_grad(), watched(lm, names) as passes:
         loss = loss_of()
+    passes = {name: tuple(each) for name, each in passes.items()}  # blocks that run again go through `keep` again
     grads = iter(torch.autograd.grad(loss, [out for name in names for _, out in passes[name]]))
     return {
         name: TokenFactors(
-            torch.cat([next(grads).flatten(0, 1) for _ in passes[name]]).detach(),
-            torch.cat([x.flatten(0, 1) for x, _ in passes[name]]).detach(),
+            torch.cat([next(grads) for _ in passes[name]], 1).detach(),
+            torch.cat([x for x, _ in passes[name]], 1).detach(),
         )
         for name in names
     }
 
 
+def gradient_factors(lm: LanguageModel, names: list[str], loss_of: Callable[[], Tensor]) -> dict[str, TokenFactors]:
+    """As `sequence_factors`, of the whole batch at once: delta (B T, out), x (B T, in); delta.T @ x equals the
+    weight's gradient."""
+    found = sequence_factors(lm, names, loss_of)
+    return {name: TokenFactors(*(t.flatten(0, 1) for t in factors)) for name, factors in found.items()}
+
+
 def spectrum(factors: TokenFactors) -> Tensor:
-    """Singular values of G = delta^T x, largest first, (min(tokens, in, out),), without forming G."""
+    """Singular values of G = delta^T x, largest first, (..., min(tokens, in, out)), without forming G."""
     return _thin_svd(factors)[1]
 
 
@@ -384,22 +393,23 @@ def best_rank(factors: TokenFactors, rank: int) -> tuple[Tensor, Tensor]:
     """Best rank-`rank` approximation of G = delta^T x, without forming G (Eckart-Young).
 
     Returns:
-        U (out, rank), V (in, rank) with U V^T the truncated SVD of G.
+        U (..., out, rank), V (..., in, rank) with U V^T the truncated SVD of G.
     Raises:
         UserError: rank is not in 1 .. min(tokens, out, in); the gradient has no more directions than that.
     """
     u, s, v = _thin_svd(factors)
-    if not 1 <= rank <= len(s):
-        raise UserError(f"rank {rank} asked for, but this gradient has 1 to {len(s)} directions")
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, v[:, :rank] * root
+    if not 1 <= rank <= s.shape[-1]:
+        raise UserError(f"rank {rank} asked for, but this gradient has 1 to {s.shape[-1]} directions")
+    root = s[..., None, :rank].sqrt()
+    return u[..., :rank] * root, v[..., :rank] * root
 
 
 def _thin_svd(factors: TokenFactors) -> tuple[Tensor, Tensor, Tensor]:
     """delta^T = Q_d R_d and x^T = Q_x R_x, so G = Q_d (R_d R_x^T) Q_x^T: the SVD of a core no larger than tokens."""
-    if len(factors.delta) != len(factors.x):
-        raise UserError(f"{len(factors.delta)} rows of delta but {len(factors.x)} of x; one of each per token")
-    q_d, r_d = torch.linalg.qr(factors.delta.t())
-    q_x, r_x = torch.linalg.qr(factors.x.t())
-    u, s, vt = torch.linalg.svd(r_d @ r_x.t(), full_matrices=False)
-    return q_d @ u, s, q_x @ vt.t()
+    delta, x = factors
+    if delta.shape[-2] != x.shape[-2]:
+        raise UserError(f"{delta.shape[-2]} rows of delta but {x.shape[-2]} of x; one of each per token")
+    q_d, r_d = torch.linalg.qr(delta.mT)
+    q_x, r_x = torch.linalg.qr(x.mT)
+    u, s, vt = torch.linalg.svd(r_d @ r_x.mT, full_matrices=False)
+    return q_d @ u, s, q_x @ vt.mT

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
 from prosg_lib.lowrank import applied
 from prosg_lib.profiles import Training
@@ -97,7 +98,7 @@ def lm_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, Ba
     def loss_of(step: int, batch: Batch) -> Loss:
         ids, kind = torch.cat([batch.prompt, batch.rest], 1), _all_kinds(batch)
         valid = torch.cat([batch.prompt_valid, torch.ones_like(batch.rest, dtype=torch.bool)], 1)
-        with _autocast(ids.device, autocast):
+        with autocast_on(ids.device, autocast):
             hidden, _ = lm.step_through(ids[:, :-1], None, valid[:, :-1])
             within = Within(_all_kinds(batch.whole)[:, 1:], batch.rows)
             losses = token_losses(lm, hidden, ids[:, 1:], kind[:, 1:], 0.3, step, within)
@@ -127,12 +128,40 @@ LOCAL = 0.6
 _LOCALITY = 3.0  # weight of that term; with the text's own loss alone, prose came out 17 % more perplexing
 
 
-def generator_draw(data: Dialogues, sizes: Training) -> Draw:
-    return Draw(data, sizes, int(ALONE * sizes.steps), 24, (0, 1, 2, 2))
+@dataclass(frozen=True)
+class Curriculum:
+    """The course of a generator's training.
+
+    Attributes:
+        alone: share of the steps in which the change works alone; blank: share of the later ones that start from a
+            blank state, too.
+        local, locality: share of the steps after which locality counts, and its weight.
+    """
+
+    alone: float = ALONE
+    blank: float = _BLANK_LATER
+    local: float = LOCAL
+    locality: float = _LOCALITY
+
+    def __post_init__(self):
+        if not all(0 <= share <= 1 for share in (self.alone, self.blank, self.local)) or self.locality < 0:
+            raise UserError(f"no training has {self}; shares are 0 to 1, and the weight of locality is not negative")
+
+
+USUAL = Curriculum()
+
+
+def generator_draw(data: Dialogues, sizes: Training, course: Curriculum = USUAL) -> Draw:
+    return Draw(data, sizes, int(course.alone * sizes.steps), 24, (0, 1, 2, 2))
 
 
 def generator_objective(
-    lm: LanguageModel, generator: Generator, sizes: Training, seed: int, autocast: bool = False
+    lm: LanguageModel,
+    generator: Generator,
+    sizes: Training,
+    seed: int,
+    autocast: bool = False,
+    course: Curriculum = USUAL,
 ) -> Callable[[int, Batch], Loss]:
     """End to end (V1): loss of the answers, given the change of the weights; the model itself stays frozen.
 
@@ -141,11 +170,11 @@ def generator_objective(
     """
 
     def loss_of(step: int, batch: Batch) -> Loss:
-        alone, local = step < int(ALONE * sizes.steps), step >= int(LOCAL * sizes.steps)
-        blank = alone or random.Random(f"blank/{seed}/{step}").random() < _BLANK_LATER
+        alone, local = step < int(course.alone * sizes.steps), step >= int(course.local * sizes.steps)
+        blank = alone or random.Random(f"blank/{seed}/{step}").random() < course.blank
         ids, targets, kind = batch.rest[:, :-1], batch.rest[:, 1:], batch.kind[:, 1:]
         within = Within(batch.whole.kind[:, 1:], batch.rows)
-        with _autocast(ids.device, autocast):
+        with autocast_on(ids.device, autocast):
             delta, state = generator(lm, batch.prompt, batch.prompt_valid)
             start = None if blank else state
             with applied(lm, delta):
@@ -158,7 +187,7 @@ def generator_objective(
                 parts["locality"] = divergence(lm, plain, hidden, kind, 0.3, step, within)
         weights = {ANSWER: 1.0} if alone else {TEXT: 0.5, ANSWER: 1.0, COMPETING: 1.0}
         total = sum(weight * losses[k] for k, weight in weights.items() if k in losses)
-        return Loss(total + _LOCALITY * parts["locality"] if local else total, parts)
+        return Loss(total + course.locality * parts["locality"] if local else total, parts)
 
     return loss_of
 
@@ -184,5 +213,5 @@ def divergence(
     return F.kl_div(student, teacher, log_target=True, reduction="sum") / counts[TEXT]
 
 
-def _autocast(device: torch.device, wanted: bool):
+def autocast_on(device: torch.device, wanted: bool):
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)

@@ -56,6 +56,34 @@ class GeneratorSize:
 
 
 @dataclass(frozen=True)
+class SupervisedSize(GeneratorSize):
+    """Sizes of a token-wise generator that is first taught to predict true gradients (`supervised`).
+
+    Attributes:
+        lessons: share of the training's steps; the others are the end-to-end ones of every generator.
+        teacher: whose gradient (`true_gradient.TEACHERS`).
+        strength: norm of a usual change that it is to predict, over its weight's.
+        directions: whether the reading directions start as those that read the most of the teacher's gradients.
+        rank_of_teacher: only the best so many directions of it; None: all.
+        foresight: weight of the auxiliary task, to predict the next token's synthetic gradient.
+    """
+
+    lessons: float = 0.1
+    teacher: str = "answers"
+    strength: float = 0.3
+    directions: bool = True
+    rank_of_teacher: int | None = None
+    foresight: float = 0.0
+
+
+@dataclass(frozen=True)
+class TransformedSize(GeneratorSize):
+    """Sizes of a transformed true gradient (`mend`): width is the blocks' rank, step the step size before training."""
+
+    step: float
+
+
+@dataclass(frozen=True)
 class AdapterSize:
     """Sizes of an adapter in which one gradient step is taken: its rank, its maps, and the step's learning rate."""
 
@@ -188,6 +216,9 @@ class Profile:
         transformer_training: of the transformer that the dialogues' model is compared with, of `pairs`' size; as `lm`,
             with distances as long as it is to look back, because it does not look further than it was trained to.
         autocast: train under bfloat16 autocast where the device has it.
+
+    The ways to make a delta that are compared with the token-wise generator, supervised and mend, have its training:
+    as many steps on as many dialogues, and about as many parameters.
     """
 
     name: str
@@ -204,8 +235,18 @@ class Profile:
     pairs: PairSizes
     pretrained: PretrainedSizes
     transformer_training: Training
+    supervised: SupervisedSize
+    mend: TransformedSize
     autocast: bool = False
     forgetting: Forgetting = Forgetting()
+
+    @property
+    def supervised_training(self) -> Training:
+        return self.token_training
+
+    @property
+    def mend_training(self) -> Training:
+        return self.token_training
 
 
 def _mamba2(width: int, layers: int, heads: int, state: int) -> tuple[tuple[str, int], ...]:
@@ -257,6 +298,8 @@ PROFILES = {
         ),
         transformer_training=Training(40, 16, 3e-3, (2, 3, 4), (0, 32, 64), warmup=20),
         forgetting=Forgetting(4, (1, 5), ((64, 4), (128, 8)), (3, 5), (64, 128), (0.0, 0.5, 1.0)),
+        supervised=SupervisedSize(8, 64, _MAPS),
+        mend=TransformedSize(8, 20, _MAPS, 0.1),
     ),
     "cpu": Profile(
         name="cpu",
@@ -294,6 +337,8 @@ PROFILES = {
         transformer_training=Training(
             2000, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128, 0, 0, 16, 32, 64, 128, 256, 512, 1024)
         ),
+        supervised=SupervisedSize(32, 256, _MAPS),
+        mend=TransformedSize(32, 42, _MAPS, 0.1),
     ),
     "gpu": Profile(
         name="gpu",
@@ -330,6 +375,8 @@ PROFILES = {
         transformer_training=Training(
             6000, 128, 1e-3, (2, 3, 4, 6, 6, 8, 12), (0, 0, 16, 32, 64, 128, 256, 512, 1024, 2048)
         ),
+        supervised=SupervisedSize(32, 512, _MAPS),
+        mend=TransformedSize(32, 64, _MAPS, 0.1),
         autocast=True,
         forgetting=Forgetting(
             items=200,

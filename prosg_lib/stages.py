@@ -25,14 +25,25 @@ from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, Generator, StaticDelta, TokenGenerator
 from prosg_lib.gradient_step import AdapterStep
-from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, lm_objective
-from prosg_lib.profiles import AdapterSize, GeneratorSize, PairTraining, Profile, Training, get_profile
+from prosg_lib.mend import TransformedGradient
+from prosg_lib.objectives import USUAL, Curriculum, generator_draw, generator_objective, lm_draw, lm_objective
+from prosg_lib.profiles import (
+    AdapterSize,
+    GeneratorSize,
+    PairTraining,
+    Profile,
+    SupervisedSize,
+    Training,
+    TransformedSize,
+    get_profile,
+)
+from prosg_lib.supervised import read_as, supervised_objective
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
 from prosg_lib.tasks.prose import ProseTokens, load_prose
 from prosg_lib.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.training import RECIPE, fit
 
-STAGES = ("lm", "token", "final", "static", "adapter")
+STAGES = ("lm", "token", "final", "static", "adapter", "supervised", "mend")
 
 
 def device() -> torch.device:
@@ -92,8 +103,9 @@ def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False
     """The trained module of a stage, in evaluation mode; says in one line what it loaded and why, or trains.
 
     Args:
-        stage: "lm", or a generator: "token", "final", "static", or "adapter", which takes a real gradient step (what
-            it builds on is trained first, if need be).
+        stage: "lm", or a generator: "token", "final", "static"; "adapter", which takes a real gradient step;
+            "supervised", a token-wise one that first learned to predict true gradients; "mend", which transforms the
+            true one (what it builds on is trained first, if need be).
         retrain: do not load what is shipped; what was trained here since (`forget`) is loaded, and what is missing is
             trained, so that several notebooks of one run train each stage once.
         thrift: of all that is trained.
@@ -112,7 +124,7 @@ def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False
         checkpoint_name(stage, profile),
         "lm" if stage == "lm" else "generator",
         _record(stage, sizes, seed, lm),
-        lambda: _new(stage, _size(stage, sizes), lm),
+        lambda: new_module(stage, size_of(stage, sizes), lm),
         lambda module: _work(stage, sizes, seed, lm, module),
         sizes.lm if stage == "lm" else getattr(sizes, f"{stage}_training"),
         seed,
@@ -204,7 +216,7 @@ def _record(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None) -> dict:
         "training": asdict(getattr(sizes, "lm" if lm is None else f"{stage}_training")),
     }
     if lm is not None:
-        record |= {"generator": asdict(_size(stage, sizes))}
+        record |= {"generator": asdict(size_of(stage, sizes))}
         record |= {"lm": lm.fingerprint()}
     return plain(record)
 
@@ -218,16 +230,26 @@ def _why(theirs: dict, ours: dict) -> str:
     return ", ".join(key for key in ours if theirs.get(key) != ours[key]) or "unknown record"
 
 
-def _new(stage: str, size: RWKV4Config | GeneratorSize | AdapterSize, lm: RWKV4 | None) -> nn.Module:
-    if stage == "lm":
-        return RWKV4(size)
-    if stage == "final":
-        return FinalStateGenerator(lm, size.rank, size.width, size.maps)
-    if stage == "token":
-        return TokenGenerator(lm, size.rank, size.width, size.maps)
-    if stage == "adapter":
-        return AdapterStep(lm, size.rank, size.maps, size.lr)
-    return StaticDelta(lm, size.rank, size.maps)
+Size = RWKV4Config | GeneratorSize | AdapterSize
+
+_KINDS: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
+    "lm": (RWKV4Config, lambda size, lm: RWKV4(size)),
+    "token": (GeneratorSize, lambda s, lm, **more: TokenGenerator(lm, s.rank, s.width, s.maps, **more)),
+    "final": (GeneratorSize, lambda s, lm, **more: FinalStateGenerator(lm, s.rank, s.width, s.maps, **more)),
+    "static": (GeneratorSize, lambda s, lm: StaticDelta(lm, s.rank, s.maps)),
+    "adapter": (AdapterSize, lambda s, lm: AdapterStep(lm, s.rank, s.maps, s.lr)),
+    "supervised": (
+        SupervisedSize,
+        lambda s, lm, **more: TokenGenerator(lm, s.rank, s.width, s.maps, foresight=s.foresight > 0, **more),
+    ),
+    "mend": (TransformedSize, lambda s, lm: TransformedGradient(lm, s.rank, s.width, s.maps, s.step)),
+}
+"""Stage -> what its size is, and (size, model that it is for, a generator's own options) -> the untrained module."""
+
+
+def new_module(stage: str, size: Size, lm: LanguageModel | None, **options) -> nn.Module:
+    """The untrained module of a stage; options are those of its generator's class, and as a rule none."""
+    return _KINDS[stage][1](size, lm, **options)
 
 
 def _built(module: nn.Module, path: Path, tensors: dict) -> nn.Module:
@@ -238,23 +260,38 @@ def _built(module: nn.Module, path: Path, tensors: dict) -> nn.Module:
     return module.to(device()).eval().requires_grad_(False)
 
 
-def _size(stage: str, sizes: Profile) -> RWKV4Config | GeneratorSize | AdapterSize:
+def size_of(stage: str, sizes: Profile) -> Size:
     """A static delta has the size of the token-wise generator's."""
-    return {"lm": sizes.model, "final": sizes.final, "adapter": sizes.adapter}.get(stage, sizes.token)
+    return getattr(sizes, {"lm": "model", "static": "token"}.get(stage, stage))
 
 
 def _work(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None, module: nn.Module) -> tuple[Callable, Callable]:
-    data = dialogues("train", seed, rich=lm is not None)
+    if stage != "lm":
+        return generator_work(module, lm, size_of(stage, sizes), getattr(sizes, f"{stage}_training"), sizes, seed)
+    data = dialogues("train", seed)
+    module.tokenizer = data.tokenizer
+    return lm_draw(data, sizes.lm), lm_objective(module, processes.bfloat16(sizes.autocast))
+
+
+def generator_work(
+    generator: Generator,
+    lm: LanguageModel,
+    size: Size,
+    training: Training,
+    sizes: Profile,
+    seed: int,
+    course: Curriculum = USUAL,
+) -> tuple[Callable, Callable]:
+    """What a generator is trained on, step -> batch and (step, batch) -> Loss; its statistics are collected here."""
     autocast = processes.bfloat16(sizes.autocast)
-    if stage == "lm":
-        module.tokenizer = data.tokenizer
-        return lm_draw(data, sizes.lm), lm_objective(module, autocast)
-    training = getattr(sizes, f"{stage}_training")
-    batch_of = generator_draw(data, training)
-    if stage == "final":
-        sample = batch_of(-1).to(device())
-        module.fit_normaliser(lm, sample.prompt, sample.prompt_valid)
-    return batch_of, generator_objective(lm, module, training, seed, autocast)
+    batch_of = generator_draw(dialogues("train", seed, rich=True), training, course)
+    sample = batch_of(-1).to(device())
+    generator.fit_normaliser(lm, sample.prompt, sample.prompt_valid)
+    if isinstance(size, SupervisedSize):
+        if size.directions:
+            read_as(lm, generator, size, sample)
+        return batch_of, supervised_objective(lm, generator, training, seed, size, sample, autocast, course)
+    return batch_of, generator_objective(lm, generator, training, seed, autocast, course)
 
 
 def _train(plan: Plan, path: Path) -> nn.Module:
@@ -294,5 +331,9 @@ def load_generator(name: str, lm: RWKV4) -> Generator:
         raise UserError(f"{path.name} was trained for model {record['lm']}, not for this one ({lm.fingerprint()})")
     if record["stage"] not in STAGES:
         raise UserError(f"{path.name} was trained on pairs ({record['stage']}); `pair_stages.pair_way` loads those")
-    size = GeneratorSize(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["generator"].items()})
-    return _built(_new(record["stage"], size, lm), path, tensors)
+    kind = _KINDS[record["stage"]][0]
+    size, options = (
+        {k: tuple(v) if isinstance(v, list) else v for k, v in record.get(part, {}).items()}
+        for part in ("generator", "options")
+    )
+    return _built(new_module(record["stage"], kind(**size), lm, **options), path, tensors)

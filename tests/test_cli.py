@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from prosg_lib import cli, files, forgetting, pair_stages, profiles, reproduce, stages
+from prosg_lib import ablations, cli, files, forgetting, pair_stages, profiles, reproduce, stages
+from prosg_lib.ablations import Ablation
 from prosg_lib.errors import Diverged, UserError
 from prosg_lib.pair_stages import WaySpec
 from prosg_lib.profiles import PROFILES, PairTraining
@@ -15,7 +16,13 @@ from prosg_lib.stages import PLENTY, Thrift
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([*name.split(), "--help"] for name in ("reproduce", "report", "evaluate", "train", "train way"))],
+    [
+        ["--help"],
+        *(
+            [*name.split(), "--help"]
+            for name in ("reproduce", "report", "evaluate", "train", "train way", "train ablation")
+        ),
+    ],
 )
 def test_help_is_there_and_needs_no_torch(arguments):
     """Help comes at once: the command's module imports nothing that is slow."""
@@ -44,6 +51,7 @@ def test_help_is_there_and_needs_no_torch(arguments):
         ["train", "everything"],
         ["train", "lm", "--method", "adapter"],
         ["train", "lm", "--at-once", "0"],
+        ["train", "ablation", "--stage", "token"],
         ["train", "way", "--task", "characters"],
         ["train", "way", "--method", "adapter", "--task", "characters", "--objective", "LX"],
     ],
@@ -65,6 +73,8 @@ def test_unknown_commands_and_options_are_refused(arguments, capsys):
         (["train", "token", "--profile", "smok"], "'smok'"),
         (["train", "adapter", "--recompute"], "adapter needs second derivatives"),
         (["train", "pairs-transformer", "--profile", "smok"], "'smok'"),
+        (["train", "ablation", "--stage", "token", "--set", "size=3"], "'size=3' is no NAME=VALUE"),
+        (["train", "ablation", "--stage", "lm", "--set", "rank=3"], "unknown stage 'lm'"),
         (["train", "way", "--method", "magic", "--task", "characters"], "unknown method 'magic'"),
         (["train", "way", "--method", "weights-x", "--task", "characters"], "unknown method 'weights-x'"),
         (["train", "way", "--method", "adapter", "--task", "riddles"], "unknown task 'riddles'"),
@@ -152,6 +162,13 @@ WAY = "way --method weights-4 --task characters --task reversal --objective LG -
         ("token", stages, "load_or_train", ("token", "cpu", 0, False, PLENTY)),
         ("lm --profile gpu --seed 3 --retrain", stages, "load_or_train", ("lm", "gpu", 3, True, PLENTY)),
         ("final --at-once 4 --recompute", stages, "load_or_train", ("final", "cpu", 0, False, Thrift(4, True))),
+        ("mend", stages, "load_or_train", ("mend", "cpu", 0, False, PLENTY)),
+        (
+            "ablation --stage token --set rank=8 --set layers=0,1 --seed 2",
+            ablations,
+            "ablated",
+            (Ablation("token", rank=8, layers=(0, 1)), "cpu", 2, False, PLENTY),
+        ),
         ("pairs-recurrent --profile smoke", pair_stages, "pair_model", ("recurrent", "smoke", 0, False, PLENTY)),
         ("pairs-transformer --seed 2", pair_stages, "pair_model", ("transformer", "cpu", 2, False, PLENTY)),
         (f"{WAY} --backbone transformer", pair_stages, "pair_way", (SPEC, "transformer", "cpu", 0, False, PLENTY)),
@@ -177,6 +194,7 @@ def test_what_is_to_be_trained_reaches_the_training(monkeypatch, tmp_path, line,
     [
         ("lm", "rwkv4-dialogue-smoke"),
         ("final", "rwkv4-dialogue-final-smoke"),
+        ("ablation --stage token --set rank=8", "rwkv4-dialogue-token-rank8-smoke"),
         ("pairs-transformer", "llama-pairs-smoke"),
         (WAY, "rwkv4-pairs-weights-4-characters-reversal-after-reversal-lg-2-smoke"),
     ],
@@ -184,7 +202,8 @@ def test_what_is_to_be_trained_reaches_the_training(monkeypatch, tmp_path, line,
 def test_retraining_forgets_what_is_named_and_nothing_else(monkeypatch, tmp_path, what, name):
     """Nor the checkpoint of a training that was interrupted."""
     monkeypatch.setenv("PROSG_RUNS", str(tmp_path))
-    for function, module in (("load_or_train", stages), ("pair_model", pair_stages), ("pair_way", pair_stages)):
+    trained = {"load_or_train": stages, "pair_model": pair_stages, "pair_way": pair_stages, "ablated": ablations}
+    for function, module in trained.items():
         monkeypatch.setattr(module, function, lambda *given: None)
     folder = tmp_path / "smoke" / "checkpoints"
     folder.mkdir(parents=True)

@@ -1,5 +1,7 @@
 """Several prompts in one memory: each way is what it says, and with the shipped generator knows what they said."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,8 +10,9 @@ from torch.testing import assert_close
 import prosg_lib as prosg
 from prosg_lib import memories
 from prosg_lib.errors import UserError
-from prosg_lib.generator import FinalStateGenerator, TokenGenerator
-from prosg_lib.memories import WAYS, common_part, compare, tell, together, told_in, written
+from prosg_lib.generator import FinalStateGenerator, Generator, TokenGenerator
+from prosg_lib.lowrank import Factors, LowRankDelta
+from prosg_lib.memories import EVERY_WAY, WAYS, combined, common_part, compare, tell, together, told_in, written
 from prosg_lib.tasks.dialogue import Dialogues, Shape
 from prosg_lib.tasks.prose import Prose, ProseTokens, own_sentences
 from prosg_lib.tokenizer import load_tokenizer
@@ -71,6 +74,98 @@ def test_the_common_part_is_counted_once(lm, generator):
         assert_same(together(way, lm, generator, TEXTS[:1], common), *deltas_of(lm, generator, TEXTS[:1]))
 
 
+def random_changes(rows, rank=4, out=6, width=9, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    u = torch.randn(rows, out, rank, generator=g, dtype=dtype)
+    v = torch.randn(1, width, rank, generator=g, dtype=dtype)
+    return LowRankDelta({"a": Factors(u, v)}, "model", 0.1)
+
+
+def test_a_ridge_solves_the_normal_equations_of_the_weights():
+    """MALMEN's S = (sum_i S_i K_i K_i^T) (sum_i K_i K_i^T + e^lambda I)^-1, in x in, where V is orthonormal: of keys
+    that are in its span the factored form, r x r, gives the same change. With one ridge for both."""
+    each = random_changes(3)
+    u, v = each.factors["a"]
+    v = torch.linalg.qr(v)[0]
+    each = replace(each, factors={"a": Factors(u, v)})
+    x = torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    keys = x @ v
+    x = keys @ v.mT  # in the span of V
+    squares = (x.mT @ x).sum(0)
+    weight = 0.2 * torch.trace(squares) / 4  # the mean eigenvalue of the r that are not 0
+    changes = u @ v.mT
+    wanted = (changes @ (x.mT @ x)).sum(0) @ torch.linalg.inv(squares + weight * torch.eye(9, dtype=torch.float64))
+    found = combined(each, {"a": keys}, 0.2)
+    assert_close(full(found, "a")[0], 0.1 * wanted, rtol=1e-9, atol=1e-12)
+    assert (found.batch, found.rank) == (1, 4)
+
+
+def test_a_ridge_is_the_least_squares_minimum():
+    """No other U has less of sum ||U k - U_i k||^2 + e^lambda ||U||^2: its slope is zero there."""
+    each, keys = random_changes(3), torch.randn(3, 5, 4, dtype=torch.float64)
+    u = combined(each, {"a": keys}, 0.3).factors["a"].U.requires_grad_()
+    weight = 0.3 * (keys.mT @ keys).sum(0).diagonal().mean()
+    says = keys @ u.mT - keys @ each.factors["a"].U.mT
+    slope = torch.autograd.grad(says.square().sum() + weight * u.square().sum(), u)[0]
+    assert slope.abs().max() < 1e-10
+
+
+def test_prompts_whose_keys_are_orthogonal_do_not_disturb_each_other():
+    """Under its own keys each is as it was alone, as lambda goes to minus infinity; a plain sum would not be, for
+    changes that also answer to other keys."""
+    each, basis = random_changes(2), torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+    keys = torch.stack([basis[:2], basis[2:]])  # (prompts, tokens, r)
+    found = combined(each, {"a": keys}, 1e-12).factors["a"].U[0]
+    own = each.factors["a"].U
+    for i in range(2):
+        assert_close(keys[i] @ found.t(), keys[i] @ own[i].t(), rtol=1e-8, atol=1e-8)
+        assert (keys[i] @ own.sum(0).t() - keys[i] @ own[i].t()).abs().max() > 0.1
+
+
+def test_ridges_limits():
+    """One prompt keeps its change; one told twice keeps it once; with lambda to infinity nothing is left, and it goes
+    there as sum_i U_i A_i / e^lambda."""
+    each = random_changes(2)
+    twice = each.select([0, 0])
+    keys = torch.randn(2, 7, 4, dtype=torch.float64)
+    assert_close(combined(each.select([0]), {"a": keys[:1]}, 1e-12).factors["a"].U, each.factors["a"].U[:1])
+    same = {"a": keys[:1].expand(2, -1, -1)}
+    assert_close(combined(twice, same, 1e-12).factors["a"].U, each.factors["a"].U[:1])
+    squares = keys.mT @ keys
+    weight = 1e9 * squares.sum(0).diagonal().mean()
+    found = combined(each, {"a": keys}, 1e9).factors["a"].U[0]
+    assert_close(found * weight, (each.factors["a"].U @ squares).sum(0), rtol=1e-7, atol=1e-9)
+    assert found.abs().max() < 1e-6
+
+
+def test_keys_are_the_ones_written_under(lm, generator, prompts):
+    """The token-wise generator's have its K z_t, and none at padding; every other's are the inputs read along V."""
+    ids, valid = lm.encode_prompts(prompts)
+    found = generator.keys_of(lm, ids, valid)
+    plain = Generator.keys_of(generator, lm, ids, valid)
+    final = FinalStateGenerator(lm, 3, 8, ("att.output", "ffn.key")).eval()
+    final.V = generator.V
+    for name in generator.names:
+        assert_close(final.keys_of(lm, ids, valid)[name], plain[name])
+        assert (found[name] - plain[name][:, :-1]).abs().max() > 1e-3
+        assert not found[name][~valid[:, :-1]].any()
+        assert not plain[name][~valid].any()
+    for row, prompt in enumerate(prompts):
+        alone = generator.keys_of(lm, torch.tensor([prompt]))
+        for name in generator.names:
+            assert_close(found[name][row][valid[row, :-1]], alone[name][0], rtol=1e-4, atol=1e-5)
+
+
+def test_together_by_ridge(lm, generator):
+    """As small as one prompt's change; of one prompt nearly that; of all, what the equations say of their own keys."""
+    found = together("ridge", lm, generator, TEXTS)
+    each = generator.memorize(lm, [f"User: {text}\n" for text in TEXTS])
+    keys = generator.keys_of(lm, *lm.encode_prompts([f"User: {text}\n" for text in TEXTS]))
+    assert_same(found, combined(each, keys, memories.RIDGE))
+    assert found.nbytes() == each.nbytes()
+    assert_same(together("ridge", lm, generator, TEXTS[:1], ridge=1e-9), *deltas_of(lm, generator, TEXTS[:1]))
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_to_re_derive_is_to_read_one_line(lm, generator, chunk):
     """Prompt after prompt, in pieces of any size, is what one prompt that says all of it is; the memory stays small,
@@ -127,7 +222,8 @@ def test_compare_asks_about_everything(lm, generator, monkeypatch):
 
 
 def test_shipped_generator_keeps_several_prompts():
-    """Of six facts in two prompts nearly all are known by each way, but for sums that have the common part twice."""
+    """Of six facts in two prompts nearly all are known by each way, but for sums that have the common part twice; a
+    ridge needs no estimate of that part."""
     lm = prosg.load_model("rwkv4-dialogue")
     generator = prosg.load_generator("rwkv4-dialogue-token", lm)
     common = common_part(lm, generator, [told_in(i, 1)[0] for i in dialogues("train").items(32, Shape(1, 0, 1))])
@@ -136,12 +232,17 @@ def test_shipped_generator_keeps_several_prompts():
     assert set(kept.index) == set(WAYS)
     assert kept.min() > 0.8
     assert compare(lm, generator, data, counts=(2,), items=3, ways=["add"]).recall.mean() < 0.5
+    assert compare(lm, generator, data, counts=(2,), items=3, ways=["ridge"]).recall.mean() > 0.8
 
 
 def test_what_cannot_be_remembered_is_refused(lm, make_lm, generator):
     with pytest.raises(UserError, match="unknown way 'sum'"):
         together("sum", lm, generator, TEXTS)
-    for way in WAYS:
+    with pytest.raises(UserError, match="a ridge of 0"):
+        together("ridge", lm, generator, TEXTS, ridge=0)
+    with pytest.raises(UserError, match="do not share their reading directions"):
+        combined(LowRankDelta({"a": Factors(torch.ones(2, 3, 1), torch.ones(2, 3, 1))}, ""), {})
+    for way in EVERY_WAY:
         with pytest.raises(UserError, match="no texts"):
             together(way, lm, generator, [])
     with pytest.raises(UserError, match="no texts to take a mean of"):

@@ -9,7 +9,16 @@ import torch
 from prosg_lib import files, paths, profiles, stages, training
 from prosg_lib.backbones.rwkv4 import RWKV4Config
 from prosg_lib.errors import UserError
-from prosg_lib.profiles import PROFILES, AdapterSize, Evaluation, GeneratorSize, Profile, Training
+from prosg_lib.profiles import (
+    PROFILES,
+    AdapterSize,
+    Evaluation,
+    GeneratorSize,
+    Profile,
+    SupervisedSize,
+    Training,
+    TransformedSize,
+)
 from prosg_lib.stages import Thrift, load_generator, load_or_train
 from prosg_lib.tasks.build import VOCAB
 from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
@@ -31,6 +40,8 @@ TINY = Profile(
     PROFILES["smoke"].pairs,
     PROFILES["smoke"].pretrained,
     STEPS,
+    SupervisedSize(rank=2, width=8, maps=("att.output",), lessons=0.5, foresight=0.1),
+    TransformedSize(rank=2, width=3, maps=("att.output",), step=0.1),
 )
 LM = "rwkv4-dialogue-tiny.safetensors"
 
@@ -55,7 +66,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROSG_RUNS", str(folder))
         patch.setitem(profiles.PROFILES, "tiny", TINY)
-        for stage in ("token", "final", "static", "adapter"):
+        for stage in stages.STAGES[1:]:
             load_or_train(stage, "tiny")
     return folder / "tiny" / "checkpoints"
 
@@ -88,7 +99,7 @@ def same(one, other):
 def test_training_keeps_checkpoint_log_and_provenance(trained):
     """What is left: one file a stage that says what it is and came from, its log, and no resume file."""
     names = {path.name for path in trained.iterdir()}
-    kinds = ("", "-token", "-final", "-static", "-adapter")
+    kinds = ("", *(f"-{stage}" for stage in stages.STAGES[1:]))
     stems = [f"rwkv4-dialogue{kind}-tiny" for kind in kinds]
     assert names == {f"{stem}.{ending}" for stem in stems for ending in ("safetensors", "jsonl")}
     for stem, kind in zip(stems, kinds, strict=True):
@@ -183,7 +194,7 @@ def test_the_same_seed_trains_the_same(place):
     assert same(first, again)
 
 
-@pytest.mark.parametrize("stage", ["lm", "static"])
+@pytest.mark.parametrize("stage", ["lm", "static", "mend"])
 def test_less_memory_trains_the_same(place, stage):
     """One example at a time, with blocks that run again: the same weights, but for rounding."""
     stages.forget("tiny")
@@ -226,11 +237,23 @@ def test_unknown_stage_and_profile(place):
         load_or_train("lm", "huge")
 
 
-def test_load_generator_of_a_file(place):
+@pytest.mark.parametrize("stage", ["lm", "token", "final", "static", "adapter"])
+def test_what_is_shipped_still_loads(tmp_path, no_training, monkeypatch, capsys, stage):
+    """The cpu profile's checkpoints have the records that training now would write, and the weights of their stage."""
+    monkeypatch.setenv("PROSG_RUNS", str(tmp_path))
+    module = load_or_train(stage, "cpu")
+    name = stages.checkpoint_name(stage, "cpu")
+    assert f"{stage}: loaded {name}.safetensors" in capsys.readouterr().out
+    if stage != "lm":
+        assert same(load_generator(name, load_or_train("lm", "cpu")), module)
+
+
+@pytest.mark.parametrize("stage", stages.STAGES[1:])
+def test_load_generator_of_a_file(place, stage):
     """A generator is rebuilt from its file alone, for its own model only."""
     lm = load_or_train("lm", "tiny")
-    path = place / "rwkv4-dialogue-token-tiny.safetensors"
-    assert same(load_generator(str(path), lm), load_or_train("token", "tiny"))
+    path = place / f"rwkv4-dialogue-{stage}-tiny.safetensors"
+    assert same(load_generator(str(path), lm), load_or_train(stage, "tiny"))
     with pytest.raises(UserError, match="a lm, not a generator"):
         load_generator(str(place / LM), lm)
     other = load_or_train("lm", "tiny", seed=1)

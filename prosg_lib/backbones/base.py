@@ -41,6 +41,7 @@ class LanguageModel(nn.Module, ABC):
     ends: tuple[int, ...] = ()  # tokens that end a text, as the model's files say
     peft_refuses: tuple[str, ...] = ()  # endings of the maps that PEFT puts no adapter on
     vmaps = True  # whether `torch.func.vmap` can run it with weights of each example's own
+    state_feature_names: tuple[str, ...] = ()  # kinds of `state_features`, where each layer has D of each in this order
     grows = False  # whether the state grows with the text: attention layers keep what they have read
     recent: tuple[str, ...] = ()  # parts of names in a state: vectors that only say which tokens came last
 

@@ -1,0 +1,145 @@
+"""Generators that are another in one respect: what is changed, and nothing else, is; each has its own checkpoint."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prosg_lib import ablations, files, profiles, stages
+from prosg_lib.ablations import Ablation, ablated, checkpoint_name
+from prosg_lib.backbones.rwkv7 import RWKV7
+from prosg_lib.errors import UserError
+from prosg_lib.generator import FinalStateGenerator
+from prosg_lib.profiles import PROFILES, GeneratorSize, SupervisedSize, Training, TransformedSize
+from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
+
+FEW = Training(steps=2, batch=2, lr=1e-2, facts=(1,), distances=(0,), warmup=1)
+MAPS = ("att.output", "ffn.key")
+TINY = replace(
+    PROFILES["smoke"],
+    name="tiny",
+    lm=FEW,
+    token=GeneratorSize(2, 8, MAPS),
+    token_training=FEW,
+    final=GeneratorSize(2, 8, MAPS),
+    final_training=FEW,
+    supervised=SupervisedSize(2, 8, MAPS),
+    mend=TransformedSize(2, 3, MAPS, 0.1),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """A folder of checkpoints that all tests share, the profile `tiny`, and little prose."""
+    folder = tmp_path_factory.mktemp("ablations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROSG_RUNS", str(folder))
+        patch.setitem(profiles.PROFILES, "tiny", TINY)
+        lines = own_sentences("test")[:20]
+        patch.setattr(stages, "load_prose", lambda: Prose("a little", dict.fromkeys(SPLITS, lines)))
+        stages.dialogues.cache_clear()
+        stages._prose.cache_clear()
+        yield folder / "tiny" / "checkpoints"
+    stages.dialogues.cache_clear()
+    stages._prose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        (Ablation("token", rank=1), "rwkv4-dialogue-token-rank1"),
+        (Ablation("token", maps=("ffn.key",), layers=(1,)), "rwkv4-dialogue-token-mapsffn.key-layers1"),
+        (Ablation("token", label=False, blank=1.0), "rwkv4-dialogue-token-labelFalse-blank1.0"),
+        (Ablation("final", features=("ratio", "weight")), "rwkv4-dialogue-final-featuresratio+weight"),
+        (Ablation("supervised", teacher="prompt", lessons=0.5), "rwkv4-dialogue-supervised-lessons0.5-teacherprompt"),
+        (Ablation("mend", width=2, step=0.5), "rwkv4-dialogue-mend-width2-step0.5"),
+    ],
+)
+def test_each_is_trained_kept_and_found_again(place, monkeypatch, capsys, spec, name):
+    """Under its own name; loading it by file alone gives the same generator."""
+    first = ablated(spec, "tiny")
+    assert checkpoint_name(spec, "cpu") == name
+    path = place / f"{name}-tiny.safetensors"
+    record = files.load_tensors(path)[1]["record"]
+    assert record["ablation"] == stages.plain(spec.changes)
+    monkeypatch.setattr(stages, "fit", None)
+    capsys.readouterr()
+    again = ablated(spec, "tiny")
+    assert f"{spec.name}: loaded {path.name}" in capsys.readouterr().out
+    lm = stages.load_or_train("lm", "tiny")
+    third = stages.load_generator(str(path), lm)
+    one, two, three = (g.memorize(lm, ["My pet is a dog.\n"]) for g in (first, again, third))
+    for name in one.factors:
+        assert torch.equal(one.factors[name].U, two.factors[name].U)
+        assert torch.equal(one.factors[name].U, three.factors[name].U)
+
+
+def test_what_is_not_changed_is_the_profiles():
+    """Rank, maps and layers are as asked for; without a change it is the profile's generator, bit for bit."""
+    usual, same = stages.load_or_train("token", "tiny"), ablated(Ablation("token"), "tiny")
+    assert all(torch.equal(a, b) for a, b in zip(usual.state_dict().values(), same.state_dict().values(), strict=True))
+    made = ablated(Ablation("token", rank=1, maps=("ffn.key",), layers=(1,)), "tiny")
+    assert (made.rank, made.names) == (1, ["blocks.1.ffn.key"])
+    seeded = checkpoint_name(Ablation("token", rank=1), "smoke", 3)
+    assert seeded == "rwkv4-dialogue-token-rank1-seed3-smoke"
+
+
+@pytest.mark.parametrize("features", [("ratio",), ("att_shift", "weight")])
+def test_a_final_state_generator_sees_the_chosen_features_alone(lm64, features):
+    """The other channels of every layer may be anything."""
+    torch.manual_seed(0)
+    generator = FinalStateGenerator(lm64, 2, 8, MAPS, features).double().eval()
+    for head in generator.heads.values():
+        torch.nn.init.normal_(head.weight)
+    kinds = lm64.state_features(lm64.derive_state([[1, 2, 3]])).view(3, 4, 16)
+    names = lm64.state_feature_names
+
+    def first_u(changed):
+        noisy = kinds.clone()
+        noisy[:, names.index(changed)] += 1.0
+        lm64.state_features = lambda state: noisy.view(1, -1)
+        try:
+            return generator.memorize(lm64, [[1, 2, 3]]).factors["blocks.0.ffn.key"].U
+        finally:
+            del lm64.state_features
+
+    plain = generator.memorize(lm64, [[1, 2, 3]]).factors["blocks.0.ffn.key"].U
+    for name in names:
+        assert torch.equal(first_u(name), plain) == (name not in features)
+
+
+def test_from_texts():
+    """As the command line gives them."""
+    texts = ["rank=8", "layers=0,1", "features=ratio,weight", "label=false", "lr=1e-3", "teacher=prompt"]
+    expected = Ablation(
+        "token", rank=8, layers=(0, 1), features=("ratio", "weight"), label=False, lr=1e-3, teacher="prompt"
+    )
+    assert Ablation.of("token", texts) == expected
+    for text in ("rank", "rank=", "rank=x", "rank=1,2", "label=no", "size=3"):
+        with pytest.raises(UserError, match=text):
+            Ablation.of("token", [text])
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (Ablation("static"), "unknown stage 'static'"),
+        (Ablation("token", features=("ratio",)), "a token generator has no features to be changed"),
+        (Ablation("final", label=False, teacher="prompt"), "a final generator has no label, teacher"),
+        (Ablation("token", layers=(7,)), "no such map in layer 7"),
+        (Ablation("token", maps=("att.gate",)), "no linear map"),
+        (Ablation("final", features=("pp",)), r"no kind of state feature pp; a RWKV4 names att_shift, ffn_shift"),
+        (Ablation("token", blank=1.5), "shares are 0 to 1"),
+        (Ablation("token", rank=1000), "rank 1000 asked for"),
+    ],
+)
+def test_what_cannot_be_changed_is_refused(spec, said):
+    with pytest.raises(UserError, match=said):
+        ablations.ablated(spec, "tiny")
+
+
+@pytest.mark.parametrize("family", ["rwkv7"])
+def test_a_model_that_names_no_features(lm):
+    assert isinstance(lm, RWKV7)
+    with pytest.raises(UserError, match="a RWKV7 names none"):
+        FinalStateGenerator(lm, 2, 8, ("att.output",), ("ratio",))
