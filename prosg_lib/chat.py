@@ -18,9 +18,8 @@ from prosg_lib.generation import Decoding
 from prosg_lib.generator import Memory, TokenGenerator
 from prosg_lib.lowrank import LowRankDelta
 from prosg_lib.memories import tell, written
-from prosg_lib.model_choice import own_generator
 from prosg_lib.models import load_model
-from prosg_lib.stages import load_generator
+from prosg_lib.stages import load_generator, own_generator
 from prosg_lib.state import RecurrentState
 
 _ANSWER_TOKENS = 200

@@ -17,10 +17,11 @@ from prosg_lib import forgetting_report, predictions, provenance
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
-from prosg_lib.model_choice import choose_generator, choose_model, own_generator
+from prosg_lib.model_choice import choose_generator, choose_model
 from prosg_lib.predictions import Prediction
 from prosg_lib.problem_evaluation import answered, methods_of
 from prosg_lib.profiles import Forgetting, get_profile
+from prosg_lib.stages import own_generator
 from prosg_lib.tasks import copy, mqar, passkey, phonebook
 from prosg_lib.tasks.copy import Copy
 from prosg_lib.tasks.mqar import Mqar

@@ -323,9 +323,10 @@ def pair_way(
         "data": _digest(spec.tasks + spec.after),
         "inner": {"lr": getattr(fresh, "lr", None), "rank": getattr(fresh, "rank", None)},
     }
-    everywhere = spec.method == "maps"  # the cloze's query repeats the passage: each of its words can teach to find it
-    if everywhere:
-        record |= {"echoes": echoes, "everywhere": True}
+    # The cloze's query repeats the passage, so the teacher's every word there says how to find it. LG has the answer.
+    everywhere = spec.method == "maps" and spec.objective == "LC"
+    if spec.method == "maps":
+        record |= {"echoes": echoes, "everywhere": everywhere}
 
     def new():
         way = new_way(spec.method, lm, backbone, profile)

@@ -316,13 +316,13 @@ def _train(plan: Plan, path: Path) -> nn.Module:
     return _built(plan.new(), path, keep)
 
 
-def load_generator(name: str, lm: RWKV4) -> Generator:
+def load_generator(name: str, lm: LanguageModel) -> Generator:
     """A shipped generator (`rwkv4-dialogue-token`), or one in a file, for the model it was trained for.
 
     Raises:
         UserError: there is none of that name, the file is damaged or no generator, or it was trained for another model.
     """
-    path = Path(name) if name.endswith(".safetensors") else paths.data_dir() / "checkpoints" / f"{name}.safetensors"
+    path = generator_file(name)
     tensors, meta = files.load_tensors(path)
     if meta.get("kind") != "generator":
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a generator")
@@ -337,3 +337,15 @@ def load_generator(name: str, lm: RWKV4) -> Generator:
         for part in ("generator", "options")
     )
     return _built(new_module(record["stage"], kind(**size), lm, **options), path, tensors)
+
+
+def generator_file(name: str) -> Path:
+    """Where a shipped generator of that name is, or would be; a name that ends in .safetensors is a path itself."""
+    return Path(name) if name.endswith(".safetensors") else paths.data_dir() / "checkpoints" / f"{name}.safetensors"
+
+
+def own_generator(model: str) -> str | None:
+    """The name of the token-wise generator that is shipped with a shipped model; None where there is none."""
+    own = f"{model}-token"
+    named = Path(model).name == model and not Path(model).exists()
+    return own if named and generator_file(own).is_file() else None

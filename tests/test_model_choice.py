@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCausalLM
 
-from prosg_lib import files, paths
+from prosg_lib import files, paths, stages
 from prosg_lib.backbones.families import Mamba2
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.transformer import CausalTransformer
 from prosg_lib.errors import UserError
 from prosg_lib.generator import TokenGenerator
 from prosg_lib.gradient_step import AdapterStep
-from prosg_lib.model_choice import choose_generator, choose_model, own_generator
+from prosg_lib.model_choice import choose_generator, choose_model
 from prosg_lib.tokenizer import load_tokenizer
 
 
@@ -88,8 +88,8 @@ def test_generators_that_do_not_do(tmp_path):
 
 def test_a_models_own_generator(tmp_path, monkeypatch):
     """The token-wise one that is shipped with it; none for others, nor for paths."""
-    assert own_generator("rwkv4-dialogue") == "rwkv4-dialogue-token"
-    assert own_generator("mamba2-dialogue") == "mamba2-dialogue-token"
-    assert own_generator("rwkv4-pairs") is None
-    assert own_generator(str(paths.data_dir() / "checkpoints" / "rwkv4-dialogue.safetensors")) is None
-    assert own_generator("owner/rwkv4-dialogue") is None
+    assert stages.own_generator("rwkv4-dialogue") == "rwkv4-dialogue-token"
+    assert stages.own_generator("mamba2-dialogue") == "mamba2-dialogue-token"
+    assert stages.own_generator("rwkv4-pairs") is None
+    assert stages.own_generator(str(paths.data_dir() / "checkpoints" / "rwkv4-dialogue.safetensors")) is None
+    assert stages.own_generator("owner/rwkv4-dialogue") is None
