@@ -198,7 +198,7 @@ def _loop(
         places = [place for place, row in enumerate(rows) if not ended[row]]
         if 2 * len(places) <= len(rows):  # the others go on without those that have ended
             rows = [rows[place] for place in places]
-            ids, state = ids[places], state.select(places)
+            ids, state, lm = ids[places], state.select(places), lm.select(places)
             if delta is not None and delta.batch > 1:
                 change = applied(lm, delta.select(rows))
 

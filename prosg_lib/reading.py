@@ -6,7 +6,7 @@ Glossary of shapes: B batch, T tokens of text, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -137,6 +137,10 @@ class Held:
             state = changed if real is None else _where(real[:, 0], changed, state)
             hidden.append(out)
         return torch.cat(hidden, 1), state
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """See `LanguageModel.select`."""
+        return Held(self._lm, self._between.select(rows))
 
     def generate(self, prompts, state=None, delta=None, **how):
         """See `LanguageModel.generate`."""

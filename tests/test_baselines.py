@@ -233,6 +233,20 @@ def test_an_offset_goes_on_in_the_question(lm, prompts):
     assert answering(lm, start("reinject-8", lm, {}, prompts)) is lm
 
 
+def test_an_offset_follows_the_texts_that_go_on(lm, prompts, monkeypatch):
+    """Where most texts of a batch have ended and are not computed any more, the others keep each its own offset."""
+    begin = start("offset-0.5", lm, {}, prompts)
+    held, questions = answering(lm, begin), [[5, 6], [1, 2, 3, 4], [9], [8, 8, 8]]
+    monkeypatch.setattr(lm, "tokenizer", None)  # tokens come out
+    whole = held.generate(questions, begin.state, max_new_tokens=6, stop=None)
+    last = next(row for row in range(4) if all(whole[row][0] != other[0] for other in whole[:row] + whole[row + 1 :]))
+    firsts = tuple({text[0] for number, text in enumerate(whole) if number != last} - set(whole[last]))
+    monkeypatch.setattr(type(lm), "ends", firsts)
+    found = held.generate(questions, begin.state, max_new_tokens=6, stop=None)
+    assert found[last] == whole[last]
+    assert sum(map(len, found)) < sum(map(len, whole))
+
+
 def test_a_model_that_looks_back_has_no_state_to_mix(prompts):
     """Re-injection, offset and tuning need a state of a fixed size, and say so; re-reading works."""
     slow = new_llama(TransformerConfig("llama", 2048, width=16, layers=1, ffn=32, heads=2)).eval()

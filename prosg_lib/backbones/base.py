@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,10 @@ class LanguageModel(nn.Module, ABC):
             UserError: this kind of model has no state of a fixed size.
         """
         raise UserError(f"a {type(self).__name__} has no state of a fixed size; take a recurrent model")
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """The model for some sequences of a batch, the others having ended: itself, because it knows nothing of any."""
+        return self
 
     def check_second_order(self) -> None:
         """Nothing, where the model can be differentiated twice, which gradient steps need that are trained through.
