@@ -366,12 +366,12 @@ def sequence_factors(lm: LanguageModel, names: list[str], loss_of: Callable[[], 
     """
     with torch.enable_grad(), watched(lm, names) as passes:
         loss = loss_of()
-    passes = {name: tuple(each) for name, each in passes.items()}  # blocks that run again go through `keep` again
-    grads = iter(torch.autograd.grad(loss, [out for name in names for _, out in passes[name]]))
+    seen = {name: tuple(each) for name, each in passes.items()}  # blocks that are run again add to `passes`
+    grads = iter(torch.autograd.grad(loss, [out for name in names for _, out in seen[name]]))
     return {
         name: TokenFactors(
-            torch.cat([next(grads) for _ in passes[name]], 1).detach(),
-            torch.cat([x for x, _ in passes[name]], 1).detach(),
+            torch.cat([next(grads) for _ in seen[name]], 1).detach(),
+            torch.cat([x for x, _ in seen[name]], 1).detach(),
         )
         for name in names
     }
