@@ -6,7 +6,8 @@ After "Can Gradient Descent Simulate Prompting?" (Zhang, Choshen, Andreas 2025, 
 
 and phi is trained so that the model with phi' answers a query as the model does that was given the context. The outer
 gradient goes through the step, d phi'^T v = v - eta H v, H being the Hessian of the context's NLL: one Hessian-vector
-product, taken when the outer gradient arrives. So the inner loss's graph is never kept beside the outer one's.
+product, taken when the outer gradient arrives. So the graph of the inner gradient, several times as large as that of
+the inner loss, is never kept beside the outer loss's.
 
 Glossary of shapes: B batch, T tokens of the context, r rank.
 """
@@ -36,9 +37,9 @@ def gradient_step(parts: Sequence[LossOf], start: Params, lr: float, second_orde
 
     Args:
         parts: the loss as a sum of parts, each tensors by name, as in `start`, -> scalar. One is enough; more, over a
-            few contexts each, need the memory of the largest of them. Each is run here, and once more for the outer
-            gradient, so all that it does must be twice differentiable (attention: eager). Nothing else that it uses
-            gets a gradient through the step.
+            few contexts each, need the memory of the largest of them. Each is run here and, but for the last, whose
+            graph waits, once more for the outer gradient; all that it does must be twice differentiable (attention:
+            eager). Nothing else that it uses gets a gradient through the step.
         start: what is changed. With one copy an example, (B, ...), and the sum of the examples' losses, each example
             takes a step of its own.
         second_order: the exact outer gradient; False: as if the inner gradient were a constant (first-order MAML).
@@ -54,11 +55,15 @@ def gradient_step(parts: Sequence[LossOf], start: Params, lr: float, second_orde
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parts, lr, second_order, *start):
-        ctx.parts, ctx.lr, ctx.second_order = parts, lr, second_order
+        ctx.parts, ctx.lr, ctx.second_order, ctx.last = parts, lr, second_order, None
         ctx.save_for_backward(*start)
         slopes = [torch.zeros_like(t) for t in start]
         for part in parts:
-            _add(slopes, _slopes(part, start, create_graph=False)[1])
+            kept = second_order and part is parts[-1]
+            leaves, loss = _loss(part, start)
+            _add(slopes, torch.autograd.grad(loss, leaves, retain_graph=kept, allow_unused=True))
+            if kept:
+                ctx.last = leaves, loss
         if not all(torch.isfinite(g).all() for g in slopes):
             raise NotFinite("the gradient of the context's loss is not finite; look at the start, and at the context")
         return tuple(t - lr * g for t, g in zip(start, slopes, strict=True))
@@ -66,23 +71,25 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *outer):
         changes = [v.clone() for v in outer]
-        for part in ctx.parts if ctx.second_order else ():
-            _add(changes, _bent(*_slopes(part, ctx.saved_tensors, create_graph=True), outer), -ctx.lr)
+        for part in reversed(ctx.parts) if ctx.second_order else ():  # the kept one first, then it is gone
+            last, ctx.last = ctx.last, None
+            _add(changes, _bent(*(last or _loss(part, ctx.saved_tensors)), outer), -ctx.lr)
         return None, None, None, *changes
 
 
-def _slopes(part: Callable[..., Tensor], start: Sequence[Tensor], create_graph: bool):
-    """Fresh leaves at `start`, and the loss's gradient there; None where it does not depend on one."""
+def _loss(part: Callable[..., Tensor], start: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Fresh leaves at `start`, and the loss there."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in start]
         loss = part(*leaves)
         if not torch.isfinite(loss):
             raise NotFinite(f"the loss of the context is {loss.item()} before the step; look at both of them")
-        return leaves, torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
+        return leaves, loss
 
 
-def _bent(leaves: list[Tensor], slopes: Sequence[Tensor | None], outer: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def _bent(leaves: list[Tensor], loss: Tensor, outer: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """The Hessian times `outer`: how the slopes, held against it, change with the leaves."""
+    slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
     bent = [(g, v) for g, v in zip(slopes, outer, strict=True) if g is not None and g.requires_grad]
     if not bent:
         return [None] * len(leaves)  # a linear part has no curvature

@@ -73,15 +73,19 @@ def test_parts_of_a_loss_give_the_step_of_their_sum():
     assert_close(*found)
 
 
-def test_each_part_runs_again_for_an_exact_outer_gradient_alone():
-    """Once for the step; then once more, or, of first order, not again."""
+def test_all_parts_but_the_last_run_again_for_an_exact_outer_gradient_alone():
+    """Once for the step; then once more, or, of first order, not again. A second outer gradient is as exact."""
     calls = []
     parts = [lambda p, i=i: calls.append(i) or (p["w"] ** 3).sum() for i in range(3)]
-    for second_order, again in ((True, [0, 1, 2]), (False, [])):
+    for second_order, again, once_more in ((True, [1, 0], [2, 1, 0]), (False, [], [])):
         w = torch.tensor([1.0, -3.0], requires_grad=True)
         calls.clear()
-        gradient_step(parts, {"w": w}, 0.1, second_order)["w"].sum().backward()
+        outer = gradient_step(parts, {"w": w}, 0.1, second_order)["w"].sum()
+        (first,) = torch.autograd.grad(outer, w, retain_graph=True)
         assert calls == [0, 1, 2, *again]
+        assert_close(first, 1 - 0.1 * 18 * w.detach() if second_order else torch.ones(2))
+        assert torch.equal(torch.autograd.grad(outer, w)[0], first)
+        assert calls == [0, 1, 2, *again, *once_more]
 
 
 def assert_slopes_are_measured(parameters, loss_of, h=1e-4):
