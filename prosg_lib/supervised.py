@@ -105,7 +105,7 @@ def steps_of(lm: LanguageModel, gradients: dict[str, TokenFactors], strength: fl
     """By map the step size c with c ||G||_F = strength ||W||_F, in the root mean square over the prompts given."""
     maps = lm.editable()
     return {
-        name: strength * float(maps[name].weight.norm() / squared_norm(factors).mean().clamp(min=1e-30).sqrt())
+        name: strength * float(maps[name].weight.detach().norm() / squared_norm(factors).mean().clamp(min=1e-30).sqrt())
         for name, factors in gradients.items()
     }
 
