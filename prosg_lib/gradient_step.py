@@ -139,7 +139,13 @@ def answering(way: Way | None, lm: LanguageModel, contexts: Rows, successive: bo
 
 
 def in_turn(contexts: Rows, successive: bool) -> list[Rows]:
-    """What each inner step learns, (B, m, C): all contexts at once, or one after the other."""
+    """What each inner step learns, (B, m, C): all contexts at once, or one after the other.
+
+    Raises:
+        UserError: the contexts are of a single token, after which there is none to be predicted.
+    """
+    if contexts.ids.shape[-1] < 2:
+        raise UserError("a context of one token has no next token that a step could learn; give a longer one")
     return [Rows(*(t[:, [i]] for t in contexts)) for i in range(contexts.ids.shape[1])] if successive else [contexts]
 
 

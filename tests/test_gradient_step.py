@@ -376,6 +376,14 @@ def test_factors_of_a_start_have_the_models_type(lm):
     WeightStep(lm, 2, 0.1).start(lm)
 
 
+@pytest.mark.parametrize("kind", [adapter, full, rank_two])
+def test_a_context_of_one_token_is_one_clear_error(lm, kind):
+    """There is nothing after it that a step could learn."""
+    one = Rows(ids_of(2, 1)[:, None], torch.ones(2, 1, 1, dtype=torch.bool))
+    with pytest.raises(UserError, match="one token"):
+        answering(kind(lm), lm, one)
+
+
 @pytest.mark.parametrize("rank", [17, 0])
 def test_a_rank_that_a_matrix_does_not_have_is_said(lm, rank):
     with pytest.raises(UserError, match=rf"rank {rank} asked for, but emb.weight is \(50, 16\); it has 1 to 16"):
