@@ -181,10 +181,10 @@ class FinalStateGenerator(Generator):
     ):
         super().__init__(lm, rank, endings)
         self.register_buffer("seen", None if features is None else _chosen(lm, features), persistent=False)
-        features = lm.state_features(lm.blank_state(1)).shape[1]
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("std", torch.ones(features))
-        self.inner = nn.Linear(features, width)
+        size = lm.state_features(lm.blank_state(1)).shape[1]
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+        self.inner = nn.Linear(size, width)
         self.trunk = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
             for _ in range(2)

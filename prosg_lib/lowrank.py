@@ -236,7 +236,8 @@ def maps_of(lm: LanguageModel, delta: LowRankDelta) -> dict[str, nn.Module]:
     """The maps of the model that the delta changes, by name.
 
     Raises:
-        UserError: the delta was made for another model, or names a map that this one does not have.
+        UserError: the delta was made for another model, names a map that this one does not have, or is of
+            whole numbers.
     """
     if delta.fingerprint != lm.fingerprint():
         raise UserError(
@@ -249,6 +250,10 @@ def maps_of(lm: LanguageModel, delta: LowRankDelta) -> dict[str, nn.Module]:
         raise UserError(
             f"the delta changes {', '.join(sorted(unknown))}, which this model has not (it has {', '.join(maps)})"
         )
+    for name, pair in delta.factors.items():
+        if not all(t.is_floating_point() for t in pair):  # a cast cut everything off behind the point
+            kinds = " and ".join(sorted({str(t.dtype) for t in pair}))
+            raise UserError(f"the delta's factors of {name} are {kinds}; a change of weights is of floating point")
     return {name: maps[name] for name in delta.factors}
 
 

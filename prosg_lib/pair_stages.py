@@ -131,7 +131,7 @@ def _lessons(tasks: tuple[str, ...], backbone: str, profile: str, tokenizer: Tok
     return found
 
 
-def _mostly_practice(lessons: dict[str, tuple[Pair, ...]]) -> tuple[str, ...]:
+def _lesson_turns(lessons: dict[str, tuple[Pair, ...]]) -> tuple[str, ...]:
     """Whose turn it is: a task's once, and its practice's twice, each source's as often as another's. Few pairs, said
     often, are learned by heart; and of all practice as one, books would be nearly all."""
     practice = sorted(name for name in lessons if name not in TASKS)
@@ -336,7 +336,7 @@ def pair_way(
 
     def work(way):
         tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
-        turns = _mostly_practice(tasks) if spec.method == "maps" else tuple(sorted(tasks))
+        turns = _lesson_turns(tasks) if spec.method == "maps" else tuple(sorted(tasks))
         longest = 96 if echoes else 0
         draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, turns, echoes, longest)
         if spec.method == "final":

@@ -81,8 +81,8 @@ class Copier(LanguageModel):
     def read_out(self, hidden):
         return hidden
 
-    def embed(self, ids):
-        raise NotImplementedError
+    def embed(self, *ids):
+        pytest.fail("reading and judging need no embedding and no map")
 
     editable = embed
 

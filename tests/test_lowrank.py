@@ -223,6 +223,15 @@ def full(delta, name):
     return delta.scale * u @ v.transpose(1, 2)
 
 
+def test_another_precision_is_refused_and_whole_numbers_are(lm, make_lm):
+    """A model in another precision is another model; factors that were cast to whole numbers are no change at all."""
+    ids, delta = ids_of(2, 5), delta_for(lm, 2)
+    with pytest.raises(UserError, match="made for model"):
+        make_lm(dtype=torch.bfloat16)(ids, delta=delta)
+    with pytest.raises(UserError, match="int32"):
+        lm(ids, delta=delta.to(torch.int32))
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_sum_is_the_sum_of_changes(lm, shared):
     first = delta_for(lm, 3, seed=1).scaled(0.5)

@@ -159,9 +159,9 @@ def test_a_step_on_maps_learns_to_store_first(monkeypatch):
 def test_a_step_on_maps_practises_most_of_the_time():
     """Two turns of every source for one of a task, however many pairs a source has; without practice, tasks alone."""
     a, b, c = (tuple(Pair(f"{name} {i}", "?", "!") for i in range(3)) for name in "abc")
-    turns = pair_stages._mostly_practice({"wikitext": a, "copied from one": b * 9, "copied from two": c})
+    turns = pair_stages._lesson_turns({"wikitext": a, "copied from one": b * 9, "copied from two": c})
     assert turns == ("wikitext", *["copied from one", "copied from two"] * 2)
-    assert pair_stages._mostly_practice({"reversal": a, "characters": b}) == ("characters", "reversal")
+    assert pair_stages._lesson_turns({"reversal": a, "characters": b}) == ("characters", "reversal")
 
 
 def test_other_steps_do_not(monkeypatch):
