@@ -45,7 +45,7 @@ BACKBONES = ("recurrent", "transformer")
 
 _NAMES = {"recurrent": "rwkv4", "transformer": "llama"}
 
-_ECHOES = 0.15
+ECHOES = 0.15
 """Share of the transformer's pretraining with random tokens that are said twice: copying is learned there. The
 recurrent model has learned it from the dialogues."""
 
@@ -194,7 +194,7 @@ def pair_model(
         model.tokenizer = load_tokenizer()
         tasks = _practice(backbone, profile)
         turns = tuple(chain.from_iterable(_turns(tasks)))
-        echoes = 0 if backbone == "recurrent" else int(_ECHOES * training.steps)
+        echoes = 0 if backbone == "recurrent" else int(ECHOES * training.steps)
         draw = PairDraw(tasks, model.tokenizer, training.batch, training.contexts, seed, turns, echoes)
         return draw, pair_lm_objective(model)
 

@@ -9,10 +9,13 @@ from dataclasses import asdict
 
 from prosg_lib import processes, stages
 from prosg_lib.backbones.transformer import LookingBack, new_llama
+from prosg_lib.conditioning import pair_lm_objective
 from prosg_lib.objectives import lm_draw, lm_objective
+from prosg_lib.pair_stages import ECHOES
 from prosg_lib.profiles import get_profile
 from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks.dialogue import data_hash
+from prosg_lib.tasks.pair_batches import echoed
 from prosg_lib.tokenizer import load_tokenizer
 from prosg_lib.training import RECIPE
 
@@ -24,6 +27,9 @@ def checkpoint_name(profile: str) -> str:
 
 def dialogue_transformer(profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> LookingBack:
     """A transformer of the recurrent model's width and layers, trained on the dialogues as that is.
+
+    The first steps are random tokens said twice instead: on dialogues alone it learned in 700 steps of 32 what answers
+    look like, and not to look them up (1.6 nats an answer's token, where the recurrent model had 0.2).
 
     Args:
         retrain, thrift: as in `stages.load_or_train`.
@@ -41,6 +47,7 @@ def dialogue_transformer(profile: str, seed: int = 0, retrain: bool = False, thr
         "data": data_hash(load_tokenizer()),
         "model": asdict(size),
         "training": asdict(training),
+        "echoes": ECHOES,
     }
 
     def work(model):
@@ -48,7 +55,14 @@ def dialogue_transformer(profile: str, seed: int = 0, retrain: bool = False, thr
         model.tokenizer = data.tokenizer
         # Fused: a second derivative is not needed here, and eager attention takes three times as long on long texts.
         model.model.set_attn_implementation("sdpa")
-        return lm_draw(data, training), lm_objective(model, processes.bfloat16(sizes.autocast))
+        draw, loss_of = lm_draw(data, training), lm_objective(model, processes.bfloat16(sizes.autocast))
+        echoes, loss_of_echo = int(ECHOES * training.steps), pair_lm_objective(model)
+        vocab = data.tokenizer.vocab
+
+        def batch_of(step):
+            return echoed(training.batch, vocab, f"{seed}/{step}") if 0 <= step < echoes else draw(step)
+
+        return batch_of, lambda step, batch: (loss_of_echo if step < echoes else loss_of)(step, batch)
 
     plan = stages.Plan(
         "transformer",
