@@ -120,8 +120,17 @@ def ablated(spec: Ablation, profile: str, seed: int = 0, retrain: bool = False, 
         seed: of the generator and its dialogues; the model is that of seed 0.
         retrain, thrift: as in `stages.load_or_train`.
     Raises:
-        UserError: unknown stage or profile; a change that this stage knows nothing of, or that it cannot make; damaged
-            checkpoint; diverged training.
+        UserError: as `plan_of`; damaged checkpoint; diverged training.
+    """
+    lm = stages.load_or_train("lm", profile, 0, retrain, thrift)
+    return stages.obtain(plan_of(spec, profile, lm, seed, thrift), profile, retrain)
+
+
+def plan_of(spec: Ablation, profile: str, lm: LanguageModel, seed: int = 0, thrift: Thrift = PLENTY) -> stages.Plan:
+    """How to come by `ablated` for the profile's language model.
+
+    Raises:
+        UserError: unknown stage or profile; a change that this stage knows nothing of, or that it cannot make.
     """
     if spec.stage not in STAGES:
         raise UserError(f"unknown stage {spec.stage!r}; there are {', '.join(STAGES)}")
@@ -142,10 +151,9 @@ def ablated(spec: Ablation, profile: str, seed: int = 0, retrain: bool = False, 
             unknown.append(name)
     if unknown:
         raise UserError(f"a {spec.stage} generator has no {', '.join(unknown)} to be changed")
-    lm = stages.load_or_train("lm", profile, 0, retrain, thrift)
     if spec.layers is not None:
         size = replace(size, maps=_in_layers(lm, size.maps, spec.layers))
-    plan = stages.Plan(
+    return stages.Plan(
         spec.name,
         checkpoint_name(spec, profile, seed),
         "generator",
@@ -157,7 +165,6 @@ def ablated(spec: Ablation, profile: str, seed: int = 0, retrain: bool = False, 
         lm,
         thrift,
     )
-    return stages.obtain(plan, profile, retrain)
 
 
 def _names(settings) -> set[str]:

@@ -151,6 +151,7 @@ def _add_trained(whats) -> None:
         "pairs-recurrent": "the recurrent model that knows the tasks of context and query",
         "pairs-transformer": "the transformer that knows them",
         "ablation": "a generator that is another than the profile's in some respects",
+        "ablations": "all generators of the study of ablations, and measures them",
         "way": "a way to take a context in, for one of those two or another model",
     }.items():
         way = whats.add_parser(name, help=summary, description=f"Trains {summary}.", parents=[every])
@@ -258,11 +259,14 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib import ablations, pair_stages, processes, stages, transformer_stages
+    from prosg_lib import ablation_study, ablations, pair_stages, processes, stages, transformer_stages
 
     processes.accelerator()
     profile, what = options.profile, options.what
-    if what == "way":
+    if what == "ablations":
+        names = [variant.name(profile) for variant in ablation_study.variants(profile, options.seed)]
+        train = ablation_study.measured
+    elif what == "way":
         tasks, after = tuple(options.task), tuple(options.after)
         spec = pair_stages.WaySpec(options.method, tasks, options.objective, options.contexts, after)
         name = pair_stages.way_name(spec, options.backbone, profile, options.seed)
@@ -280,7 +284,7 @@ def _train(options: argparse.Namespace) -> int:
         name, train = stages.checkpoint_name(what, profile), partial(stages.load_or_train, what)
     try:
         if options.retrain:
-            stages.forget(profile, (name,))
+            stages.forget(profile, names if what == "ablations" else (name,))
         train(profile, options.seed, options.retrain, stages.Thrift(options.at_once, options.recompute))
     finally:
         processes.leave()

@@ -190,6 +190,24 @@ class PretrainedSizes:
 
 
 @dataclass(frozen=True)
+class Study:
+    """Of the generators that are another in one respect (`ablation_study`); the defaults are the cpu profile's.
+
+    Attributes:
+        steps, batch, facts, distances: as in `Training`, of every variant.
+        others: number of the basis' other trainings, with the seeds that follow.
+        groups: of the choices that are looked at.
+    """
+
+    steps: int = 300
+    batch: int = 32
+    facts: tuple[int, ...] = (3, 6)
+    distances: tuple[int, ...] = (0, 64, 256)
+    others: int = 2
+    groups: tuple[str, ...] = ("basis", "seed", "rank", "width", "maps", "layers", "label", "course", "state")
+
+
+@dataclass(frozen=True)
 class Forgetting:
     """Sizes of the established tests of memory; the defaults are the cpu profile's.
 
@@ -239,6 +257,7 @@ class Profile:
     mend: TransformedSize
     autocast: bool = False
     forgetting: Forgetting = Forgetting()
+    study: Study = Study()
 
     @property
     def supervised_training(self) -> Training:
@@ -298,6 +317,7 @@ PROFILES = {
         ),
         transformer_training=Training(40, 16, 3e-3, (2, 3, 4), (0, 32, 64), warmup=20),
         forgetting=Forgetting(4, (1, 5), ((64, 4), (128, 8)), (3, 5), (64, 128), (0.0, 0.5, 1.0)),
+        study=Study(6, 8, (3,), (0, 32), groups=("basis", "rank", "maps")),
         supervised=SupervisedSize(8, 64, _MAPS),
         mend=TransformedSize(8, 20, _MAPS, 0.1),
     ),
@@ -384,6 +404,7 @@ PROFILES = {
             phonebook=(3, 5, 10, 20, 50, 100, 200),
             passkey=(256, 1024, 4096, 16384),
         ),
+        study=Study(600, 128, (3, 6, 12), (0, 64, 256)),
     ),
 }
 

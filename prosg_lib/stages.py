@@ -168,12 +168,12 @@ def obtain(plan: Plan, profile: str, retrain: bool = False) -> nn.Module:
         The module; its `checkpoint` is the file that has it, with its log beside it.
     """
     keep_freed_memory()
-    kept = _kept(profile) / f"{plan.name}.safetensors"
+    own = kept(profile) / f"{plan.name}.safetensors"
     shipped = paths.data_dir() / "checkpoints" / f"{plan.name}.safetensors"
-    found = _found(plan, (kept,) if retrain else (shipped, kept))
+    found = _found(plan, (own,) if retrain else (shipped, own))
     if processes.agreed(found is not None, f"whether {plan.label} is trained"):
         return _built(plan.new(), *found)
-    return _train(plan, kept)
+    return _train(plan, own)
 
 
 def _found(plan: Plan, places: tuple[Path, ...]) -> tuple[Path, dict] | None:
@@ -190,20 +190,28 @@ def _found(plan: Plan, places: tuple[Path, ...]) -> tuple[Path, dict] | None:
     return None
 
 
-def _kept(profile: str) -> Path:
+def kept(profile: str) -> Path:
+    """Folder of what was trained here."""
     return paths.runs_dir(profile) / "checkpoints"
 
 
+MEASURED = ".measured.json"
+"""Ending of a file beside a checkpoint that has what was measured of it."""
+
+
 def forget(profile: str, names: Iterable[str] | None = None) -> None:
-    """Remove what was trained here, so that it is trained anew; trainings that were interrupted still go on.
+    """Remove what was trained here, and what was measured of it, so that it is done anew.
+
+    Trainings that were interrupted still go on.
 
     Args:
         names: of checkpoints; None: of all.
     """
     get_profile(profile)
-    for path in _kept(profile).glob("*.safetensors"):
+    for path in kept(profile).glob("*.safetensors"):
         if not path.name.endswith(".checkpoint.safetensors") and (names is None or path.stem in names):
             path.unlink(missing_ok=True)
+            path.with_suffix(MEASURED).unlink(missing_ok=True)
 
 
 def _record(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None) -> dict:
