@@ -17,6 +17,7 @@ from prosg_lib import evaluate, files, paths, processes, provenance, stages
 from prosg_lib.ablations import Ablation, checkpoint_name, plan_of
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.rwkv4 import RWKV4
+from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
 from prosg_lib.profiles import Profile, get_profile
 from prosg_lib.stages import PLENTY, Thrift
@@ -122,12 +123,10 @@ def _kept_or_measured(variant: Variant, profile: str, lm: LanguageModel, retrain
     record = {"generator": plan.record, "measured": stages.plain(_measuring(sizes))}
     own = stages.kept(profile) / f"{variant.name(profile)}{stages.MEASURED}"
     for path in (own,) if retrain else (shipped(variant, profile), own):
-        if path.is_file():
-            kept = files.read_json(path)
-            if (kept.get("kind"), kept.get("version"), kept.get("record")) == (KIND, VERSION, record):
-                where = kept["provenance"]["device"]
-                processes.say(f"{variant.label}: measured before, on {where}: same sizes, seed and data")
-                return _labelled(pd.DataFrame(kept["rows"]), variant)
+        if path.is_file() and (kept := _read(path))["record"] == record:
+            where = kept["provenance"]["device"]
+            processes.say(f"{variant.label}: measured before, on {where}: same sizes, seed and data")
+            return _labelled(pd.DataFrame(kept["rows"]), variant)
     generator = stages.obtain(plan, profile, retrain)
     rows = _measure(lm, variant.spec.stage, generator, sizes)
     if processes.first():
@@ -137,6 +136,16 @@ def _kept_or_measured(variant: Variant, profile: str, lm: LanguageModel, retrain
         files.write_text(own, json.dumps(kept, allow_nan=False) + "\n")
     processes.wait()
     return _labelled(rows, variant)
+
+
+def _read(path: Path) -> dict:
+    kept = files.read_json(path)
+    whole = isinstance(kept, dict) and kept.keys() >= {"record", "provenance", "rows"}
+    if not whole or (kept.get("kind"), kept.get("version")) != (KIND, VERSION):
+        raise UserError(
+            f"{path} is no measurement of a generator, or of another version; remove it, and it is made anew"
+        )
+    return kept
 
 
 def _measuring(sizes: Profile) -> dict:
