@@ -62,7 +62,7 @@ def variants(profile: str, seed: int = 0) -> tuple[Variant, ...]:
     study, size, layers = sizes.study, sizes.token, range(sizes.model.layers)
     half = len(layers) // 2
     common = {"steps": study.steps, "batch": study.batch, "facts": study.facts, "distances": study.distances}
-    token, final = Ablation("token", **common), Ablation("final", **common)
+    token, final, supervised, mend = (Ablation(stage, **common) for stage in ("token", "final", "supervised", "mend"))
 
     def maps(word: str) -> tuple[str, ...]:
         return tuple(name for name in size.maps if name.startswith(word))
@@ -88,6 +88,15 @@ def variants(profile: str, seed: int = 0) -> tuple[Variant, ...]:
     found += [Variant("seed", f"another seed ({seed + n})", token, seed + n) for n in range(1, study.others + 1)]
     for group, labels in choices.items():
         found += [Variant(group, label, replace(token, **changes), seed) for label, changes in labels.items()]
+    ways = {
+        "V2, directions alone": replace(supervised, lessons=0.0),
+        "V2, taught by answers": supervised,
+        "V2, taught by prompts": replace(supervised, teacher="prompt"),
+        "V2, foresight too": replace(supervised, foresight=0.1),
+        "V3": mend,
+        "V3, smaller steps": replace(mend, step=0.01),
+    }
+    found += [Variant("way", label, spec, seed) for label, spec in ways.items()]
     found.append(Variant("state", "final state, all", final, seed))
     for name in RWKV4.state_feature_names:
         found.append(Variant("state", f"its {name} alone", replace(final, features=(name,)), seed))
@@ -159,16 +168,16 @@ def _distances(sizes: Profile) -> list[int]:
 
 
 def _measure(lm: LanguageModel, stage: str, generator: Generator, sizes: Profile) -> pd.DataFrame:
-    evaluation, method, found = sizes.evaluation, f"prosg-{stage}", []
+    evaluation, found = sizes.evaluation, []
     facts, probes = evaluation.main_facts, min(evaluation.probes, evaluation.main_facts)
     for seed in evaluation.seeds:
         data = stages.dialogues(SPLIT, seed)
-        given = (lm, {stage: generator}, [method], data, _distances(sizes), facts, evaluation.prompts, probes)
+        given = (lm, {stage: generator}, [stage], data, _distances(sizes), facts, evaluation.prompts, probes)
         found.append(evaluate.measure(*given).assign(state=CARRIED).fillna({"competing": 0.0}))
         items = data.items(evaluation.prompts, Shape(facts, 0, probes, instructions=2))
         delta = generator.memorize(lm, [list(data.encode_prompt(item)) for item in items])
         alone = evaluate.recall_alone(lm, delta, data, items)
-        shared = {"method": method, "distance": 0, "facts": facts, "seed": seed, "state": BLANK, "asked": 0}
+        shared = {"distance": 0, "facts": facts, "seed": seed, "state": BLANK, "asked": 0}
         found.append(pd.DataFrame([shared | {"prompt": n, "recall": recall} for n, recall in enumerate(alone)]))
     columns = ["state", "distance", "facts", "seed", "prompt", "recall", "asked", "competing"]
     return pd.concat(found, ignore_index=True)[columns].fillna({"competing": 0.0})

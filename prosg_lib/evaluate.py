@@ -315,8 +315,13 @@ def differences(frame: pd.DataFrame, method: str, other: str, facts: int = 6) ->
 
 
 def locality(frame: pd.DataFrame, method: str, other: str = "base", facts: int = 6) -> Estimate:
-    """Right answers about other people, pooled over the whole text, as a ratio of two methods: 1 is nothing lost."""
+    """Right answers about other people, pooled over the whole text, as a ratio of two methods: 1 is nothing lost.
+
+    NaN where none were asked for, or the other method has none right.
+    """
     part = frame[(frame.facts == facts) & (frame.asked > 0)]
+    if part.empty:
+        return Estimate(float("nan"), float("nan"), float("nan"))
     right = (part.competing * part.asked).groupby([part.method, part.seed, part.prompt]).sum().unstack([1, 2])
     return resampled(right.loc[[method, other]].to_numpy(), lambda m: _ratio(m[0], m[1]))
 

@@ -7,7 +7,6 @@
   those of gradient steps and of adapters do.
 - rederive: the user's line goes on (`tell`): it is read where it stood, with the state carried on, and one delta is
   derived of all of it (`written`). Nothing grows with the number of prompts, and none can be taken out.
-
 - ridge: the same deltas, combined so that under every prompt's keys the one change says what that prompt's own would:
 
       U = (sum_i U_i A_i) (sum_i A_i + e^lambda I)^-1,   A_i = sum_t k_t k_t^T over the keys k_t = V^T x_t of prompt i,
@@ -40,9 +39,7 @@ from prosg_lib.generator import Generator, Memory, TokenGenerator
 from prosg_lib.lowrank import Factors, LowRankDelta
 from prosg_lib.tasks.dialogue import Dialogues, Item, Shape
 
-WAYS = ("add", "concatenate", "rederive")
-EVERY_WAY = (*WAYS, "ridge")
-"""What `together` can do; `compare` does `WAYS` where it is not told."""
+WAYS = ("add", "concatenate", "rederive", "ridge")
 
 RIDGE = 0.01
 """e^lambda, as a share of the keys' mean eigenvalue."""
@@ -93,7 +90,7 @@ def together(
     """One delta, of batch 1, that holds what all of these prompts say.
 
     Args:
-        way: one of `EVERY_WAY`.
+        way: one of `WAYS`.
         texts: what the user says in each, without "User:" and without an end of line.
         common: what any prompt writes (`common_part`), to be left out of a sum but once; None: all copies stay.
         ridge: e^lambda of the way of that name, as a share of the keys' mean eigenvalue; the other ways have none.
@@ -101,8 +98,8 @@ def together(
         UserError: unknown way; no texts, or an empty one; a generator that cannot go on from what it has read; a ridge
             that is not above 0.
     """
-    if way not in EVERY_WAY:
-        raise UserError(f"unknown way {way!r}; there are {', '.join(EVERY_WAY)}")
+    if way not in WAYS:
+        raise UserError(f"unknown way {way!r}; there are {', '.join(WAYS)}")
     if not texts:
         raise UserError("there are no texts; a memory holds at least one")
     if way == "rederive":
@@ -182,7 +179,7 @@ def compare(
         counts: numbers of prompts in one memory.
         facts: a prompt; every one is asked about.
         items: memories of each number of prompts.
-        ways: of `EVERY_WAY`; common, ridge: as in `together`.
+        ways: of `WAYS`; common, ridge: as in `together`.
     Returns:
         One row a way, number of prompts and memory: way, prompts, item, recall (share of the questions answered right),
         asked (their number), rank and bytes of the delta.

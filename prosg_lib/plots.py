@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -174,6 +174,33 @@ def estimates(ax: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle] |
             [max(0.0, cell.high - cell.value) for cell in cells],
         ]
         ax.errorbar(table.columns, values, bars, capsize=2.5, elinewidth=1.0, **_style(method, styles).kwargs())
+
+
+def estimates_of_variants(
+    axes: Sequence[Axes], table: pd.DataFrame, groups: Mapping[str, str], band: Iterable[str]
+) -> None:
+    """One panel a column and one line a row, first at the top: a dot with its interval, groups by colour and marker.
+
+    Args:
+        axes: one a column, with a common y axis.
+        table: one row a variant, cells `evaluate.Estimate`; a column's name is its x axis' label.
+        groups: variant -> what it belongs to.
+        band: variants that are alike but for luck; a stripe goes from the lowest of them to the highest.
+    """
+    looks = {}
+    for group in groups.values():
+        colours = [name for name in PALETTE if name not in ("yellow", "grey")]
+        looks.setdefault(group, (PALETTE[colours[len(looks) % len(colours)]], "os^Dv<>Phpd"[len(looks)]))
+    for ax, (label, cells) in zip(axes, table.items(), strict=True):
+        alike = [cells[name].value for name in band]
+        ax.axvspan(min(alike), max(alike), color="0.85", zorder=0)
+        for y, (name, found) in enumerate(cells.items()):
+            colour, marker = looks[groups[name]]
+            bar = [[max(0.0, found.value - found.low)], [max(0.0, found.high - found.value)]]
+            ax.errorbar([found.value], [y], xerr=bar, color=colour, marker=marker, capsize=2.5, elinewidth=1.0)
+        ax.set_xlabel(label)
+    axes[0].set_yticks(range(len(table)), table.index)
+    axes[0].set_ylim(len(table) - 0.5, -0.5)
 
 
 def _style(method: str, styles: Mapping[str, MethodStyle] | None) -> MethodStyle:

@@ -204,7 +204,7 @@ class Study:
     facts: tuple[int, ...] = (3, 6)
     distances: tuple[int, ...] = (0, 64, 256)
     others: int = 2
-    groups: tuple[str, ...] = ("basis", "seed", "rank", "width", "maps", "layers", "label", "course", "state")
+    groups: tuple[str, ...] = ("basis", "seed", "rank", "width", "maps", "layers", "label", "course", "way", "state")
 
 
 @dataclass(frozen=True)
