@@ -41,6 +41,7 @@ BASELINES = {
     "(State-offset Tuning's state, arXiv 2503.03499, with an offset that nothing was trained for)",
     "tuned-N-LR": "state tuning: as base, but the state after the prompt is tuned on it, N steps of Adam at rate LR",
     "lora-N-LR": "as base, with a LoRA adapter in the weights, fine-tuned on the prompt, N steps of Adam at rate LR",
+    "last-N": "of prompt and text only the last N tokens are known: for a model that looks back, room for N tokens",
 }
 """What a user would try instead. Numbers may be left out from the right (`every`, `lora-40`): see `DEFAULTS`."""
 
@@ -75,6 +76,7 @@ _NUMBERS = {
     "offset": (_Number("the strength", 0.03, 0),),
     "tuned": (_Number("the number of steps", 30, 0, whole=True), _Number("the learning rate", 0.03, _RATE)),
     "lora": (_Number("the number of steps", 40, 0, whole=True), _Number("the learning rate", 0.001, _RATE)),
+    "last": (_Number("the number of tokens", 128, 1, whole=True),),
 }
 
 DEFAULTS = {family: tuple(number.default for number in numbers) for family, numbers in _NUMBERS.items()}
@@ -120,6 +122,25 @@ class Reread:
 
 
 @dataclass(frozen=True)
+class Last:
+    """The prompts, and how many tokens of prompt and text are known at any place.
+
+    Attributes:
+        prompts: token ids, one a sequence.
+    """
+
+    tokens: int
+    prompts: Sequence[Sequence[int]]
+
+    def known(self, texts: Sequence[Sequence[int]], place: int) -> list[list[int]]:
+        """The tokens that are known after `place` tokens of each text."""
+        return [[*p, *text[:place]][-self.tokens :] for p, text in zip(self.prompts, texts, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> Self:
+        return replace(self, prompts=[self.prompts[row] for row in rows])
+
+
+@dataclass(frozen=True)
 class Between:
     """What happens to the state after every so many tokens: own x itself + share x another one.
 
@@ -148,6 +169,7 @@ class Start:
         delta: one a prompt; None: none.
         repeat: the prompt is read once more right before a question.
         reread, between: what is done while the text goes on, one of the two at most; None: nothing.
+        last: how little is known of prompt and text; None: all that the state has kept.
     """
 
     state: RecurrentState | None
@@ -155,10 +177,11 @@ class Start:
     repeat: bool = False
     reread: Reread | None = None
     between: Between | None = None
+    last: Last | None = None
 
     def select(self, rows: Sequence[int]) -> Self:
         """The starts of some prompts; rows may repeat."""
-        parts = {name: getattr(self, name) for name in ("state", "delta", "reread", "between")}
+        parts = {name: getattr(self, name) for name in ("state", "delta", "reread", "between", "last")}
         return replace(self, **{name: part and part.select(list(rows)) for name, part in parts.items()})
 
 
@@ -217,6 +240,8 @@ def _baseline(lm: LanguageModel, prompts: list[list[int]], family: str, numbers:
     """The start of one of `BASELINES`."""
     if family in _CHANGED:
         lm.check_fixed(_CHANGED[family])
+    if family == "last":
+        return Start(None, None, last=Last(*numbers, prompts))
     ids, valid = lm.encode_prompts([[*p, *p] for p in prompts] if family == "twice" else prompts)
     _, state = lm.step_through(ids, None, valid)
     base = Start(state, None)

@@ -118,6 +118,8 @@ def _read(lm: LanguageModel, begin: Start, items: list[Item], distances: list[in
         chosen = competing[:, at:distance].clone()
         if at == 0:
             chosen[:, :1] = False  # nothing that was read here tells the first
+        if before is None:
+            chosen[:] = False  # nothing says what each of these words was predicted from
         hit = torch.zeros_like(chosen)
         if chosen.any():
             hit[chosen] = lm.read_out(before[chosen]).argmax(-1) == body[:, at:distance][chosen]

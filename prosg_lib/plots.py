@@ -63,6 +63,7 @@ METHOD_STYLE = {
     "tuned": MethodStyle("state tuned", PALETTE["sky"], "d", "-."),
     "lora": MethodStyle("LoRA on the prompt", PALETTE["grey"], "X", "-."),
     "transformer": MethodStyle("transformer, looks back", PALETTE["black"], "+", ":"),
+    "last": MethodStyle("transformer, last tokens", PALETTE["sky"], "1", ":"),
 }
 
 

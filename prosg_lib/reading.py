@@ -28,7 +28,7 @@ class Stretch(NamedTuple):
         place: tokens of the text that were read by now.
         state: after them.
         before: for each of them the hidden state that it is predicted from, (B, T, D), zeros for the text's first; None
-            where there are none.
+            where there are none, or where the text is read anew at every place (`baselines.Last`).
     """
 
     place: int
@@ -43,6 +43,11 @@ def read(lm: LanguageModel, begin: Start, texts: Sequence[Sequence[int]], places
         texts: token ids, one text a prompt of the start.
         places: numbers of tokens, ascending; what a method reads again does not count.
     """
+    if begin.last is not None:
+        for place in places:
+            ids, valid = lm.encode_prompts(begin.last.known(texts, place))
+            yield Stretch(place, _through(lm, None, ids, None, valid, 0)[1], None)
+        return
     state, last, at = begin.state, None, 0
     for place in places:
         before = None

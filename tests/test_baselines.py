@@ -65,6 +65,7 @@ def test_names_and_numbers():
         ("reinject-8-1.5", "0 to 1"),
         ("lora-3-0", "learning rate"),
         ("twice-2", "unknown method"),
+        ("last-0", "it is 1 or more"),
         ("nothing", "unknown method"),
     ],
 )
@@ -93,6 +94,20 @@ def test_what_never_happens_leaves_the_plain_model(lm64, prompts, texts, name):
         for a, b in zip(memory(lm, one.state), memory(lm, other.state), strict=True):
             assert_close(a, b)
         assert_close(one.before, other.before, **CLOSE)
+
+
+@FAMILIES
+def test_only_the_last_tokens_are_known(lm, prompts, texts):
+    """At every place the state is that of the last N tokens of prompt and text, read alone from a blank state; with
+    room for all of them it is the plain model's."""
+    few, enough = start("last-50", lm, {}, prompts), start("last-500", lm, {}, prompts)
+    for place, found in zip((0, 3, 90), states_of(lm, few, texts, (0, 3, 90)), strict=True):
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            same(found.select([row]), lm.derive_state([[*prompt, *text[:place]][-50:]]))
+    plain = states_of(lm, start("base", lm, {}, prompts), texts)
+    same(states_of(lm, enough, texts)[0], plain[0])
+    (part,) = states_of(lm, few.select([1]), texts[1:2])
+    same(part, states_of(lm, few, texts)[0].select([1]))
 
 
 def test_the_prompt_is_read_again_at_line_ends():
