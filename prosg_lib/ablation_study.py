@@ -107,7 +107,7 @@ def measured(profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift 
     """Recall of all variants: what is kept and fits is taken, what is missing is trained and measured, and kept.
 
     Args:
-        seed: of the trainings; the language model is that of seed 0.
+        seed: of the language model and of the trainings, but for those of other seeds.
         retrain: take nothing that is shipped; what was measured here since `stages.forget` is taken.
         thrift: of what is trained.
     Returns:
@@ -116,7 +116,7 @@ def measured(profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift 
     Raises:
         UserError: unknown profile; a kept file that is damaged; diverged training.
     """
-    lm = stages.load_or_train("lm", profile, 0, retrain, thrift)
+    lm = stages.load_or_train("lm", profile, seed, retrain, thrift)
     found = [_kept_or_measured(variant, profile, lm, retrain, thrift) for variant in variants(profile, seed)]
     return pd.concat(found, ignore_index=True)
 

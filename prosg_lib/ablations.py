@@ -113,16 +113,24 @@ def checkpoint_name(spec: Ablation, profile: str, seed: int = 0) -> str:
     return f"rwkv4-dialogue-{spec.name}" + (f"-seed{seed}" if seed else "") + stages.ending(profile)
 
 
-def ablated(spec: Ablation, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> nn.Module:
-    """The trained generator of a specification, on the profile's own language model; loaded or trained.
+def ablated(
+    spec: Ablation,
+    profile: str,
+    seed: int = 0,
+    retrain: bool = False,
+    thrift: Thrift = PLENTY,
+    lm: LanguageModel | None = None,
+) -> nn.Module:
+    """The trained generator of a specification; loaded or trained.
 
     Args:
-        seed: of the generator and its dialogues; the model is that of seed 0.
+        seed: of the generator and its dialogues.
         retrain, thrift: as in `stages.load_or_train`.
+        lm: the language model that it is for; None: the profile's own, of seed 0.
     Raises:
         UserError: as `plan_of`; damaged checkpoint; diverged training.
     """
-    lm = stages.load_or_train("lm", profile, 0, retrain, thrift)
+    lm = lm or stages.load_or_train("lm", profile, 0, retrain, thrift)
     return stages.obtain(plan_of(spec, profile, lm, seed, thrift), profile, retrain)
 
 

@@ -34,7 +34,7 @@ def measured(
     lm: LanguageModel,
     generators: dict[str, Generator],
     methods: Iterable[str],
-    others: Mapping[str, LanguageModel] | None = None,
+    others: Mapping[str, tuple[LanguageModel, str]] | None = None,
     tokens: int = 128,
     distance: int = 512,
     answer: int = 12,
@@ -44,7 +44,7 @@ def measured(
 
     Args:
         methods: as in `baselines.start`, but for "wrong", which costs what "prosg-token" does.
-        others: name -> another model, as which its "base" is measured beside the methods: a transformer.
+        others: name -> another model, a transformer say, and its method, which needs no generator.
         tokens: of the prompt.
         distance: tokens of text that were read when tokens are timed.
         answer: tokens of an answer, over which "repeated" spreads its reading.
@@ -61,7 +61,7 @@ def measured(
         raise UserError("a cost is measured with at least 1 token of prompt, text and answer, and 1 round")
     keep_freed_memory()
     ways = {m: _Way(lm, m, generators, tokens, distance, answer) for m in methods}
-    ways |= {name: _Way(other, "base", {}, tokens, distance, answer) for name, other in (others or {}).items()}
+    ways |= {name: _Way(*other, {}, tokens, distance, answer) for name, other in (others or {}).items()}
     for number in range(_WARM_UP + rounds):
         for way in ways.values():
             way.once(keep=number >= _WARM_UP)

@@ -332,7 +332,7 @@ PROFILES = {
         static_training=Training(100, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         adapter=AdapterSize(32, _MAPS, 100.0),
         adapter_training=Training(500, 16, 1e-2, (3, 6), (0, 64), warmup=30),
-        evaluation=Evaluation(24, 12, 24, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
+        evaluation=Evaluation(24, 12, 24, (0, 1, 2, 3, 4), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
         pairs=PairSizes(
             TransformerConfig("llama", VOCAB, 128, 4, 384, 4),
             PairTraining(900, 32, 3e-3),
@@ -371,7 +371,7 @@ PROFILES = {
         static_training=Training(400, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         adapter=AdapterSize(32, _MAPS, 100.0),
         adapter_training=Training(1000, 64, 1e-3, (3, 6, 12, 24, 24), (0, 64, 256, 512), warmup=50),
-        evaluation=Evaluation(64, 32, 24, (0, 1, 2), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
+        evaluation=Evaluation(64, 32, 24, (0, 1, 2, 3, 4), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
         pairs=PairSizes(
             TransformerConfig("llama", VOCAB, 512, 12, 1536, 8),
             PairTraining(2000, 128, 5e-4),
