@@ -150,6 +150,10 @@ def _add_trained(whats) -> None:
         "mend": "the generator that transforms a prompt's true gradient",
         "pairs-recurrent": "the recurrent model that knows the tasks of context and query",
         "pairs-transformer": "the transformer that knows them",
+        "suite-recurrent": "the recurrent model that knows the established tests",
+        "suite-transformer": "the transformer that knows them",
+        "suite-token": "the token-wise generator for the recurrent one",
+        "suite-adapter": "an adapter for it, in which a real gradient step is taken",
         "ablation": "a generator that is another than the profile's in some respects",
         "ablations": "all generators of the study of ablations, and measures them",
         "way": "a way to take a context in, for one of those two or another model",
@@ -259,7 +263,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib import ablation_study, ablations, pair_stages, processes, stages, transformer_stages
+    from prosg_lib import ablation_study, ablations, pair_stages, processes, stages, suite_stages, transformer_stages
 
     processes.accelerator()
     profile, what = options.profile, options.what
@@ -277,6 +281,10 @@ def _train(options: argparse.Namespace) -> int:
         varied = ablations.Ablation.of(options.stage, options.set)
         name = ablations.checkpoint_name(varied, profile, options.seed)
         train = partial(ablations.ablated, varied)
+    elif what.startswith("suite-"):
+        part = what.removeprefix("suite-")
+        name = suite_stages.checkpoint_name(part, profile)
+        train = partial(suite_stages.suite_model if part in suite_stages.MODELS else suite_stages.suite_way, part)
     elif what.startswith("pairs-"):
         backbone = what.removeprefix("pairs-")
         name, train = pair_stages.model_name(backbone, profile), partial(pair_stages.pair_model, backbone)

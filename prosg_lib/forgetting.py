@@ -64,17 +64,17 @@ def settings(sizes: Forgetting, vocab: int) -> tuple[list[Setting], list[str]]:
     return found, left_out
 
 
-def problem_of(setting: Setting, material: Material, seed: int, number: int) -> Problem:
-    """Problem `number` of a cell and seed, of the test split."""
+def problem_of(setting: Setting, material: Material, seed: int, number: int, split: str = SPLIT) -> Problem:
+    """Problem `number` of a cell, split and seed; the material's prose is to be that split's."""
     match setting:
         case Copy():
-            return copy.problem(setting, material.tokenizer, SPLIT, seed, number)
+            return copy.problem(setting, material.tokenizer, split, seed, number)
         case Mqar():
-            return mqar.problem(setting, SPLIT, seed, number)
+            return mqar.problem(setting, split, seed, number)
         case Phonebook():
-            return phonebook.problem(setting, material.tokenizer, SPLIT, seed, number)
+            return phonebook.problem(setting, material.tokenizer, split, seed, number)
         case Passkey():
-            return passkey.problem(setting, material.tokenizer, material.prose, SPLIT, seed, number)
+            return passkey.problem(setting, material.tokenizer, material.prose, split, seed, number)
 
 
 def predicted(

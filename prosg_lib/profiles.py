@@ -227,6 +227,22 @@ class Forgetting:
 
 
 @dataclass(frozen=True)
+class SuiteSizes:
+    """Trainings on the established tests (`suite_stages`); the defaults are the cpu profile's.
+
+    Attributes:
+        recurrent, transformer: of the two language models; token, adapter: of what writes into the first one's weights.
+        longest: tokens of memory and rest that a cell which is trained on has at most.
+    """
+
+    recurrent: PairTraining = PairTraining(2000, 32, 2e-3)
+    transformer: PairTraining = PairTraining(2000, 32, 3e-3)
+    token: PairTraining = PairTraining(1500, 32, 2e-3)
+    adapter: PairTraining = PairTraining(400, 16, 1e-2)
+    longest: int = 300
+
+
+@dataclass(frozen=True)
 class Profile:
     """All sizes of one profile.
 
@@ -258,6 +274,7 @@ class Profile:
     autocast: bool = False
     forgetting: Forgetting = Forgetting()
     study: Study = Study()
+    suite: SuiteSizes = SuiteSizes()
 
     @property
     def supervised_training(self) -> Training:
@@ -318,6 +335,7 @@ PROFILES = {
         transformer_training=Training(40, 16, 3e-3, (2, 3, 4), (0, 32, 64), warmup=20),
         forgetting=Forgetting(4, (1, 5), ((64, 4), (128, 8)), (3, 5), (64, 128), (0.0, 0.5, 1.0)),
         study=Study(6, 8, (3,), (0, 32), groups=("basis", "rank", "maps")),
+        suite=SuiteSizes(*4 * (PairTraining(20, 8, 3e-3, warmup=5),), longest=150),
         supervised=SupervisedSize(8, 64, _MAPS),
         mend=TransformedSize(8, 20, _MAPS, 0.1),
     ),
@@ -405,6 +423,7 @@ PROFILES = {
             passkey=(256, 1024, 4096, 16384),
         ),
         study=Study(600, 128, (3, 6, 12), (0, 64, 256)),
+        suite=SuiteSizes(*3 * (PairTraining(6000, 128, 1e-3),), PairTraining(1000, 64, 1e-3), longest=1200),
     ),
 }
 

@@ -164,7 +164,9 @@ def test_every_shipped_model_loads_by_its_name():
         assert lm.tokenizer.vocab == lm.config.vocab == 2048
         own = {who for generator, who in made_for.items() if generator.startswith(f"{name}-")}
         assert own == (set() if name == "llama-dialogue" else {lm.fingerprint()})
-    with pytest.raises(UserError, match=r"there are: llama-dialogue, llama-pairs, mamba2-dialogue, rwkv4-dialogue, rwkv4-pairs\)"):
+    with pytest.raises(
+        UserError, match=r"there are: llama-dialogue, llama-pairs, mamba2-dialogue, rwkv4-dialogue, rwkv4-pairs\)"
+    ):
         load_model("rwkv4-dialogue-tokens")
 
 

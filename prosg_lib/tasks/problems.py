@@ -64,20 +64,24 @@ class ProblemBatch(Examples):
         memory: (B, M), left-padded.
         rest: (B, T), right-padded with zeros.
         judged: (B, T), True where the problem is judged.
+        gold: (B, T), what should be said there; 0 elsewhere.
     """
 
     memory: Rows
     rest: Tensor
     judged: Tensor
+    gold: Tensor
 
 
 def collate(problems: Sequence[Problem]) -> ProblemBatch:
     """Problems -> one batch."""
     rest = pad_sequence([torch.tensor(p.rest) for p in problems], batch_first=True)
-    judged = torch.zeros_like(rest, dtype=torch.bool)
-    for row, problem in zip(judged, problems, strict=True):
-        row[list(problem.judged)] = True
-    return ProblemBatch(left_padded([p.memory for p in problems]), rest, judged)
+    judged, gold = torch.zeros_like(rest, dtype=torch.bool), torch.zeros_like(rest)
+    for number, problem in enumerate(problems):
+        places = list(problem.judged)
+        judged[number, places] = True
+        gold[number, places] = torch.tensor(problem.gold)
+    return ProblemBatch(left_padded([p.memory for p in problems]), rest, judged, gold)
 
 
 def asked(
