@@ -249,12 +249,12 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from prosg_lib import forgetting
+    from prosg_lib import forgetting, suites
 
     if options.from_predictions is not None:
         if options.generator is not None:
             raise UserError("--generator goes with --model; predictions that are kept have theirs")
-        forgetting.recompute(options.from_predictions, options.out)
+        suites.recompute(options.from_predictions, options.out)
     else:
         how = (options.model, options.generator, options.profile, options.seed, options.items, options.out)
         forgetting.evaluate(*how, command=shlex.join(["prosg", *options.words]))

@@ -1,13 +1,14 @@
 """Recall against distance: every method on the same prompts, texts and questions, with intervals.
 
 For each prompt one text of the largest distance is read once per method; at every distance the state is copied and
-each question asked from the copy. A question is answered greedily, as a user would see it, and judged as text.
+each question asked from the copy. A question is answered greedily, as a user would see it, and judged as text: what a
+method said (`Answers`) is one thing, and how it is judged (`judged`) another, so that kept answers can be judged again.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -23,6 +24,7 @@ from prosg_lib.baselines import Start, start
 from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
 from prosg_lib.lowrank import LowRankDelta
+from prosg_lib.predictions import Answers
 from prosg_lib.profiles import Evaluation
 from prosg_lib.state import RecurrentState
 from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Item, Shape, judge
@@ -32,7 +34,6 @@ _RESAMPLES = 2000
 _AT_ONCE = 32  # questions to a model whose state grows, at a time: each has a copy of all that was read
 
 
-@torch.no_grad()
 def measure(
     lm: LanguageModel,
     generators: dict[str, Generator],
@@ -50,47 +51,45 @@ def measure(
         distances: tokens between prompt and question.
         facts, prompts, probes: facts a prompt, number of prompts, questions a prompt (at most one a fact).
     Returns:
-        One row a method, distance and prompt: recall and followed (shares of the questions answered right, of the
-        instructions kept), asked and competing (words of answers about other people in the text since the distance
-        before, and the share of them that the model puts first; NaN where there were none).
+        As `judged`.
     """
     items = data.items(prompts, _shape(facts, distances, probes))
-    return _measured(lm, generators, methods, data, items, distances)
+    return judged(_answered(lm, generators, methods, data, items, distances))
 
 
 def _shape(facts: int, distances: Sequence[int], probes: int) -> Shape:
     return Shape(facts, max(distances), min(probes, facts), instructions=2)
 
 
-def _measured(
-    lm: LanguageModel,
-    generators: dict[str, Generator],
-    methods: Iterable[str],
-    data: Dialogues,
-    items: list[Item],
-    distances: Sequence[int],
-) -> pd.DataFrame:
-    """`measure` on given items."""
+def judged(answers: Iterable[Answers]) -> pd.DataFrame:
+    """What was said, judged (`tasks.dialogue.judge`).
+
+    Returns:
+        One row a method, distance, facts, seed and prompt: recall and followed (shares of the questions answered right,
+        of the instructions kept; NaN where there were none), asked and competing (words of answers about other people
+        in the text since the distance before, and the share of them that the model puts first; NaN where there were
+        none).
+    """
     rows = []
-    for method, distance, answers, asked, right in _answered(lm, generators, methods, data, items, distances):
-        for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
-            verdicts = [judge(text, p, item.instructions) for text, p in zip(texts, item.probes, strict=True)]
-            rows.append(
-                {
-                    "method": method,
-                    "distance": distance,
-                    "facts": len(item.facts),
-                    "seed": data.seed,
-                    "prompt": number,
-                    "recall": float(np.mean([v.recalled for v in verdicts])),
-                    "followed": float(np.mean([v.followed for v in verdicts])),
-                    "asked": asked[number],
-                    "competing": right[number] / asked[number] if asked[number] else float("nan"),
-                }
-            )
+    for row in answers:
+        verdicts = [judge(text, value, row.instructions) for text, value in zip(row.predicted, row.gold, strict=True)]
+        rows.append(
+            {
+                "method": row.method,
+                "distance": row.distance,
+                "facts": row.facts,
+                "seed": row.seed,
+                "prompt": row.prompt,
+                "recall": float(np.mean([v.recalled for v in verdicts])),
+                "followed": float(np.mean([v.followed for v in verdicts])) if row.instructions else float("nan"),
+                "asked": row.asked,
+                "competing": row.right / row.asked if row.asked else float("nan"),
+            }
+        )
     return pd.DataFrame(rows)
 
 
+@torch.no_grad()
 def _answered(
     lm: LanguageModel,
     generators: dict[str, Generator],
@@ -98,14 +97,27 @@ def _answered(
     data: Dialogues,
     items: list[Item],
     distances: Sequence[int],
-):
-    """Every method reads every item's text once; yields at each distance, nearest first: (method, distance, the answers
-    to every item's questions there, and the two counts of `_read`)."""
+) -> Iterator[Answers]:
+    """What every method says, which reads every item's text once, at each distance, nearest first, item by item."""
     encoded = [list(data.encode_prompt(item)) for item in items]
     for method in methods:
         begin = start(method, lm, generators, encoded)
         for distance, state, asked, right in _read(lm, begin, items, sorted(set(distances))):
-            yield method, distance, _ask(lm, data, items, encoded, begin, state, distance), asked, right
+            said = _ask(lm, data, items, encoded, begin, state, distance)
+            for number, item in enumerate(items):
+                yield Answers(
+                    method=method,
+                    distance=distance,
+                    facts=len(item.facts),
+                    seed=data.seed,
+                    prompt=number,
+                    instructions=item.instructions,
+                    questions=tuple(p.question for p in item.probes),
+                    gold=tuple(p.fact.value for p in item.probes),
+                    predicted=tuple(said[number]),
+                    asked=asked[number],
+                    right=right[number],
+                )
 
 
 def _read(lm: LanguageModel, begin: Start, items: list[Item], distances: list[int]):
@@ -165,16 +177,14 @@ def recall_alone(lm: LanguageModel, delta: LowRankDelta | None, data: Dialogues,
         (items,).
     """
     prompts = [list(data.encode_prompt(item)) for item in items]
-    answers = _ask(lm, data, items, prompts, Start(None, delta), None, 0)
-    return np.array(
-        [
-            np.mean([judge(text, p, item.instructions).recalled for text, p in zip(texts, item.probes, strict=True)])
-            for item, texts in zip(items, answers, strict=True)
-        ]
-    )
+    said = _ask(lm, data, items, prompts, Start(None, delta), None, 0)
+    verdicts = [
+        [judge(text, probe.fact.value, item.instructions) for text, probe in zip(texts, item.probes, strict=True)]
+        for item, texts in zip(items, said, strict=True)
+    ]
+    return np.array([np.mean([v.recalled for v in row]) for row in verdicts])
 
 
-@torch.no_grad()
 def knowledge(
     lm: LanguageModel,
     generators: dict[str, Generator],
@@ -195,25 +205,24 @@ def knowledge(
     """
     items = data.items(prompts, Shape(facts, max(distances), facts, instructions=2))
     rows = []
-    for method, distance, answers, _, _ in _answered(lm, generators, methods, data, items, distances):
-        for number, (item, texts) in enumerate(zip(items, answers, strict=True)):
-            for probe, text in sorted(
-                zip(item.probes, texts, strict=True), key=lambda pair: item.facts.index(pair[0].fact)
-            ):
-                verdict = judge(text, probe, item.instructions)
-                rows.append(
-                    {
-                        "method": method,
-                        "distance": distance,
-                        "prompt": number,
-                        "slot": probe.fact.slot,
-                        "value": probe.fact.value,
-                        "question": probe.question,
-                        "answer": text.strip(),
-                        "right": verdict.recalled,
-                        "followed": verdict.followed,
-                    }
-                )
+    for row in _answered(lm, generators, methods, data, items, distances):
+        item = items[row.prompt]
+        said = zip(item.probes, row.predicted, strict=True)
+        for probe, text in sorted(said, key=lambda pair: item.facts.index(pair[0].fact)):
+            verdict = judge(text, probe.fact.value, row.instructions)
+            rows.append(
+                {
+                    "method": row.method,
+                    "distance": row.distance,
+                    "prompt": row.prompt,
+                    "slot": probe.fact.slot,
+                    "value": probe.fact.value,
+                    "question": probe.question,
+                    "answer": text.strip(),
+                    "right": verdict.recalled,
+                    "followed": verdict.followed,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -227,10 +236,27 @@ def sweep(
     facts: Sequence[int] | None = None,
     distances: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    """`measure` over the seeds and numbers of facts of a profile's sizes; data_of(split, seed) -> Dialogues.
+    """`measure` over the seeds and numbers of facts of a profile's sizes: `answers`, `judged`."""
+    return judged(answers(lm, generators, methods, split, sizes, data_of, facts, distances))
+
+
+def answers(
+    lm: LanguageModel,
+    generators: dict[str, Generator],
+    methods: Iterable[str],
+    split: str,
+    sizes: Evaluation,
+    data_of: Callable[[str, int], Dialogues],
+    facts: Sequence[int] | None = None,
+    distances: Sequence[int] | None = None,
+) -> list[Answers]:
+    """What every method says, over the seeds and numbers of facts of a profile's sizes.
 
     `sizes.prompts` prompts a seed with the main number of facts, `sizes.other_prompts` with the others. Of several
-    processes (`accelerate launch`) each measures a share, and all return all of it, as one alone would.
+    processes (`accelerate launch`) each asks a share, and all return all of it, as one alone would.
+
+    Args:
+        data_of: (split, seed) -> Dialogues.
     """
     distances = distances or sizes.distances
 
@@ -239,12 +265,12 @@ def sweep(
         data, prompts = data_of(split, seed), sizes.prompts if k == sizes.main_facts else sizes.other_prompts
         return data, data.items(prompts, _shape(k, distances, sizes.probes))
 
-    def measured(unit: tuple[int, int, str]) -> pd.DataFrame:
+    def said(unit: tuple[int, int, str]) -> list[Answers]:
         k, seed, method = unit
-        return _measured(lm, generators, [method], *drawn(k, seed), distances)
+        return list(_answered(lm, generators, [method], *drawn(k, seed), distances))
 
     units = list(product(facts or sizes.facts, sizes.seeds, methods))
-    return pd.concat(processes.shared(units, measured), ignore_index=True)
+    return [row for rows in processes.shared(units, said) for row in rows]
 
 
 @dataclass(frozen=True)

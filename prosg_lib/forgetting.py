@@ -1,7 +1,7 @@
 """The established tests of memory, every method on the same problems: `prosg evaluate --suite forgetting`.
 
 Copying, multi-query associative recall, phone books and passkeys (`tasks`), in the sizes of a profile. What is kept is
-what every method said to every problem; all numbers and figures are computed from that file alone (`recompute`).
+what every method said to every problem; all numbers and figures are computed from that file alone (`suites`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from prosg_lib import forgetting_report, predictions, provenance
+from prosg_lib import predictions, provenance
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
@@ -22,6 +22,7 @@ from prosg_lib.predictions import Prediction
 from prosg_lib.problem_evaluation import answered, methods_of
 from prosg_lib.profiles import Forgetting, get_profile
 from prosg_lib.stages import own_generator
+from prosg_lib.suites import output_folder, recompute
 from prosg_lib.tasks import copy, mqar, passkey, phonebook
 from prosg_lib.tasks.copy import Copy
 from prosg_lib.tasks.mqar import Mqar
@@ -176,25 +177,3 @@ def evaluate(
     }
     predictions.write(folder / FILE, header, found)
     recompute(folder / FILE, folder)
-
-
-def recompute(file: str | Path, out: str | Path) -> None:
-    """All numbers, the page and the figures, from a file of predictions alone.
-
-    Raises:
-        UserError: the file is missing, damaged or of another suite; nothing is written then.
-    """
-    folder = output_folder(out)
-    header, found = predictions.read(file)
-    if header["suite"] != SUITE:
-        raise UserError(f"{file} is of the suite {header['suite']!r}; there is {SUITE}")
-    forgetting_report.write(folder, header, found)
-
-
-def output_folder(out: str | Path) -> Path:
-    """A UserError where the name is a file's."""
-    folder = Path(out).expanduser().resolve()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"{there} is a file; name a folder that results can be written to")
-    return folder

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from prosg_lib import plots
-from prosg_lib.evaluate import Estimate
 from prosg_lib.plots import METHOD_STYLE, PALETTE, MethodStyle
+from prosg_lib.suite_pages import estimate_of
 
 STYLES = METHOD_STYLE | {
     "adapter": MethodStyle("gradient step", PALETTE["purple"], "p", "-"),
@@ -41,19 +40,13 @@ def figures(found: Mapping) -> dict[str, tuple[str, bytes]]:
             task: _map(part) if task == "passkey" else _lines(part, *_LINES[task])
             for task, part in found["tasks"].items()
         }
-        return {task: (alt, _png(figure)) for task, (alt, figure) in drawn.items()}
-
-
-def _png(figure: Figure) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()
+        return {task: (alt, plots.png(figure)) for task, (alt, figure) in drawn.items()}
 
 
 def _lines(part: Mapping, setting: str, x: str, y: str) -> tuple[str, Figure]:
     methods = list(part["overall"]["methods"])
     places = [cell["cell"][setting] for cell in part["cells"]]
-    cells = [[_estimate(cell["methods"][m]) for cell in part["cells"]] for m in methods]
+    cells = [[estimate_of(cell["methods"][m]) for cell in part["cells"]] for m in methods]
     table = pd.DataFrame(cells, index=methods, columns=places)
     figure = Figure(figsize=(7.0, 4.2))
     ax = figure.subplots()
@@ -67,10 +60,6 @@ def _lines(part: Mapping, setting: str, x: str, y: str) -> tuple[str, Figure]:
         f"{label(m)} {table.loc[m].iloc[0].value:.2f} and {table.loc[m].iloc[-1].value:.2f}" for m in methods
     )
     return f"{part['title']}, {y} by {x}, at {places[0]:,} and at {places[-1]:,}: {ends}.", figure
-
-
-def _estimate(found: Mapping[str, float]) -> Estimate:
-    return Estimate(found["value"], found["low"], found["high"])
 
 
 def _map(part: Mapping) -> tuple[str, Figure]:

@@ -6,19 +6,18 @@ passkey). Intervals are bootstraps over items, paired where methods are compared
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from prosg_lib import files, power
+from prosg_lib import power, suite_pages
 from prosg_lib.errors import UserError
 from prosg_lib.evaluate import resampled
 from prosg_lib.forgetting_figures import figures, label
 from prosg_lib.predictions import Prediction
+from prosg_lib.suite_pages import TEST, detectable, grid, number, said, size
 
 
 class Task(NamedTuple):
@@ -64,14 +63,14 @@ def results(header: Mapping, predictions: Sequence[Prediction]) -> dict:
             "cells": [_cell(dict(cell), methods, scores) for cell, scores in cells],
             "overall": {"items": pooled.shape[1], "methods": _means(methods, pooled)},
             "against": {},
-            "power": {"cell": _power(cells[0][1]), "any": _power(pooled), "seen": {}},
+            "power": {"cell": detectable(cells[0][1].shape[1]), "any": detectable(pooled.shape[1]), "seen": {}},
         }
         if "base" in methods:
             base = pooled[methods.index("base")]
             for method, row in zip(methods, pooled, strict=True):
                 if method != "base":
-                    found["against"][method] = _estimate(resampled((row - base)[None], lambda means: means[0]))
-                    found["power"]["seen"][method] = _power(pooled, float((row - base).std(ddof=1)))
+                    found["against"][method] = number(resampled((row - base)[None], lambda means: means[0]))
+                    found["power"]["seen"][method] = detectable(pooled.shape[1], float((row - base).std(ddof=1)))
         if task == "copy":
             found["largest"] = {m: _largest(m, found["cells"]) for m in methods}
         tasks[task] = found
@@ -112,16 +111,7 @@ def _cell(cell: dict, methods: Sequence[str], scores: np.ndarray) -> dict:
 
 
 def _means(methods: Sequence[str], scores: np.ndarray) -> dict[str, dict]:
-    return {m: _estimate(resampled(row[None], lambda means: means[0])) for m, row in zip(methods, scores, strict=True)}
-
-
-def _estimate(found) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else round(value, 6) for name, value in asdict(found).items()}
-
-
-def _power(scores: np.ndarray, deviation: float | None = None) -> float | None:
-    found = power.smallest_difference(scores.shape[1], deviation)
-    return None if found is None else round(found, 6)
+    return {m: number(resampled(row[None], lambda means: means[0])) for m, row in zip(methods, scores, strict=True)}
 
 
 def _largest(method: str, cells: Sequence[dict]) -> dict[str, int]:
@@ -141,14 +131,7 @@ def write(folder: str | Path, header: Mapping, predictions: Sequence[Prediction]
     found = results(header, predictions)
     images = figures(found)
     page = markdown(found, {name: alt for name, (alt, _) in images.items()})
-
-    def fill(place: Path) -> None:
-        files.write_json(place / "results.json", found)
-        files.write_text(place / "results.md", page)
-        for name, (_, image) in images.items():
-            files.write_bytes(place / f"{name}.png", image)
-
-    files.write_folder(folder, fill)
+    suite_pages.write(folder, found, page, {name: image for name, (_, image) in images.items()})
 
 
 def markdown(found: Mapping, alts: Mapping[str, str]) -> str:
@@ -158,17 +141,7 @@ def markdown(found: Mapping, alts: Mapping[str, str]) -> str:
         found: of `results`. alts: of the figures, by name; those that are there are shown.
     """
     header = found["header"]
-    with_what = f" with `{header['generator']}`" if header.get("generator") else ""
-    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-    lines = [
-        f"# {header['suite'].capitalize()}: `{header['model']}`{with_what}",
-        "",
-        f"`{header['command']}`",
-        "",
-        f"Model {header['fingerprint']}; seeds {', '.join(map(str, header['seeds']))}, {header['items']} items a cell "
-        f"and seed; {header['device']}; {versions}. In brackets: 95 % bootstrap intervals over items.",
-        "",
-    ]
+    lines = suite_pages.heading(header, f"{header['items']} items a cell and seed", "items")
     for reason in header.get("left_out", ()):
         lines += [f"Left out: {reason}.", ""]
     for task, part in found["tasks"].items():
@@ -186,37 +159,27 @@ def _tables(part: Mapping) -> list[str]:
     methods = list(part["overall"]["methods"])
     heads = [label(m) for m in methods]
     rows = [
-        [name, *(_said(cell["methods"][m]) for m in methods)] for name, cell in zip(names, part["cells"], strict=True)
+        [name, *(said(cell["methods"][m]) for m in methods)] for name, cell in zip(names, part["cells"], strict=True)
     ]
-    rows.append(["**all**", *(_said(part["overall"]["methods"][m]) for m in methods)])
+    rows.append(["**all**", *(said(part["overall"]["methods"][m]) for m in methods)])
     if part["against"]:
-        rows.append(["minus plain model", *(_said(part["against"].get(m)) for m in methods)])
-    return _grid(["", *heads], rows)
-
-
-def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows)]
-
-
-def _said(estimate: Mapping[str, float | None] | None) -> str:
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+        rows.append(["minus plain model", *(said(part["against"].get(m)) for m in methods)])
+    return grid(["", *heads], rows)
 
 
 def _largest_table(largest: Mapping[str, Mapping[str, int]]) -> list[str]:
     rows = [[f"most words with {float(bar):.0%} right", *(str(found[f"{bar:g}"]) for found in largest.values())]
             for bar in BARS]  # fmt: skip
-    return _grid(["", *map(label, largest)], rows)
+    return grid(["", *map(label, largest)], rows)
 
 
 def _power_sentence(part: Mapping) -> str:
     cell, items = part["cells"][0]["items"], part["overall"]["items"]
     seen = [value for value in part["power"]["seen"].values() if value]
     text = (
-        f"What the items can show (paired t-test, two-sided {power.LEVEL:.0%}, power {power.POWER:.0%}): between two "
-        f"methods a difference of {_size(part['power']['cell'])} in one cell ({cell} items) and of "
-        f"{_size(part['power']['any'])} over all of them ({items} items), whatever the answers are"
+        f"What the items can show ({TEST}): between two methods a difference of {size(part['power']['cell'])} in one "
+        f"cell ({cell} items) and of {size(part['power']['any'])} over all of them ({items} items), whatever the "
+        "answers are"
     )
     if seen:
         text += (
@@ -227,7 +190,3 @@ def _power_sentence(part: Mapping) -> str:
     return (
         f"{text}. Where all {cell} items of a cell scored alike, up to {other:.2f} of all there are may still differ."
     )
-
-
-def _size(difference: float | None) -> str:
-    return "no size" if difference is None else f"{difference:.2f}"

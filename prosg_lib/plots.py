@@ -105,6 +105,13 @@ def style() -> Iterator[None]:
         yield
 
 
+def png(fig: Figure) -> bytes:
+    """The figure as an image; the same figure gives the same bytes."""
+    image = io.BytesIO()
+    fig.savefig(image, format="png", dpi=150)
+    return image.getvalue()
+
+
 def save_figure(fig: Figure, name: str, alt: str, claims: Sequence[str] = ()) -> Path:
     """Writes runs/<profile>/figures/<name>.png and beside it <name>.json, which says where the figure came from.
 
@@ -123,10 +130,8 @@ def save_figure(fig: Figure, name: str, alt: str, claims: Sequence[str] = ()) ->
         raise UserError(f"{name!r} cannot name a figure: give a plain file name without folder and suffix.")
     if not alt.strip():
         raise UserError(f"Figure {name!r} has no alt text; say in words what it shows.")
-    image = io.BytesIO()
-    fig.savefig(image, format="png", dpi=150)
     folder = paths.runs_dir(context.profile) / "figures"
-    files.write_bytes(folder / f"{name}.png", image.getvalue())
+    files.write_bytes(folder / f"{name}.png", png(fig))
     files.write_json(
         folder / f"{name}.json",
         {

@@ -9,7 +9,7 @@ import torch
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks import dialogue
-from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Dialogues, Fact, Probe, Shape, Verdict, collate, judge
+from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Dialogues, Fact, Shape, Verdict, collate, judge
 from prosg_lib.tasks.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.tokenizer import load_tokenizer
 
@@ -78,7 +78,7 @@ def test_probes_ask_for_facts_of_the_prompt(split):
             assert probe.fact in item.facts
             assert probe.question in asked(probe.fact.slot, None, split)
             assert probe.answer == dialogue.full_answer(probe.fact.value, item.instructions)
-            assert judge(probe.answer, probe, item.instructions) == Verdict(True, 1.0)
+            assert judge(probe.answer, probe.fact.value, item.instructions) == Verdict(True, 1.0)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -216,7 +216,7 @@ def test_richer_training_words_the_same_dialogues_otherwise():
         assert rich.encode_prompt(item) == rich.tokenizer.encode(item.prompt)
         for probe in item.probes:
             assert dialogue.words()["slots"][probe.fact.slot]["noun"] in probe.question
-            assert judge(probe.answer, probe, item.instructions) == Verdict(True, 1.0)
+            assert judge(probe.answer, probe.fact.value, item.instructions) == Verdict(True, 1.0)
     prompts = {item.prompt for item in items}
     for split in SPLITS:
         assert not prompts & {item.prompt for item in many(split, 200)}
@@ -270,7 +270,6 @@ def test_training_sees_every_value():
 
 # What an answer is worth
 
-OSLO = Probe(Fact("home", "Oslo"), "What is my home town?", "Well, Oslo, captain, over.")
 ORDERS = {"opener": "Well", "address": "captain", "closer": "over"}
 
 
@@ -302,15 +301,14 @@ ORDERS = {"opener": "Well", "address": "captain", "closer": "over"}
 )
 def test_judge(said, orders, recalled, followed):
     """The value and nothing else but instruction words; every instructed word in its own place."""
-    verdict = judge(said, OSLO, orders)
+    verdict = judge(said, "Oslo", orders)
     assert verdict.recalled is recalled
     assert verdict.followed == (followed if followed is None else pytest.approx(followed))
 
 
 def test_judge_takes_a_value_of_several_words():
-    probe = Probe(Fact("", "Oslo, Norway"), "Where?", "Oslo, Norway, captain.")
-    assert judge("Oslo, Norway, captain.", probe, {"address": "captain"}) == Verdict(True, 1.0)
-    assert not judge("Oslo, captain.", probe, {"address": "captain"}).recalled
+    assert judge("Oslo, Norway, captain.", "Oslo, Norway", {"address": "captain"}) == Verdict(True, 1.0)
+    assert not judge("Oslo, captain.", "Oslo, Norway", {"address": "captain"}).recalled
 
 
 def test_no_value_is_an_instruction_word():

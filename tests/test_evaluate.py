@@ -396,6 +396,12 @@ def test_locality_pools_words_and_not_shares():
     assert locality(frame, "base").value == 1
 
 
+def test_nobody_asked_nothing_lost():
+    """Where no text asks about other people, as at distance 0, there is no ratio."""
+    frame = made({"base": [[1.0]], "none": [[0.0]]}, distances=(0,), asked={"base": [[0]], "none": [[0]]})
+    assert math.isnan(locality(frame.assign(competing=math.nan), "none").value)
+
+
 def test_by_distance_is_a_table_of_estimates():
     """One row a method in the order given, one column a distance in rising order."""
     frame = made({"base": [[1.0], [0.5], [0.0]], "none": [[0.0], [0.0], [0.0]]}, distances=(256, 0, 64))

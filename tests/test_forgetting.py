@@ -10,10 +10,11 @@ from prosg_lib import cli, forgetting, predictions, profiles
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.errors import UserError
-from prosg_lib.forgetting import FILE, Material, evaluate, predicted, problem_of, recompute, settings
+from prosg_lib.forgetting import FILE, Material, evaluate, predicted, problem_of, settings
 from prosg_lib.generator import TokenGenerator
 from prosg_lib.profiles import PROFILES, Forgetting
 from prosg_lib.state import RecurrentState
+from prosg_lib.suites import recompute
 from prosg_lib.tasks import mqar
 from prosg_lib.tasks.prose import SPLITS, Prose, ProseTokens, own_sentences
 
@@ -206,12 +207,12 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, line, sa
 
 
 def test_predictions_of_another_suite(tmp_path):
-    """Are not this one's."""
+    """Are refused where it is none that is known."""
     evaluate("some", None, "tiny", (0,), 2, tmp_path / "out", "")
     header, found = predictions.read(tmp_path / "out" / FILE)
     kept = {k: v for k, v in header.items() if k not in ("kind", "version", "rows")}
     predictions.write(tmp_path / "other.gz", kept | {"suite": "recall"}, found)
-    with pytest.raises(UserError, match="of the suite 'recall'; there is forgetting"):
+    with pytest.raises(UserError, match="line 1: the suite 'recall' is not known; there are forgetting, dialogue"):
         recompute(tmp_path / "other.gz", tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

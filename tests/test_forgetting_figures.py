@@ -2,7 +2,7 @@
 
 import pytest
 
-from prosg_lib import forgetting_figures
+from prosg_lib import plots
 from prosg_lib.forgetting_figures import STYLES, figures, label
 from prosg_lib.problem_evaluation import METHODS as MORE
 from prosg_lib.problem_evaluation import methods_of
@@ -37,8 +37,8 @@ def found():
 def drawn(found, monkeypatch):
     """task -> the figure, before it became an image."""
     kept = []
-    png = forgetting_figures._png
-    monkeypatch.setattr(forgetting_figures, "_png", lambda figure: kept.append(figure) or png(figure))
+    png = plots.png
+    monkeypatch.setattr(plots, "png", lambda figure: kept.append(figure) or png(figure))
     figures(found)
     return dict(zip(CELLS, kept, strict=True))
 

@@ -60,7 +60,7 @@ def test_the_shipped_sample_reads_back():
         assert [(p.question, p.answer, p.fact.value) for p in item.probes] == [
             (p["question"], p["answer"], p["value"]) for p in made["probes"]
         ]
-        assert all(judge(p.answer, p, item.instructions) == Verdict(True, 1.0) for p in item.probes)
+        assert all(judge(p.answer, p.fact.value, item.instructions) == Verdict(True, 1.0) for p in item.probes)
 
 
 def test_one_split_of_a_file():
@@ -96,7 +96,7 @@ def test_words_of_ones_own(tmp_path):
         instructions={"opener": "Arr", "address": "matey"},
     )
     (item,) = read(write(tmp_path, own))
-    assert judge("Arr, Oslo, Norway, matey.", item.probes[0], item.instructions) == Verdict(True, 1.0)
+    assert judge("Arr, Oslo, Norway, matey.", item.probes[0].fact.value, item.instructions) == Verdict(True, 1.0)
 
 
 def test_marks_and_line_ends_of_windows(tmp_path):

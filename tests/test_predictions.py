@@ -10,7 +10,7 @@ import pytest
 
 from prosg_lib import predictions
 from prosg_lib.errors import UserError
-from prosg_lib.predictions import Prediction, read, write
+from prosg_lib.predictions import Answers, Prediction, read, write
 
 HEADER = {
     "suite": "forgetting",
@@ -30,11 +30,26 @@ FOUND = [
     for method in ("base", "none")
 ]
 
+TALK = {k: v for k, v in HEADER.items() if k != "items"} | {"suite": "dialogue", "profile": "smoke", "split": "test"}
+SAID = [
+    Answers(
+        method, distance, 6, 0, 1, {"closer": "over"}, ("Where?", "Who?"), ("Oslo", "Ä"), (" Oslo, over.", ""), 3, 2
+    )
+    for method in ("base", "none")
+    for distance in (0, 64)
+]
+
 
 @pytest.fixture
 def path(tmp_path):
     write(tmp_path / "a.jsonl.gz", HEADER, FOUND)
     return tmp_path / "a.jsonl.gz"
+
+
+@pytest.fixture
+def talk(tmp_path):
+    write(tmp_path / "talk.jsonl.gz", TALK, SAID)
+    return tmp_path / "talk.jsonl.gz"
 
 
 def lines(path):
@@ -71,6 +86,17 @@ def test_lines_are_as_documented(path):
     assert list(first) == ["task", "cell", "seed", "item", "method", "gold", "predicted", "right"]
     assert first["cell"] == {"length": 64, "depth": 0.5}
     assert first["right"] is True
+
+
+def test_answers_come_back(talk):
+    """Texts as they were generated, empty ones too; nothing in a line says what they are worth."""
+    header, found = read(talk)
+    assert {name: header[name] for name in TALK} == TALK
+    assert found == SAID
+    first = lines(talk)[1]
+    assert list(first)[:6] == ["method", "distance", "facts", "seed", "prompt", "instructions"]
+    assert list(first)[6:] == ["questions", "gold", "predicted", "asked", "right"]
+    assert (first["gold"], first["predicted"], first["asked"]) == (["Oslo", "Ä"], [" Oslo, over.", ""], 3)
 
 
 def test_wherever_it_is_cut_or_damaged_it_is_refused(path):
@@ -115,6 +141,11 @@ def test_missing_or_foreign_files(tmp_path):
         ({"methods": "base"}, "line 1: the header's methods"),
         ({"rows": True}, "line 1: the header's rows"),
         ({"rows": 9}, "speaks of 9 rows, and there are 8"),
+        ({"items": None}, "line 1: the header's items"),
+        ({"methods": [1]}, "line 1: the header's methods are not names"),
+        ({"suite": "riddles"}, "line 1: the suite 'riddles' is not known; there are forgetting, dialogue"),
+        ({"suite": "dialogue"}, "line 1: the header's profile"),
+        ({"suite": "dialogue", "profile": "", "split": ""}, "line 2, column 'task': unknown column"),
     ],
 )
 def test_a_changed_header(path, change, said):
@@ -145,6 +176,42 @@ def test_a_changed_row(path, change, said):
     rewrite(path, [header, first | change, *rows])
     with pytest.raises(UserError, match=rf"line 2.*{said}"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"recall": 1.0}, "'recall': unknown column"),
+        ({"method": 1}, "'method': text was expected"),
+        ({"distance": -1}, "'distance': a whole number was expected, 0 or more"),
+        ({"facts": 0}, "'facts': a whole number was expected, 1 or more"),
+        ({"seed": 0.5}, "'seed': a whole number was expected"),
+        ({"prompt": True}, "'prompt': a whole number"),
+        ({"right": 4}, "'right': more than the 3 that were asked"),
+        ({"instructions": ["over"]}, "'instructions': an object was expected"),
+        ({"instructions": {"tone": "kind"}}, "'instructions.tone': unknown kind"),
+        ({"instructions": {"closer": 1}}, "'instructions.closer': text was expected"),
+        ({"questions": []}, "'questions': a list of texts"),
+        ({"gold": "Oslo"}, "'gold': a list of texts"),
+        ({"gold": ["Oslo", ""]}, "'gold': empty"),
+        ({"predicted": ["Oslo"]}, "'predicted': not as many texts"),
+        ({"predicted": ["Oslo", 1]}, "'predicted': text was expected"),
+    ],
+)
+def test_changed_answers(talk, change, said):
+    """The message has the line and the column here, too."""
+    header, first, second, *rows = lines(talk)
+    rewrite(talk, [header, first, second | change, *rows])
+    with pytest.raises(UserError, match=rf"line 3.*{said}"):
+        read(talk)
+
+
+def test_a_prompt_is_asked_about_once(talk):
+    """By the same method at the same distance; another distance is another row."""
+    header, first, second, *rows = lines(talk)
+    rewrite(talk, [header, first, second | {"distance": first["distance"]}, *rows])
+    with pytest.raises(UserError, match="line 3: the same item"):
+        read(talk)
 
 
 def test_other_rows_than_there_should_be(path):

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 
@@ -194,8 +194,8 @@ class Verdict:
     followed: float | None
 
 
-def judge(generated: str, probe: Probe, instructions: dict[str, str]) -> Verdict:
-    """Compare a generated answer with the right one.
+def judge(generated: str, value: str, instructions: Mapping[str, str]) -> Verdict:
+    """Compare a generated answer with the right value and the prompt's instructions, the word by kind.
 
     Recall is an exact match: what the answer says besides instruction words must be the value and nothing else. An
     instruction is followed where its word stands in its place: the opener first, the closer last, the address after
@@ -208,7 +208,7 @@ def judge(generated: str, probe: Probe, instructions: dict[str, str]) -> Verdict
     address = parts.pop() if parts and parts[-1] in spoken["address"] else None
     said = {"opener": opener, "address": address, "closer": closer}
     followed = [said[kind] == word for kind, word in instructions.items()]
-    return Verdict(", ".join(parts) == probe.fact.value, sum(followed) / len(followed) if followed else None)
+    return Verdict(", ".join(parts) == value, sum(followed) / len(followed) if followed else None)
 
 
 @dataclass(frozen=True)

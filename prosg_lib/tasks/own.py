@@ -89,7 +89,7 @@ def _row(place: Place, row: dict) -> dict:
         raise place.error(f"unknown split {row['split']!r}; write one of {', '.join(SPLITS)}", "split")
     check_text(place, "prompt", row["prompt"])
     check_text(place, "body", row["body"], empty=True)
-    _check_instructions(place, row["instructions"])
+    check_instructions(place, row["instructions"])
     if not isinstance(row["probes"], list) or not row["probes"]:
         raise place.error("a list of one question or more was expected; write [{...}, ...]", "probes")
     for i, probe in enumerate(row["probes"]):
@@ -97,7 +97,8 @@ def _row(place: Place, row: dict) -> dict:
     return row
 
 
-def _check_instructions(place: Place, value) -> None:
+def check_instructions(place: Place, value) -> None:
+    """A UserError unless the value is an object of instructions: a word, in one line, by kind."""
     if not isinstance(value, dict):
         raise place.error(
             f"an object was expected, not {json_kind(value)}; write {{}} where nothing is instructed", "instructions"
@@ -122,14 +123,15 @@ def _check_probe(place: Place, column: str, probe, instructions: dict[str, str])
             raise place.error(f"unknown column; a probe has {', '.join(_PROBE)}", f"{column}.{name}")
         check_text(place, f"{column}.{name}", text, one_line=True)
     right = Verdict(recalled=True, followed=1.0 if instructions else None)
-    best = full_answer(probe["value"].strip(), _stripped(instructions))
-    if judge(best, _probe(probe), _stripped(instructions)) != right:
+    value = probe["value"].strip()
+    best = full_answer(value, _stripped(instructions))
+    if judge(best, value, _stripped(instructions)) != right:
         raise place.error(
             "the value, or an instruction's word, reads as another instruction's word, so no answer could be judged; "
             "choose other words",
             f"{column}.value",
         )
-    if judge(probe["answer"], _probe(probe), _stripped(instructions)) != right:
+    if judge(probe["answer"], value, _stripped(instructions)) != right:
         raise place.error(
             f"{probe['answer']!r} is not the value with the instructed words around it; write {best!r}",
             f"{column}.answer",
