@@ -59,7 +59,8 @@ def results(header: Mapping, answers: Sequence[Answers]) -> dict:
         and `against` (recall minus the plain model's, paired, with a band that covers the whole curve); by method
         `competing` (right answers about other people, as a ratio to the plain model's) and `half_life` (tokens; None:
         longer than the largest distance); `power`, the smallest difference of two methods at one distance that so many
-        prompts can show (`power.smallest_difference`). What a file lacks the methods or instructions for is empty.
+        prompts can show (`power.smallest_difference`). What a file lacks the methods or instructions for is empty; not
+        every method need be asked with every number of facts.
     Raises:
         UserError: there are no answers, or methods were not asked the same.
     """
@@ -80,10 +81,11 @@ def _check_comparable(methods: Sequence[str], answers: Iterable[Answers]) -> Non
         own[row.distance, row.seed, row.prompt] = (row.instructions, row.questions, row.gold, row.asked)
     if not asked:
         raise UserError("there are no predictions; evaluate at least one prompt")
+    everyone = set().union(*asked.values())
     for facts, by_method in asked.items():
         first, *others = by_method.values()
         distances, prompts = {name[0] for name in first}, {name[1:] for name in first}
-        alike = sorted(by_method) == sorted(methods) and all(other == first for other in others)
+        alike = everyone == set(methods) and all(_alike(first, other) for other in others)
         if not alike or len(first) != len(distances) * len(prompts):
             raise UserError(
                 f"{_facts(facts)}: the methods {', '.join(methods)} were not asked the same about the same prompts at "
@@ -91,7 +93,17 @@ def _check_comparable(methods: Sequence[str], answers: Iterable[Answers]) -> Non
             )
 
 
+def _alike(one: dict[tuple, tuple], other: dict[tuple, tuple]) -> bool:
+    """Whether two methods were asked the same; one that says nothing about other people may have been asked nothing."""
+    return one.keys() == other.keys() and all(
+        a[:-1] == other[name][:-1] and (a[-1] == other[name][-1] or 0 in (a[-1], other[name][-1]))
+        for name, a in one.items()
+    )
+
+
 def _part(frame: pd.DataFrame, methods: Sequence[str], facts: int) -> dict:
+    methods = [method for method in methods if method in set(frame.method)]
+
     def by_method(statistic: Callable[..., Estimate], some: Sequence[str]) -> dict[str, list[Number]]:
         found = by_distance(statistic, frame, some, facts)
         return {method: [number(cell) for cell in found.loc[method]] for method in some}

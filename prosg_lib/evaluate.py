@@ -348,7 +348,7 @@ def locality(frame: pd.DataFrame, method: str, other: str = "base", facts: int =
     NaN where none were asked for, or the other method has none right.
     """
     part = frame[(frame.facts == facts) & (frame.asked > 0)]
-    if part.empty:
+    if not {method, other} <= set(part.method):
         return Estimate(float("nan"), float("nan"), float("nan"))
     right = (part.competing * part.asked).groupby([part.method, part.seed, part.prompt]).sum().unstack([1, 2])
     return resampled(right.loc[[method, other]].to_numpy(), lambda m: _ratio(m[0], m[1]))

@@ -173,6 +173,22 @@ def test_what_a_file_has_not_is_left_out(told):
     assert results(HEADER, alone)["parts"][0]["competing"]["none"] == {"value": None, "low": None, "high": None}
 
 
+def test_methods_may_be_asked_with_some_numbers_of_facts_alone(told):
+    """A part has the methods that were asked there, and its numbers are those without the others; a method that says
+    nothing about other people is compared in all else."""
+    fewer = [row for row in told if row.facts == 6 or row.method in ("base", "none")]
+    parts = {part["facts"]: part for part in results(HEADER, fewer)["parts"]}
+    whole = {part["facts"]: part for part in results(HEADER, told)["parts"]}
+    assert parts[6] == whole[6]
+    for facts in parts.keys() - {6}:
+        assert set(parts[facts]["recall"]) == {"base", "none"}
+        assert parts[facts]["recall"]["base"] == whole[facts]["recall"]["base"]
+    silent = [replace(row, asked=0, right=0) if row.method == "none" else row for row in told]
+    found = results(HEADER, silent)["parts"][-1]
+    assert found["competing"]["none"]["value"] is None
+    assert found["recall"] == whole[found["facts"]]["recall"]
+
+
 def test_what_cannot_be_compared_is_refused(told, kept, tmp_path, capsys):
     """Methods, prompts, distances or questions that are not those of the others: one error, and nothing is written."""
     last = told[-1]
