@@ -230,11 +230,29 @@ def test_passages_start_where_a_paragraph_starts():
     assert np.array_equal(tokens.ids[: len(tokens.ids)], tokens.passage(len(tokens.ids), rng))
 
 
+def test_passages_are_spread_and_share_nothing():
+    """Each begins where a paragraph does, none overlaps the next, and another draw begins elsewhere."""
+    tokens = ProseTokens.of(Prose("own", {"test": own_sentences("test")[:200]}), "test", load_tokenizer())
+    found = tokens.passages(8, 60, random.Random(0))
+    assert found.shape == (8, 60)
+    whole = tokens.ids.tolist()
+    places = [next(s for s in tokens.starts if whole[s : s + 60] == row) for row in found.tolist()]
+    gaps = np.diff(places)
+    assert (gaps >= 60).all()
+    assert np.ptp(gaps) < 2 * np.diff(tokens.starts).max()
+    assert np.array_equal(found, tokens.passages(8, 60, random.Random(0)))
+    assert not np.array_equal(found, tokens.passages(8, 60, random.Random(1)))
+    assert np.array_equal(tokens.passages(1, len(whole), random.Random(0))[0], tokens.ids)
+
+
 def test_too_little_prose_is_said():
     tokenizer = load_tokenizer()
     tokens = ProseTokens.of(Prose("own", {"test": ["Short."]}), "test", tokenizer)
     with pytest.raises(UserError, match="a passage of 500 was asked for"):
         tokens.passage(500, random.Random(0))
+    for count, length in ((1, 500), (3, 2)):
+        with pytest.raises(UserError, match=f"{count} passages of {length} that share none"):
+            tokens.passages(count, length, random.Random(0))
     with pytest.raises(UserError, match=r"the test split of this prose .* is empty"):
         ProseTokens.of(Prose("own", {"test": []}), "test", tokenizer)
     with pytest.raises(UserError, match="unknown split 'dev'"):

@@ -302,3 +302,21 @@ class ProseTokens:
         start = int(self.starts[rng.randrange(len(self.starts))])
         start = min(start, last)
         return self.ids[start : start + length].tolist()
+
+    def passages(self, count: int, length: int, rng: random.Random) -> np.ndarray:
+        """`count` passages in the text's order, (count, length), each from a paragraph's start on: a systematic sample.
+
+        They begin at equal distances, the first at a random place; no two have a token in common.
+
+        Raises:
+            UserError: there is not text enough between one beginning and the next.
+        """
+        places = (np.arange(count) + rng.random()) / count * len(self.ids)
+        starts = self.starts[np.searchsorted(self.starts, places, side="right") - 1]
+        starts = np.minimum(starts, len(self.ids) - length)
+        if starts[0] < 0 or (np.diff(starts) < length).any():
+            raise UserError(
+                f"this prose has {len(self.ids)} tokens; {count} passages of {length} that share none were asked for; "
+                "add more text, or ask for fewer"
+            )
+        return self.ids[starts[:, None] + np.arange(length)]
