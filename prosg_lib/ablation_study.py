@@ -81,7 +81,6 @@ def variants(profile: str, seed: int = 0) -> tuple[Variant, ...]:
             "never a blank state": {"alone": 0.0, "blank": 0.0},
             "always a blank state": {"blank": 1.0},
             "no locality": {"locality": 0.0},
-            "locality 10, not 3": {"locality": 10.0},
         },
     }
     found = [Variant("basis", "token-wise", token, seed)]
@@ -92,7 +91,6 @@ def variants(profile: str, seed: int = 0) -> tuple[Variant, ...]:
         "V2, directions alone": replace(supervised, lessons=0.0),
         "V2, taught by answers": supervised,
         "V2, taught by prompts": replace(supervised, teacher="prompt"),
-        "V2, foresight too": replace(supervised, foresight=0.1),
         "V3": mend,
         "V3, smaller steps": replace(mend, step=0.01),
     }
