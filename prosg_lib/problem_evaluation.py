@@ -76,11 +76,11 @@ def answered(
     """
     if len(problems) < 2:
         raise UserError(f"{len(problems)} problem a cell was asked for; the control with another one's memory needs 2")
-    for method in methods_of(generator):
-        found = []
-        for some in _batches(problems):
-            found += _said(lm, generator, method, some)
-        yield method, found
+    found: dict[str, list[tuple[int, ...]]] = {method: [] for method in methods_of(generator)}
+    for some in _batches(problems):
+        for method, said in _said(lm, generator, some):
+            found[method] += said
+    yield from found.items()
 
 
 def _batches(problems: Sequence[Problem]) -> Iterator[Sequence[Problem]]:
@@ -93,16 +93,20 @@ def _batches(problems: Sequence[Problem]) -> Iterator[Sequence[Problem]]:
 
 @torch.no_grad()
 def _said(
-    lm: LanguageModel, generator: Generator | None, method: str, problems: Sequence[Problem]
-) -> list[tuple[int, ...]]:
+    lm: LanguageModel, generator: Generator | None, problems: Sequence[Problem]
+) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
     batch = collate(problems).to(next(lm.parameters()).device)
     _check_tokens(lm, batch)
-    hidden = _read(lm, generator, method, batch, [list(p.memory) for p in problems])
-    logits = lm.read_out(hidden[batch.judged])
-    if not torch.isfinite(logits).all():
-        raise NotFinite(f"{method}: what the model says is not finite; look at its weights, and at the generator's")
-    says = iter(logits.argmax(-1).tolist())
-    return [tuple(next(says) for _ in p.judged) for p in problems]
+    memories = [list(p.memory) for p in problems]
+    name, kind = (None, None) if generator is None else _kind(generator)
+    written = None if generator is None else start(name, lm, {kind: generator}, memories)
+    for method in methods_of(generator):
+        hidden = _read(lm, method, batch, memories, written)
+        logits = lm.read_out(hidden[batch.judged])
+        if not torch.isfinite(logits).all():
+            raise NotFinite(f"{method}: what the model says is not finite; look at its weights, and at the generator's")
+        says = iter(logits.argmax(-1).tolist())
+        yield method, [tuple(next(says) for _ in p.judged) for p in problems]
 
 
 def _check_tokens(lm: LanguageModel, batch: ProblemBatch) -> None:
@@ -115,12 +119,16 @@ def _check_tokens(lm: LanguageModel, batch: ProblemBatch) -> None:
 
 
 def _read(
-    lm: LanguageModel, generator: Generator | None, method: str, batch: ProblemBatch, memories: list[list[int]]
+    lm: LanguageModel, method: str, batch: ProblemBatch, memories: list[list[int]], written: Start | None
 ) -> Tensor:
-    """Final hidden states of the rest, (B, T, D)."""
+    """Final hidden states of the rest, (B, T, D).
+
+    Args:
+        written: the start with the memories' delta, which is derived once for all methods that need it.
+    """
     if lm.grows and method in ("base", "repeated"):
         return _in_one_pass(lm, batch, memories if method == "base" else [2 * memory for memory in memories])
-    begin = _start(lm, generator, method, memories)
+    begin = start(method, lm, {}, memories) if method in PLAIN else _with_delta(method, written)
     with applied(lm, begin.delta):
         state = lm.step_through(*_again(batch, begin))[1] if begin.repeat else begin.state
         return lm.step_through(batch.rest, state, None)[0]
@@ -137,11 +145,10 @@ def _in_one_pass(lm: LanguageModel, batch: ProblemBatch, memories: list[list[int
     return lm.step_through(ids, None, valid)[0][:, -batch.rest.shape[1] :]
 
 
-def _start(lm: LanguageModel, generator: Generator | None, method: str, memories: list[list[int]]) -> Start:
-    if method in PLAIN:
-        return start(method, lm, {}, memories)
-    name, kind = _kind(generator)
-    if method == "wrong":  # of whatever kind the generator is
-        return start("wrong", lm, {"token": generator}, memories)
-    begin = start(name, lm, {kind: generator}, memories)
-    return Start(None, begin.delta) if method == "alone" else begin
+def _with_delta(method: str, written: Start) -> Start:
+    if method == "alone":
+        return Start(None, written.delta)
+    if method == "wrong":  # another one's, of whatever kind the generator is
+        rows = written.state.batch
+        return written.select([(row - 1) % rows for row in range(rows)])
+    return written
