@@ -28,7 +28,8 @@ from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.backbones.wkv import CHUNK
 from prosg_lib.generator import TokenGenerator
 from prosg_lib.objectives import generator_objective, lm_objective
-from prosg_lib.profiles import Training, get_profile
+from prosg_lib.profiles import get_profile
+from prosg_lib.sizes import Training
 from prosg_lib.tasks.dialogue import ANSWER, TEXT, Batch
 
 FLOAT = 4  # bytes

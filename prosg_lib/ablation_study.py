@@ -19,7 +19,8 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
-from prosg_lib.profiles import Profile, get_profile
+from prosg_lib.profiles import get_profile
+from prosg_lib.sizes import Profile
 from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks.dialogue import Shape
 

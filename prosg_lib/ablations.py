@@ -16,7 +16,8 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
 from prosg_lib.generator import edited_maps
 from prosg_lib.objectives import USUAL, Curriculum
-from prosg_lib.profiles import Training, get_profile
+from prosg_lib.profiles import get_profile
+from prosg_lib.sizes import Training
 from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks.dialogue import data_hash
 from prosg_lib.tokenizer import load_tokenizer

@@ -25,7 +25,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
 from prosg_lib.lowrank import LowRankDelta
 from prosg_lib.predictions import Answers
-from prosg_lib.profiles import Evaluation
+from prosg_lib.sizes import Evaluation
 from prosg_lib.state import RecurrentState
 from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Item, Shape, judge
 

@@ -20,7 +20,8 @@ from prosg_lib.generator import Generator
 from prosg_lib.model_choice import choose_generator, choose_model
 from prosg_lib.predictions import Prediction
 from prosg_lib.problem_evaluation import answered, methods_of
-from prosg_lib.profiles import Forgetting, get_profile
+from prosg_lib.profiles import get_profile
+from prosg_lib.sizes import Forgetting
 from prosg_lib.stages import own_generator
 from prosg_lib.suites import output_folder, recompute
 from prosg_lib.tasks import copy, mqar, passkey, phonebook

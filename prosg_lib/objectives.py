@@ -15,7 +15,7 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
 from prosg_lib.lowrank import applied
-from prosg_lib.profiles import Training
+from prosg_lib.sizes import Training
 from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Batch, Dialogues, Shape, collate
 from prosg_lib.training import Loss
 

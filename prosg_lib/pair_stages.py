@@ -25,7 +25,8 @@ from prosg_lib.errors import UserError
 from prosg_lib.generator import EVERY, FinalStateGenerator, TokenGenerator
 from prosg_lib.gradient_step import AdapterStep, WeightStep
 from prosg_lib.map_step import MapStep
-from prosg_lib.profiles import TASKS, PairSizes, get_profile
+from prosg_lib.profiles import get_profile
+from prosg_lib.sizes import TASKS, PairSizes
 from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pair_batches import PairDraw

@@ -13,7 +13,8 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.families import new_mamba2
 from prosg_lib.generator import EVERY, TokenGenerator
 from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, lm_objective
-from prosg_lib.profiles import GeneratorSize, PretrainedSizes, get_profile
+from prosg_lib.profiles import get_profile
+from prosg_lib.sizes import GeneratorSize, PretrainedSizes
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
 from prosg_lib.tokenizer import load_tokenizer
 from prosg_lib.training import RECIPE

@@ -27,16 +27,8 @@ from prosg_lib.generator import FinalStateGenerator, Generator, StaticDelta, Tok
 from prosg_lib.gradient_step import AdapterStep
 from prosg_lib.mend import TransformedGradient
 from prosg_lib.objectives import USUAL, Curriculum, generator_draw, generator_objective, lm_draw, lm_objective
-from prosg_lib.profiles import (
-    AdapterSize,
-    GeneratorSize,
-    PairTraining,
-    Profile,
-    SupervisedSize,
-    Training,
-    TransformedSize,
-    get_profile,
-)
+from prosg_lib.profiles import get_profile
+from prosg_lib.sizes import AdapterSize, GeneratorSize, PairTraining, Profile, SupervisedSize, Training, TransformedSize
 from prosg_lib.supervised import read_as, supervised_objective
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
 from prosg_lib.tasks.prose import ProseTokens, load_prose

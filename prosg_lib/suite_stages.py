@@ -26,7 +26,8 @@ from prosg_lib.generator import Generator
 from prosg_lib.lowrank import applied
 from prosg_lib.objectives import autocast_on
 from prosg_lib.pair_stages import ECHOES
-from prosg_lib.profiles import PairTraining, get_profile
+from prosg_lib.profiles import get_profile
+from prosg_lib.sizes import PairTraining
 from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks import mqar
 from prosg_lib.tasks.pair_batches import echoed

@@ -21,7 +21,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator, Terms, TokenGenerator, key
 from prosg_lib.lowrank import Factors, LowRankDelta, TokenFactors
 from prosg_lib.objectives import USUAL, Curriculum, autocast_on, generator_objective
-from prosg_lib.profiles import SupervisedSize, Training
+from prosg_lib.sizes import SupervisedSize, Training
 from prosg_lib.tasks.dialogue import Batch
 from prosg_lib.training import Loss
 from prosg_lib.true_gradient import reading_directions, squared_error, squared_norm, teacher, truncated

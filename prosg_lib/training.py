@@ -24,7 +24,7 @@ from tqdm import tqdm
 from prosg_lib import files, processes
 from prosg_lib.allocator import keep_freed_memory
 from prosg_lib.errors import Diverged, NotFinite, UserError
-from prosg_lib.profiles import Training
+from prosg_lib.sizes import Training
 from prosg_lib.tasks.examples import Examples
 
 RECIPE = 1

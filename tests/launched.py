@@ -23,7 +23,8 @@ from prosg_lib.gradient_step import AdapterStep
 from prosg_lib.map_step import MapStep
 from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 from prosg_lib.pair_evaluation import answered
-from prosg_lib.profiles import PROFILES, Evaluation, GeneratorSize, PairTraining, Training
+from prosg_lib.profiles import PROFILES
+from prosg_lib.sizes import Evaluation, GeneratorSize, PairTraining, Training
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.dialogue import Dialogues
 from prosg_lib.tasks.examples import Examples

@@ -10,7 +10,8 @@ from test_ablations import TINY
 from prosg_lib import ablation_study, cli, files, profiles, stages
 from prosg_lib.ablation_study import BLANK, CARRIED, measured, variants
 from prosg_lib.errors import UserError
-from prosg_lib.profiles import PROFILES, Evaluation, Study
+from prosg_lib.profiles import PROFILES
+from prosg_lib.sizes import Evaluation, Study
 from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
 
 SMALL = replace(

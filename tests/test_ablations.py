@@ -10,7 +10,8 @@ from prosg_lib.ablations import Ablation, ablated, checkpoint_name
 from prosg_lib.backbones.rwkv7 import RWKV7
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator
-from prosg_lib.profiles import PROFILES, GeneratorSize, SupervisedSize, Training, TransformedSize
+from prosg_lib.profiles import PROFILES
+from prosg_lib.sizes import GeneratorSize, SupervisedSize, Training, TransformedSize
 from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
 
 FEW = Training(steps=2, batch=2, lr=1e-2, facts=(1,), distances=(0,), warmup=1)

@@ -10,7 +10,8 @@ from prosg_lib import ablations, cli, files, forgetting, pair_stages, profiles, 
 from prosg_lib.ablations import Ablation
 from prosg_lib.errors import Diverged, UserError
 from prosg_lib.pair_stages import WaySpec
-from prosg_lib.profiles import PROFILES, PairTraining
+from prosg_lib.profiles import PROFILES
+from prosg_lib.sizes import PairTraining
 from prosg_lib.stages import PLENTY, Thrift
 
 

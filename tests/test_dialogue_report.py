@@ -17,7 +17,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.evaluate import by_distance, differences, estimate, gap_recovered, half_life, judged, locality
 from prosg_lib.power import smallest_difference
 from prosg_lib.predictions import Answers
-from prosg_lib.profiles import Evaluation
+from prosg_lib.sizes import Evaluation
 from prosg_lib.tasks.dialogue import Dialogues
 from prosg_lib.tasks.prose import ProseTokens, own_sentences
 

@@ -19,7 +19,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.evaluate import by_distance, differences, estimate, gap_recovered, half_life, locality, measure
 from prosg_lib.generator import TokenGenerator
 from prosg_lib.lowrank import Factors, LowRankDelta
-from prosg_lib.profiles import Evaluation
+from prosg_lib.sizes import Evaluation
 from prosg_lib.state import RecurrentState
 from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Shape
 from prosg_lib.tasks.prose import ProseTokens, own_sentences

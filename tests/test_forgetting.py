@@ -12,7 +12,8 @@ from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.errors import UserError
 from prosg_lib.forgetting import FILE, Material, evaluate, predicted, problem_of, settings
 from prosg_lib.generator import TokenGenerator
-from prosg_lib.profiles import PROFILES, Forgetting
+from prosg_lib.profiles import PROFILES
+from prosg_lib.sizes import Forgetting
 from prosg_lib.state import RecurrentState
 from prosg_lib.suites import recompute
 from prosg_lib.tasks import mqar

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from prosg_lib.generator import TokenGenerator
 from prosg_lib.objectives import divergence, generator_objective, lm_objective, lottery, token_losses
-from prosg_lib.profiles import Training
+from prosg_lib.sizes import Training
 from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Batch
 
 SIZES = Training(10, 5, 1e-3, (1,), (0,))

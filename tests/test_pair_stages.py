@@ -11,7 +11,8 @@ from prosg_lib.backbones.transformer import CausalTransformer, TransformerConfig
 from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE
 from prosg_lib.pair_stages import PEOPLE, WaySpec, new_way, pair_model, pair_way, pairs_of
-from prosg_lib.profiles import PROFILES, PairTraining
+from prosg_lib.profiles import PROFILES
+from prosg_lib.sizes import PairTraining
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tokenizer import load_tokenizer
 

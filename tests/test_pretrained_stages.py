@@ -11,7 +11,8 @@ from prosg_lib.backbones.families import Mamba2
 from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE
 from prosg_lib.pretrained_stages import dialogues_of, generator_for, new_small, small_model
-from prosg_lib.profiles import PROFILES, Training
+from prosg_lib.profiles import PROFILES
+from prosg_lib.sizes import Training
 from prosg_lib.tasks.dialogue import Shape
 from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
 from prosg_lib.tokenizer import Tokenizer, folder_tokenizer

@@ -14,7 +14,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generator import TokenGenerator
 from prosg_lib.lowrank import applied
 from prosg_lib.objectives import generator_objective, lm_objective
-from prosg_lib.profiles import Training
+from prosg_lib.sizes import Training
 from prosg_lib.tasks.dialogue import ANSWER, TEXT, Batch
 from prosg_lib.tokenizer import load_tokenizer
 

@@ -9,16 +9,8 @@ import torch
 from prosg_lib import files, paths, profiles, stages, training
 from prosg_lib.backbones.rwkv4 import RWKV4Config
 from prosg_lib.errors import UserError
-from prosg_lib.profiles import (
-    PROFILES,
-    AdapterSize,
-    Evaluation,
-    GeneratorSize,
-    Profile,
-    SupervisedSize,
-    Training,
-    TransformedSize,
-)
+from prosg_lib.profiles import PROFILES
+from prosg_lib.sizes import AdapterSize, Evaluation, GeneratorSize, Profile, SupervisedSize, Training, TransformedSize
 from prosg_lib.stages import Thrift, load_generator, load_or_train
 from prosg_lib.tasks.build import VOCAB
 from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from prosg_lib import cli, forgetting, profiles, stages, suite_stages
 from prosg_lib.errors import UserError
-from prosg_lib.profiles import Forgetting, PairTraining, SuiteSizes
+from prosg_lib.sizes import Forgetting, PairTraining, SuiteSizes
 from prosg_lib.suite_stages import checkpoint_name, model_objective, suite_model, suite_way, way_objective
 from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
 

@@ -11,7 +11,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator, TokenGenerator
 from prosg_lib.lowrank import best_rank
 from prosg_lib.objectives import generator_objective
-from prosg_lib.profiles import SupervisedSize, Training
+from prosg_lib.sizes import SupervisedSize, Training
 from prosg_lib.supervised import foreseen, read_as, steps_of, supervised_objective, unexplained
 from prosg_lib.tasks.dialogue import ANSWER, TEXT, Batch
 from prosg_lib.true_gradient import TEACHERS, agreement, prompt_gradient

@@ -18,7 +18,7 @@ from torch import nn
 
 from prosg_lib import files
 from prosg_lib.errors import NotFinite, UserError
-from prosg_lib.profiles import Training
+from prosg_lib.sizes import Training
 from prosg_lib.tasks.dialogue import Batch
 from prosg_lib.training import Diverged, Loss, fit, schedule
 
