@@ -241,7 +241,9 @@ def _baseline(lm: LanguageModel, prompts: list[list[int]], family: str, numbers:
     if family in _CHANGED:
         lm.check_fixed(_CHANGED[family])
     if family == "last":
-        return Start(None, None, last=Last(*numbers, prompts))
+        last = Last(*numbers, prompts)
+        ids, valid = lm.encode_prompts(last.known([[]] * len(prompts), 0))
+        return Start(lm.step_through(ids, None, valid)[1], None, last=last)
     ids, valid = lm.encode_prompts([[*p, *p] for p in prompts] if family == "twice" else prompts)
     _, state = lm.step_through(ids, None, valid)
     base = Start(state, None)

@@ -260,8 +260,8 @@ def recall_against_costs(
             seen.add(look.marker)
         ax.set_xscale("log")
         if column.endswith("_ms"):  # 2 and 5, not 2 x 10^0
-            for set_formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-                set_formatter(mpl.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(mpl.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
         ax.set_xlabel(label)
 
 
