@@ -19,7 +19,6 @@ from prosg_lib import processes, stages
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.transformer import new_llama
-from prosg_lib.conditioning import pair_lm_objective
 from prosg_lib.errors import UserError
 from prosg_lib.forgetting import Material, Setting, problem_of, settings
 from prosg_lib.generator import Generator
@@ -30,11 +29,11 @@ from prosg_lib.profiles import get_profile
 from prosg_lib.sizes import PairTraining
 from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks import mqar
-from prosg_lib.tasks.pair_batches import echoed
 from prosg_lib.tasks.problems import VERSION, ProblemBatch, collate
 from prosg_lib.tasks.prose import ProseTokens, load_prose
 from prosg_lib.tokenizer import load_tokenizer
 from prosg_lib.training import RECIPE, Loss
+from prosg_lib.transformer_stages import copying_first
 
 MODELS = {"recurrent": "rwkv4-suite", "transformer": "llama-suite"}
 WAYS = ("token", "adapter")
@@ -174,12 +173,7 @@ def suite_model(
         if backbone == "recurrent":
             return draw, loss_of
         model.model.set_attn_implementation("sdpa")  # no second derivative is needed here
-        echoes, vocab, loss_of_echo = int(ECHOES * training.steps), model.tokenizer.vocab, pair_lm_objective(model)
-
-        def batch_of(step):
-            return echoed(training.batch, vocab, f"{seed}/{step}") if 0 <= step < echoes else draw(step)
-
-        return batch_of, lambda step, batch: (loss_of_echo if step < echoes else loss_of)(step, batch)
+        return copying_first(model, training, seed, draw, loss_of)
 
     plan = _plan(
         f"suite {backbone}", checkpoint_name(backbone, profile), "lm", record, new, work, training, seed, thrift

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 from prosg_lib import processes, stages
-from prosg_lib.backbones.transformer import LookingBack, new_llama
+from prosg_lib.backbones.transformer import CausalTransformer, LookingBack, new_llama
 from prosg_lib.conditioning import pair_lm_objective
 from prosg_lib.objectives import lm_draw, lm_objective
 from prosg_lib.pair_stages import ECHOES
 from prosg_lib.profiles import get_profile
+from prosg_lib.sizes import PairTraining, Training
 from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks.dialogue import data_hash
 from prosg_lib.tasks.pair_batches import echoed
@@ -56,13 +58,7 @@ def dialogue_transformer(profile: str, seed: int = 0, retrain: bool = False, thr
         # Fused: a second derivative is not needed here, and eager attention takes three times as long on long texts.
         model.model.set_attn_implementation("sdpa")
         draw, loss_of = lm_draw(data, training), lm_objective(model, processes.bfloat16(sizes.autocast))
-        echoes, loss_of_echo = int(ECHOES * training.steps), pair_lm_objective(model)
-        vocab = data.tokenizer.vocab
-
-        def batch_of(step):
-            return echoed(training.batch, vocab, f"{seed}/{step}") if 0 <= step < echoes else draw(step)
-
-        return batch_of, lambda step, batch: (loss_of_echo if step < echoes else loss_of)(step, batch)
+        return copying_first(model, training, seed, draw, loss_of)
 
     plan = stages.Plan(
         "transformer",
@@ -76,3 +72,19 @@ def dialogue_transformer(profile: str, seed: int = 0, retrain: bool = False, thr
         thrift=thrift,
     )
     return stages.obtain(plan, profile, retrain).looking_back()
+
+
+def copying_first(
+    model: CausalTransformer, training: Training | PairTraining, seed: int, draw: Callable, loss_of: Callable
+) -> tuple[Callable, Callable]:
+    """A transformer's work, step -> batch and (step, batch) -> Loss, with random tokens said twice in its first steps.
+
+    Args:
+        draw, loss_of: the work without them.
+    """
+    echoes, vocab, loss_of_echo = int(ECHOES * training.steps), model.tokenizer.vocab, pair_lm_objective(model)
+
+    def batch_of(step):
+        return echoed(training.batch, vocab, f"{seed}/{step}") if 0 <= step < echoes else draw(step)
+
+    return batch_of, lambda step, batch: (loss_of_echo if step < echoes else loss_of)(step, batch)
