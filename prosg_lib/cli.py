@@ -273,26 +273,26 @@ def _train(options: argparse.Namespace) -> int:
     elif what == "way":
         tasks, after = tuple(options.task), tuple(options.after)
         spec = pair_stages.WaySpec(options.method, tasks, options.objective, options.contexts, after)
-        name = pair_stages.way_name(spec, options.backbone, profile, options.seed)
+        names = [pair_stages.way_name(spec, options.backbone, profile, options.seed)]
         train = partial(pair_stages.pair_way, spec, options.backbone)
     elif what == "transformer":
-        name, train = transformer_stages.checkpoint_name(profile), transformer_stages.dialogue_transformer
+        names, train = [transformer_stages.checkpoint_name(profile)], transformer_stages.dialogue_transformer
     elif what == "ablation":
         varied = ablations.Ablation.of(options.stage, options.set)
-        name = ablations.checkpoint_name(varied, profile, options.seed)
+        names = [ablations.checkpoint_name(varied, profile, options.seed)]
         train = partial(ablations.ablated, varied)
     elif what.startswith("suite-"):
         part = what.removeprefix("suite-")
-        name = suite_stages.checkpoint_name(part, profile)
+        names = [suite_stages.checkpoint_name(part, profile)]
         train = partial(suite_stages.suite_model if part in suite_stages.MODELS else suite_stages.suite_way, part)
     elif what.startswith("pairs-"):
         backbone = what.removeprefix("pairs-")
-        name, train = pair_stages.model_name(backbone, profile), partial(pair_stages.pair_model, backbone)
+        names, train = [pair_stages.model_name(backbone, profile)], partial(pair_stages.pair_model, backbone)
     else:
-        name, train = stages.checkpoint_name(what, profile), partial(stages.load_or_train, what)
+        names, train = [stages.checkpoint_name(what, profile)], partial(stages.load_or_train, what)
     try:
         if options.retrain:
-            stages.forget(profile, names if what == "ablations" else (name,))
+            stages.forget(profile, names)
         train(profile, options.seed, options.retrain, stages.Thrift(options.at_once, options.recompute))
     finally:
         processes.leave()

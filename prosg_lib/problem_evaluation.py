@@ -130,12 +130,10 @@ def _read(
         return _in_one_pass(lm, batch, memories if method == "base" else [2 * memory for memory in memories])
     begin = start(method, lm, {}, memories) if method in PLAIN else _with_delta(method, written)
     with applied(lm, begin.delta):
-        state = lm.step_through(*_again(batch, begin))[1] if begin.repeat else begin.state
+        state = begin.state
+        if begin.repeat:
+            _, state = lm.step_through(batch.memory.ids, state, batch.memory.valid)
         return lm.step_through(batch.rest, state, None)[0]
-
-
-def _again(batch: ProblemBatch, begin: Start):
-    return batch.memory.ids, begin.state, batch.memory.valid
 
 
 def _in_one_pass(lm: LanguageModel, batch: ProblemBatch, memories: list[list[int]]) -> Tensor:
