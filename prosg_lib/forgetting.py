@@ -7,14 +7,14 @@ what every method said to every problem; all numbers and figures are computed fr
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from prosg_lib import predictions, provenance
-from prosg_lib.backbones.base import LanguageModel
+from prosg_lib import predictions, provenance, stages
+from prosg_lib.backbones.base import LanguageModel, fingerprint
 from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
 from prosg_lib.model_choice import choose_generator, choose_model
@@ -22,7 +22,6 @@ from prosg_lib.predictions import Prediction
 from prosg_lib.problem_evaluation import answered, methods_of
 from prosg_lib.profiles import get_profile
 from prosg_lib.sizes import Forgetting
-from prosg_lib.stages import own_generator
 from prosg_lib.suites import output_folder, recompute
 from prosg_lib.tasks import copy, mqar, passkey, phonebook
 from prosg_lib.tasks.copy import Copy
@@ -145,36 +144,60 @@ def evaluate(
     Raises:
         UserError: something is not there, is damaged or does not fit; nothing is written then.
     """
-    sizes = get_profile(profile).forgetting
-    items, folder = sizes.items if items is None else items, output_folder(out)
+    items = get_profile(profile).forgetting.items if items is None else items
+    folder = output_folder(out)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"a seed is there twice ({', '.join(map(str, seeds))}); name each once")
     if items < 2:
         raise UserError(f"{items} item a cell was asked for; two are needed, because one is the other's wrong memory")
     lm = choose_model(model)
-    generator = generator or own_generator(model)
+    generator = generator or stages.own_generator(model)
     writer = None if generator is None else choose_generator(generator, lm)
-    cells, left_out = settings(sizes, lm.config.vocab)
+    named = {"model": model, "generator": generator, "command": command}
+    predictions.write(folder / FILE, *measured(lm, writer, named, profile, seeds, items))
+    recompute(folder / FILE, folder)
+
+
+def measured(
+    lm: LanguageModel,
+    generator: Generator | None,
+    named: Mapping[str, str | None],
+    profile: str,
+    seeds: Sequence[int],
+    items: int,
+) -> tuple[dict, list[Prediction]]:
+    """What all methods say to all problems of a profile, and the header of a file of it (`predictions.write`).
+
+    Args:
+        named: "model", "generator" and "command", as the file is to say it.
+        items: problems a cell and seed, at least 2.
+    Raises:
+        UserError: as `predicted`.
+    """
+    cells, left_out = settings(get_profile(profile).forgetting, lm.config.vocab)
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
     prose = load_prose()
     material = Material(lm.needed_tokenizer(), ProseTokens.of(prose, SPLIT, lm.needed_tokenizer()))
-    found = list(predicted(lm, writer, cells, material, seeds, items))
-    header = {
+    found = list(predicted(lm, generator, cells, material, seeds, items))
+    about = {"left_out": left_out, "prose": {"source": prose.source, "sha256": prose.sha256}}
+    return {**described(lm, generator, profile, seeds, items), **about, **named, **provenance.facts()}, found
+
+
+def described(lm: LanguageModel, generator: Generator | None, profile: str, seeds: Sequence[int], items: int) -> dict:
+    """The part of a header that says what is asked of what: two files with the same one have the same predictions, but
+    for the prose around passkeys, and for rounding."""
+    asked = asdict(get_profile(profile).forgetting)
+    asked.pop("items")  # the number is told apart
+    return {
         "suite": SUITE,
-        "model": model,
         "fingerprint": lm.fingerprint(),
-        "generator": generator,
-        "methods": list(methods_of(writer)),
+        "generator_fingerprint": None if generator is None else fingerprint(generator),
+        "methods": list(methods_of(generator)),
         "profile": profile,
+        "cells": stages.plain(asked),
         "split": SPLIT,
         "seeds": list(seeds),
         "items": items,
         "vocabulary": {"model": lm.config.vocab, "mqar": min(mqar.VOCAB, lm.config.vocab)},
-        "left_out": left_out,
-        "prose": {"source": prose.source, "sha256": prose.sha256},
-        "command": command,
-        **provenance.facts(),
     }
-    predictions.write(folder / FILE, header, found)
-    recompute(folder / FILE, folder)

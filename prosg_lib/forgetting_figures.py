@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prosg_lib import plots
@@ -14,12 +15,15 @@ from prosg_lib.suite_pages import estimate_of
 STYLES = METHOD_STYLE | {
     "adapter": MethodStyle("gradient step", PALETTE["purple"], "p", "-"),
     "alone": MethodStyle("its delta alone", PALETTE["sky"], "h", "-."),
+    "adapter-alone": MethodStyle("gradient step alone", PALETTE["orange"], "d", "-."),
+    "adapter-wrong": MethodStyle("another's gradient step", PALETTE["vermillion"], "1", ":"),
 }
 
-_LINES = {
+_SIZES = {
     "copy": ("words", "words to repeat", "share of tokens right"),
     "mqar": ("length", "length of the sequence (tokens)", "share of queries right"),
     "phonebook": ("lines", "lines of the phone book", "share of numbers right"),
+    "passkey": ("length", "length of the text (tokens)", "share of keys right"),
 }
 """task -> (the setting on the x axis, its label, the y axis's)."""
 
@@ -36,30 +40,38 @@ def figures(found: Mapping) -> dict[str, tuple[str, bytes]]:
         found: of `forgetting_report.results`.
     """
     with plots.style():
-        drawn = {
-            task: _map(part) if task == "passkey" else _lines(part, *_LINES[task])
-            for task, part in found["tasks"].items()
-        }
+        drawn = {task: _map(part) if task == "passkey" else _lines(task, part) for task, part in found["tasks"].items()}
         return {task: (alt, plots.png(figure)) for task, (alt, figure) in drawn.items()}
 
 
-def _lines(part: Mapping, setting: str, x: str, y: str) -> tuple[str, Figure]:
-    methods = list(part["overall"]["methods"])
-    places = [cell["cell"][setting] for cell in part["cells"]]
-    cells = [[estimate_of(cell["methods"][m]) for cell in part["cells"]] for m in methods]
+def by_size(ax: Axes, task: str, part: Mapping, methods: Sequence[str] | None = None) -> str:
+    """Draws scores by a test's size, one line a method, cells of one size together; returns in words what is seen.
+
+    Args:
+        part: of `forgetting_report.results`' tasks. methods: those to draw; None: all.
+    """
+    methods = list(part["overall"]["methods"]) if methods is None else list(methods)
+    setting, x, y = _SIZES[task]
+    places = [cell["cell"][setting] for cell in part["sizes"]]
+    cells = [[estimate_of(cell["methods"][m]) for cell in part["sizes"]] for m in methods]
     table = pd.DataFrame(cells, index=methods, columns=places)
-    figure = Figure(figsize=(7.0, 4.2))
-    ax = figure.subplots()
     plots.estimates(ax, table, {m: STYLES.get(m, MethodStyle(m, PALETTE["grey"], ".", "-")) for m in methods})
     ax.set_xscale("log")
     ax.set_xticks(places, [f"{place:,}" for place in places])
     ax.minorticks_off()
     ax.set(xlabel=x, ylabel=y, ylim=(-0.03, 1.03), title=part["title"])
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     ends = "; ".join(
         f"{label(m)} {table.loc[m].iloc[0].value:.2f} and {table.loc[m].iloc[-1].value:.2f}" for m in methods
     )
-    return f"{part['title']}, {y} by {x}, at {places[0]:,} and at {places[-1]:,}: {ends}.", figure
+    return f"{part['title']}, {y} by {x}, at {places[0]:,} and at {places[-1]:,}: {ends}."
+
+
+def _lines(task: str, part: Mapping) -> tuple[str, Figure]:
+    figure = Figure(figsize=(7.0, 4.2))
+    ax = figure.subplots()
+    alt = by_size(ax, task, part)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return alt, figure
 
 
 def _map(part: Mapping) -> tuple[str, Figure]:

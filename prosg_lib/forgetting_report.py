@@ -21,18 +21,19 @@ from prosg_lib.suite_pages import TEST, detectable, grid, number, said, size
 
 
 class Task(NamedTuple):
-    """How a test is shown, and whether its score is a share of tokens, or all of them or nothing."""
+    """How a test is shown: its size, and whether its score is a share of tokens, or all of them or nothing."""
 
     title: str
     score: str
     by_token: bool
+    size: str
 
 
 TASKS = {
-    "copy": Task("Copying random words", "share of the text's tokens said right", True),
-    "mqar": Task("Multi-query associative recall", "share of the queries answered right", True),
-    "phonebook": Task("Phone book", "share of the numbers said exactly", False),
-    "passkey": Task("Passkey", "share of the keys said exactly", False),
+    "copy": Task("Copying random words", "share of the text's tokens said right", True, "words"),
+    "mqar": Task("Multi-query associative recall", "share of the queries answered right", True, "length"),
+    "phonebook": Task("Phone book", "share of the numbers said exactly", False, "lines"),
+    "passkey": Task("Passkey", "share of the keys said exactly", False, "length"),
 }
 
 BARS = (1.0, 0.9)
@@ -46,7 +47,8 @@ def results(header: Mapping, predictions: Sequence[Prediction]) -> dict:
         header, predictions: as `predictions.read` gives them.
     Returns:
         header: as given. tasks: by name, `title` and `score` in words; `cells`, each with its settings, its items and
-        every method's mean score with interval; `overall`, the same over all cells; `against`, every method's score
+        every method's mean score with interval; `sizes`, the same over all cells of one size (`TASKS`), and `overall`
+        over all cells; `against`, every method's score
         minus the plain model's, paired; `power`, the smallest difference that so many items can show
         (`power.smallest_difference`), for one cell and for all of them: "any", whatever the answers are, and by method
         with the scatter of its differences to the plain model. For copying `largest`: by method and bar.
@@ -61,6 +63,7 @@ def results(header: Mapping, predictions: Sequence[Prediction]) -> dict:
             "title": TASKS[task].title,
             "score": TASKS[task].score,
             "cells": [_cell(dict(cell), methods, scores) for cell, scores in cells],
+            "sizes": _by_size(cells, TASKS[task].size, methods),
             "overall": {"items": pooled.shape[1], "methods": _means(methods, pooled)},
             "against": {},
             "power": {"cell": detectable(cells[0][1].shape[1]), "any": detectable(pooled.shape[1]), "seen": {}},
@@ -112,6 +115,14 @@ def _cell(cell: dict, methods: Sequence[str], scores: np.ndarray) -> dict:
 
 def _means(methods: Sequence[str], scores: np.ndarray) -> dict[str, dict]:
     return {m: number(resampled(row[None], lambda means: means[0])) for m, row in zip(methods, scores, strict=True)}
+
+
+def _by_size(cells: Sequence[tuple[tuple, np.ndarray]], size: str, methods: Sequence[str]) -> list[dict]:
+    """As `_cell`, of all cells of one size together, in the order in which sizes come."""
+    found: dict[float, list[np.ndarray]] = {}
+    for cell, scores in cells:
+        found.setdefault(dict(cell)[size], []).append(scores)
+    return [_cell({size: value}, methods, np.concatenate(parts, 1)) for value, parts in found.items()]
 
 
 def _largest(method: str, cells: Sequence[dict]) -> dict[str, int]:

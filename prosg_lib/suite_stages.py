@@ -8,8 +8,9 @@ suite's cells of at most `SuiteSizes.longest` tokens, each test as often as anot
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,8 @@ from prosg_lib.profiles import get_profile
 from prosg_lib.sizes import PairTraining
 from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks import mqar
-from prosg_lib.tasks.problems import VERSION, ProblemBatch, collate
+from prosg_lib.tasks.examples import Examples
+from prosg_lib.tasks.problems import VERSION, Problem, ProblemBatch, collate
 from prosg_lib.tasks.prose import ProseTokens, load_prose
 from prosg_lib.tokenizer import load_tokenizer
 from prosg_lib.training import RECIPE, Loss
@@ -50,38 +52,74 @@ def checkpoint_name(what: str, profile: str) -> str:
 
 
 @dataclass(frozen=True)
+class Mixed(Examples):
+    """Problems of several tests, each test's of one length; in one table, most of it would be padding."""
+
+    tests: tuple[ProblemBatch, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.tests))
+
+    def part(self, start: int, stop: int) -> Self:
+        pieces, before = [], 0
+        for batch in self.tests:
+            own = range(max(start - before, 0), min(stop - before, len(batch)))
+            if own:
+                pieces.append(batch.part(own.start, own.stop))
+            before += len(batch)
+        return type(self)(tuple(pieces), source=self.whole, first=self.first + start)
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(tuple(batch.to(device) for batch in self.tests), source=self.whole, first=self.first)
+
+
+@dataclass(frozen=True)
 class Draw:
-    """Step -> batch of problems of one cell, training split.
+    """Step -> problems of all tests, training split; a cell of each.
+
+    The first steps have the shortest cells alone, and half-way through the training there are all of them: with long
+    ones from the start nothing was looked up after half of it.
 
     Attributes:
-        cells: by test; a step draws a test, and a cell of it.
+        cells: by test, each with the tokens of a problem of it.
+        longest: tokens that a problem has at most; training: its steps, and problems a step.
     """
 
-    cells: dict[str, tuple[Setting, ...]]
+    cells: Mapping[str, Sequence[tuple[int, Setting]]]
+    longest: int
     material: Material
-    batch: int
+    training: PairTraining
     seed: int
 
-    def __call__(self, step: int) -> ProblemBatch:
+    def __call__(self, step: int) -> Mixed:
         rng = random.Random(f"suite/{self.seed}/{step}")
-        cell = rng.choice(self.cells[rng.choice(sorted(self.cells))])
-        numbers = range(step * self.batch, (step + 1) * self.batch)
-        return collate([problem_of(cell, self.material, self.seed, number, "train") for number in numbers])
+        shortest = min(size for cells in self.cells.values() for size, _ in cells)
+        room = shortest + (self.longest - shortest) * min(1.0, 2 * step / self.training.steps)
+        fitting = {test: [cell for size, cell in cells if size <= room] for test, cells in self.cells.items()}
+        found = [rng.choice(cells) for _, cells in sorted(fitting.items()) if cells]
+        numbers = range(step * self.training.batch, (step + 1) * self.training.batch)
+        # A small batch has not all tests in it; later steps have the others.
+        own = [(cell, numbers[n :: len(found)]) for n, cell in enumerate(rng.sample(found, len(found)))]
+        return Mixed(tuple(collate([self.problem(cell, n) for n in some]) for cell, some in own if some))
+
+    def problem(self, cell: Setting, number: int) -> Problem:
+        return problem_of(cell, self.material, self.seed, number, "train")
 
 
-def practice(profile: str, material: Material) -> dict[str, tuple[Setting, ...]]:
-    """The cells that are trained on, by test.
+def practice(profile: str, material: Material) -> dict[str, list[tuple[int, Setting]]]:
+    """The cells that are trained on, by test, each with the tokens of a problem of it.
 
     Raises:
         UserError: none is short enough.
     """
     sizes = get_profile(profile)
     cells, _ = settings(sizes.forgetting, material.tokenizer.vocab)
-    short: dict[str, tuple[Setting, ...]] = {}
+    short: dict[str, list[tuple[int, Setting]]] = {}
     for cell in cells:
         first = problem_of(cell, material, 0, 0, "train")
-        if len(first.memory) + len(first.rest) <= sizes.suite.longest:
-            short[first.task] = (*short.get(first.task, ()), cell)
+        size = len(first.memory) + len(first.rest)
+        if size <= sizes.suite.longest:
+            short.setdefault(first.task, []).append((size, cell))
     if not short:
         raise UserError(f"no test of profile {profile!r} has at most {sizes.suite.longest} tokens to train on")
     return short
@@ -90,7 +128,19 @@ def practice(profile: str, material: Material) -> dict[str, tuple[Setting, ...]]
 def _draw(profile: str, training: PairTraining, seed: int) -> Draw:
     tokenizer = load_tokenizer()
     material = Material(tokenizer, ProseTokens.of(load_prose(), "train", tokenizer))
-    return Draw(practice(profile, material), material, training.batch, seed)
+    return Draw(practice(profile, material), get_profile(profile).suite.longest, material, training, seed)
+
+
+def _mean(loss_of: Callable[[int, ProblemBatch], Loss]) -> Callable[[int, Mixed], Loss]:
+    """The loss of several tests: the mean of theirs."""
+
+    def mean(step: int, batch: Mixed) -> Loss:
+        found = [loss_of(step, test) for test in batch.tests]
+        count = len(batch.whole.tests)
+        parts = {name: sum(loss.parts[name] for loss in found) / count for name in found[0].parts}
+        return Loss(sum(loss.total for loss in found) / count, parts)
+
+    return mean
 
 
 def _losses(lm: LanguageModel, hidden: Tensor, batch: ProblemBatch) -> Tensor:
@@ -99,7 +149,7 @@ def _losses(lm: LanguageModel, hidden: Tensor, batch: ProblemBatch) -> Tensor:
     return F.cross_entropy(said, batch.gold[batch.judged], reduction="sum") / batch.whole.judged.sum()
 
 
-def model_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, ProblemBatch], Loss]:
+def model_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, Mixed], Loss]:
     """Next-token loss over memory and rest in one pass; the judged positions count, the others hardly."""
 
     def loss_of(step: int, batch: ProblemBatch) -> Loss:
@@ -114,12 +164,10 @@ def model_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int,
             text = F.cross_entropy(logits, batch.memory.ids[:, 1:][told]) * share
         return Loss(answer + _TEXT_WEIGHT * text, {"answer": answer, "text": text})
 
-    return loss_of
+    return _mean(loss_of)
 
 
-def way_objective(
-    lm: LanguageModel, way: Generator, seed: int, autocast: bool = False
-) -> Callable[[int, ProblemBatch], Loss]:
+def way_objective(lm: LanguageModel, way: Generator, seed: int, autocast: bool = False) -> Callable[[int, Mixed], Loss]:
     """Loss of the judged positions with the memory in the weights, from a blank state or from the memory's."""
 
     def loss_of(step: int, batch: ProblemBatch) -> Loss:
@@ -131,7 +179,7 @@ def way_objective(
             answer = _losses(lm, hidden, batch)
         return Loss(answer, {"answer": answer})
 
-    return loss_of
+    return _mean(loss_of)
 
 
 def suite_model(
@@ -176,7 +224,16 @@ def suite_model(
         return copying_first(model, training, seed, draw, loss_of)
 
     plan = _plan(
-        f"suite {backbone}", checkpoint_name(backbone, profile), "lm", record, new, work, training, seed, thrift
+        f"suite {backbone}",
+        checkpoint_name(backbone, profile),
+        "lm",
+        record,
+        new,
+        work,
+        training,
+        profile,
+        seed,
+        thrift,
     )
     return stages.obtain(plan, profile, retrain)
 
@@ -193,7 +250,7 @@ def suite_way(method: str, profile: str, seed: int = 0, retrain: bool = False, t
     if method == "adapter":
         thrift.for_gradient_step(method)
     sizes = get_profile(profile)
-    lm = suite_model("recurrent", profile, 0, retrain, thrift)
+    lm = suite_model("recurrent", profile, seed, retrain, thrift)
     size, training = stages.size_of(method, sizes), getattr(sizes.suite, method)
     record = {"stage": method, "generator": asdict(size), "lm": lm.fingerprint()}
 
@@ -205,11 +262,15 @@ def suite_way(method: str, profile: str, seed: int = 0, retrain: bool = False, t
 
     name = checkpoint_name(method, profile)
     return stages.obtain(
-        _plan(f"suite {method}", name, "generator", record, new, work, training, seed, thrift, lm), profile, retrain
+        _plan(f"suite {method}", name, "generator", record, new, work, training, profile, seed, thrift, lm),
+        profile,
+        retrain,
     )
 
 
-def _plan(label, name, kind, record, new, work, training, seed, thrift, lm=None) -> stages.Plan:
-    data = {"problems": VERSION, "mqar": mqar.VOCAB}
+def _plan(label, name, kind, record, new, work, training, profile, seed, thrift, lm=None) -> stages.Plan:
+    sizes = get_profile(profile)
+    data = {"problems": VERSION, "mqar": mqar.VOCAB, "cells": asdict(sizes.forgetting), "longest": sizes.suite.longest}
+    data["cells"].pop("items")
     record = {"stage": label, "seed": seed, "recipe": RECIPE, "data": data, "training": asdict(training)} | record
     return stages.Plan(label, name, kind, stages.plain(record), new, work, training, seed, lm, thrift)

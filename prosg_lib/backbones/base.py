@@ -251,9 +251,14 @@ class LanguageModel(nn.Module, ABC):
         """Sixteen hex digits that name this model: its configuration and every weight."""
         key = tuple((p.data_ptr(), p._version) for p in self.parameters())
         if getattr(self, "_fingerprint", (None,))[0] != key:
-            digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-            for name, tensor in sorted(self.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-            self._fingerprint = (key, digest.hexdigest()[:16])
+            self._fingerprint = (key, fingerprint(self, json.dumps(asdict(self.config), sort_keys=True)))
         return self._fingerprint[1]
+
+
+def fingerprint(module: nn.Module, made_as: str = "") -> str:
+    """Sixteen hex digits that name a module: what it was made as, in words of one's own, and every weight."""
+    digest = hashlib.sha256(made_as.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
