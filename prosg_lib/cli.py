@@ -154,7 +154,8 @@ def _add_trained(whats) -> None:
         "suite-transformer": "the transformer that knows them",
         "suite-token": "the token-wise generator for the recurrent one",
         "suite-adapter": "an adapter for it, in which a real gradient step is taken",
-        "ablation": "a generator that is another than the profile's in some respects",
+        "suite": "all four, and asks them the tests",
+        "ablation": "a generator that is another than the profile's in some respects, or of another seed",
         "ablations": "all generators of the study of ablations, and measures them",
         "way": "a way to take a context in, for one of those two or another model",
     }.items():
@@ -162,7 +163,7 @@ def _add_trained(whats) -> None:
     varied = whats.choices["ablation"]
     varied.add_argument("--stage", required=True, help="token, final, supervised or mend")
     varied.add_argument(
-        "--set", action="append", required=True, metavar="NAME=VALUE", help="e.g. rank=8 or layers=0,1; repeatable"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="e.g. rank=8 or layers=0,1; repeatable"
     )
     # The last one has more options.
     way.add_argument("--method", required=True, help="adapter, maps, weights, weights-RANK, token or final")
@@ -263,13 +264,24 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib import ablation_study, ablations, pair_stages, processes, stages, suite_stages, transformer_stages
+    from prosg_lib import (
+        ablation_study,
+        ablations,
+        pair_stages,
+        processes,
+        stages,
+        suite_stages,
+        suite_study,
+        transformer_stages,
+    )
 
     processes.accelerator()
     profile, what = options.profile, options.what
     if what == "ablations":
         names = [variant.name(profile) for variant in ablation_study.variants(profile, options.seed)]
         train = ablation_study.measured
+    elif what == "suite":
+        names, train = suite_study.names(profile), suite_study.measured
     elif what == "way":
         tasks, after = tuple(options.task), tuple(options.after)
         spec = pair_stages.WaySpec(options.method, tasks, options.objective, options.contexts, after)

@@ -187,8 +187,8 @@ def kept(profile: str) -> Path:
     return paths.runs_dir(profile) / "checkpoints"
 
 
-MEASURED = ".measured.json"
-"""Ending of a file beside a checkpoint that has what was measured of it."""
+MEASURED, PREDICTED = ".measured.json", ".predictions.jsonl.gz"
+"""Endings of files beside a checkpoint that have what was measured of it, or all that it said."""
 
 
 def forget(profile: str, names: Iterable[str] | None = None) -> None:
@@ -203,7 +203,8 @@ def forget(profile: str, names: Iterable[str] | None = None) -> None:
     for path in kept(profile).glob("*.safetensors"):
         if not path.name.endswith(".checkpoint.safetensors") and (names is None or path.stem in names):
             path.unlink(missing_ok=True)
-            path.with_suffix(MEASURED).unlink(missing_ok=True)
+            for suffix in (MEASURED, PREDICTED):
+                path.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def _record(stage: str, sizes: Profile, seed: int, lm: RWKV4 | None) -> dict:

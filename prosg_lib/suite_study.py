@@ -17,9 +17,6 @@ from prosg_lib.profiles import get_profile
 from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.suite_stages import MODELS, WAYS, checkpoint_name, suite_model, suite_way
 
-KEPT = ".predictions.jsonl.gz"
-"""Ending of a file of predictions beside a checkpoint."""
-
 SHOWN = {
     "token": {m: m for m in ("base", "none", "repeated", "prosg-token", "alone", "wrong")},
     "adapter": {"adapter": "adapter", "alone": "adapter-alone", "wrong": "adapter-wrong"},
@@ -66,7 +63,7 @@ def measured(
 
 def shipped(what: str, profile: str) -> Path:
     """Where the repository keeps the predictions of a checkpoint, if it does."""
-    return paths.data_dir() / "established" / f"{checkpoint_name(what, profile)}{KEPT}"
+    return paths.data_dir() / "established" / f"{checkpoint_name(what, profile)}{stages.PREDICTED}"
 
 
 def _kept_or_asked(
@@ -74,7 +71,7 @@ def _kept_or_asked(
 ) -> tuple[dict, list[Prediction]]:
     items = get_profile(profile).forgetting.items
     wanted = stages.plain(forgetting.described(lm, generator, profile, (seed,), items))
-    own = stages.kept(profile) / f"{checkpoint_name(what, profile)}{KEPT}"
+    own = stages.kept(profile) / f"{checkpoint_name(what, profile)}{stages.PREDICTED}"
     for path in (own,) if retrain else (shipped(what, profile), own):
         if path.is_file():
             header, rows = predictions.read(path)

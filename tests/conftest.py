@@ -1,11 +1,15 @@
-"""Shared by all tests: one thread, and small models whose every part has an effect."""
+"""Shared by all tests: one thread, small models whose every part has an effect, and a small world to train in."""
+
+import contextlib
 
 import pytest
 import torch
 
+from prosg_lib import forgetting, profiles, stages, suite_stages
 from prosg_lib.backbones.rwkv import RWKV
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
+from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
 from prosg_lib.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)
@@ -59,3 +63,27 @@ def prompts() -> list[list[int]]:
     """Token ids of very different lengths, one of them longer than two chunks."""
     g = torch.Generator().manual_seed(1)
     return [torch.randint(0, 2000, (n,), generator=g).tolist() for n in (5, 1, 70, 33)]
+
+
+@pytest.fixture(scope="session")
+def small_world():
+    """`with small_world(profile, runs):` the profile is called `tiny`, what is trained goes to the folder `runs`, and
+    prose is a few sentences, enough for bodies of no tokens; afterwards nothing remembers it."""
+
+    def forget():
+        stages.dialogues.cache_clear()
+        stages._prose.cache_clear()
+
+    @contextlib.contextmanager
+    def world(profile, runs):
+        prose = Prose("a little", dict.fromkeys(SPLITS, own_sentences("test")[:40]))
+        with pytest.MonkeyPatch.context() as patch:
+            for room in (stages, suite_stages, forgetting):
+                patch.setattr(room, "load_prose", lambda: prose)
+            patch.setenv("PROSG_RUNS", str(runs))
+            patch.setitem(profiles.PROFILES, "tiny", profile)
+            forget()
+            yield
+        forget()
+
+    return world

@@ -7,12 +7,11 @@ import pytest
 from pandas.testing import assert_frame_equal
 from test_ablations import TINY
 
-from prosg_lib import ablation_study, cli, files, profiles, stages
+from prosg_lib import ablation_study, cli, files, stages
 from prosg_lib.ablation_study import BLANK, CARRIED, measured, variants
 from prosg_lib.errors import UserError
 from prosg_lib.profiles import PROFILES
 from prosg_lib.sizes import Evaluation, Study
-from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
 
 SMALL = replace(
     TINY,
@@ -22,17 +21,10 @@ SMALL = replace(
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder of checkpoints, the profile `tiny`, and little prose."""
-    monkeypatch.setenv("PROSG_RUNS", str(tmp_path))
-    monkeypatch.setitem(profiles.PROFILES, "tiny", SMALL)
-    lines = own_sentences("test")[:20]
-    monkeypatch.setattr(stages, "load_prose", lambda: Prose("a little", dict.fromkeys(SPLITS, lines)))
-    stages.dialogues.cache_clear()
-    stages._prose.cache_clear()
-    yield stages.kept("tiny")
-    stages.dialogues.cache_clear()
-    stages._prose.cache_clear()
+def place(small_world, tmp_path):
+    """An empty folder of checkpoints."""
+    with small_world(SMALL, tmp_path):
+        yield stages.kept("tiny")
 
 
 def test_a_variant_is_the_basis_in_all_but_its_own_choice():

@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prosg_lib import ablations, files, profiles, stages
+from prosg_lib import ablations, files, stages
 from prosg_lib.ablations import Ablation, ablated, checkpoint_name
 from prosg_lib.backbones.rwkv7 import RWKV7
 from prosg_lib.errors import UserError
 from prosg_lib.generator import FinalStateGenerator
 from prosg_lib.profiles import PROFILES
 from prosg_lib.sizes import GeneratorSize, SupervisedSize, Training, TransformedSize
-from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
 
 FEW = Training(steps=2, batch=2, lr=1e-2, facts=(1,), distances=(0,), warmup=1)
 MAPS = ("att.output", "ffn.key")
@@ -30,19 +29,11 @@ TINY = replace(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory):
-    """A folder of checkpoints that all tests share, the profile `tiny`, and little prose."""
+def place(small_world, tmp_path_factory):
+    """A folder of checkpoints that all tests share."""
     folder = tmp_path_factory.mktemp("ablations")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROSG_RUNS", str(folder))
-        patch.setitem(profiles.PROFILES, "tiny", TINY)
-        lines = own_sentences("test")[:20]
-        patch.setattr(stages, "load_prose", lambda: Prose("a little", dict.fromkeys(SPLITS, lines)))
-        stages.dialogues.cache_clear()
-        stages._prose.cache_clear()
+    with small_world(TINY, folder):
         yield folder / "tiny" / "checkpoints"
-    stages.dialogues.cache_clear()
-    stages._prose.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_help_is_there_and_needs_no_torch(arguments):
         ["train", "everything"],
         ["train", "lm", "--method", "adapter"],
         ["train", "lm", "--at-once", "0"],
-        ["train", "ablation", "--stage", "token"],
+        ["train", "ablation", "--set", "rank=3"],
         ["train", "way", "--task", "characters"],
         ["train", "way", "--method", "adapter", "--task", "characters", "--objective", "LX"],
     ],

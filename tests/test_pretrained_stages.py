@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
-from prosg_lib import models, paths, profiles, stages
+from prosg_lib import models, paths, stages
 from prosg_lib.backbones.families import Mamba2
 from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE
@@ -14,7 +14,6 @@ from prosg_lib.pretrained_stages import dialogues_of, generator_for, new_small, 
 from prosg_lib.profiles import PROFILES
 from prosg_lib.sizes import Training
 from prosg_lib.tasks.dialogue import Shape
-from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
 from prosg_lib.tokenizer import Tokenizer, folder_tokenizer
 
 STEPS = Training(steps=2, batch=2, lr=1e-2, facts=(1,), distances=(0,), warmup=1)
@@ -22,17 +21,9 @@ SIZES = replace(PROFILES["smoke"].pretrained, lm=STEPS, rank=2, token_training=S
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    """A profile of its own, little prose, and an empty folder for what is trained."""
-    lines = own_sentences("test")[:20]
-    monkeypatch.setattr(stages, "load_prose", lambda: Prose("a little", dict.fromkeys(SPLITS, lines)))
-    monkeypatch.setenv("PROSG_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setitem(profiles.PROFILES, "tiny", replace(PROFILES["smoke"], name="tiny", pretrained=SIZES))
-    stages.dialogues.cache_clear()
-    stages._prose.cache_clear()
-    yield
-    stages.dialogues.cache_clear()
-    stages._prose.cache_clear()
+def place(small_world, tmp_path):
+    with small_world(replace(PROFILES["smoke"], name="tiny", pretrained=SIZES), tmp_path / "runs"):
+        yield
 
 
 def test_the_small_model_is_trained_once_and_then_found(capsys):

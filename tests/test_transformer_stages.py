@@ -4,27 +4,18 @@ import pytest
 import torch
 from test_stages import TINY
 
-from prosg_lib import cli, profiles, stages
+from prosg_lib import cli, stages
 from prosg_lib.backbones.transformer import LookingBack, new_llama
 from prosg_lib.objectives import lm_objective
 from prosg_lib.profiles import PROFILES
 from prosg_lib.tasks.dialogue import Shape, collate
-from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
 from prosg_lib.transformer_stages import checkpoint_name, dialogue_transformer
 
 
 @pytest.fixture(autouse=True)
-def little_prose(monkeypatch, tmp_path):
-    """Enough text for bodies of no tokens, and a folder of this test's own."""
-    lines = own_sentences("test")[:20]
-    monkeypatch.setattr(stages, "load_prose", lambda: Prose("a little", dict.fromkeys(SPLITS, lines)))
-    monkeypatch.setenv("PROSG_RUNS", str(tmp_path))
-    monkeypatch.setitem(profiles.PROFILES, "tiny", TINY)
-    stages.dialogues.cache_clear()
-    stages._prose.cache_clear()
-    yield
-    stages.dialogues.cache_clear()
-    stages._prose.cache_clear()
+def place(small_world, tmp_path):
+    with small_world(TINY, tmp_path):
+        yield
 
 
 def test_trained_once_and_then_loaded(monkeypatch, capsys):
