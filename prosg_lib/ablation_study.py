@@ -116,7 +116,8 @@ def measured(profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift 
         UserError: unknown profile; a kept file that is damaged; diverged training.
     """
     lm = stages.load_or_train("lm", profile, seed, retrain, thrift)
-    found = [_kept_or_measured(variant, profile, lm, retrain, thrift) for variant in variants(profile, seed)]
+    command = f"prosg train ablations --profile {profile} --seed {seed}"
+    found = [_kept_or_measured(v, profile, lm, retrain, thrift, command) for v in variants(profile, seed)]
     return pd.concat(found, ignore_index=True)
 
 
@@ -125,7 +126,9 @@ def shipped(variant: Variant, profile: str) -> Path:
     return paths.data_dir() / "ablations" / f"{variant.name(profile)}.json"
 
 
-def _kept_or_measured(variant: Variant, profile: str, lm: LanguageModel, retrain: bool, thrift: Thrift) -> pd.DataFrame:
+def _kept_or_measured(
+    variant: Variant, profile: str, lm: LanguageModel, retrain: bool, thrift: Thrift, command: str
+) -> pd.DataFrame:
     sizes = get_profile(profile)
     plan = plan_of(variant.spec, profile, lm, variant.seed, thrift)
     record = {"generator": plan.record, "measured": stages.plain(_measuring(sizes))}
@@ -138,7 +141,7 @@ def _kept_or_measured(variant: Variant, profile: str, lm: LanguageModel, retrain
     generator = stages.obtain(plan, profile, retrain)
     rows = _measure(lm, variant.spec.stage, generator, sizes)
     if processes.first():
-        facts = provenance.facts() | {"command": f"prosg train ablations --profile {profile}"}
+        facts = provenance.facts() | {"command": command}
         columns = {name: rows[name].tolist() for name in rows}
         kept = {"kind": KIND, "version": VERSION, "record": record, "provenance": facts, "rows": columns}
         files.write_text(own, json.dumps(kept, allow_nan=False) + "\n")
