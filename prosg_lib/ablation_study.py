@@ -82,6 +82,7 @@ def variants(profile: str, seed: int = 0) -> tuple[Variant, ...]:
             "never a blank state": {"alone": 0.0, "blank": 0.0},
             "always a blank state": {"blank": 1.0},
             "no locality": {"locality": 0.0},
+            "more locality": {"locality": 10.0},
         },
     }
     found = [Variant("basis", "token-wise", token, seed)]
@@ -92,8 +93,11 @@ def variants(profile: str, seed: int = 0) -> tuple[Variant, ...]:
         "V2, directions alone": replace(supervised, lessons=0.0),
         "V2, taught by answers": supervised,
         "V2, taught by prompts": replace(supervised, teacher="prompt"),
+        "V2, with foresight": replace(supervised, foresight=0.1),
         "V3": mend,
         "V3, smaller steps": replace(mend, step=0.01),
+        "V3, larger steps": replace(mend, step=1.0),
+        "V3, much larger steps": replace(mend, step=10.0),
     }
     found += [Variant("way", label, spec, seed) for label, spec in ways.items()]
     found.append(Variant("state", "final state, all", final, seed))
