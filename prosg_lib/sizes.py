@@ -236,7 +236,7 @@ class SuiteSizes:
     recurrent: PairTraining = PairTraining(2000, 32, 2e-3)
     transformer: PairTraining = PairTraining(2000, 32, 3e-3)
     token: PairTraining = PairTraining(1500, 32, 2e-3, warmup=150)
-    adapter: PairTraining = PairTraining(400, 16, 1e-2)
+    adapter: PairTraining = PairTraining(1500, 32, 1e-2, warmup=150)
     longest: int = 300
 
 
