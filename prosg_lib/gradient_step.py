@@ -32,7 +32,9 @@ Params = Mapping[str, Tensor]
 LossOf = Callable[[dict[str, Tensor]], Tensor]
 
 
-def gradient_step(parts: Sequence[LossOf], start: Params, lr: float, second_order: bool = True) -> dict[str, Tensor]:
+def gradient_step(
+    parts: Sequence[LossOf], start: Params, lr: float, second_order: bool = True, kept: bool = True
+) -> dict[str, Tensor]:
     """One plain SGD step, start - lr grad loss(start), that can be differentiated through (equation 1 there).
 
     Args:
@@ -43,26 +45,27 @@ def gradient_step(parts: Sequence[LossOf], start: Params, lr: float, second_orde
         start: what is changed. With one copy an example, (B, ...), and the sum of the examples' losses, each example
             takes a step of its own.
         second_order: the exact outer gradient; False: as if the inner gradient were a constant (first-order MAML).
+        kept: whether the last part's graph waits for the outer gradient; False: it is run again, too.
     Raises:
         NotFinite: the loss at the start, or its gradient, is not finite.
     """
     names = list(start)
     positional = [lambda *tensors, part=part: part(dict(zip(names, tensors, strict=True))) for part in parts]
-    stepped = _Step.apply(positional, lr, second_order, *start.values())
+    stepped = _Step.apply(positional, lr, second_order, kept, *start.values())
     return dict(zip(names, stepped, strict=True))
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts, lr, second_order, *start):
+    def forward(ctx, parts, lr, second_order, kept, *start):
         ctx.parts, ctx.lr, ctx.second_order, ctx.last = parts, lr, second_order, None
         ctx.save_for_backward(*start)
         slopes = [torch.zeros_like(t) for t in start]
         for part in parts:
-            kept = second_order and part is parts[-1]
+            waits = second_order and kept and part is parts[-1]
             leaves, loss = _loss(part, start)
-            _add(slopes, torch.autograd.grad(loss, leaves, retain_graph=kept, allow_unused=True))
-            if kept:
+            _add(slopes, torch.autograd.grad(loss, leaves, retain_graph=waits, allow_unused=True))
+            if waits:
                 ctx.last = leaves, loss
         if not all(torch.isfinite(g).all() for g in slopes):
             raise NotFinite("the gradient of the context's loss is not finite; look at the start, and at the context")
@@ -74,7 +77,15 @@ class _Step(torch.autograd.Function):
         for part in reversed(ctx.parts) if ctx.second_order else ():  # the kept one first, then it is gone
             last, ctx.last = ctx.last, None
             _add(changes, _bent(*(last or _loss(part, ctx.saved_tensors)), outer), -ctx.lr)
-        return None, None, None, *changes
+        return None, None, None, None, *changes
+
+
+def gradient_steps(losses: Sequence[LossOf], start: Params, lr: float, second_order: bool = True) -> dict[str, Tensor]:
+    """`gradient_step`s one after the other, each on a loss of its own; only the last one's graph waits, so that the
+    memory of many is that of one."""
+    for number, loss_of in enumerate(losses, 1):
+        start = gradient_step([loss_of], start, lr, second_order, kept=number == len(losses))
+    return start
 
 
 def _loss(part: Callable[..., Tensor], start: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -185,9 +196,8 @@ class AdapterStep(Generator):
         for name in self.names:
             for kind, matrix in (("U", self.U[key(name)]), ("V", self.V[key(name)])):
                 params[f"{name}.{kind}"] = matrix.expand(len(contexts.ids), -1, -1)
-        for told in in_turn(contexts, successive):
-            params = gradient_step([self._loss_of(lm, told)], params, self.lr, self.second_order)
-        return self._delta_of(params)
+        losses = [self._loss_of(lm, told) for told in in_turn(contexts, successive)]
+        return self._delta_of(gradient_steps(losses, params, self.lr, self.second_order))
 
     def _delta_of(self, params: Params) -> LowRankDelta:
         pairs = {n: Factors(params[f"{n}.U"], params[f"{n}.V"]) for n in self.names}
@@ -258,8 +268,8 @@ class WeightStep(nn.Module):
             alone = [self.after(lm, Rows(*(t[[i]] for t in contexts)), successive) for i in range(len(contexts.ids))]
             return lambda ids, valid: torch.cat([says(ids[[i]], valid[[i]]) for i, says in enumerate(alone)])
         weights = {n: w.expand(len(contexts.ids), *w.shape) for n, w in self.start(lm).items()}
-        for told in in_turn(contexts, successive):
-            weights = gradient_step([self._loss_of(lm, told)], weights, self.lr, self.second_order)
+        losses = [self._loss_of(lm, told) for told in in_turn(contexts, successive)]
+        weights = gradient_steps(losses, weights, self.lr, self.second_order)
 
         def logits_of(ids, valid):
             return _mapped(lm, _logits(lm))(weights, ids[:, None], valid[:, None])[:, 0]

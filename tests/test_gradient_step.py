@@ -14,7 +14,7 @@ from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE, key
-from prosg_lib.gradient_step import AdapterStep, WeightStep, answering, context_nll, gradient_step
+from prosg_lib.gradient_step import AdapterStep, WeightStep, answering, context_nll, gradient_step, gradient_steps
 from prosg_lib.lowrank import applied
 from prosg_lib.tasks.pair_batches import Rows, left_padded
 
@@ -86,6 +86,23 @@ def test_all_parts_but_the_last_run_again_for_an_exact_outer_gradient_alone():
         assert_close(first, 1 - 0.1 * 18 * w.detach() if second_order else torch.ones(2))
         assert torch.equal(torch.autograd.grad(outer, w)[0], first)
         assert calls == [0, 1, 2, *again, *once_more]
+
+
+def test_of_several_steps_all_but_the_last_run_again():
+    """The outer gradient of three steps is that of plain autograd through three, and one graph at a time waits."""
+    calls = []
+    w = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    losses = [lambda p, i=i: calls.append(i) or (p["w"] ** 3).sum() * (i + 1) for i in range(3)]
+    (found,) = torch.autograd.grad(gradient_steps(losses, {"w": w}, 0.01)["w"].pow(2).sum(), w)
+    assert calls == [0, 1, 2, 1, 0]
+    stepped = w
+    for loss in losses:
+        (slope,) = torch.autograd.grad(loss({"w": stepped}), stepped, create_graph=True)
+        stepped = stepped - 0.01 * slope
+    assert_close(found, torch.autograd.grad(stepped.pow(2).sum(), w)[0])
+    calls.clear()
+    gradient_steps(losses, {"w": w}, 0.01, second_order=False)["w"].sum().backward()
+    assert calls == [0, 1, 2]
 
 
 def assert_slopes_are_measured(parameters, loss_of, h=1e-4):
