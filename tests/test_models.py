@@ -149,6 +149,8 @@ SHIPPED = {
     "mamba2-dialogue": "Mamba2",
     "llama-pairs": "CausalTransformer",
     "llama-dialogue": "CausalTransformer",
+    "rwkv4-suite": "RWKV4",
+    "llama-suite": "CausalTransformer",
 }
 
 
@@ -163,10 +165,8 @@ def test_every_shipped_model_loads_by_its_name():
         assert not lm.training
         assert lm.tokenizer.vocab == lm.config.vocab == 2048
         own = {who for generator, who in made_for.items() if generator.startswith(f"{name}-")}
-        assert own == (set() if name == "llama-dialogue" else {lm.fingerprint()})
-    with pytest.raises(
-        UserError, match=r"there are: llama-dialogue, llama-pairs, mamba2-dialogue, rwkv4-dialogue, rwkv4-pairs\)"
-    ):
+        assert own == (set() if name in ("llama-dialogue", "llama-suite") else {lm.fingerprint()})
+    with pytest.raises(UserError, match=rf"there are: {', '.join(sorted(SHIPPED))}\)"):
         load_model("rwkv4-dialogue-tokens")
 
 
