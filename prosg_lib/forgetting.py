@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -187,15 +187,13 @@ def measured(
 def described(lm: LanguageModel, generator: Generator | None, profile: str, seeds: Sequence[int], items: int) -> dict:
     """The part of a header that says what is asked of what: two files with the same one have the same predictions, but
     for the prose around passkeys, and for rounding."""
-    asked = asdict(get_profile(profile).forgetting)
-    asked.pop("items")  # the number is told apart
     return {
         "suite": SUITE,
         "fingerprint": lm.fingerprint(),
         "generator_fingerprint": None if generator is None else fingerprint(generator),
         "methods": list(methods_of(generator)),
         "profile": profile,
-        "cells": stages.plain(asked),
+        "cells": stages.plain(get_profile(profile).forgetting.cells),
         "split": SPLIT,
         "seeds": list(seeds),
         "items": items,

@@ -19,13 +19,13 @@ STYLES = METHOD_STYLE | {
     "adapter-wrong": MethodStyle("another's gradient step", PALETTE["vermillion"], "1", ":"),
 }
 
-_SIZES = {
-    "copy": ("words", "words to repeat", "share of tokens right"),
-    "mqar": ("length", "length of the sequence (tokens)", "share of queries right"),
-    "phonebook": ("lines", "lines of the phone book", "share of numbers right"),
-    "passkey": ("length", "length of the text (tokens)", "share of keys right"),
+_AXES = {
+    "copy": ("words to repeat", "share of tokens right"),
+    "mqar": ("length of the sequence (tokens)", "share of queries right"),
+    "phonebook": ("lines of the phone book", "share of numbers right"),
+    "passkey": ("length of the text (tokens)", "share of keys right"),
 }
-"""task -> (the setting on the x axis, its label, the y axis's)."""
+"""task -> labels of the x axis, its size, and of the y axis."""
 
 
 def label(method: str) -> str:
@@ -51,8 +51,8 @@ def by_size(ax: Axes, task: str, part: Mapping, methods: Sequence[str] | None = 
         part: of `forgetting_report.results`' tasks. methods: those to draw; None: all.
     """
     methods = list(part["overall"]["methods"]) if methods is None else list(methods)
-    setting, x, y = _SIZES[task]
-    places = [cell["cell"][setting] for cell in part["sizes"]]
+    x, y = _AXES[task]
+    places = [place for cell in part["sizes"] for place in cell["cell"].values()]
     cells = [[estimate_of(cell["methods"][m]) for cell in part["sizes"]] for m in methods]
     table = pd.DataFrame(cells, index=methods, columns=places)
     plots.estimates(ax, table, {m: STYLES.get(m, MethodStyle(m, PALETTE["grey"], ".", "-")) for m in methods})

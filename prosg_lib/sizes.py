@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from prosg_lib.backbones.rwkv4 import RWKV4Config
 from prosg_lib.backbones.transformer import TransformerConfig
@@ -222,6 +222,11 @@ class Forgetting:
     phonebook: tuple[int, ...] = (3, 5, 10, 20, 50)
     passkey: tuple[int, ...] = (64, 256, 1024)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+    @property
+    def cells(self) -> dict[str, tuple]:
+        """The sizes of all tests, by name, without the number of items."""
+        return {name: value for name, value in asdict(self).items() if name != "items"}
 
 
 @dataclass(frozen=True)

@@ -223,18 +223,7 @@ def suite_model(
         model.model.set_attn_implementation("sdpa")  # no second derivative is needed here
         return copying_first(model, training, seed, draw, loss_of)
 
-    plan = _plan(
-        f"suite {backbone}",
-        checkpoint_name(backbone, profile),
-        "lm",
-        record,
-        new,
-        work,
-        training,
-        profile,
-        seed,
-        thrift,
-    )
+    plan = _plan(backbone, "lm", profile, seed, record, new, work, thrift)
     return stages.obtain(plan, profile, retrain)
 
 
@@ -260,17 +249,14 @@ def suite_way(method: str, profile: str, seed: int = 0, retrain: bool = False, t
     def new():
         return stages.new_module(method, size, lm)
 
-    name = checkpoint_name(method, profile)
-    return stages.obtain(
-        _plan(f"suite {method}", name, "generator", record, new, work, training, profile, seed, thrift, lm),
-        profile,
-        retrain,
-    )
+    plan = _plan(method, "generator", profile, seed, record, new, work, thrift, lm)
+    return stages.obtain(plan, profile, retrain)
 
 
-def _plan(label, name, kind, record, new, work, training, profile, seed, thrift, lm=None) -> stages.Plan:
+def _plan(what, kind, profile, seed, record, new, work, thrift, lm=None) -> stages.Plan:
     sizes = get_profile(profile)
-    data = {"problems": VERSION, "mqar": mqar.VOCAB, "cells": asdict(sizes.forgetting), "longest": sizes.suite.longest}
-    data["cells"].pop("items")
+    label, training = f"suite {what}", getattr(sizes.suite, what)
+    data = {"problems": VERSION, "mqar": mqar.VOCAB, "cells": sizes.forgetting.cells, "longest": sizes.suite.longest}
     record = {"stage": label, "seed": seed, "recipe": RECIPE, "data": data, "training": asdict(training)} | record
+    name = checkpoint_name(what, profile)
     return stages.Plan(label, name, kind, stages.plain(record), new, work, training, seed, lm, thrift)

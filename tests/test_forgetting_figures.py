@@ -26,7 +26,9 @@ def found():
             task: {
                 "title": task.title(),
                 "cells": [{"cell": cell, "methods": estimates(0.1 * i)} for i, cell in enumerate(cells)],
-                "sizes": [{"cell": cell, "methods": estimates(0.1 * i)} for i, cell in enumerate(cells)],
+                "sizes": [
+                    {"cell": dict([*cell.items()][:1]), "methods": estimates(0.1 * i)} for i, cell in enumerate(cells)
+                ],
                 "overall": {"methods": estimates(0.25)},
             }
             for task, cells in CELLS.items()

@@ -79,6 +79,18 @@ def test_scores_are_shares_of_tokens_or_all_or_nothing(found):
         assert {c["items"] for c in part["cells"]} == {4}
 
 
+def test_cells_of_one_size_count_together(found):
+    """Passkeys of one length at all depths are one mean; of the other tests every cell has a size of its own."""
+    tasks = results(HEADER, found)["tasks"]
+    for task, part in tasks.items():
+        if task != "passkey":
+            assert [c["methods"] for c in part["sizes"]] == [c["methods"] for c in part["cells"]]
+    assert [(c["cell"], c["items"]) for c in tasks["passkey"]["sizes"]] == [({"length": 64}, 8), ({"length": 128}, 8)]
+    for m in HEADER["methods"]:
+        by_length = scores(found, "passkey", m, exact=True).reshape(2, 8).mean(1)
+        assert [c["methods"][m]["value"] for c in tasks["passkey"]["sizes"]] == pytest.approx(by_length, abs=1e-6)
+
+
 def test_intervals_enclose_and_differences_are_paired(found):
     """The interval of a method's difference to the plain model is that of differences item by item: where they are
     the same for every item, it has no width although both methods scatter."""
