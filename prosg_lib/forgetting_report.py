@@ -48,9 +48,10 @@ def results(header: Mapping, predictions: Sequence[Prediction]) -> dict:
     Returns:
         header: as given. tasks: by name, `title` and `score` in words; `cells`, each with its settings, its items and
         every method's mean score with interval; `sizes`, the same over all cells of one size (`TASKS`), and `overall`
-        over all cells; `against`, every method's score minus the plain model's, paired; `power`, the smallest difference that so many items can show
-        (`power.smallest_difference`), for one cell and for all of them: "any", whatever the answers are, and by method
-        with the scatter of its differences to the plain model. For copying `largest`: by method and bar.
+        over all cells; `against`, every method's score minus the plain model's, paired; `power`, the smallest
+        difference that so many items can show (`power.smallest_difference`), for one cell and for all of them: "any",
+        whatever the answers are, and by method with the scatter of its differences to the plain model. For copying
+        `largest`: by method and bar.
     Raises:
         UserError: a test that is not known, a method without predictions, or methods that answered different items.
     """
