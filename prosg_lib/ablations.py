@@ -26,6 +26,9 @@ from prosg_lib.training import RECIPE
 STAGES = ("token", "final", "supervised", "mend")
 """The generators that can be varied."""
 
+_WARMUP = 6
+"""A shorter training rises to its learning rate in a sixth of its steps, if that is sooner than the profile's."""
+
 
 @dataclass(frozen=True)
 class Ablation:
@@ -158,6 +161,8 @@ def plan_of(spec: Ablation, profile: str, lm: LanguageModel, seed: int = 0, thri
             options[name] = value
         elif name != "layers":
             unknown.append(name)
+    if spec.steps is not None:
+        training = replace(training, warmup=min(training.warmup, max(1, spec.steps // _WARMUP)))
     if unknown:
         raise UserError(f"a {spec.stage} generator has no {', '.join(unknown)} to be changed")
     if spec.layers is not None:

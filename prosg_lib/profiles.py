@@ -85,7 +85,7 @@ PROFILES = {
         model=RWKV4Config(VOCAB, 128, 4, 512),
         lm=Training(2000, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
         token=GeneratorSize(32, 256, _MAPS),
-        token_training=Training(1200, 48, 2e-3, (3, 6, 12, 24, 24), (0, 64, 256, 512), warmup=50),
+        token_training=Training(1200, 48, 2e-3, (3, 6, 12, 24, 24), (0, 64, 256, 512), warmup=150),
         final=GeneratorSize(16, 256, ("att.output", "ffn.value")),
         final_training=Training(500, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         static_training=Training(100, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),

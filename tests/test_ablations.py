@@ -135,3 +135,15 @@ def test_a_model_that_names_no_features(lm):
     assert isinstance(lm, RWKV7)
     with pytest.raises(UserError, match="a RWKV7 names none"):
         FinalStateGenerator(lm, 2, 8, ("att.output",), ("ratio",))
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(6, 1), (60, 10), (600, 30)])
+def test_a_shorter_training_warms_up_in_a_sixth_of_its_steps(monkeypatch, steps, warmup):
+    """And never for longer than the profile's."""
+    long = replace(TINY, name="long", token_training=replace(FEW, steps=1200, warmup=30))
+    monkeypatch.setitem(PROFILES, "long", long)
+    lm = stages.load_or_train("lm", "tiny")
+    plan = ablations.plan_of(Ablation("token", steps=steps), "long", lm)
+    assert (plan.training.steps, plan.training.warmup) == (steps, warmup)
+    assert plan.record["training"]["warmup"] == warmup
+    assert ablations.plan_of(Ablation("token"), "long", lm).training.warmup == 30
