@@ -43,7 +43,7 @@ class Ablation:
         alone, blank, local, locality: as in `Curriculum`.
         lessons, teacher, strength, directions, rank_of_teacher, foresight: as in `SupervisedSize`.
         step: as in `TransformedSize`.
-        steps, batch, lr, facts, distances: as in `Training`.
+        steps, batch, lr, facts, distances, warmup: as in `Training`.
     """
 
     stage: str
@@ -69,6 +69,7 @@ class Ablation:
     lr: float | None = None
     facts: tuple[int, ...] | None = None
     distances: tuple[int, ...] | None = None
+    warmup: int | None = None
 
     @classmethod
     def of(cls, stage: str, changes: Iterable[str]) -> Self:
@@ -161,7 +162,7 @@ def plan_of(spec: Ablation, profile: str, lm: LanguageModel, seed: int = 0, thri
             options[name] = value
         elif name != "layers":
             unknown.append(name)
-    if spec.steps is not None:
+    if spec.steps is not None and spec.warmup is None:
         training = replace(training, warmup=min(training.warmup, max(1, spec.steps // _WARMUP)))
     if unknown:
         raise UserError(f"a {spec.stage} generator has no {', '.join(unknown)} to be changed")

@@ -147,3 +147,4 @@ def test_a_shorter_training_warms_up_in_a_sixth_of_its_steps(monkeypatch, steps,
     assert (plan.training.steps, plan.training.warmup) == (steps, warmup)
     assert plan.record["training"]["warmup"] == warmup
     assert ablations.plan_of(Ablation("token"), "long", lm).training.warmup == 30
+    assert ablations.plan_of(Ablation("token", steps=steps, warmup=3), "long", lm).training.warmup == 3
