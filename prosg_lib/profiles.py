@@ -94,7 +94,7 @@ PROFILES = {
         evaluation=Evaluation(24, 12, 24, (0, 1, 2, 3, 4), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
         pairs=PairSizes(
             TransformerConfig("llama", VOCAB, 128, 4, 384, 4),
-            PairTraining(900, 32, 3e-3),
+            PairTraining(2000, 32, 3e-3),
             PairTraining(1150, 32, 3e-3, (1, 1, 1, 4)),
             adapter=PairTraining(400, 16, 1.5e-2),
             recurrent_adapter=PairTraining(800, 16, 1.5e-2),

@@ -9,6 +9,8 @@ import torch
 
 from prosg_lib.allocator import peak_bytes
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 COUNT = """
 import resource, torch
 from prosg_lib.allocator import keep_freed_memory
@@ -37,7 +39,7 @@ def test_training_steps_soon_need_no_new_pages():
 
 def test_peak_is_that_of_what_is_alive_at_once():
     """Three tensors of 4 MB, of which two at a time; what was there before does not count."""
-    before = torch.zeros(10**6)
+    before = torch.zeros(10**6, device=DEVICE)
 
     def run():
         first = before + 1
@@ -50,8 +52,8 @@ def test_peak_is_that_of_what_is_alive_at_once():
 
 def test_a_backward_pass_keeps_what_it_needs():
     """Ten layers keep their inputs for the backward pass; without gradients they do not."""
-    layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(10)))
-    x = torch.randn(1024, 64)  # 256 KB
+    layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(10))).to(DEVICE)
+    x = torch.randn(1024, 64, device=DEVICE)  # 256 KB
 
     def forward():
         with torch.no_grad():

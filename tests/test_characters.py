@@ -72,7 +72,7 @@ def test_items_are_short(split):
 def test_all_wordings_are_used():
     """Every frame of a split turns up among its items, those of the contexts and those of the questions."""
     for split in SPLITS:
-        items = [(people.person(split, 0, i), p) for i, p in enumerate(characters(split, count=500))]
+        items = [(people.person(split, 0, i), p) for i, p in enumerate(characters(split, count=1000))]
         for frames, part, form in (
             (CONTEXTS, "context", "the {0.thing} of the {0.place}"),
             (people.QUESTIONS, "query", "the {0.place}'s {0.thing}"),
@@ -83,7 +83,7 @@ def test_all_wordings_are_used():
                     said = frame.format(name=who.name, **people._words(who, verb, form.format(who)))
                     seen[frame] += said in getattr(pair, part)
             assert sum(seen.values()) == len(items)
-            assert min(seen[frame] for frame in frames[split]) > 10
+            assert min(seen[frame] for frame in frames[split]) > 5
 
 
 # Everything follows from the seed
@@ -102,9 +102,9 @@ def test_the_same_seed_gives_the_same_items():
 
 def test_an_item_is_fixed():
     """A change that gives other items for the same seed is seen here, and has to raise VERSION."""
-    assert people.VERSION == 2
+    assert people.VERSION == 3
     assert characters("test", count=1)[0].context == (
-        "Last year the bell of the fortress was guarded by a singer; it was Rosa Ellery."
+        "Whoever has met the potter who discovered the desk of the brewery has met Ella Rush."
     )
 
 

@@ -132,7 +132,7 @@ class PairDraw:
     turns: tuple[str, ...]
     echoes: int = 0
     longest: int = 0
-    room: int = 512
+    room: int = 1024
 
     def __call__(self, step: int) -> PairBatch:
         rng = random.Random(f"pairs/{self.seed}/{step}")

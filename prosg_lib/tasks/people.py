@@ -19,7 +19,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tasks.prose import SPLITS, check_split
 
-VERSION = 2
+VERSION = 3
 """Goes up when the same seed would give other items."""
 
 COUNTS = {"train": 5_000, "validation": 500, "test": 500}
@@ -116,6 +116,18 @@ QUESTIONS = {
         "We know that {a_role} {verb} {thing}. What is this person called?",
         "Would you please tell me which {role} it was that {verb} {thing}?",
         "By whom was {thing} {verb}, and I mean the {role}?",
+        "Give me the name of the {role} who {verb} {thing}, will you?",
+        "{Thing} was {verb}. Who was the {role} in that affair?",
+        "Whom do we call the {role} that {verb} {thing}?",
+        "Who, being {a_role}, {verb} {thing}?",
+        "One {role} {verb} {thing}. The name, if you please?",
+        "As for the {role} who {verb} {thing}: who is meant?",
+        "To which {role} do we owe that {thing} was {verb}?",
+        "Is there {a_role} known to you who {verb} {thing}, and who?",
+        "How is the {role} named who {verb} {thing}?",
+        "Let us speak of the {role} by whom {thing} was {verb}. Whom do I mean?",
+        "And the {role} who {verb} {thing} is who?",
+        "Could it be that {a_role} {verb} {thing}, and if so, who?",
     ),
     "validation": (
         "Could you tell me who the {role} is by whom {thing} was {verb}?",
