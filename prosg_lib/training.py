@@ -10,9 +10,12 @@ import json
 import math
 import os
 import random
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +60,8 @@ def fit(
 ) -> None:
     """Train `module` in place; safe to kill at any moment and to call again, with as many processes or others.
 
+    Told to end (Ctrl-C, SIGTERM), it ends its step and keeps it; told again, it ends at once.
+
     The step number alone decides a step's data, so that a run continued from a checkpoint (weights, optimiser, random
     state, step) ends with the weights of one that was never stopped, bit for bit on the same machine, threads and
     number of processes. Another number of processes adds in another order, and has other dropout.
@@ -72,6 +77,7 @@ def fit(
         Diverged: the loss is not finite, in whichever process; the last good checkpoint stays.
         UserError: the checkpoint in `folder` belongs to another configuration, or is damaged; a batch has fewer
             examples than there are processes.
+        KeyboardInterrupt: it was told to end.
     """
     keep_freed_memory()
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -81,32 +87,59 @@ def fit(
     start = processes.agreed(start, f"the step that {path} is at")
     log = _Log(folder / f"{name}.jsonl", name, sizes.steps, start) if processes.first() else None
     saved, device = time.monotonic(), parameters[0].device
-    for step, batch in enumerate(_drawn_ahead(batch_of, start, sizes.steps, device), start):
-        for group in optimiser.param_groups:
-            group["lr"] = group["factor"] * (sizes.lr * schedule(step, sizes, held))
-        optimiser.zero_grad(set_to_none=True)
-        if not processes.first():  # the first one's random numbers are those of a single process
-            torch.manual_seed(random.Random(f"{record}/{step}/{processes.index()}").getrandbits(63))
-        try:
-            loss = _backward(step, _own(batch), at_once, loss_of, parameters)
-        except NotFinite as error:
+    with _told_to_end() as told:
+        for step, batch in enumerate(_drawn_ahead(batch_of, start, sizes.steps, device), start):
+            for group in optimiser.param_groups:
+                group["lr"] = group["factor"] * (sizes.lr * schedule(step, sizes, held))
+            optimiser.zero_grad(set_to_none=True)
+            if not processes.first():  # the first one's random numbers are those of a single process
+                torch.manual_seed(random.Random(f"{record}/{step}/{processes.index()}").getrandbits(63))
+            try:
+                loss = _backward(step, _own(batch), at_once, loss_of, parameters)
+            except NotFinite as error:
+                if log:
+                    log.close()
+                raise Diverged(
+                    f"training {name}: {error} at step {step}; the last good checkpoint "
+                    f"is {path if path.exists() else 'none (it happened before the first was written)'}; "
+                    f"a smaller learning rate than {sizes.lr} usually helps"
+                ) from error
+            for group in optimiser.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], group["clip"])
+            optimiser.step()
             if log:
-                log.close()
-            raise Diverged(
-                f"training {name}: {error} at step {step}; the last good checkpoint "
-                f"is {path if path.exists() else 'none (it happened before the first was written)'}; "
-                f"a smaller learning rate than {sizes.lr} usually helps"
-            ) from error
-        for group in optimiser.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], group["clip"])
-        optimiser.step()
-        if log:
-            log.step(step, loss)
-            if time.monotonic() - saved > save_every_s:
-                _save(path, module, optimiser, step + 1, record)
-                saved = time.monotonic()
+                log.step(step, loss)
+                if told or time.monotonic() - saved > save_every_s:
+                    _save(path, module, optimiser, step + 1, record)
+                    saved = time.monotonic()
+            if told:
+                if log:
+                    log.close()
+                raise KeyboardInterrupt
     if log:
         log.close()
+
+
+@contextmanager
+def _told_to_end() -> Iterator[list[int]]:
+    """Signals that came and are to be obeyed after the step; a second one finds what was there before."""
+    told: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield told  # only the main thread hears of signals
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def hear(number, _):
+        told.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        for number in before:
+            signal.signal(number, hear)
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def groups_of(module: nn.Module) -> list[dict]:

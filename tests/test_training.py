@@ -209,6 +209,37 @@ def test_stopped_after_any_step(tmp_path):
         assert bits(train(tmp_path / str(stop))) == expected
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_end_it_ends_its_step_and_keeps_it(tmp_path, number):
+    """However long ago the last checkpoint was; the handlers that were there before are there again."""
+    expected = bits(train(tmp_path / "whole"))
+    net, before = module(), signal.getsignal(number)
+    inner = loss_of(net)
+
+    def stopping(step, batch):
+        if step == 9:
+            os.kill(os.getpid(), number)
+        return inner(step, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit("net", net, batch_of, stopping, SIZES, tmp_path / "told", RECORD, save_every_s=1e6)
+    assert signal.getsignal(number) is before
+    assert files.load_tensors(tmp_path / "told" / "net.checkpoint.safetensors")[1]["step"] == 10
+    assert bits(train(tmp_path / "told")) == expected
+
+
+def test_told_to_end_twice_it_ends_at_once(tmp_path):
+    net = module()
+
+    def stuck(step, batch):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, net, stuck)
+
+
 def test_log_of_a_killed_run_goes_on(tmp_path):
     """Lines of steps that are done again, and a line that the kill cut in two, are dropped; the rest stays."""
     net = module()
