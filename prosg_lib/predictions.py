@@ -185,8 +185,9 @@ def write(path: str | Path, header: Mapping[str, object], rows: Iterable[Predict
     Raises:
         UserError: the disk is full; a previous file is as it was.
     """
+    rows = list(rows)
     lines = [_line({name: getattr(row, name) for name in row.columns}) for row in rows]
-    version = ROWS[header["suite"]].version
+    version = rows[0].version if rows else 1
     first = _line({"kind": KIND, "version": version, "rows": len(lines), **header})
     files.write_bytes(path, gzip.compress("".join([first, *lines]).encode(), mtime=0))
 
