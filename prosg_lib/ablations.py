@@ -139,6 +139,32 @@ def ablated(
     return stages.obtain(plan_of(spec, profile, lm, seed, thrift), profile, retrain)
 
 
+def trainings(
+    profile: str,
+    seed: int = 0,
+    retrain: bool = False,
+    thrift: Thrift = PLENTY,
+    lm: LanguageModel | None = None,
+) -> dict[int, nn.Module]:
+    """The token-wise generator of a profile, trained more than once: another seed each, and all else is the same.
+
+    Args:
+        seed: of the first training, `stages.load_or_train`'s, and of the language model that all of them are for.
+        retrain, thrift, lm: as in `ablated`.
+    Returns:
+        Number (`Evaluation.trainings`) -> generator, in order; the training's seed is `seed` + number.
+    Raises:
+        UserError: as `ablated`.
+    """
+    lm = lm or stages.load_or_train("lm", profile, seed, retrain, thrift)
+    return {
+        number: ablated(Ablation("token"), profile, seed + number, retrain, thrift, lm)
+        if number
+        else stages.load_or_train("token", profile, seed, retrain, thrift)
+        for number in get_profile(profile).evaluation.trainings
+    }
+
+
 def plan_of(spec: Ablation, profile: str, lm: LanguageModel, seed: int = 0, thrift: Thrift = PLENTY) -> stages.Plan:
     """How to come by `ablated` for the profile's language model.
 

@@ -14,7 +14,17 @@ from matplotlib.figure import Figure
 from prosg_lib import plots, predictions, provenance, suite_pages
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
-from prosg_lib.evaluate import Estimate, by_distance, differences, estimate, gap_recovered, half_life, judged, locality
+from prosg_lib.evaluate import (
+    Estimate,
+    by_distance,
+    by_training,
+    differences,
+    estimate,
+    gap_recovered,
+    half_life,
+    judged,
+    locality,
+)
 from prosg_lib.plots import PALETTE, MethodStyle
 from prosg_lib.predictions import Answers
 from prosg_lib.suite_pages import TEST, Number, detectable, estimate_of, grid, number, said, size
@@ -58,9 +68,11 @@ def results(header: Mapping, answers: Sequence[Answers]) -> dict:
         `distances`; by method and for each of the distances `recall`, `followed` (instructions kept), `gap` (recovered)
         and `against` (recall minus the plain model's, paired, with a band that covers the whole curve); by method
         `competing` (right answers about other people, as a ratio to the plain model's) and `half_life` (tokens; None:
-        longer than the largest distance); `power`, the smallest difference of two methods at one distance that so many
-        prompts can show (`power.smallest_difference`). What a file lacks the methods or instructions for is empty; not
-        every method need be asked with every number of facts.
+        longer than the largest distance); `trainings`, by method that has several, and by their numbers, the recall of
+        each at the distances, with intervals over prompts (all other numbers are means over them); `power`, the
+        smallest difference of two methods at one distance that so many prompts can show (`power.smallest_difference`).
+        What a file lacks the methods or instructions for is empty; not every method need be asked with every number of
+        facts.
     Raises:
         UserError: there are no answers, or methods were not asked the same.
     """
@@ -75,15 +87,15 @@ def results(header: Mapping, answers: Sequence[Answers]) -> dict:
 
 def _check_comparable(methods: Sequence[str], answers: Iterable[Answers]) -> None:
     """Methods are compared prompt by prompt, so all must have been asked the same at every distance."""
-    asked: dict[int, dict[str, dict[tuple[int, int, int], tuple]]] = {}
+    asked: dict[int, dict[tuple[str, int], dict[tuple[int, int, int], tuple]]] = {}
     for row in answers:
-        own = asked.setdefault(row.facts, {}).setdefault(row.method, {})
+        own = asked.setdefault(row.facts, {}).setdefault((row.method, row.training), {})
         own[row.distance, row.seed, row.prompt] = (row.instructions, row.questions, row.gold, row.asked)
     if not asked:
         raise UserError("there are no predictions; evaluate at least one prompt")
-    everyone = set().union(*asked.values())
-    for facts, by_method in asked.items():
-        first, *others = by_method.values()
+    everyone = {method for some in asked.values() for method, _ in some}
+    for facts, each in asked.items():
+        first, *others = each.values()
         distances, prompts = {name[0] for name in first}, {name[1:] for name in first}
         alike = everyone == set(methods) and all(_alike(first, other) for other in others)
         if not alike or len(first) != len(distances) * len(prompts):
@@ -120,6 +132,11 @@ def _part(frame: pd.DataFrame, methods: Sequence[str], facts: int) -> dict:
         "against": {m: [number(e) for e in differences(frame, m, "base", facts).values()] for m in others},
         "competing": {m: number(locality(frame, m, "base", facts)) for m in others},
         "half_life": {m: _finite(half_life(frame, m, facts)) for m in methods},
+        "trainings": {
+            method: {str(n): [number(cell) for cell in row] for n, row in by_training(frame, method, facts).iterrows()}
+            for method in methods
+            if frame[frame.method == method].training.nunique() > 1
+        },
         "power": detectable(prompts),
     }
 
@@ -172,9 +189,15 @@ def _recall(part: Mapping) -> tuple[str, Figure]:
     )
     alt = (
         f"Recall of {_facts(part['facts'])} against the distance between prompt and question, at {distances[0]:,} and "
-        f"at {distances[-1]:,} tokens: {ends}. Bars are 95 % intervals over prompts."
+        f"at {distances[-1]:,} tokens: {ends}. Bars are 95 % intervals over {_over(part['trainings'])}."
     )
     return alt, figure
+
+
+def _over(several: Iterable[str]) -> str:
+    """What intervals are over, in words, where these methods have several trainings."""
+    labels = ", ".join(_look(method).label for method in several)
+    return "prompts" + (f", and over trainings where there are several ({labels})" if labels else "")
 
 
 def _look(method: str) -> MethodStyle:
@@ -207,7 +230,8 @@ def markdown(found: Mapping, alts: Mapping[str, str]) -> str:
         found: of `results`. alts: of the figures, by name; those that are there are shown.
     """
     header = found["header"]
-    lines = suite_pages.heading(header, f"{header['split']} split, sizes of {header['profile']}", "prompts")
+    several = dict.fromkeys(method for part in found["parts"] for method in part["trainings"])
+    lines = suite_pages.heading(header, f"{header['split']} split, sizes of {header['profile']}", _over(several))
     for part in found["parts"]:
         distances = part["distances"]
         lines += [f"## {_facts(part['facts'])} in the prompt", ""]
@@ -219,6 +243,10 @@ def markdown(found: Mapping, alts: Mapping[str, str]) -> str:
             if part[column]:
                 rows = [[_look(m).label, *map(said, cells)] for m, cells in part[column].items()]
                 lines += [f"### {title}", "", meaning, "", *grid(["", *(f"{d:,}" for d in distances)], rows), ""]
+        for method, each in part["trainings"].items():
+            rows = [[f"training {n}", *map(said, cells)] for n, cells in each.items()]
+            lines += [f"### Recall of every training: {_look(method).label}", "", "Intervals are over prompts.", ""]
+            lines += [*grid(["", *(f"{d:,}" for d in distances)], rows), ""]
         lines += ["### Over the whole text", "", *_whole_table(part), ""]
         lines += [
             f"What the prompts can show ({TEST}): between two methods at one distance a difference in recall of "

@@ -3,13 +3,16 @@
 For each prompt one text of the largest distance is read once per method; at every distance the state is copied and
 each question asked from the copy. A question is answered greedily, as a user would see it, and judged as text: what a
 method said (`Answers`) is one thing, and how it is judged (`judged`) another, so that kept answers can be judged again.
+
+A method may have several trainings, which are asked the same; its numbers are means over them, and its intervals are of
+two levels: other prompts, and other trainings, might have been drawn.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -25,12 +28,12 @@ from prosg_lib.errors import UserError
 from prosg_lib.generator import Generator
 from prosg_lib.lowrank import LowRankDelta
 from prosg_lib.predictions import Answers
+from prosg_lib.resampling import Estimate, resampled, resampled_means
 from prosg_lib.sizes import Evaluation
 from prosg_lib.state import RecurrentState
 from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Item, Shape, judge
 
 _ANSWER_TOKENS = 12  # the longest answer, with all three instructions, has 8
-_RESAMPLES = 2000
 _AT_ONCE = 32  # questions to a model whose state grows, at a time: each has a copy of all that was read
 
 
@@ -65,10 +68,10 @@ def judged(answers: Iterable[Answers]) -> pd.DataFrame:
     """What was said, judged (`tasks.dialogue.judge`).
 
     Returns:
-        One row a method, distance, facts, seed and prompt: recall and followed (shares of the questions answered right,
-        of the instructions kept; NaN where there were none), asked and competing (words of answers about other people
-        in the text since the distance before, and the share of them that the model puts first; NaN where there were
-        none).
+        One row a method, training, distance, facts, seed and prompt: recall and followed (shares of the questions
+        answered right, of the instructions kept; NaN where there were none), asked and competing (words of answers
+        about other people in the text since the distance before, and the share of them that the model puts first; NaN
+        where there were none).
     """
     rows = []
     for row in answers:
@@ -76,6 +79,7 @@ def judged(answers: Iterable[Answers]) -> pd.DataFrame:
         rows.append(
             {
                 "method": row.method,
+                "training": row.training,
                 "distance": row.distance,
                 "facts": row.facts,
                 "seed": row.seed,
@@ -273,41 +277,61 @@ def answers(
     return [row for rows in processes.shared(units, said) for row in rows]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % bootstrap interval."""
+def answers_by_training(
+    lm: LanguageModel,
+    trainings: Mapping[int, Generator],
+    split: str,
+    sizes: Evaluation,
+    data_of: Callable[[str, int], Dialogues],
+    facts: Sequence[int] | None = None,
+    distances: Sequence[int] | None = None,
+) -> list[Answers]:
+    """`answers` of the method "prosg-token", every training of its generator to the same questions.
 
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+    Args:
+        trainings: number -> token-wise generator (`ablations.trainings`).
+    """
+    told = (["prosg-token"], split, sizes, data_of, facts, distances)
+    return [
+        replace(row, training=number)
+        for number, generator in trainings.items()
+        for row in answers(lm, {"token": generator}, *told)
+    ]
 
 
 def _table(frame: pd.DataFrame, column: str, facts: int, distance: int, methods: Sequence[str]) -> np.ndarray:
-    """(methods, prompts of all seeds), the same prompts in the same order for every method."""
-    part = frame[(frame.facts == facts) & (frame.distance == distance)]
-    wide = part.pivot(index=["seed", "prompt"], columns="method", values=column)
-    missing = [m for m in methods if m not in wide]
+    """(methods, trainings, prompts of all seeds), as `_crossed`."""
+    part = _numbered(frame[(frame.facts == facts) & (frame.distance == distance)])
+    missing = [m for m in methods if m not in set(part.method)]
     if missing:
         raise UserError(f"{', '.join(missing)} was not measured at {distance} tokens with {facts} facts")
-    return wide[list(methods)].to_numpy().T
+    return _crossed(part.pivot(index=["seed", "prompt"], columns=["method", "training"], values=column), methods)
 
 
-def resampled(table: np.ndarray, statistic) -> Estimate:
-    """Bootstrap over prompts; all methods keep the same resampled prompts, so differences and ratios are paired."""
-    rng = np.random.default_rng(0)
-    pick = rng.integers(table.shape[1], size=(_RESAMPLES, table.shape[1]))
-    value = statistic(np.nanmean(table, 1))
-    spread = statistic(np.nanmean(table[:, pick], 2))
-    spread = spread[~np.isnan(spread)]
-    low, high = np.percentile(spread, [2.5, 97.5]) if len(spread) else (np.nan, np.nan)
-    return Estimate(float(value), float(low), float(high))
+def _numbered(frame: pd.DataFrame) -> pd.DataFrame:
+    """With the column `training`, which what was measured of one training alone need not have."""
+    return frame if "training" in frame else frame.assign(training=0)
+
+
+def _crossed(wide: pd.DataFrame, methods: Sequence[str]) -> np.ndarray:
+    """(methods, trainings, prompts), the same prompts in the same order for all; a method that was trained once, or not
+    at all, is the same in every training.
+
+    Args:
+        wide: one row a prompt, one column a method and training.
+    Raises:
+        UserError: of two methods with several trainings each, they are others.
+    """
+    parts = [wide[method] for method in methods]
+    numbers = {tuple(part.columns) for part in parts if part.shape[1] > 1}
+    if len(numbers) > 1:
+        raise UserError(f"{', '.join(methods)} have other trainings each, and cannot be compared training by training")
+    most = max(part.shape[1] for part in parts)
+    return np.stack([np.broadcast_to(part.to_numpy().T, (most, len(wide))) for part in parts])
 
 
 def estimate(frame: pd.DataFrame, method: str, distance: int, facts: int = 6, column: str = "recall") -> Estimate:
-    """Mean over all prompts and seeds, with a bootstrap interval over prompts."""
+    """Mean over all prompts, seeds and trainings, with its interval (`resampled`)."""
     return resampled(_table(frame, column, facts, distance, [method]), lambda means: means[0])
 
 
@@ -325,20 +349,19 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def differences(frame: pd.DataFrame, method: str, other: str, facts: int = 6) -> dict[int, Estimate]:
-    """Recall of one method minus another's by distance, paired, with a simultaneous 95 % band (bootstrap, max-t).
+    """Recall of one method minus another's by distance, paired, with a simultaneous 95 % band (bootstrap, max-t), over
+    prompts, and over trainings where there are several (`resampled`).
 
     The band covers the whole curve: where there is no difference at any distance, it leaves out 0 somewhere in one case
     of twenty, while one interval a distance would do so in up to one case of twenty for each of them.
     """
     distances = sorted(frame[frame.facts == facts].distance.unique().tolist())
     tables = [_table(frame, "recall", facts, d, [method, other]) for d in distances]
-    apart = np.stack([table[0] - table[1] for table in tables])  # (distances, prompts)
-    pick = np.random.default_rng(0).integers(apart.shape[1], size=(_RESAMPLES, apart.shape[1]))
-    means = apart[:, pick].mean(2)  # (distances, resamples)
+    apart = np.stack([table[0] - table[1] for table in tables])  # (distances, trainings, prompts)
+    means, middle = resampled_means(apart), apart.mean((1, 2))  # (distances, resamples), (distances,)
     error = means.std(1, keepdims=True)
-    away = np.abs(means - apart.mean(1, keepdims=True)) / np.where(error > 1e-12, error, 1.0)
+    away = np.abs(means - middle[:, None]) / np.where(error > 1e-12, error, 1.0)
     width = np.quantile(away.max(0), 0.95) * error[:, 0]
-    middle = apart.mean(1)
     return {d: Estimate(float(m), float(m - w), float(m + w)) for d, m, w in zip(distances, middle, width, strict=True)}
 
 
@@ -347,11 +370,11 @@ def locality(frame: pd.DataFrame, method: str, other: str = "base", facts: int =
 
     NaN where none were asked for, or the other method has none right.
     """
-    part = frame[(frame.facts == facts) & (frame.asked > 0)]
+    part = _numbered(frame[(frame.facts == facts) & (frame.asked > 0)])
     if not {method, other} <= set(part.method):
         return Estimate(float("nan"), float("nan"), float("nan"))
-    right = (part.competing * part.asked).groupby([part.method, part.seed, part.prompt]).sum().unstack([1, 2])
-    return resampled(right.loc[[method, other]].to_numpy(), lambda m: _ratio(m[0], m[1]))
+    right = (part.competing * part.asked).groupby([part.seed, part.prompt, part.method, part.training]).sum()
+    return resampled(_crossed(right.unstack([2, 3]), [method, other]), lambda m: _ratio(m[0], m[1]))
 
 
 def by_distance(
@@ -365,6 +388,13 @@ def by_distance(
     distances = sorted(frame[frame.facts == facts].distance.unique().tolist())
     cells = [[statistic(frame, method, d, facts) for d in distances] for method in methods]
     return pd.DataFrame(cells, index=list(methods), columns=distances)
+
+
+def by_training(frame: pd.DataFrame, method: str, facts: int = 6) -> pd.DataFrame:
+    """Recall of every training of a method, with intervals over prompts: one row a training, one column a distance."""
+    own = _numbered(frame[frame.method == method])
+    tables = {n: by_distance(estimate, part, [method], facts) for n, part in own.groupby("training")}
+    return pd.concat([table.set_axis([n]) for n, table in tables.items()])
 
 
 def half_life(frame: pd.DataFrame, method: str, facts: int = 6) -> float:

@@ -9,7 +9,8 @@ follow. Every other line is one item and method. In a file of the suite "forgett
 and of the suite "dialogue"::
 
     {"method": "base", "distance": 64, "facts": 6, "seed": 0, "prompt": 5, "instructions": {"closer": "over"},
-     "questions": ["Tell me my home town."], "gold": ["Oslo"], "predicted": [" Rome, over."], "asked": 4, "right": 3}
+     "questions": ["Tell me my home town."], "gold": ["Oslo"], "predicted": [" Rome, over."], "asked": 4, "right": 3,
+     "training": 0}
 """
 
 from __future__ import annotations
@@ -28,9 +29,6 @@ from prosg_lib.tasks.own import check_instructions
 from prosg_lib.tasks.rows import Place, check_columns, check_text, json_rows, read_json
 
 KIND = "prosg predictions"
-VERSION = 1
-"""Of the format."""
-
 _HEADER = {
     "kind": str,
     "version": int,
@@ -56,7 +54,9 @@ class Prediction:
         gold, predicted: token ids at the judged positions, one or more, equally many.
     """
 
+    version: ClassVar = 1
     columns: ClassVar = ("task", "cell", "seed", "item", "method", "gold", "predicted", "right")
+    since: ClassVar = {}
     header: ClassVar = {"items": int}
 
     task: str
@@ -118,12 +118,16 @@ class Answers:
             and the whole answer as it was generated.
         asked, right: words of answers about other people in the text since the distance before, and how many of them
             the model puts first.
+        training: which training of the method's generator it is, of those that were asked the same (format 2; what is
+            older, or was trained once or not at all, is 0).
     """
 
+    version: ClassVar = 2
     columns: ClassVar = (
         "method", "distance", "facts", "seed", "prompt", "instructions", "questions", "gold", "predicted", "asked",
-        "right",
+        "right", "training",
     )  # fmt: skip
+    since: ClassVar = {"training": 2}
     header: ClassVar = {"profile": str, "split": str}
 
     method: str
@@ -137,17 +141,21 @@ class Answers:
     predicted: tuple[str, ...]
     asked: int
     right: int
+    training: int = 0
 
     @property
     def name(self) -> tuple:
-        """Which prompt, distance and method it is; no other row of a file has the same."""
-        return self.method, self.distance, self.facts, self.seed, self.prompt
+        """Which prompt, distance, method and training it is; no other row of a file has the same."""
+        return self.method, self.training, self.distance, self.facts, self.seed, self.prompt
 
     @classmethod
     def of(cls, place: Place, row: dict) -> Self:
         """A line of a file, checked."""
         check_text(place, "method", row["method"])
-        for name, least in {"distance": 0, "facts": 1, "seed": None, "prompt": 0, "asked": 0, "right": 0}.items():
+        lowest = {"distance": 0, "facts": 1, "seed": None, "prompt": 0, "asked": 0, "right": 0, "training": 0}
+        for name, least in lowest.items():
+            if name not in row:  # of an older format, and has its default
+                continue
             if not _whole(row[name]) or (least is not None and row[name] < least):
                 raise place.error("a whole number was expected" + ("" if least is None else f", {least} or more"), name)
         if row["right"] > row["asked"]:
@@ -164,7 +172,8 @@ class Answers:
 
 
 ROWS: dict[str, type[Prediction] | type[Answers]] = {"forgetting": Prediction, "dialogue": Answers}
-"""What the rows of a suite are. Each kind has its columns in their order, and what a header needs besides."""
+"""What the rows of a suite are. Each kind has the version of its format, its columns in their order, the version since
+when there is a column, if not the first, and what a header needs besides."""
 
 
 def write(path: str | Path, header: Mapping[str, object], rows: Iterable[Prediction | Answers]) -> None:
@@ -176,8 +185,10 @@ def write(path: str | Path, header: Mapping[str, object], rows: Iterable[Predict
     Raises:
         UserError: the disk is full; a previous file is as it was.
     """
+    rows = list(rows)
     lines = [_line({name: getattr(row, name) for name in row.columns}) for row in rows]
-    first = _line({"kind": KIND, "version": VERSION, "rows": len(lines), **header})
+    version = rows[0].version if rows else 1
+    first = _line({"kind": KIND, "version": version, "rows": len(lines), **header})
     files.write_bytes(path, gzip.compress("".join([first, *lines]).encode(), mtime=0))
 
 
@@ -186,7 +197,7 @@ def _line(row: dict) -> str:
 
 
 def read(path: str | Path) -> tuple[dict, list[Prediction] | list[Answers]]:
-    """What `write` wrote: header and rows, in their order.
+    """What `write` wrote, now or in an older format: header and rows, in their order.
 
     Raises:
         UserError: the file is missing, damaged, cut short, not of this kind, of a suite that is not known, or says
@@ -196,9 +207,10 @@ def read(path: str | Path) -> tuple[dict, list[Prediction] | list[Answers]]:
     first, _, rest = _text(path).partition("\n")
     header = read_json(Place(path, 1), None, first or "{}")
     kind = _kind(Place(path, 1), header)
+    columns = [name for name in kind.columns if kind.since.get(name, 1) <= header["version"]]
     found, seen = [], set()
-    for place, row in json_rows(path, "\n" + rest, kind.columns):  # the header's line stays the first
-        check_columns(place, list(row), kind.columns)
+    for place, row in json_rows(path, "\n" + rest, columns):  # the header's line stays the first
+        check_columns(place, list(row), columns)
         prediction = kind.of(place, row)
         if prediction.name in seen:
             raise place.error("the same item and method as in a row before; remove one")
@@ -229,12 +241,12 @@ def _kind(place: Place, header: Any) -> type[Prediction] | type[Answers]:
     """What rows follow a header, which is checked."""
     if not isinstance(header, dict) or header.get("kind") != KIND:
         raise place.error(f"no header of {KIND}; give a file that `prosg evaluate` or a notebook wrote")
-    if header.get("version") != VERSION:
-        raise place.error(f"format {header.get('version')!r}, and {VERSION} is known here; take a newer version")
     _check_header(place, header, _HEADER)
     if header["suite"] not in ROWS:
         raise place.error(f"the suite {header['suite']!r} is not known; there are {', '.join(ROWS)}")
     kind = ROWS[header["suite"]]
+    if not 1 <= header["version"] <= kind.version:
+        raise place.error(f"format {header['version']}, and {kind.version} is known here; take a newer version")
     _check_header(place, header, kind.header)
     return kind
 

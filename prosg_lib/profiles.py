@@ -47,7 +47,7 @@ PROFILES = {
         static_training=Training(20, 16, 4e-3, (3, 6), (0, 32), warmup=10),
         adapter=AdapterSize(8, _MAPS, 100.0),
         adapter_training=Training(10, 8, 3e-3, (3,), (0, 32), warmup=5),
-        evaluation=Evaluation(4, 4, 3, (0, 1, 2), (0, 64, 256), (3, 6)),
+        evaluation=Evaluation(4, 4, 3, (0, 1, 2), (0, 64, 256), (3, 6), trainings=(0, 1)),
         pairs=PairSizes(
             TransformerConfig("llama", VOCAB, 64, 2, 192, 2),
             PairTraining(40, 16, 3e-3),

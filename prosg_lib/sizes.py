@@ -97,6 +97,9 @@ class Evaluation:
     Attributes:
         prompts: with the main number of facts; other_prompts: with every other number.
         probes: at most one a fact.
+        seeds: of the draws of items.
+        trainings: of the token-wise generator, each a number to be added to the run's seed; 0, the run's own, is first
+            (`ablations.trainings`).
     """
 
     prompts: int
@@ -105,6 +108,7 @@ class Evaluation:
     seeds: tuple[int, ...]
     distances: tuple[int, ...]
     facts: tuple[int, ...]
+    trainings: tuple[int, ...] = (0, 1, 2, 3, 4)
 
     @property
     def main_facts(self) -> int:

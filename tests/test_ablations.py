@@ -76,6 +76,20 @@ def test_what_is_not_changed_is_the_profiles():
     assert seeded == "rwkv4-dialogue-token-rank1-seed3-smoke"
 
 
+def test_a_generators_trainings(monkeypatch):
+    """The profile's own first, then the same with other seeds, for the same model, each with its own checkpoint."""
+    monkeypatch.setitem(PROFILES, "tiny", replace(TINY, evaluation=replace(TINY.evaluation, trainings=(0, 2))))
+    lm = stages.load_or_train("lm", "tiny")
+    found = ablations.trainings("tiny")
+    assert list(found) == [0, 2]
+    assert found[0].checkpoint.name == "rwkv4-dialogue-token-tiny.safetensors"
+    assert found[2].checkpoint.name == "rwkv4-dialogue-token-seed2-tiny.safetensors"
+    one, two = (generator.state_dict() for generator in found.values())
+    assert not all(torch.equal(one[name], two[name]) for name in one)
+    assert files.load_tensors(found[2].checkpoint)[1]["record"]["lm"] == lm.fingerprint()
+    assert all(p.evaluation.trainings[0] == 0 for p in PROFILES.values())
+
+
 @pytest.mark.parametrize("features", [("ratio",), ("att_shift", "weight")])
 def test_a_final_state_generator_sees_the_chosen_features_alone(lm64, features):
     """The other channels of every layer may be anything."""

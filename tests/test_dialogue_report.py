@@ -189,6 +189,31 @@ def test_methods_may_be_asked_with_some_numbers_of_facts_alone(told):
     assert found["recall"] == whole[found["facts"]]["recall"]
 
 
+def test_trainings_are_reported_together_and_one_by_one(told, kept, tmp_path):
+    """Every number of a method with two trainings is over both, as `evaluate` has it; each one's recall is that of a
+    file of its own."""
+    other = [replace(row, predicted=(" Oslo, over.", " Rome."), training=1) for row in told if row.method == "every-64"]
+    predictions.write(kept, HEADER, [*told, *other])
+    written = recompute(kept, tmp_path / "out")
+    found, page = json.loads(written["results.json"]), written["results.md"].decode()
+    before = results(HEADER, told)
+    frame = judged([*told, *other])
+    for part, one in zip(found["parts"], before["parts"], strict=True):
+        mean = estimate(frame, "every-64", 64, part["facts"])
+        cell = part["recall"]["every-64"][-1]
+        assert (cell["value"], cell["low"], cell["high"]) == pytest.approx((mean.value, mean.low, mean.high), abs=1e-6)
+        assert part["recall"]["base"] == one["recall"]["base"]
+        assert part["prompts"] == one["prompts"]
+        assert part["trainings"]["every-64"]["0"] == one["recall"]["every-64"]
+        assert [cell["value"] for cell in part["trainings"]["every-64"]["1"]] == [0.5, 0.5, 0.5]
+        assert one["trainings"] == {}
+        lead = differences(frame, "every-64", "base", part["facts"])[64]
+        assert part["against"]["every-64"][-1]["low"] == pytest.approx(lead.low, abs=1e-6)
+    assert "intervals over prompts, and over trainings where there are several (prompt read again, 64)" in page
+    assert page.count("### Recall of every training: prompt read again, 64") == 2
+    assert "| training 1 | 0.50 [0.50, 0.50] |" in page
+
+
 def test_what_cannot_be_compared_is_refused(told, kept, tmp_path, capsys):
     """Methods, prompts, distances or questions that are not those of the others: one error, and nothing is written."""
     last = told[-1]
@@ -198,6 +223,7 @@ def test_what_cannot_be_compared_is_refused(told, kept, tmp_path, capsys):
         (METHODS, told[:-1]),
         (METHODS, [*told[:-1], replace(last, gold=("Rome", "Rome"))]),
         (METHODS, [*told[:-1], replace(last, asked=4)]),
+        (METHODS, [*told, replace(last, training=1)]),
         (METHODS, [row for row in told if (row.facts, row.prompt, row.distance) != (6, 3, 64)]),
     ):
         with pytest.raises(UserError, match=r"facts?: the methods base, .* were not asked the same"):

@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,16 @@ from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.backbones.transformer import TransformerConfig, new_llama
 from prosg_lib.baselines import METHODS, start
 from prosg_lib.errors import UserError
-from prosg_lib.evaluate import by_distance, differences, estimate, gap_recovered, half_life, locality, measure
+from prosg_lib.evaluate import (
+    by_distance,
+    by_training,
+    differences,
+    estimate,
+    gap_recovered,
+    half_life,
+    locality,
+    measure,
+)
 from prosg_lib.generator import TokenGenerator
 from prosg_lib.lowrank import Factors, LowRankDelta
 from prosg_lib.sizes import Evaluation
@@ -306,6 +315,18 @@ def test_sweep_takes_fewer_prompts_beside_the_main_number_of_facts(data):
     assert frame.groupby("facts").prompt.nunique().to_dict() == {2: 2, 3: 3}
 
 
+def test_every_training_answers_the_same(data):
+    """As the method alone would, with each generator, and each row says which it was."""
+    items = data.items(2, Shape(2, 8, 1, instructions=2))
+    lm, sizes = Window(data, items), Evaluation(2, 2, 1, (0,), (0, 8), (2,))
+    told = ("test", sizes, lambda split, seed: data)
+    found = evaluate.answers_by_training(lm, {0: Copy(), 3: Copy(blind=True)}, *told)
+    for number, generator in {0: Copy(), 3: Copy(blind=True)}.items():
+        alone = evaluate.answers(lm, {"token": generator}, ["prosg-token"], *told)
+        assert [row for row in found if row.training == number] == [replace(row, training=number) for row in alone]
+    assert evaluate.judged(found).training.tolist() == [0] * 4 + [3] * 4
+
+
 # Statistics
 
 
@@ -410,6 +431,54 @@ def test_by_distance_is_a_table_of_estimates():
     assert list(table.columns) == [0, 64, 256]
     assert table.loc["base", 256].value == 1.0
     assert str(table.loc["base", 0]) == "0.50 [0.50, 0.50]"
+
+
+def trained(recalls, method="prosg-token"):
+    """The frame of several trainings: number -> one list of prompts' recalls a distance."""
+    return pd.concat([made({method: table}).assign(training=n) for n, table in recalls.items()], ignore_index=True)
+
+
+def test_numbers_are_means_over_trainings():
+    """Recall, gap, differences, half-life, answers about others; a method without trainings is the same in all."""
+    several = trained({0: [[1.0, 0.8], [0.9, 0.7], [0.6, 0.4]], 1: [[0.6, 0.4], [0.5, 0.3], [0.0, 0.0]]})
+    once = made({"none": [[0.2, 0.0]] * 3, "repeated": [[1.0, 1.0]] * 3}).assign(training=0)
+    frame = pd.concat([several, once], ignore_index=True)
+    assert [estimate(frame, "prosg-token", d).value for d in (0, 64, 256)] == pytest.approx([0.7, 0.6, 0.25])
+    assert gap_recovered(frame, "prosg-token", 0).value == pytest.approx((0.7 - 0.1) / 0.9)
+    assert differences(frame, "prosg-token", "none")[256].value == pytest.approx(0.15)
+    mean = {"prosg-token": [[0.8, 0.6], [0.7, 0.5], [0.3, 0.2]]}
+    assert half_life(frame, "prosg-token") == half_life(made(mean), "prosg-token")
+    each = by_training(frame, "prosg-token")
+    assert each.index.tolist() == [0, 1]
+    assert each[256].map(lambda e: e.value).tolist() == [0.5, 0.0]
+    assert by_training(once.drop(columns="training"), "none").index.tolist() == [0]
+    about = frame.assign(asked=10, competing=np.where(frame.method == "none", 0.5, 0.25 + 0.5 * frame.training))
+    assert locality(about, "prosg-token", "none").value == pytest.approx(1.0)
+    assert (locality(about, "prosg-token", "none").low, locality(about, "prosg-token", "none").high) == (0.5, 1.5)
+
+
+def test_a_band_is_wider_where_trainings_differ():
+    """And the same, where they do not."""
+    rng = np.random.default_rng(0)
+    prompts, none = rng.uniform(0.4, 0.6, (3, 30)), made({"none": [np.zeros(30)] * 3}).assign(training=0)
+
+    def band(apart):
+        tables = {n: list(prompts + apart * n) for n in range(-2, 3)}
+        return differences(pd.concat([trained(tables), none]), "prosg-token", "none")[64]
+
+    alone = differences(pd.concat([made({"prosg-token": list(prompts)}), none.drop(columns="training")]),
+                        "prosg-token", "none")[64]  # fmt: skip
+    alike, apart = band(0.0), band(0.05)
+    assert (alike.low, alike.high) == pytest.approx((alone.low, alone.high))
+    assert apart.low < alone.low - 0.05
+    assert apart.high > alone.high + 0.05
+
+
+def test_other_trainings_each_are_not_compared():
+    """Two methods with several trainings need the same ones."""
+    frame = pd.concat([trained({n: [[0.5]] * 3 for n in some}, m) for m, some in {"a": (0, 1), "b": (0, 2)}.items()])
+    with pytest.raises(UserError, match="a, b have other trainings each"):
+        differences(frame, "a", "b")
 
 
 def test_what_was_not_measured_is_named():

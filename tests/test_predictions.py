@@ -95,7 +95,7 @@ def test_answers_come_back(talk):
     assert found == SAID
     first = lines(talk)[1]
     assert list(first)[:6] == ["method", "distance", "facts", "seed", "prompt", "instructions"]
-    assert list(first)[6:] == ["questions", "gold", "predicted", "asked", "right"]
+    assert list(first)[6:] == ["questions", "gold", "predicted", "asked", "right", "training"]
     assert (first["gold"], first["predicted"], first["asked"]) == (["Oslo", "Ä"], [" Oslo, over.", ""], 3)
 
 
@@ -187,6 +187,7 @@ def test_a_changed_row(path, change, said):
         ({"facts": 0}, "'facts': a whole number was expected, 1 or more"),
         ({"seed": 0.5}, "'seed': a whole number was expected"),
         ({"prompt": True}, "'prompt': a whole number"),
+        ({"training": -1}, "'training': a whole number was expected, 0 or more"),
         ({"right": 4}, "'right': more than the 3 that were asked"),
         ({"instructions": ["over"]}, "'instructions': an object was expected"),
         ({"instructions": {"tone": "kind"}}, "'instructions.tone': unknown kind"),
@@ -206,9 +207,30 @@ def test_changed_answers(talk, change, said):
         read(talk)
 
 
+def test_answers_of_the_older_format_are_those_of_one_training(talk, path):
+    """Format 1 had no trainings, and its rows may have no such column; format 3 is refused; the other suite's rows are
+    still as they were."""
+    header, *rows = lines(talk)
+    assert (header["version"], lines(path)[0]["version"]) == (2, 1)
+    older = [{k: v for k, v in row.items() if k != "training"} for row in rows]
+    rewrite(talk, [header | {"version": 1}, *older])
+    assert read(talk)[1] == SAID
+    for version, some, said in (
+        (1, rows, "line 2, column 'training': unknown column"),
+        (2, older, "line 2, column 'training': the column is missing"),
+        (3, rows, "line 1: format 3, and 2 is known here; take a newer version"),
+        (0, rows, "line 1: format 0"),
+    ):
+        rewrite(talk, [header | {"version": version}, *some])
+        with pytest.raises(UserError, match=said):
+            read(talk)
+
+
 def test_a_prompt_is_asked_about_once(talk):
-    """By the same method at the same distance; another distance is another row."""
+    """By the same method and training at the same distance; another training is another row."""
     header, first, second, *rows = lines(talk)
+    rewrite(talk, [header, first, second | {"distance": first["distance"], "training": 1}, *rows])
+    assert [row.training for row in read(talk)[1]] == [0, 1, 0, 0]
     rewrite(talk, [header, first, second | {"distance": first["distance"]}, *rows])
     with pytest.raises(UserError, match="line 3: the same item"):
         read(talk)
