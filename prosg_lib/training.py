@@ -204,10 +204,20 @@ class _Steps(Dataset):
 
 def _drawn_ahead(batch_of: Callable[[int], Examples], start: int, stop: int, device: torch.device) -> DataLoader:
     """The batches in order. A GPU takes them faster than one core draws them; a CPU has no core to spare."""
-    cores = (os.cpu_count() or 1) // processes.count()
-    workers = min(8, max(0, cores - 2)) if device.type == "cuda" else 0
     own = torch.Generator()  # the loader draws a seed; it must not touch the state that a resumed run restores
-    return DataLoader(_Steps(batch_of, start, stop), batch_size=None, num_workers=workers, generator=own)
+    steps = _Steps(batch_of, start, stop)
+    return DataLoader(steps, batch_size=None, num_workers=_workers(device), generator=own, worker_init_fn=_deaf)
+
+
+def _workers(device: torch.device) -> int:
+    cores = (os.cpu_count() or 1) // processes.count()
+    return min(8, max(0, cores - 2)) if device.type == "cuda" else 0
+
+
+def _deaf(_: int) -> None:
+    """A signal to the whole group of processes is for the one that trains; without it, the others end by themselves."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def schedule(step: int, sizes: Training, held: int = 0) -> float:

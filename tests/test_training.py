@@ -12,11 +12,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import nn
 
-from prosg_lib import files
+from prosg_lib import files, training
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.sizes import Training
 from prosg_lib.tasks.dialogue import Batch
@@ -224,6 +225,27 @@ def test_told_to_end_it_ends_its_step_and_keeps_it(tmp_path, number):
     with pytest.raises(KeyboardInterrupt):
         fit("net", net, batch_of, stopping, SIZES, tmp_path / "told", RECORD, save_every_s=1e6)
     assert signal.getsignal(number) is before
+    assert files.load_tensors(tmp_path / "told" / "net.checkpoint.safetensors")[1]["step"] == 10
+    assert bits(train(tmp_path / "told")) == expected
+
+
+def test_what_draws_ahead_does_not_hear_that_the_group_is_told_to_end(tmp_path, monkeypatch):
+    """As `timeout` and a terminal tell it: else the workers would be gone before the step that they drew is kept."""
+    monkeypatch.setattr(training, "_workers", lambda device: 2)
+    expected = bits(train(tmp_path / "whole"))
+    net = module()
+    inner = loss_of(net)
+
+    def stopping(step, batch):
+        if step == 9:
+            for child in psutil.Process().children():
+                child.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(step, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit("net", net, batch_of, stopping, SIZES, tmp_path / "told", RECORD, save_every_s=1e6)
     assert files.load_tensors(tmp_path / "told" / "net.checkpoint.safetensors")[1]["step"] == 10
     assert bits(train(tmp_path / "told")) == expected
 
