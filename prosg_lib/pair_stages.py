@@ -233,7 +233,8 @@ class WaySpec:
             with random tokens), or a generator, "token" or "final".
         tasks: trained on; several in turn.
         objective: "LC" or "LG".
-        contexts: number of contexts a query comes with.
+        contexts: number of contexts a query comes with. A step is one on the mean of all their losses, never one after
+            the other: a start that keeps them all at once is what is learned, whatever it is asked for afterwards.
         after: trained on these tasks first.
     """
 
@@ -339,7 +340,8 @@ def pair_way(
         tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
         turns = _lesson_turns(tasks) if spec.method == "maps" else tuple(sorted(tasks))
         longest = 96 if echoes else 0
-        draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, turns, echoes, longest)
+        room = spec.contexts * sizes.context  # so that all of them are always there
+        draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, turns, echoes, longest, room)
         if spec.method == "final":
             told = draw(-1).to(stages.device()).context
             way.fit_normaliser(lm, told.ids[:, 0], told.valid[:, 0])
