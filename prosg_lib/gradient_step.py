@@ -60,16 +60,17 @@ class _Step(torch.autograd.Function):
     def forward(ctx, parts, lr, second_order, kept, *start):
         ctx.parts, ctx.lr, ctx.second_order, ctx.last = parts, lr, second_order, None
         ctx.save_for_backward(*start)
-        slopes = [torch.zeros_like(t) for t in start]
+        stepped = [t.clone() for t in start]
         for part in parts:
             waits = second_order and kept and part is parts[-1]
             leaves, loss = _loss(part, start)
-            _add(slopes, torch.autograd.grad(loss, leaves, retain_graph=waits, allow_unused=True))
+            slopes = torch.autograd.grad(loss, leaves, retain_graph=waits, allow_unused=True)
+            if not all(torch.isfinite(g.sum()) for g in slopes if g is not None):
+                raise NotFinite("the gradient of the context's loss is not finite; look at the start and the context")
+            _add(stepped, slopes, -lr)
             if waits:
                 ctx.last = leaves, loss
-        if not all(torch.isfinite(g).all() for g in slopes):
-            raise NotFinite("the gradient of the context's loss is not finite; look at the start, and at the context")
-        return tuple(t - lr * g for t, g in zip(start, slopes, strict=True))
+        return tuple(stepped)
 
     @staticmethod
     def backward(ctx, *outer):

@@ -3,11 +3,15 @@
 A greedy answer is the gold one, token for token up to the newline that ends it, exactly where at each of its tokens,
 the gold ones before it given, the likeliest next token is the gold one. So one forward pass tells, and no text is
 generated.
+
+A way may be a list of trainings, the same in all but the seed. Its share is the mean over pairs and trainings, and its
+interval a bootstrap over both: of pairs, the same ones for all methods, and of every way's trainings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -18,8 +22,8 @@ from prosg_lib import processes
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.conditioning import hidden_of
 from prosg_lib.errors import NotFinite, UserError
-from prosg_lib.evaluate import Estimate, resampled
 from prosg_lib.gradient_step import Way, answering
+from prosg_lib.resampling import Estimate, drawn_trainings, resampled
 from prosg_lib.tasks.pair_batches import PairBatch, Rows, collate
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tokenizer import Tokenizer
@@ -28,25 +32,28 @@ from prosg_lib.tokenizer import Tokenizer
 @torch.no_grad()
 def answered(
     lm: LanguageModel,
-    ways: dict[str, Way],
+    ways: Mapping[str, Way | Sequence[Way]],
     pairs: Sequence[Pair],
     tokenizer: Tokenizer,
     contexts: int = 1,
     seed: int = 0,
     successive: bool = False,
     batch: int = 25,
+    controls: Collection[str] | None = None,
 ) -> pd.DataFrame:
     """Which pairs are answered right, one row a pair, all of them by every method.
 
     Of several processes (`accelerate launch`) each takes a share of the batches, and all return all of it.
 
     Args:
-        ways: by name; none of them is called "prompted" or "none".
+        ways: by name, one or several trainings of each; none of them is called "prompted" or "none".
         contexts: of every pair: its own, and others drawn with `seed`.
         batch: pairs at a time; a step on all weights makes as many models.
+        controls: names of the ways that are asked after a wrong context, too; None: all of them.
     Returns:
         One column of booleans a method: "prompted" (the contexts in front of the query), "none" (the query alone),
         and for every way its name (after the contexts) and "wrong <name>" (after another pair's, without its own).
+        Several trainings have a column each, "<name> #0", "<name> #1" and so on; `hits` takes them together.
     Raises:
         NotFinite: a step broke the model.
         UserError: fewer pairs than contexts, or no other pair's contexts are without a pair's own.
@@ -56,13 +63,14 @@ def answered(
     groups = _groups(pairs, contexts, seed)
     others = _others(groups)
     device = next(lm.parameters()).device
+    controls = ways if controls is None else controls
 
     def measured(first: int) -> pd.DataFrame:
         own, wrong = (
             collate(some[first : first + batch], tokenizer, f"{seed}/{first}").to(device) for some in (groups, others)
         )
-        found = _of_batch(lm, ways, own, wrong.context, successive)
-        return pd.DataFrame({name: hits.cpu().numpy() for name, hits in found})
+        found = _of_batch(lm, ways, own, wrong.context, successive, controls)
+        return pd.DataFrame({name: right.cpu().numpy() for name, right in found})
 
     return pd.concat(processes.shared(range(0, len(groups), batch), measured), ignore_index=True)
 
@@ -88,14 +96,29 @@ def _others(groups: list[list[Pair]]) -> list[list[Pair]]:
     return found
 
 
-def _of_batch(lm: LanguageModel, ways: dict[str, Way], batch: PairBatch, wrong: Rows, successive: bool):
+def _of_batch(
+    lm: LanguageModel,
+    ways: Mapping[str, Way | Sequence[Way]],
+    batch: PairBatch,
+    wrong: Rows,
+    successive: bool,
+    controls: Collection[str],
+) -> Iterator[tuple[str, Tensor]]:
     says = lm.read_out(hidden_of(lm, batch.prompted)[:, -batch.query.ids.shape[1] + 1 :])
     yield "prompted", _right(_finite("prompted", says), batch)
     query = batch.query.ids[:, :-1], batch.query.valid[:, :-1]
     yield "none", _right(answering(None, lm, batch.context)(*query), batch)
-    for name, way in ways.items():
-        for label, contexts in ((name, batch.context), (f"wrong {name}", wrong)):
-            yield label, _right(_finite(label, answering(way, lm, contexts, successive)(*query)), batch)
+    for name, trained in ways.items():
+        asked = [(name, batch.context)] + ([(f"wrong {name}", wrong)] if name in controls else [])
+        for ending, way in _trainings(trained):
+            for label, contexts in asked:
+                says = answering(way, lm, contexts, successive)(*query)
+                yield label + ending, _right(_finite(label + ending, says), batch)
+
+
+def _trainings(trained: Way | Sequence[Way]) -> list[tuple[str, Way]]:
+    """The ends of the columns' names, and what is measured there."""
+    return [(f" #{i}", way) for i, way in enumerate(trained)] if isinstance(trained, Sequence) else [("", trained)]
 
 
 def _finite(label: str, says: Tensor) -> Tensor:
@@ -110,26 +133,64 @@ def _right(says: Tensor, batch: PairBatch) -> Tensor:
     return (hit | ~batch.answer[:, 1:]).all(1)
 
 
+def hits(frame: pd.DataFrame, method: str) -> np.ndarray:
+    """Which pairs a method answers right, 1 or 0, a row for each of its trainings: (trainings, pairs).
+
+    Raises:
+        UserError: it was not measured.
+    """
+    columns = [c for c in frame if c == method or re.fullmatch(rf"{re.escape(method)} #\d+", c)]
+    if not columns:
+        raise UserError(f"{method!r} was not measured; there are {', '.join(frame)}")
+    return frame[columns].to_numpy(float).T
+
+
 def share(frame: pd.DataFrame, method: str) -> Estimate:
-    """Share of pairs that a method answers right, with a bootstrap interval over pairs."""
-    return resampled(frame[[method]].to_numpy(float).T, lambda m: m[0])
+    """Share of pairs that a method answers right, a mean over trainings, with a bootstrap interval over both."""
+    return _resampled(frame, [method], lambda m: m[0])
 
 
 def gap_recovered(frame: pd.DataFrame, method: str, start: str = "untrained") -> Estimate:
-    """(method - start) / (prompted - start), with a bootstrap interval over pairs: the paper's measure."""
-    table = frame[[method, start, "prompted"]].to_numpy(float).T
+    """(method - start) / (prompted - start), with an interval as that of `share`: the paper's measure."""
 
     def recovered(m):
         gap = m[2] - m[1]
         return np.where(np.abs(gap) > 1e-9, (m[0] - m[1]) / np.where(np.abs(gap) > 1e-9, gap, 1.0), np.nan)
 
-    return resampled(table, recovered)
+    return _resampled(frame, [method, start, "prompted"], recovered)
+
+
+def _resampled(frame: pd.DataFrame, methods: Sequence[str], statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+    """Bootstrap in two levels: every resample draws pairs, the same for all methods, and each method's trainings."""
+    tables = [hits(frame, method) for method in methods]
+    ends = np.cumsum([len(table) for table in tables])[:-1]
+    rng = np.random.default_rng(1)
+
+    def combined(means: np.ndarray) -> np.ndarray:
+        """From every training's mean, (trainings of all,) or (trainings of all, resamples)."""
+        return statistic(np.stack([_over_trainings(part, rng) for part in np.split(means, ends)]))
+
+    return resampled(np.concatenate(tables), combined)
+
+
+def _over_trainings(means: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The mean over trainings, (trainings,) -> (); or over some drawn anew a resample, (trainings, n) -> (n,)."""
+    if means.ndim > 1:
+        which = rng.integers(len(means), size=(drawn_trainings(len(means)), means.shape[1]))
+        means = np.take_along_axis(means, which, 0)
+    return means.mean(0)
 
 
 def eight_ways(frame: pd.DataFrame, method: str) -> pd.Series:
-    """Shares of pairs by (right with the prompt, right after the step, right without context): the paper's table 4."""
+    """Shares of pairs by (right with the prompt, right after the step, right without context): the paper's table 4, a
+    mean over trainings."""
     names = ["prompted", method, "none"]
-    return frame.groupby(names).size().reindex(_COMBINATIONS.set_names(names), fill_value=0) / len(frame)
+    others = {name: frame[name] for name in ("prompted", "none")}
+    counts = [
+        pd.DataFrame(others | {method: right > 0}).groupby(names).size().reindex(_COMBINATIONS, fill_value=0)
+        for right in hits(frame, method)
+    ]
+    return (sum(counts) / (len(counts) * len(frame))).rename_axis(names)
 
 
 _COMBINATIONS = pd.MultiIndex.from_product([[True, False]] * 3)

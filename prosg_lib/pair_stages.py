@@ -233,8 +233,9 @@ class WaySpec:
             with random tokens), or a generator, "token" or "final".
         tasks: trained on; several in turn.
         objective: "LC" or "LG".
-        contexts: number of contexts a query comes with.
-        after: trained on these tasks first.
+        contexts: number of contexts a query comes with. A step is one on the mean of all their losses, never one after
+            the other: a start that keeps them all at once is what is learned, whatever it is asked for afterwards.
+        after: trained on these tasks first, with one context.
     """
 
     method: str
@@ -312,11 +313,12 @@ def pair_way(
     echoes = sizes.echoes if spec.method == "maps" else 0
     if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
         training = replace(sizes.low_rank, lr=sizes.low_rank.lr / fresh.rank**0.5)
-    training = replace(training, contexts=(spec.contexts,))
+    # A step has as many contexts as it has where every query comes with one; of queries two at least.
+    training = replace(training, contexts=(spec.contexts,), batch=max(2, training.batch // spec.contexts))
     if not training.steps:
         pairs = sum(map(len, _training_pairs(spec.tasks, profile, lm.tokenizer).values()))
         training = replace(training, steps=-(-pairs // training.batch))
-    first = replace(spec, tasks=spec.after, after=())
+    first = replace(spec, tasks=spec.after, after=(), contexts=1)
     before = pair_way(first, backbone, profile, seed, retrain, thrift) if spec.after else None
     record = {
         "way": asdict(spec),
@@ -339,7 +341,8 @@ def pair_way(
         tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
         turns = _lesson_turns(tasks) if spec.method == "maps" else tuple(sorted(tasks))
         longest = 96 if echoes else 0
-        draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, turns, echoes, longest)
+        room = spec.contexts * sizes.context  # so that all of them are always there
+        draw = PairDraw(tasks, lm.tokenizer, training.batch, training.contexts, seed, turns, echoes, longest, room)
         if spec.method == "final":
             told = draw(-1).to(stages.device()).context
             way.fit_normaliser(lm, told.ids[:, 0], told.valid[:, 0])

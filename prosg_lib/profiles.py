@@ -103,7 +103,6 @@ PROFILES = {
             generator=PairTraining(400, 32, 2e-3),
             maps=PairTraining(700, 32, 1e-3, warmup=20),
             echoes=200,
-            items=200,
         ),
         pretrained=PretrainedSizes(
             _mamba2(128, 4, 4, 32),

@@ -137,7 +137,8 @@ class PairSizes:
         echoes: so many first steps of it are random tokens said twice, so that it learns to store before it reads.
         at_once: examples in memory at a time; None: the whole batch.
         items: pairs of a split that are evaluated, at most.
-        seeds: of the trainings that results are a mean over; many: numbers of contexts that they are asked with.
+        seeds: of the trainings that results are a mean over; many: numbers of contexts that starts are asked with, and
+            trained on.
         context, query: tokens that a pair may have, the answer being a part of the query.
         words: of a passage of the cloze, a sentence or three; None: whole paragraphs.
         tasks: those that are trained on and measured, where this machine has their data.

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.backbones.transformer import TransformerConfig, new_llama
-from prosg_lib.errors import UserError
+from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.generator import SCALE, key
 from prosg_lib.gradient_step import AdapterStep, WeightStep, answering, context_nll, gradient_step, gradient_steps
 from prosg_lib.lowrank import applied
@@ -199,6 +199,17 @@ def test_a_step_lowers_the_contexts_loss(lm):
 def test_a_loss_that_is_not_finite_is_one_clear_error():
     with pytest.raises(UserError, match="loss of the context is inf"):
         gradient_step([lambda p: p["w"].sum() / 0.0], {"w": torch.ones(2)}, 0.1)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_gradient_that_is_not_finite_is_one_too(bad):
+    """Of any part, any weight, and one number of it: the slope of a root at zero, where the loss is finite."""
+    parts = [lambda p: p["w"].square().sum(), lambda p: p["w"].sum() + p["v"].sqrt().sum()]
+    start = {"w": torch.ones(2), "v": torch.tensor([4.0, 0.0])}
+    with pytest.raises(NotFinite, match="gradient of the context's loss is not finite"):
+        gradient_step([parts[1 - bad], parts[bad]], start, 0.1)
+    start["v"][1] = 4.0
+    assert_close(gradient_step(parts, start, 0.1)["v"], torch.tensor([3.975, 3.975]))
 
 
 # Steps on all weights, and on several contexts

@@ -4,6 +4,7 @@ tables are their formulas."""
 import math
 from itertools import chain, product
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,7 +15,8 @@ from prosg_lib import pair_evaluation
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.gradient_step import WeightStep
-from prosg_lib.pair_evaluation import answered, eight_ways, gap_recovered, share
+from prosg_lib.pair_evaluation import answered, eight_ways, gap_recovered, hits, share
+from prosg_lib.resampling import drawn_trainings
 from prosg_lib.tasks.pair_batches import encoded, left_padded
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tokenizer import load_tokenizer
@@ -139,6 +141,19 @@ def test_of_several_contexts_one_is_the_pairs_own(lm, successive):
     assert any(texts[0] != pair.context for pair, texts in zip(PAIRS, own, strict=True))
 
 
+def test_trainings_of_a_way_are_measured_side_by_side(lm):
+    """Each has its own column, and is told the same contexts; wrong ones only where they are asked for."""
+    ways = {"look": [Looking(PAIRS[:n], lm.tokenizer) for n in (2, 4)], "all": Looking(PAIRS, lm.tokenizer)}
+    frame = answered(lm, ways, PAIRS, lm.tokenizer, controls=("look",))
+    assert list(frame) == ["prompted", "none", "look #0", "wrong look #0", "look #1", "wrong look #1", "all"]
+    assert hits(frame, "look").tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
+    assert hits(frame, "wrong look").tolist() == [[0] * 6] * 2
+    assert hits(frame, "all").tolist() == [[1] * 6]
+    assert ways["look"][0].told == ways["look"][1].told
+    assert len(ways["all"].told) == 1
+    assert list(answered(lm, {"all": ways["all"]}, PAIRS, lm.tokenizer, controls=())) == ["prompted", "none", "all"]
+
+
 def test_the_seed_draws_the_other_contexts(lm):
     """The same ones with the same seed, others with another."""
     told = []
@@ -226,6 +241,38 @@ def test_share_is_the_mean_and_its_interval():
     assert found.high - found.low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 400), rel=0.1)
 
 
+def test_a_share_is_over_trainings_too():
+    """The mean of all. Trainings that differ make the interval wide, however many pairs there are; such as do not
+    leave it as it is with one, to the last bit."""
+    same, other = "10" * 500, "11" * 500
+    one, alike = share(table(way=same), "way"), share(table(**{f"way #{i}": same for i in range(3)}), "way")
+    assert alike == one
+    apart = share(table(**{"way #0": same, "way #1": other, "way too": same, "wrong way #0": same}), "way")
+    assert apart.value == 0.75
+    assert (apart.low, apart.high) == (pytest.approx(0.47, abs=0.02), 1)
+
+
+def test_the_spread_of_trainings_adds_to_that_of_pairs():
+    """Variances add up: of 5 trainings that are right by chance at rates of their own, on 200 pairs, against the two
+    formulas. One that is the same for all pairs is only the pairs'."""
+    rng = np.random.default_rng(3)
+    rates = np.array([0.2, 0.35, 0.5, 0.65, 0.8])
+    frame = pd.DataFrame({f"way #{i}": rng.random(200) < rate for i, rate in enumerate(rates)})
+    means = hits(frame, "way").mean(1)
+    variance = means.var() / drawn_trainings(5) + hits(frame, "way").mean(0).var() / 200
+    found = share(frame, "way")
+    assert found.high - found.low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.1)
+
+
+def test_what_was_not_measured_has_no_share():
+    """A name that only begins like one, or has signs that mean something in patterns, is another method's."""
+    frame = table(**{"step #0": "10", "step (2)": "11", "steps": "00"})
+    with pytest.raises(UserError, match=r"'ste' was not measured; there are step #0, step \(2\), steps"):
+        share(frame, "ste")
+    assert share(frame, "step (2)").value == 1
+    assert share(frame, "step").value == 0.5
+
+
 def test_gap_recovered_is_its_formula():
     """(method - start) / (prompted - start) of the shares: 0.5, 0.2 and 0.8 give a half."""
     frame = table(step="1111100000", untrained="0000000011", plain="1000000000", prompted="1111111100")
@@ -237,6 +284,14 @@ def test_gap_recovered_is_its_formula():
         if method == "untrained":
             assert (found.low, found.high) == (0, 0)
     assert gap_recovered(table(step="00", untrained="10", prompted="11"), "step").value == pytest.approx(-1)
+
+
+def test_a_gap_is_of_the_mean_over_trainings():
+    """And its end is that of all of them, not of one."""
+    columns = {"step #0": "1111100000", "step #1": "1111111000", "untrained": "0000000011", "prompted": "1111111100"}
+    found = gap_recovered(table(**columns), "step")
+    assert found.value == pytest.approx((0.6 - 0.2) / (0.8 - 0.2))
+    assert found.low < found.value < found.high
 
 
 def test_the_interval_of_a_gap_keeps_pairs_together():
@@ -270,6 +325,16 @@ def test_eight_ways_are_counted():
     }
     assert list(found.index.names) == ["prompted", "step", "none"]
     assert found.sum() == 1
+
+
+def test_eight_ways_are_a_mean_over_trainings():
+    """Each training's own table counts as much as another's."""
+    columns = {"prompted": "1100", "none": "0000", "step #0": "1000", "step #1": "1110"}
+    found = eight_ways(table(**columns), "step")
+    alone = [eight_ways(table(**columns).rename(columns={f"step #{i}": "one"}), "one") for i in range(2)]
+    assert found.to_dict() == ((alone[0] + alone[1]) / 2).to_dict()
+    assert found[True, True, False] == (1 / 4 + 2 / 4) / 2
+    assert list(found.index.names) == ["prompted", "step", "none"]
 
 
 def test_pairs_of_one_context_have_no_wrong_one(lm):

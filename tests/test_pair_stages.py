@@ -104,6 +104,26 @@ def test_another_specification_is_another_way(change, no_training):
         pair_way(replace(spec, **change), "recurrent", "tiny")
 
 
+@pytest.mark.parametrize("task", PEOPLE)
+def test_a_way_of_many_contexts_sees_all_of_them(task, monkeypatch):
+    """Sixteen for every query, however long they are; and one step on all of them at once."""
+    seen = []
+    monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append(given))
+    pair_way(WaySpec("weights", (task,), contexts=16), "recurrent", "tiny")
+    _, way, draw, objective, *_ = seen[0]
+    batches = [draw(step) for step in range(20)]
+    assert {batch.context.ids.shape[1] for batch in batches} == {16}
+    assert all(batch.context.valid.any(-1).all() for batch in batches)
+    told = []
+    monkeypatch.setattr(type(way), "_loss_of", lambda self, lm, contexts: told.append(contexts) or _no_step)
+    objective(0, batches[0])
+    assert [contexts.ids.shape[1] for contexts in told] == [16]
+
+
+def _no_step(weights):
+    return sum(w.sum() for w in weights.values()) * 0
+
+
 def test_one_task_after_another_starts_where_the_first_ended(monkeypatch):
     seen = []
     pair_way(WaySpec("adapter", ("characters",)), "recurrent", "tiny")
