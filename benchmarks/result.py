@@ -1,8 +1,9 @@
 """How every benchmark begins and ends: its options, the one JSON line, and the ledger of what texts quote.
 
-With `--keep` a result goes into the ledger, `expected/<benchmark>.benchmark.json`, as a notebook's claims do: a ratio's
-bar is its goal, a count's is the count itself. Texts quote it as `NUMBER<!--claim benchmark NAME RATIO-->`, and `prosg
-check` compares the two. `make benchmarks` runs, and keeps, all that README quotes.
+With `--keep` a result goes into the ledger, `expected/<benchmark>.benchmark.json`, as a notebook's claims do, one from
+a GPU into `expected/<benchmark>-cuda.benchmark.json`: a ratio's bar is its goal, a count's is the count itself. Texts
+quote it as `NUMBER<!--claim benchmark NAME RATIO-->`, and `prosg check` compares the two. `make benchmarks` runs, and
+keeps, all that README quotes.
 """
 
 import argparse
@@ -64,7 +65,8 @@ def finish(
         found = {name: round(ratio, 4) for name, ratio in ratios.items()} | dict(counts or {})
         entries = {name: _entry(value, goals.get(name), bar, name in (counts or {})) for name, value in found.items()}
         script = Path(sys.argv[0])
-        path = claims.ledger_path(script.stem, claims.BENCHMARK)
+        name = script.stem + (claims.ON_GPU if torch.cuda.is_available() else "")
+        path = claims.ledger_path(name, claims.BENCHMARK)
         facts = provenance.facts()
         files.write_json(
             path,

@@ -40,6 +40,7 @@ DEFAULT_TOLERANCE = (
 )
 OF_THE_PROSE = ("absolute", "relative")
 BENCHMARK = "benchmark"  # stands where a ledger's file has a profile, if a benchmark wrote it
+ON_GPU = "-cuda"  # behind the benchmark's name, if it ran on a GPU: beside what a CPU measured, not in its place
 UNEXPECTED = "unexpected"  # the kind shown for a claim that no ledger knows; a claim nobody checks is no claim
 
 Row = dict[str, Any]

@@ -463,7 +463,7 @@ def check(root: Path | None = None) -> list[str]:
         name, _, profile = ledger.stem.partition(".")
         try:
             if profile == claims.BENCHMARK:
-                if not (root / "benchmarks" / f"{name}.py").is_file():
+                if not (root / "benchmarks" / f"{name.removesuffix(claims.ON_GPU)}.py").is_file():
                     raise UserError(f"there is no benchmark {name!r}")
             else:
                 if name not in names:

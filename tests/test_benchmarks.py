@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 from prosg_lib import claims, files, paths, quotes
 from prosg_lib.profiles import get_profile
@@ -29,6 +30,7 @@ def keep(tmp_path, monkeypatch, capsys):
     """Keeps a result as a benchmark called `race`, run with an option, would; -> its ledger and what was printed."""
     monkeypatch.setattr(claims.paths, "expected_dir", lambda: tmp_path / "expected")
     monkeypatch.setattr(sys, "argv", ["somewhere/benchmarks/race.py", "--rounds", "3", "--keep"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def call(*arguments, **named):
         result.finish(*arguments, **named)
@@ -54,6 +56,15 @@ def test_a_result_is_kept_with_its_goals_as_bars(keep):
     ledger, printed = keep({"a": 1.0}, {"a": 1.5}, lower_is_better=False, keep=True)
     assert ledger["claims"]["a"]["kind"] == "at_least"
     assert re.search(r"a +1 +at least 1\.5 +NO\n", printed)  # kept, and said to be missed
+
+
+def test_a_gpus_result_is_kept_beside_a_cpus(keep, monkeypatch):
+    keep({"a": 1.0}, {"a": 1.5}, lower_is_better=True, keep=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    keep({"a": 2.0}, {"a": 1.5}, lower_is_better=True, keep=True)
+    found = {name: claims.expected(name, "benchmark") for name in ("race", "race-cuda")}
+    assert [ledger["claims"]["a"]["reference"] for ledger in found.values()] == [1.0, 2.0]
 
 
 def test_nothing_is_kept_unasked(keep):

@@ -475,7 +475,7 @@ def test_check_finds_dirty_notebooks_orphaned_ledgers_and_wrong_quotes(tmp_path)
     (tmp_path / "expected" / "00_new.smok.json").write_text('{"claims": {}}')
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "race.py").touch()
-    for name in ("race", "gone"):
+    for name in ("race", "race-cuda", "gone"):
         (tmp_path / "expected" / f"{name}.benchmark.json").write_text('{"claims": {}}')
     (tmp_path / "README.md").write_text("0.5<!--claim smoke 00_new a-->")
     found = reproduce.check(tmp_path)
