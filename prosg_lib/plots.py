@@ -261,7 +261,12 @@ def recall_against_costs(
         ax.set_xscale("log")
         if column.endswith("_ms"):  # 2 and 5, not 2 x 10^0
             ax.xaxis.set_major_formatter("{x:g}")
-            ax.xaxis.set_minor_formatter(mpl.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
+            low, high = ax.get_xlim()
+            if high < 30 * low:  # else powers of ten say enough
+                ax.xaxis.set_minor_locator(mpl.ticker.LogLocator(subs=(2, 5)))
+                ax.xaxis.set_minor_formatter("{x:g}")
+            else:
+                ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         ax.set_xlabel(label)
 
 
