@@ -312,7 +312,8 @@ def pair_way(
     training = by_method.get(spec.method, sizes.generator)
     echoes = sizes.echoes if spec.method == "maps" else 0
     if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
-        training = replace(sizes.low_rank, lr=sizes.low_rank.lr / fresh.rank**0.5)
+        training = (sizes.rank_one if fresh.rank == 1 else None) or sizes.low_rank
+        training = replace(training, lr=training.lr / fresh.rank**0.5)
     # A step has as many contexts as it has where every query comes with one; of queries two at least.
     training = replace(training, contexts=(spec.contexts,), batch=max(2, training.batch // spec.contexts))
     if not training.steps:

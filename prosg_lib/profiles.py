@@ -103,6 +103,7 @@ PROFILES = {
             generator=PairTraining(400, 32, 2e-3),
             maps=PairTraining(700, 32, 1e-3, warmup=20),
             echoes=200,
+            rank_one=PairTraining(1200, 8, 1e-2),
         ),
         pretrained=PretrainedSizes(
             _mamba2(128, 4, 4, 32),

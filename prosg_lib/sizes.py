@@ -130,6 +130,7 @@ class PairSizes:
         rank: of the adapters, and of the generators that they are compared with.
         adapter, weights, low_rank: meta-training of a step in an adapter, of one on all weights, and of one on all
             weights from a start that is a change of low rank.
+        rank_one: as `low_rank`, of rank one, which learns more slowly; None: the same.
         recurrent_adapter: as `adapter`, of the recurrent model, on as many examples as the generators beside it.
         generator: training of the two generators.
         adapter_lr, weights_lr: of the inner step. Chosen on the validation split, see notebook 07.
@@ -155,6 +156,7 @@ class PairSizes:
     generator: PairTraining
     maps: PairTraining
     echoes: int
+    rank_one: PairTraining | None = None
     rank: int = 8
     adapter_lr: float = 100.0
     weights_lr: float = 0.1
