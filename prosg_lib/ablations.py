@@ -188,10 +188,10 @@ def plan_of(spec: Ablation, profile: str, lm: LanguageModel, seed: int = 0, thri
             options[name] = value
         elif name != "layers":
             unknown.append(name)
-    if spec.steps is not None and spec.warmup is None:
-        training = replace(training, warmup=min(training.warmup, max(1, spec.steps // _WARMUP)))
     if unknown:
         raise UserError(f"a {spec.stage} generator has no {', '.join(unknown)} to be changed")
+    if spec.steps is not None and spec.warmup is None:
+        training = replace(training, warmup=min(training.warmup, max(1, spec.steps // _WARMUP)))
     if spec.layers is not None:
         size = replace(size, maps=_in_layers(lm, size.maps, spec.layers))
     return stages.Plan(

@@ -314,8 +314,9 @@ def pair_way(
     if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
         training = (sizes.rank_one if fresh.rank == 1 else None) or sizes.low_rank
         training = replace(training, lr=training.lr / fresh.rank**0.5)
-    # A step has as many contexts as it has where every query comes with one; of queries two at least.
-    training = replace(training, contexts=(spec.contexts,), batch=max(2, training.batch // spec.contexts))
+    # A step has as many contexts as it has where every query comes with one; of queries two, if it had two.
+    queries = min(training.batch, max(2, training.batch // spec.contexts))
+    training = replace(training, contexts=(spec.contexts,), batch=queries)
     if not training.steps:
         pairs = sum(map(len, _training_pairs(spec.tasks, profile, lm.tokenizer).values()))
         training = replace(training, steps=-(-pairs // training.batch))
