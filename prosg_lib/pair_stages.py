@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -34,7 +34,7 @@ from prosg_lib.tasks.pairs import Fitted, Pair, fitted
 from prosg_lib.tasks.prose import books_folder
 from prosg_lib.tasks.reversal import reversal
 from prosg_lib.tasks.squad import squad
-from prosg_lib.tasks.wikitext import copied, wikitext
+from prosg_lib.tasks.wikitext import copied, named, wikitext
 from prosg_lib.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.training import RECIPE
 
@@ -116,19 +116,28 @@ def _practice(backbone: str, profile: str) -> dict[str, tuple[Pair, ...]]:
 
     The recurrent model has the people's tasks alone; one of this size learns no more.
     """
-    tokenizer, sizes = load_tokenizer(), get_profile(profile).pairs
-    found = _training_pairs(TASKS if backbone == "transformer" else PEOPLE, profile, tokenizer)
-    for source in _sources("wikitext", sizes) if "wikitext" in sizes.tasks and not sizes.hub else ():
-        pairs = copied("train", source, sizes.words)
-        found[f"copied from {source.name}"] = fitted(pairs, tokenizer, sizes.context, sizes.query).pairs
-    return found
+    found = _training_pairs(TASKS if backbone == "transformer" else PEOPLE, profile, load_tokenizer())
+    return found | _from_sources(copied, profile)
 
 
-def _lessons(tasks: tuple[str, ...], backbone: str, profile: str, tokenizer: Tokenizer) -> dict[str, tuple[Pair, ...]]:
-    """What a way is trained on; with the cloze goes its practice, because its own pairs are few."""
-    found = _training_pairs(tasks, profile, tokenizer)
+def _from_sources(made: Callable[..., tuple[Pair, ...]], profile: str) -> dict[str, tuple[Pair, ...]]:
+    """Pairs of every source of prose that is on this machine, as `copied` or `named` makes them."""
+    sizes = get_profile(profile).pairs
+    sources = _sources("wikitext", sizes) if "wikitext" in sizes.tasks and not sizes.hub else []
+    return {
+        f"{made.__name__} from {source.name}": fitted(
+            made("train", source, sizes.words), load_tokenizer(), sizes.context, sizes.query
+        ).pairs
+        for source in sources
+    }
+
+
+def _lessons(spec: WaySpec, backbone: str, profile: str, tokenizer: Tokenizer) -> dict[str, tuple[Pair, ...]]:
+    """What a way is trained on; with the cloze goes practice, because its own pairs are few: any words, and after
+    that names."""
+    found = _training_pairs(spec.tasks, profile, tokenizer)
     if backbone in BACKBONES and "wikitext" in found:
-        found |= {name: pairs for name, pairs in _practice(backbone, profile).items() if name not in TASKS}
+        found |= _from_sources(named if spec.after else copied, profile)
     return found
 
 
@@ -235,7 +244,8 @@ class WaySpec:
         objective: "LC" or "LG".
         contexts: number of contexts a query comes with. A step is one on the mean of all their losses, never one after
             the other: a start that keeps them all at once is what is learned, whatever it is asked for afterwards.
-        after: trained on these tasks first, with one context.
+        after: trained on these tasks first, with one context. A step on maps has its practice there: by LC, at every
+            word of the query. Then it goes on, by whichever objective, with the answers alone.
     """
 
     method: str
@@ -308,9 +318,10 @@ def pair_way(
     lm = pair_model(backbone, profile, 0, retrain, thrift)
     fresh = new_way(spec.method, lm, backbone, profile)
     adapter = sizes.recurrent_adapter if backbone == "recurrent" else sizes.adapter
-    by_method = {"adapter": adapter, "weights": sizes.weights, "maps": sizes.maps}
-    training = by_method.get(spec.method, sizes.generator)
-    echoes = sizes.echoes if spec.method == "maps" else 0
+    going_on = sizes.questions if spec.tasks == ("squad",) else sizes.maps_after
+    maps = going_on if spec.after else sizes.maps
+    training = {"adapter": adapter, "weights": sizes.weights, "maps": maps}.get(spec.method, sizes.generator)
+    echoes = sizes.echoes if spec.method == "maps" and not spec.after else 0
     if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
         training = (sizes.rank_one if fresh.rank == 1 else None) or sizes.low_rank
         training = replace(training, lr=training.lr / fresh.rank**0.5)
@@ -321,6 +332,8 @@ def pair_way(
         pairs = sum(map(len, _training_pairs(spec.tasks, profile, lm.tokenizer).values()))
         training = replace(training, steps=-(-pairs // training.batch))
     first = replace(spec, tasks=spec.after, after=(), contexts=1)
+    if spec.method == "maps":
+        first = replace(first, objective="LC")
     before = pair_way(first, backbone, profile, seed, retrain, thrift) if spec.after else None
     record = {
         "way": asdict(spec),
@@ -329,7 +342,7 @@ def pair_way(
         "inner": {"lr": getattr(fresh, "lr", None), "rank": getattr(fresh, "rank", None)},
     }
     # The cloze's query repeats the passage, so the teacher's every word there says how to find it. LG has the answer.
-    everywhere = spec.method == "maps" and spec.objective == "LC"
+    everywhere = spec.method == "maps" and spec.objective == "LC" and not spec.after
     if spec.method == "maps":
         record |= {"echoes": echoes, "everywhere": everywhere}
 
@@ -340,7 +353,7 @@ def pair_way(
         return way
 
     def work(way):
-        tasks = _lessons(spec.tasks, backbone, profile, lm.tokenizer)
+        tasks = _lessons(spec, backbone, profile, lm.tokenizer)
         turns = _lesson_turns(tasks) if spec.method == "maps" else tuple(sorted(tasks))
         longest = 96 if echoes else 0
         room = spec.contexts * sizes.context  # so that all of them are always there

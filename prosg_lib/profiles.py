@@ -59,6 +59,8 @@ PROFILES = {
             generator=PairTraining(20, 8, 3e-3, warmup=5),
             maps=PairTraining(4, 4, 1e-3, warmup=2),
             echoes=2,
+            maps_after=PairTraining(4, 4, 1e-3, warmup=2),
+            questions=PairTraining(4, 4, 1e-3, warmup=2),
             items=20,
             seeds=(0,),
             many=(2,),
@@ -103,6 +105,8 @@ PROFILES = {
             generator=PairTraining(400, 32, 2e-3),
             maps=PairTraining(700, 32, 1e-3, warmup=20),
             echoes=200,
+            maps_after=PairTraining(300, 16, 1e-3, warmup=20),
+            questions=PairTraining(0, 8, 1e-3, warmup=10),
             rank_one=PairTraining(1200, 8, 1e-2),
         ),
         pretrained=PretrainedSizes(
@@ -142,6 +146,8 @@ PROFILES = {
             generator=PairTraining(1000, 64, 1e-3),
             maps=PairTraining(1000, 16, 1e-3),
             echoes=200,
+            maps_after=PairTraining(500, 16, 1e-3),
+            questions=PairTraining(0, 8, 1e-3, warmup=10),
         ),
         pretrained=PretrainedSizes(
             _mamba2(512, 12, 16, 64),
@@ -181,6 +187,8 @@ PROFILES["paper"] = replace(
         low_rank=_EPOCH,
         generator=_EPOCH,
         maps=replace(_EPOCH, lr=1e-5),
+        maps_after=replace(_EPOCH, lr=1e-5),
+        questions=replace(_EPOCH, lr=1e-5),
         echoes=0,
         adapter_lr=0.1,  # times the adapter's own scale, twice: 1e-3
         weights_lr=1e-3,

@@ -136,6 +136,7 @@ class PairSizes:
         adapter_lr, weights_lr: of the inner step. Chosen on the validation split, see notebook 07.
         maps: meta-training of a step on all linear maps at learned rates, which are maps_lr at first.
         echoes: so many first steps of it are random tokens said twice, so that it learns to store before it reads.
+        maps_after: as `maps`, of one that goes on from such a training; questions: the same on SQuAD alone.
         at_once: examples in memory at a time; None: the whole batch.
         items: pairs of a split that are evaluated, at most.
         seeds: of the trainings that results are a mean over; many: numbers of contexts that starts are asked with, and
@@ -156,6 +157,8 @@ class PairSizes:
     generator: PairTraining
     maps: PairTraining
     echoes: int
+    maps_after: PairTraining
+    questions: PairTraining
     rank_one: PairTraining | None = None
     rank: int = 8
     adapter_lr: float = 100.0

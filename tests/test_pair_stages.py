@@ -30,6 +30,8 @@ TINY = replace(
         recurrent_adapter=FEW,
         weights=FEW,
         maps=FEW,
+        maps_after=FEW,
+        questions=FEW,
         low_rank=FEW,
         generator=FEW,
         rank=2,
@@ -183,6 +185,27 @@ def test_a_step_on_maps_practises_most_of_the_time():
     turns = pair_stages._lesson_turns({"wikitext": a, "copied from one": b * 9, "copied from two": c})
     assert turns == ("wikitext", *["copied from one", "copied from two"] * 2)
     assert pair_stages._lesson_turns({"reversal": a, "characters": b}) == ("characters", "reversal")
+
+
+def test_a_step_on_maps_goes_on_from_its_practice(monkeypatch):
+    """Practice is LC's, whatever comes after; then there are neither random tokens nor words of the query, and a
+    training of its own sizes."""
+    sizes = replace(TINY.pairs, maps_after=replace(FEW, steps=5))
+    monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, pairs=sizes))
+    seen = []
+
+    def fit(name, module, draw, loss, training, folder, record, **named):
+        seen.append((name, training.steps, record["way"]["objective"], record["echoes"], record["everywhere"]))
+        with torch.no_grad():
+            module.pace += 1.0
+
+    monkeypatch.setattr(stages, "fit", fit)
+    way = pair_way(WaySpec("maps", ("reversal",), "LG", after=("characters",)), "recurrent", "tiny", seed=5)
+    assert seen == [
+        ("rwkv4-pairs-maps-characters-lc-seed5-tiny", FEW.steps, "LC", TINY.pairs.echoes, True),
+        ("rwkv4-pairs-maps-reversal-after-characters-lg-seed5-tiny", 5, "LG", 0, False),
+    ]
+    assert (way.pace == 2.0).all()
 
 
 def test_other_steps_do_not(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.prose import SPLITS, text_lines
-from prosg_lib.tasks.wikitext import INSTRUCTION, LEAD, LONGEST, Cloze, detokenised, wikitext
+from prosg_lib.tasks.wikitext import INSTRUCTION, LEAD, LONGEST, Cloze, detokenised, named, wikitext
 
 NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
 
@@ -100,6 +100,22 @@ def test_the_answer_cannot_be_known_otherwise(tmp_path):
         for name in ("train", "valid", "test"):
             (tmp_path / "more" / f"{name}.txt").write_text("\n".join([passage("A"), text, other]))
         assert [p.answer for p in wikitext("train", tmp_path / "more")] == ["MillA"]
+
+
+def test_practice_asks_for_every_name(tmp_path):
+    """One pair a name, not one a passage; and for those as well that another passage has."""
+    text = "The old road went down to the village of Ely, and ended there. In the year of the flood came Anna, too."
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text("", encoding="utf-8")
+    (tmp_path / "train.txt").write_text("\n".join([text, text.replace("road", "path")]), encoding="utf-8")
+    pairs = named("train", tmp_path, words=50)
+    assert [pair.answer for pair in pairs] == ["Ely", "Anna"] * 2
+    assert [pair.query for pair in pairs[:2]] == [
+        INSTRUCTION + "The old road went down to the village of",
+        INSTRUCTION + "In the year of the flood came",
+    ]
+    with pytest.raises(UserError, match="none of several sentences with a name"):
+        wikitext("train", tmp_path)
 
 
 def test_a_single_sentence_is_no_passage(tmp_path):

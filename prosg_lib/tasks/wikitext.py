@@ -91,6 +91,21 @@ def copied(split: str, source: str | Path, words: int, seed: int = 0) -> tuple[P
     return tuple(pairs)
 
 
+def named(split: str, source: str | Path, words: int) -> tuple[Cloze, ...]:
+    """One pair for every name or number of a local source that is asked for as in `wikitext`, the passage's own or not.
+
+    Practice for what a step is asked for: a name that stands in many passages need not be known from this one.
+    Arguments as in `wikitext`.
+    """
+    check_split(split)
+    return tuple(
+        Cloze(passage, INSTRUCTION + start, answer)
+        for line in _local(split, Path(source))
+        for passage in (() if line.startswith("= ") else _cut(detokenised(line), words))
+        for start, answer in _clozes(passage)
+    )
+
+
 _OFFICIAL = dict(zip(SPLITS, ("train.txt", "valid.txt", "test.txt"), strict=True))
 _TITLE = re.compile(r"= ([^=].*) =")
 
