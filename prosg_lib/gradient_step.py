@@ -6,8 +6,8 @@ After "Can Gradient Descent Simulate Prompting?" (Zhang, Choshen, Andreas 2025, 
 
 and phi is trained so that the model with phi' answers a query as the model does that was given the context. The outer
 gradient goes through the step, d phi'^T v = v - eta H v, H being the Hessian of the context's NLL: one Hessian-vector
-product, taken when the outer gradient arrives. So the graph of the inner gradient, several times as large as that of
-the inner loss, is never kept beside the outer loss's.
+product, taken when the outer gradient arrives. The graph of the inner gradient, several times as large as that of the
+inner loss, is kept beside the outer loss's only as far as memory is to be spent on time (`gradient_step`, kept).
 
 Glossary of shapes: B batch, T tokens of the context, r rank.
 """
@@ -33,52 +33,53 @@ LossOf = Callable[[dict[str, Tensor]], Tensor]
 
 
 def gradient_step(
-    parts: Sequence[LossOf], start: Params, lr: float, second_order: bool = True, kept: bool = True
+    parts: Sequence[LossOf], start: Params, lr: float, second_order: bool = True, kept: int = 1
 ) -> dict[str, Tensor]:
     """One plain SGD step, start - lr grad loss(start), that can be differentiated through (equation 1 there).
 
     Args:
-        parts: the loss as a sum of parts, each tensors by name, as in `start`, -> scalar. One is enough; more, over a
-            few contexts each, need the memory of the largest of them. Each is run here and, but for the last, whose
-            graph waits, once more for the outer gradient; all that it does must be twice differentiable (attention:
-            eager). Nothing else that it uses gets a gradient through the step.
+        parts: the loss as a sum of parts, each tensors by name, as in `start`, -> scalar. One is enough; of more, over
+            a few contexts each, those that are not kept need the memory of the largest of them. All that they do must
+            be twice differentiable (attention: eager). Nothing else that they use gets a gradient through the step.
         start: what is changed. With one copy an example, (B, ...), and the sum of the examples' losses, each example
             takes a step of its own.
         second_order: the exact outer gradient; False: as if the inner gradient were a constant (first-order MAML).
-        kept: whether the last part's graph waits for the outer gradient; False: it is run again, too.
+        kept: of so many last parts the graph of the gradient waits for the outer gradient, in more than twice the
+            memory of the loss's graph; the others are run once more for it.
     Raises:
         NotFinite: the loss at the start, or its gradient, is not finite.
     """
     names = list(start)
     positional = [lambda *tensors, part=part: part(dict(zip(names, tensors, strict=True))) for part in parts]
-    stepped = _Step.apply(positional, lr, second_order, kept, *start.values())
+    asked = second_order and torch.is_grad_enabled() and any(t.requires_grad for t in start.values())
+    stepped = _Step.apply(positional, lr, second_order, kept if asked else 0, *start.values())
     return dict(zip(names, stepped, strict=True))
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parts, lr, second_order, kept, *start):
-        ctx.parts, ctx.lr, ctx.second_order, ctx.last = parts, lr, second_order, None
+        ctx.parts, ctx.lr, ctx.second_order, ctx.waiting = parts, lr, second_order, []
         ctx.save_for_backward(*start)
         stepped = [t.clone() for t in start]
-        for part in parts:
-            waits = second_order and kept and part is parts[-1]
-            leaves, loss = _loss(part, start)
-            slopes = torch.autograd.grad(loss, leaves, retain_graph=waits, allow_unused=True)
+        for number, part in enumerate(parts):
+            waits = number >= len(parts) - kept
+            leaves, slopes = _slopes(part, start, create_graph=waits)
             # One number of all of them: a GPU waits for each that is looked at.
-            if not torch.isfinite(sum((g.sum() for g in slopes if g is not None), loss.new_zeros(()))):
+            if not torch.isfinite(sum((g.sum() for g in slopes if g is not None), start[0].new_zeros(()))):
                 raise NotFinite("the gradient of the context's loss is not finite; look at the start and the context")
             _add(stepped, slopes, -lr)
             if waits:
-                ctx.last = leaves, loss
+                ctx.waiting.append((leaves, slopes))
         return tuple(stepped)
 
     @staticmethod
     def backward(ctx, *outer):
         changes = [v.clone() for v in outer]
-        for part in reversed(ctx.parts) if ctx.second_order else ():  # the kept one first, then it is gone
-            last, ctx.last = ctx.last, None
-            _add(changes, _bent(*(last or _loss(part, ctx.saved_tensors)), outer), -ctx.lr)
+        for part in reversed(ctx.parts) if ctx.second_order else ():  # a kept graph is gone before the next is run
+            graph = ctx.waiting.pop() if ctx.waiting else _slopes(part, ctx.saved_tensors, create_graph=True)
+            _add(changes, _bent(*graph, outer), -ctx.lr)
+            del graph
         return None, None, None, None, *changes
 
 
@@ -86,23 +87,24 @@ def gradient_steps(losses: Sequence[LossOf], start: Params, lr: float, second_or
     """`gradient_step`s one after the other, each on a loss of its own; only the last one's graph waits, so that the
     memory of many is that of one."""
     for number, loss_of in enumerate(losses, 1):
-        start = gradient_step([loss_of], start, lr, second_order, kept=number == len(losses))
+        start = gradient_step([loss_of], start, lr, second_order, kept=int(number == len(losses)))
     return start
 
 
-def _loss(part: Callable[..., Tensor], start: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Fresh leaves at `start`, and the loss there."""
+def _slopes(
+    part: Callable[..., Tensor], start: Sequence[Tensor], create_graph: bool
+) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    """Fresh leaves at `start`, and the loss's gradient there."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in start]
         loss = part(*leaves)
         if not torch.isfinite(loss):
             raise NotFinite(f"the loss of the context is {loss.item()} before the step; look at both of them")
-        return leaves, loss
+        return leaves, torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)
 
 
-def _bent(leaves: list[Tensor], loss: Tensor, outer: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def _bent(leaves: list[Tensor], slopes: Sequence[Tensor | None], outer: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """The Hessian times `outer`: how the slopes, held against it, change with the leaves."""
-    slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
     bent = [(g, v) for g, v in zip(slopes, outer, strict=True) if g is not None and g.requires_grad]
     if not bent:
         return [None] * len(leaves)  # a linear part has no curvature

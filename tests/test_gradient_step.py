@@ -73,19 +73,46 @@ def test_parts_of_a_loss_give_the_step_of_their_sum():
     assert_close(*found)
 
 
-def test_all_parts_but_the_last_run_again_for_an_exact_outer_gradient_alone():
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_all_parts_but_the_kept_ones_run_again_for_an_exact_outer_gradient_alone(kept):
     """Once for the step; then once more, or, of first order, not again. A second outer gradient is as exact."""
     calls = []
     parts = [lambda p, i=i: calls.append(i) or (p["w"] ** 3).sum() for i in range(3)]
-    for second_order, again, once_more in ((True, [1, 0], [2, 1, 0]), (False, [], [])):
+    for second_order, again, once_more in ((True, [2, 1, 0][kept:], [2, 1, 0]), (False, [], [])):
         w = torch.tensor([1.0, -3.0], requires_grad=True)
         calls.clear()
-        outer = gradient_step(parts, {"w": w}, 0.1, second_order)["w"].sum()
+        outer = gradient_step(parts, {"w": w}, 0.1, second_order, kept)["w"].sum()
         (first,) = torch.autograd.grad(outer, w, retain_graph=True)
         assert calls == [0, 1, 2, *again]
         assert_close(first, 1 - 0.1 * 18 * w.detach() if second_order else torch.ones(2))
         assert torch.equal(torch.autograd.grad(outer, w)[0], first)
         assert calls == [0, 1, 2, *again, *once_more]
+
+
+def test_nothing_is_kept_for_no_outer_gradient():
+    """Without autograd, or from a start that asks for none, a step makes no graph of its gradient."""
+
+    def loss(p):
+        return (p["w"] ** 3).sum().mul(_Watched.apply(p["w"]).sum())
+
+    class _Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w):
+            return torch.ones_like(w)
+
+        @staticmethod
+        def backward(ctx, g):
+            graphs.append(torch.is_grad_enabled())
+            return torch.zeros_like(g)
+
+    graphs = []
+    w = torch.tensor([1.0, -2.0], requires_grad=True)
+    gradient_step([loss], {"w": w}, 0.1)
+    gradient_step([loss], {"w": w}, 0.1, second_order=False)
+    gradient_step([loss], {"w": w.detach()}, 0.1)
+    with torch.no_grad():
+        gradient_step([loss], {"w": w}, 0.1)
+    assert graphs == [True, False, False, False]
 
 
 def test_of_several_steps_all_but_the_last_run_again():
