@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -60,9 +60,7 @@ def wikitext(split: str, source: str | Path = "hub", seed: int = 0, words: int |
     """
     check_split(split)
     lines = load_prose("wikitext").paragraphs[split] if source == "hub" else _local(split, Path(source))
-    passages = [detokenised(line) for line in lines if not line.startswith("= ")]
-    if words is not None:
-        passages = [passage for paragraph in passages for passage in _cut(paragraph, words)]
+    passages = list(_passages(lines, words))
     pairs = tuple(_pairs(passages, seed))
     if not pairs:
         raise UserError(
@@ -80,14 +78,13 @@ def copied(split: str, source: str | Path, words: int, seed: int = 0) -> tuple[P
     """
     check_split(split)
     pairs = []
-    for line in _local(split, Path(source)):
-        for passage in () if line.startswith("= ") else _cut(detokenised(line), words):
-            rng = random.Random(f"{seed} copied {passage}")
-            sentence = rng.choice(list(_sentences(passage))).split()
-            if len(sentence) > LEAD and "<unk>" not in passage:
-                at = rng.randrange(LEAD, len(sentence))
-                answer = " ".join(sentence[at : at + rng.randint(1, LONGEST)])
-                pairs.append(Cloze(passage, INSTRUCTION + " ".join(sentence[:at]), answer))
+    for passage in _passages(_local(split, Path(source)), words):
+        rng = random.Random(f"{seed} copied {passage}")
+        sentence = rng.choice(list(_sentences(passage))).split()
+        if len(sentence) > LEAD and "<unk>" not in passage:
+            at = rng.randrange(LEAD, len(sentence))
+            answer = " ".join(sentence[at : at + rng.randint(1, LONGEST)])
+            pairs.append(Cloze(passage, INSTRUCTION + " ".join(sentence[:at]), answer))
     return tuple(pairs)
 
 
@@ -100,8 +97,7 @@ def named(split: str, source: str | Path, words: int) -> tuple[Cloze, ...]:
     check_split(split)
     return tuple(
         Cloze(passage, INSTRUCTION + start, answer)
-        for line in _local(split, Path(source))
-        for passage in (() if line.startswith("= ") else _cut(detokenised(line), words))
+        for passage in _passages(_local(split, Path(source)), words)
         for start, answer in _clozes(passage)
     )
 
@@ -220,6 +216,14 @@ def _sentences(passage: str) -> Iterator[str]:
             yield passage[start : end.end() - 1]
             start = end.end()
     yield passage[start:]
+
+
+def _passages(lines: Iterable[str], words: int | None) -> Iterator[str]:
+    """Ordinary text without headings: paragraphs, or what they are cut into."""
+    for line in lines:
+        if not line.startswith("= "):
+            paragraph = detokenised(line)
+            yield from [paragraph] if words is None else _cut(paragraph, words)
 
 
 def _cut(paragraph: str, words: int) -> Iterator[str]:
