@@ -150,6 +150,7 @@ def _add_trained(whats) -> None:
         "mend": "the generator that transforms a prompt's true gradient",
         "pairs-recurrent": "the recurrent model that knows the tasks of context and query",
         "pairs-transformer": "the transformer that knows them",
+        "pairs-reader": "that transformer after more of prose, for the cloze and SQuAD",
         "suite-recurrent": "the recurrent model that knows the established tests",
         "suite-transformer": "the transformer that knows them",
         "suite-token": "the token-wise generator for the recurrent one",
@@ -157,7 +158,7 @@ def _add_trained(whats) -> None:
         "suite": "all four, and asks them the tests",
         "ablation": "a generator that is another than the profile's in some respects, or of another seed",
         "ablations": "all generators of the study of ablations, and measures them",
-        "way": "a way to take a context in, for one of those two or another model",
+        "way": "a way to take a context in, for one of those models or another",
     }.items():
         way = whats.add_parser(name, help=summary, description=f"Trains {summary}.", parents=[every])
     varied = whats.choices["ablation"]

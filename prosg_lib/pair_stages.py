@@ -26,7 +26,7 @@ from prosg_lib.generator import EVERY, FinalStateGenerator, TokenGenerator
 from prosg_lib.gradient_step import AdapterStep, WeightStep
 from prosg_lib.map_step import MapStep
 from prosg_lib.profiles import get_profile
-from prosg_lib.sizes import TASKS, PairSizes
+from prosg_lib.sizes import TASKS, PairSizes, PairTraining
 from prosg_lib.stages import PLENTY, Thrift
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pair_batches import PairDraw
@@ -41,10 +41,11 @@ from prosg_lib.training import RECIPE
 PEOPLE = TASKS[:2]
 """The tasks about made-up people; their data are always there."""
 
-BACKBONES = ("recurrent", "transformer")
-"""The project's own models; any other name is a model of `transformers`, by hub id or folder."""
+BACKBONES = ("recurrent", "transformer", "reader")
+"""The project's own models; any other name is a model of `transformers`, by hub id or folder. The reader is the
+transformer after more of prose: it completes names that it has never seen from the passage in front of it."""
 
-_NAMES = {"recurrent": "rwkv4", "transformer": "llama"}
+_NAMES = {"recurrent": "rwkv4", "transformer": "llama", "reader": "llama-reader"}
 
 ECHOES = 0.15
 """Share of the transformer's pretraining with random tokens that are said twice: copying is learned there. The
@@ -114,8 +115,11 @@ def _training_pairs(tasks: Iterable[str], profile: str, tokenizer: Tokenizer) ->
 def _practice(backbone: str, profile: str) -> dict[str, tuple[Pair, ...]]:
     """What a model is pretrained on: tasks, and any sentence to be completed from its passage.
 
-    The recurrent model has the people's tasks alone; one of this size learns no more.
+    The recurrent model has the people's tasks alone; one of this size learns no more. The reader has the sentences that
+    break off before a name.
     """
+    if backbone == "reader":
+        return _from_sources(named, profile)
     found = _training_pairs(TASKS if backbone == "transformer" else PEOPLE, profile, load_tokenizer())
     return found | _from_sources(copied, profile)
 
@@ -173,44 +177,47 @@ def pair_model(
     """The language model that knows the tasks when it is given the context.
 
     Args:
-        backbone: "recurrent" goes on from the dialogues' RWKV-4, "transformer" starts from nothing; else a hub id or a
-            folder of a pretrained causal transformer, which is taken as it is.
+        backbone: "recurrent" goes on from the dialogues' RWKV-4, "transformer" starts from nothing, "reader" goes on
+            from it; else a hub id or a folder of a pretrained causal transformer, which is taken as it is.
         retrain, thrift: as in `stages.load_or_train`.
     Raises:
-        UserError: unknown backbone or profile, or one without a tokenizer; damaged checkpoint; diverged training.
+        UserError: unknown backbone or profile, or one without a tokenizer; a reader where there is no prose; damaged
+            checkpoint; diverged training.
     """
     sizes = get_profile(profile).pairs
     if backbone not in BACKBONES:
         return _pretrained(backbone)
-    record = {"data": _digest(PEOPLE)}
-    if backbone == "recurrent":
-        before = stages.load_or_train("lm", profile, seed, retrain, thrift)
-        record |= {"model": asdict(before.config), "lm": before.fingerprint()}
-        training = sizes.recurrent
+    if backbone == "reader" and not _practice(backbone, profile):
+        raise _missing("wikitext", profile)
+    before = _before(backbone, profile, seed, retrain, thrift)
+    config = before.config if before else sizes.transformer_size
+    record = {"data": _digest(PEOPLE), "model": asdict(config)} | ({"lm": before.fingerprint()} if before else {})
+    training = getattr(sizes, backbone)
 
-        def new():
-            model = RWKV4(before.config)
+    def new():
+        model = RWKV4(config) if backbone == "recurrent" else new_llama(config)
+        if before:
             model.load_state_dict(before.state_dict())
-            return model
-
-    else:
-        record |= {"model": asdict(sizes.transformer_size)}
-        training = sizes.transformer
-
-        def new():
-            return new_llama(sizes.transformer_size)
+        return model
 
     def work(model):
         model.tokenizer = load_tokenizer()
         tasks = _practice(backbone, profile)
-        turns = tuple(chain.from_iterable(_turns(tasks)))
-        echoes = 0 if backbone == "recurrent" else int(ECHOES * training.steps)
+        turns = tuple(tasks) if backbone == "reader" else tuple(chain.from_iterable(_turns(tasks)))
+        echoes = int(ECHOES * training.steps) if backbone == "transformer" else 0
         draw = PairDraw(tasks, model.tokenizer, training.batch, training.contexts, seed, turns, echoes)
         return draw, pair_lm_objective(model)
 
     label, name = f"{backbone} model", model_name(backbone, profile)
     plan = _plan(label, name, "lm", record, new, work, training, seed, None, thrift)
     return stages.obtain(plan, profile, retrain)
+
+
+def _before(backbone: str, profile: str, seed: int, retrain: bool, thrift: Thrift) -> LanguageModel | None:
+    """The model that one goes on from."""
+    if backbone == "recurrent":
+        return stages.load_or_train("lm", profile, seed, retrain, thrift)
+    return pair_model("transformer", profile, seed, retrain, thrift) if backbone == "reader" else None
 
 
 def _turns(tasks: Iterable[str]) -> Iterator[tuple[str, ...]]:
@@ -260,6 +267,19 @@ class WaySpec:
         first = ["after", *self.after] if self.after else []
         return "-".join([self.method, *self.tasks, *first, self.objective.lower(), *many])
 
+    @property
+    def practises(self) -> bool:
+        """Whether it is a step on maps that is new to it."""
+        return self.method == "maps" and not self.after
+
+    @property
+    def before(self) -> WaySpec | None:
+        """What it goes on from."""
+        if not self.after:
+            return None
+        objective = "LC" if self.method == "maps" else self.objective
+        return WaySpec(self.method, self.after, objective)
+
 
 _GENERATORS = {"token": TokenGenerator, "final": FinalStateGenerator}
 _MAPS = {"recurrent": ("att.output", "att.value", "ffn.key", "ffn.value")}
@@ -297,6 +317,26 @@ def way_name(spec: WaySpec, backbone: str, profile: str, seed: int = 0) -> str:
     return f"{model}-pairs-{spec.name}" + (f"-seed{seed}" if seed else "") + stages.ending(profile)
 
 
+def _training(spec: WaySpec, backbone: str, profile: str, fresh: nn.Module, tokenizer: Tokenizer) -> PairTraining:
+    sizes = get_profile(profile).pairs
+    going_on = sizes.questions if spec.tasks == ("squad",) else sizes.maps_after
+    training = {
+        "adapter": sizes.recurrent_adapter if backbone == "recurrent" else sizes.adapter,
+        "weights": sizes.weights,
+        "maps": sizes.maps if spec.practises else going_on,
+    }.get(spec.method, sizes.generator)
+    if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
+        training = (sizes.rank_one if fresh.rank == 1 else None) or sizes.low_rank
+        training = replace(training, lr=training.lr / fresh.rank**0.5)
+    # A step has as many contexts as it has where every query comes with one; of queries two, if it had two.
+    queries = min(training.batch, max(2, training.batch // spec.contexts))
+    training = replace(training, contexts=(spec.contexts,), batch=queries)
+    if not training.steps:
+        pairs = sum(map(len, _training_pairs(spec.tasks, profile, tokenizer).values()))
+        training = replace(training, steps=-(-pairs // training.batch))
+    return training
+
+
 def pair_way(
     spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
 ) -> nn.Module:
@@ -317,24 +357,9 @@ def pair_way(
         thrift.for_gradient_step(spec.method)
     lm = pair_model(backbone, profile, 0, retrain, thrift)
     fresh = new_way(spec.method, lm, backbone, profile)
-    adapter = sizes.recurrent_adapter if backbone == "recurrent" else sizes.adapter
-    going_on = sizes.questions if spec.tasks == ("squad",) else sizes.maps_after
-    maps = going_on if spec.after else sizes.maps
-    training = {"adapter": adapter, "weights": sizes.weights, "maps": maps}.get(spec.method, sizes.generator)
-    echoes = sizes.echoes if spec.method == "maps" and not spec.after else 0
-    if spec.method.startswith("weights-"):  # every pair of factors moves as far, and they add up
-        training = (sizes.rank_one if fresh.rank == 1 else None) or sizes.low_rank
-        training = replace(training, lr=training.lr / fresh.rank**0.5)
-    # A step has as many contexts as it has where every query comes with one; of queries two, if it had two.
-    queries = min(training.batch, max(2, training.batch // spec.contexts))
-    training = replace(training, contexts=(spec.contexts,), batch=queries)
-    if not training.steps:
-        pairs = sum(map(len, _training_pairs(spec.tasks, profile, lm.tokenizer).values()))
-        training = replace(training, steps=-(-pairs // training.batch))
-    first = replace(spec, tasks=spec.after, after=(), contexts=1)
-    if spec.method == "maps":
-        first = replace(first, objective="LC")
-    before = pair_way(first, backbone, profile, seed, retrain, thrift) if spec.after else None
+    training = _training(spec, backbone, profile, fresh, lm.tokenizer)
+    echoes = sizes.echoes if spec.practises else 0
+    before = pair_way(spec.before, backbone, profile, seed, retrain, thrift) if spec.before else None
     record = {
         "way": asdict(spec),
         "lm": lm.fingerprint(),
@@ -342,7 +367,7 @@ def pair_way(
         "inner": {"lr": getattr(fresh, "lr", None), "rank": getattr(fresh, "rank", None)},
     }
     # The cloze's query repeats the passage, so the teacher's every word there says how to find it. LG has the answer.
-    everywhere = spec.method == "maps" and spec.objective == "LC" and not spec.after
+    everywhere = spec.practises and spec.objective == "LC"
     if spec.method == "maps":
         record |= {"echoes": echoes, "everywhere": everywhere}
 

@@ -126,7 +126,7 @@ class PairSizes:
 
     Attributes:
         transformer_size: of the transformer; the recurrent model has the dialogues' sizes.
-        recurrent, transformer: pretraining of the two language models.
+        recurrent, transformer, reader: pretraining of the language models.
         rank: of the adapters, and of the generators that they are compared with.
         adapter, weights, low_rank: meta-training of a step in an adapter, of one on all weights, and of one on all
             weights from a start that is a change of low rank.
@@ -150,6 +150,7 @@ class PairSizes:
     transformer_size: TransformerConfig
     recurrent: PairTraining
     transformer: PairTraining
+    reader: PairTraining
     adapter: PairTraining
     recurrent_adapter: PairTraining
     weights: PairTraining

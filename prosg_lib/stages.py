@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -174,12 +174,18 @@ def _found(plan: Plan, places: tuple[Path, ...]) -> tuple[Path, dict] | None:
         if path.exists():
             tensors, meta = files.load_tensors(path)
             if meta.get("record") == plan.record:
-                where = meta["provenance"]["device"]
-                processes.say(f"{plan.label}: loaded {path.name}, trained on {where}: same sizes, seed and data")
+                where, kept_at = meta["provenance"]["device"], path.stat().st_mtime_ns
+                _say_once(f"{plan.label}: loaded {path.name}, trained on {where}: same sizes, seed and data", kept_at)
                 return path, tensors
             why = _why(meta.get("record", {}), plan.record)
             processes.say(f"{plan.label}: {path.name} was trained otherwise ({why}); not used")
     return None
+
+
+@cache
+def _say_once(text: str, kept_at: int) -> None:
+    """Of a file as it is now: a model is loaded again for everything that builds on it."""
+    processes.say(text)
 
 
 def kept(profile: str) -> Path:

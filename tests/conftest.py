@@ -20,6 +20,12 @@ FRESH = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _nothing_said():
+    """What is said once a process is said once a test."""
+    stages._say_once.cache_clear()
+
+
 @pytest.fixture
 def family() -> str:
     """Which models the others make; a test of what every family promises is parametrised with their names."""

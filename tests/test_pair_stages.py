@@ -1,5 +1,6 @@
 """Load or train, for pairs: what is trained is kept and found again, and what is asked for wrongly is said."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE
 from prosg_lib.pair_stages import PEOPLE, WaySpec, new_way, pair_model, pair_way, pairs_of
 from prosg_lib.profiles import PROFILES
-from prosg_lib.sizes import PairTraining
+from prosg_lib.sizes import TASKS, PairTraining
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tokenizer import load_tokenizer
 
@@ -26,6 +27,7 @@ TINY = replace(
         SMOKE.pairs,
         recurrent=FEW,
         transformer=FEW,
+        reader=FEW,
         adapter=FEW,
         recurrent_adapter=FEW,
         weights=FEW,
@@ -63,7 +65,7 @@ def no_training(monkeypatch):
     monkeypatch.setattr(stages, "fit", refuse)
 
 
-@pytest.mark.parametrize("backbone", pair_stages.BACKBONES)
+@pytest.mark.parametrize("backbone", ["recurrent", "transformer"])
 def test_a_model_is_trained_once_and_then_found(place, backbone, monkeypatch):
     first = pair_model(backbone, "tiny")
     monkeypatch.setattr(stages, "fit", None)  # a second training would fail
@@ -82,6 +84,28 @@ def test_the_recurrent_model_goes_on_from_the_dialogues(place):
     assert before.fingerprint() != after.fingerprint()
     for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
         assert (a - b).abs().max() < 0.1, name
+
+
+def test_the_reader_goes_on_from_the_transformer_with_prose(place, tmp_path, monkeypatch):
+    """On the sentences that break off before a name, and on nothing else."""
+    for folder in ("wikitext-2", "books"):
+        (tmp_path / folder).mkdir()
+        for i in range(10):
+            text = "".join(f"It was not far from there to Town{10 * i + j}. Nobody had come.\n\n" for j in range(10))
+            (tmp_path / folder / f"{i}.txt").write_text(text)
+    monkeypatch.setenv("PROSG_TEST_DATA", str(tmp_path))
+    monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, pairs=replace(TINY.pairs, tasks=TASKS)))
+    before, seen = pair_model("transformer", "tiny"), []
+    monkeypatch.setattr(stages, "fit", lambda name, module, draw, *rest, **named: seen.append((name, module, draw)))
+    after = pair_model("reader", "tiny", retrain=True)
+    name, module, draw = seen[-1]
+    assert name == "llama-reader-pairs-tiny"
+    assert module is not before
+    assert after.fingerprint() == before.fingerprint()  # nothing was trained
+    said = [
+        load_tokenizer().decode(ids[valid].tolist()) for i in (0, 1) for ids, valid in zip(*draw(i).query, strict=True)
+    ]
+    assert all(re.fullmatch(r"Complete from the passage:\nIt was not far from there to Town\d+\n", q) for q in said)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -258,6 +282,8 @@ def test_smoke_leaves_out_what_it_has_no_time_for():
     ("call", "message"),
     [
         (lambda: pair_model("no/such/folder", "tiny"), "no/such/folder could not be loaded"),
+        (lambda: pair_model("reader", "tiny"), "wikitext is no task of tiny; take cpu or gpu"),
+        (lambda: pair_model("reader", "cpu"), "the data of wikitext are not here; set PROSG_TEST_DATA"),
         (lambda: pairs_of("riddles", "test"), "unknown task 'riddles'; there are characters, reversal"),
         (lambda: pairs_of("squad", "test"), "the data of squad are not here; set PROSG_TEST_DATA"),
         (
