@@ -148,6 +148,7 @@ SHIPPED = {
     "rwkv4-pairs": "RWKV4",
     "mamba2-dialogue": "Mamba2",
     "llama-pairs": "CausalTransformer",
+    "llama-reader-pairs": "CausalTransformer",
     "llama-dialogue": "CausalTransformer",
     "rwkv4-suite": "RWKV4",
     "llama-suite": "CausalTransformer",
