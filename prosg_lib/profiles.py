@@ -107,7 +107,7 @@ PROFILES = {
             generator=PairTraining(400, 32, 2e-3),
             maps=PairTraining(700, 32, 1e-3, warmup=20),
             echoes=200,
-            maps_after=PairTraining(300, 16, 1e-3, warmup=20),
+            maps_after=PairTraining(500, 16, 1e-3, warmup=20),
             questions=PairTraining(0, 8, 1e-3, warmup=10),
             rank_one=PairTraining(1200, 8, 1e-2),
         ),
