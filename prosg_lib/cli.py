@@ -173,7 +173,9 @@ def _add_trained(whats) -> None:
     way.add_argument("--objective", choices=("LC", "LG"), default="LC", help="default: LC")
     way.add_argument("--contexts", type=_positive, default=1, metavar="N", help="of every query (default: 1)")
     way.add_argument(
-        "--backbone", default="recurrent", help="recurrent (default), transformer, or a model's hub id or folder"
+        "--backbone",
+        default="recurrent",
+        help="recurrent (default), transformer, reader, or a model's hub id or folder",
     )
 
 
