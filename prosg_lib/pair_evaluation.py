@@ -150,6 +150,11 @@ def share(frame: pd.DataFrame, method: str) -> Estimate:
     return _resampled(frame, [method], lambda m: m[0])
 
 
+def difference(frame: pd.DataFrame, method: str, other: str) -> Estimate:
+    """Share of pairs that a method answers right, less another's, with an interval as that of `share`."""
+    return _resampled(frame, [method, other], lambda m: m[0] - m[1])
+
+
 def gap_recovered(frame: pd.DataFrame, method: str, start: str = "untrained") -> Estimate:
     """(method - start) / (prompted - start), with an interval as that of `share`: the paper's measure."""
 

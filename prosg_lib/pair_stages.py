@@ -187,7 +187,7 @@ def pair_model(
     sizes = get_profile(profile).pairs
     if backbone not in BACKBONES:
         return _pretrained(backbone)
-    if backbone == "reader" and not _practice(backbone, profile):
+    if backbone == "reader" and (sizes.hub or not available("wikitext", profile)):
         raise _missing("wikitext", profile)
     before = _before(backbone, profile, seed, retrain, thrift)
     config = before.config if before else sizes.transformer_size

@@ -15,7 +15,7 @@ from prosg_lib import pair_evaluation
 from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.gradient_step import WeightStep
-from prosg_lib.pair_evaluation import answered, eight_ways, gap_recovered, hits, share
+from prosg_lib.pair_evaluation import answered, difference, eight_ways, gap_recovered, hits, share
 from prosg_lib.resampling import drawn_trainings
 from prosg_lib.tasks.pair_batches import encoded, left_padded
 from prosg_lib.tasks.pairs import Pair
@@ -271,6 +271,15 @@ def test_what_was_not_measured_has_no_share():
         share(frame, "ste")
     assert share(frame, "step (2)").value == 1
     assert share(frame, "step").value == 0.5
+
+
+def test_a_difference_is_that_of_the_means_over_trainings():
+    """Pairs stay together: where one method is right exactly where the other is, the interval has no width."""
+    frame = pd.DataFrame({"a #0": [1, 1, 0, 0], "a #1": [1, 1, 1, 0], "b": [1, 0, 0, 0], "c": [1, 0, 0, 0]})
+    assert difference(frame, "a", "b").value == pytest.approx((0.5 + 0.75) / 2 - 0.25)
+    assert difference(frame, "b", "a").value == pytest.approx(0.25 - (0.5 + 0.75) / 2)
+    same = difference(frame, "b", "c")
+    assert (same.low, same.value, same.high) == (0.0, 0.0, 0.0)
 
 
 def test_gap_recovered_is_its_formula():
