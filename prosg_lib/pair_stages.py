@@ -187,7 +187,9 @@ def pair_model(
     sizes = get_profile(profile).pairs
     if backbone not in BACKBONES:
         return _pretrained(backbone)
-    if backbone == "reader" and (sizes.hub or not available("wikitext", profile)):
+    if backbone == "reader" and sizes.hub:
+        raise UserError(f"the reader learns from texts on this machine, and {profile} has the hub's; take transformer")
+    if backbone == "reader" and not available("wikitext", profile):
         raise _missing("wikitext", profile)
     before = _before(backbone, profile, seed, retrain, thrift)
     config = before.config if before else sizes.transformer_size
@@ -203,7 +205,7 @@ def pair_model(
     def work(model):
         model.tokenizer = load_tokenizer()
         tasks = _practice(backbone, profile)
-        turns = tuple(tasks) if backbone == "reader" else tuple(chain.from_iterable(_turns(tasks)))
+        turns = tuple(chain.from_iterable(_turns(tasks)))
         echoes = int(ECHOES * training.steps) if backbone == "transformer" else 0
         draw = PairDraw(tasks, model.tokenizer, training.batch, training.contexts, seed, turns, echoes)
         return draw, pair_lm_objective(model)
@@ -223,12 +225,12 @@ def _before(backbone: str, profile: str, seed: int, retrain: bool, thrift: Thrif
 def _turns(tasks: Iterable[str]) -> Iterator[tuple[str, ...]]:
     """Whose turn it is: two in five are the people's, two the practice's, one a task with few pairs; where there are
     none of those, the people's come twice."""
-    practice = [t for t in tasks if t not in TASKS]
+    people, practice = [t for t in PEOPLE if t in tasks], [t for t in tasks if t not in TASKS]
     few = [t for t in tasks if t in TASKS and t not in PEOPLE]
     for other in few:
-        yield (*PEOPLE, *practice, other)
+        yield (*people, *practice, other)
     if not few:
-        yield (*PEOPLE, *PEOPLE, *practice)
+        yield (*people, *people, *practice)
 
 
 @lru_cache(maxsize=1)

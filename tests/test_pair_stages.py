@@ -283,6 +283,7 @@ def test_smoke_leaves_out_what_it_has_no_time_for():
     [
         (lambda: pair_model("no/such/folder", "tiny"), "no/such/folder could not be loaded"),
         (lambda: pair_model("reader", "tiny"), "wikitext is no task of tiny; take cpu or gpu"),
+        (lambda: pair_model("reader", "paper"), "the reader learns from texts on this machine, and paper"),
         (lambda: pair_model("reader", "cpu"), "the data of wikitext are not here; set PROSG_TEST_DATA"),
         (lambda: pairs_of("riddles", "test"), "unknown task 'riddles'; there are characters, reversal"),
         (lambda: pairs_of("squad", "test"), "the data of squad are not here; set PROSG_TEST_DATA"),
