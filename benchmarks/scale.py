@@ -266,11 +266,11 @@ def main() -> None:
                 for name, ratio in zip(("memory", "operations"), found, strict=True):
                     worst[f"{name}/{what}"] = max(worst[f"{name}/{what}"], abs(ratio - 1))
 
-    models = {name: get_profile(name).model for name in ("cpu", "gpu")}
+    models = {name: get_profile(name).model for name in ("cpu", "paper")}
     models |= {name: RWKV4Config(50277, width, layers, 4 * width) for name, (layers, width) in PUBLISHED.items()}
-    gpu = get_profile("gpu").token
-    generator = gpu.rank, gpu.width
-    print(f"\nOf a generator of rank {gpu.rank} and width {gpu.width}; float32.\n")
+    large = get_profile("paper").token
+    generator = large.rank, large.width
+    print(f"\nOf a generator of rank {large.rank} and width {large.width}; float32.\n")
     print(
         "| RWKV-4 | M weights | GB to train them | MB state | MB change | M weights of the generator | GFLOP a token, ",
         end="",

@@ -165,7 +165,7 @@ def _read(path: Path) -> dict:
 
 def _measuring(sizes: Profile) -> dict:
     evaluation = asdict(sizes.evaluation)
-    own = {name: evaluation[name] for name in ("prompts", "probes", "seeds")}
+    own = {name: evaluation[name] for name in ("probes", "seeds")} | {"prompts": sizes.study.prompts}
     return own | {"split": SPLIT, "facts": sizes.evaluation.main_facts, "distances": _distances(sizes)}
 
 
@@ -178,9 +178,9 @@ def _measure(lm: LanguageModel, stage: str, generator: Generator, sizes: Profile
     facts, probes = evaluation.main_facts, min(evaluation.probes, evaluation.main_facts)
     for seed in evaluation.seeds:
         data = stages.dialogues(SPLIT, seed)
-        given = (lm, {stage: generator}, [stage], data, _distances(sizes), facts, evaluation.prompts, probes)
+        given = (lm, {stage: generator}, [stage], data, _distances(sizes), facts, sizes.study.prompts, probes)
         found.append(evaluate.measure(*given).assign(state=CARRIED).fillna({"competing": 0.0}))
-        items = data.items(evaluation.prompts, Shape(facts, 0, probes, instructions=2))
+        items = data.items(sizes.study.prompts, Shape(facts, 0, probes, instructions=2))
         delta = generator.memorize(lm, [list(data.encode_prompt(item)) for item in items])
         alone = evaluate.recall_alone(lm, delta, data, items)
         shared = {"distance": 0, "facts": facts, "seed": seed, "state": BLANK, "asked": 0}

@@ -138,7 +138,7 @@ class PairSizes:
         echoes: so many first steps of it are random tokens said twice, so that it learns to store before it reads.
         maps_after: as `maps`, of one that goes on from such a training; questions: the same on SQuAD alone.
         at_once: examples in memory at a time; None: the whole batch.
-        items: pairs of a split that are evaluated, at most.
+        items: pairs of a split that are evaluated, at most; fewer: where many starts are asked for many cells.
         seeds: of the trainings that results are a mean over; many: numbers of contexts that starts are asked with, and
             trained on.
         context, query: tokens that a pair may have, the answer being a part of the query.
@@ -167,6 +167,7 @@ class PairSizes:
     maps_lr: float = 0.01
     at_once: int | None = None
     items: int = 500
+    fewer: int = 50
     seeds: tuple[int, ...] = (0, 1, 2)
     many: tuple[int, ...] = (4, 16)
     context: int = 360
@@ -205,6 +206,7 @@ class Study:
     Attributes:
         steps, batch, facts, distances: as in `Training`, of every variant.
         others: number of the basis' other trainings, with the seeds that follow.
+        prompts: that each is asked about, a seed of the evaluation.
         groups: of the choices that are looked at.
     """
 
@@ -213,6 +215,7 @@ class Study:
     facts: tuple[int, ...] = (3, 6)
     distances: tuple[int, ...] = (0, 64, 256)
     others: int = 2
+    prompts: int = 24
     groups: tuple[str, ...] = ("basis", "seed", "rank", "width", "maps", "layers", "label", "course", "way", "state")
 
 
@@ -246,13 +249,14 @@ class SuiteSizes:
 
     Attributes:
         recurrent, transformer: of the two language models; token, adapter: of what writes into the first one's weights.
-        longest: tokens of memory and rest that a cell which is trained on has at most.
+        practice: the tests that are trained on; longest: tokens of memory and rest that a cell of them has at most.
     """
 
     recurrent: PairTraining = PairTraining(2000, 32, 2e-3)
     transformer: PairTraining = PairTraining(2000, 32, 3e-3)
     token: PairTraining = PairTraining(1500, 32, 2e-3, warmup=150)
     adapter: PairTraining = PairTraining(1500, 32, 1e-2, warmup=150)
+    practice: Forgetting = Forgetting()
     longest: int = 300
 
 
@@ -264,6 +268,7 @@ class Profile:
         transformer_training: of the transformer that the dialogues' model is compared with, of `pairs`' size; as `lm`,
             with distances as long as it is to look back, because it does not look further than it was trained to.
         autocast: train under bfloat16 autocast where the device has it.
+        models_of: the profile whose trained models it has, with the same sizes; None: its own.
 
     The ways to make a delta that are compared with the token-wise generator, supervised and mend, have its training:
     as many steps on as many dialogues, and about as many parameters.
@@ -286,6 +291,7 @@ class Profile:
     supervised: SupervisedSize
     mend: TransformedSize
     autocast: bool = False
+    models_of: str | None = None
     forgetting: Forgetting = Forgetting()
     study: Study = Study()
     suite: SuiteSizes = SuiteSizes()

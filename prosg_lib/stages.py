@@ -50,7 +50,8 @@ def checkpoint_name(stage: str, profile: str) -> str:
 
 def ending(profile: str) -> str:
     """Of a checkpoint's name; the cpu profile's have none."""
-    return "" if profile == "cpu" else f"-{profile}"
+    owner = get_profile(profile).models_of or profile
+    return "" if owner == "cpu" else f"-{owner}"
 
 
 @lru_cache(maxsize=8)

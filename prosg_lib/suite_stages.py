@@ -113,7 +113,7 @@ def practice(profile: str, material: Material) -> dict[str, list[tuple[int, Sett
         UserError: none is short enough.
     """
     sizes = get_profile(profile)
-    cells, _ = settings(sizes.forgetting, material.tokenizer.vocab)
+    cells, _ = settings(sizes.suite.practice, material.tokenizer.vocab)
     short: dict[str, list[tuple[int, Setting]]] = {}
     for cell in cells:
         first = problem_of(cell, material, 0, 0, "train")
@@ -256,7 +256,12 @@ def suite_way(method: str, profile: str, seed: int = 0, retrain: bool = False, t
 def _plan(what, kind, profile, seed, record, new, work, thrift, lm=None) -> stages.Plan:
     sizes = get_profile(profile)
     label, training = f"suite {what}", getattr(sizes.suite, what)
-    data = {"problems": VERSION, "mqar": mqar.VOCAB, "cells": sizes.forgetting.cells, "longest": sizes.suite.longest}
+    data = {
+        "problems": VERSION,
+        "mqar": mqar.VOCAB,
+        "cells": sizes.suite.practice.cells,
+        "longest": sizes.suite.longest,
+    }
     record = {"stage": label, "seed": seed, "recipe": RECIPE, "data": data, "training": asdict(training)} | record
     name = checkpoint_name(what, profile)
     return stages.Plan(label, name, kind, stages.plain(record), new, work, training, seed, lm, thrift)

@@ -16,7 +16,7 @@ from prosg_lib.sizes import Evaluation, Study
 SMALL = replace(
     TINY,
     evaluation=Evaluation(2, 2, 1, (0, 1), (0, 8), (1,)),
-    study=Study(2, 2, (1,), (0, 8), others=1, groups=("basis", "seed", "rank")),
+    study=Study(2, 2, (1,), (0, 8), others=1, prompts=2, groups=("basis", "seed", "rank")),
 )
 
 

@@ -94,7 +94,7 @@ def test_what_fits_is_what_is_counted_now():
     kept = {
         n: e["reference"] for n, e in claims.expected("scale", "benchmark")["claims"].items() if e["kind"] == "exact"
     }
-    generator = get_profile("gpu").token
+    generator = get_profile("paper").token
     for name, (layers, width) in scale.PUBLISHED.items():
         lm = scale.RWKV4Config(50277, width, layers, 4 * width)
         for what, batch in scale.fitting(lm, (generator.rank, generator.width)).items():
