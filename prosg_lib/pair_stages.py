@@ -361,7 +361,6 @@ def pair_way(
     fresh = new_way(spec.method, lm, backbone, profile)
     training = _training(spec, backbone, profile, fresh, lm.tokenizer)
     echoes = sizes.echoes if spec.practises else 0
-    before = pair_way(spec.before, backbone, profile, seed, retrain, thrift) if spec.before else None
     record = {
         "way": asdict(spec),
         "lm": lm.fingerprint(),
@@ -373,13 +372,9 @@ def pair_way(
     if spec.method == "maps":
         record |= {"echoes": echoes, "everywhere": everywhere}
 
-    def new():
-        way = new_way(spec.method, lm, backbone, profile)
-        if before is not None:
-            way.load_state_dict(before.state_dict())
-        return way
-
     def work(way):
+        if spec.before:
+            way.load_state_dict(pair_way(spec.before, backbone, profile, seed, retrain, thrift).state_dict())
         tasks = _lessons(spec, backbone, profile, lm.tokenizer)
         turns = _lesson_turns(tasks) if spec.method == "maps" else tuple(sorted(tasks))
         longest = 96 if echoes else 0
@@ -392,5 +387,17 @@ def pair_way(
 
     thrift = replace(thrift, at_once=thrift.at_once or sizes.at_once)
     label, name = f"{backbone} {spec.name}", way_name(spec, backbone, profile, seed)
-    plan = _plan(label, name, "generator", record, new, work, training, seed, lm, thrift, held=echoes)
+    plan = _plan(
+        label,
+        name,
+        "generator",
+        record,
+        lambda: new_way(spec.method, lm, backbone, profile),
+        work,
+        training,
+        seed,
+        lm,
+        thrift,
+        held=echoes,
+    )
     return stages.obtain(plan, profile, retrain)

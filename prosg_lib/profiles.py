@@ -149,12 +149,11 @@ PROFILES["gpu"] = replace(
     models_of="cpu",
     evaluation=replace(
         PROFILES["cpu"].evaluation,
-        prompts=40,
-        other_prompts=40,
+        other_prompts=24,
         distances=(0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
     ),
     pairs=replace(PROFILES["cpu"].pairs, fewer=500),
-    pretrained=replace(PROFILES["cpu"].pretrained, prompts=200, distances=(0, 256, 1024, 4096)),
+    pretrained=replace(PROFILES["cpu"].pretrained, prompts=64, distances=(0, 256, 1024, 4096)),
     forgetting=_SWEEP,
 )
 

@@ -39,7 +39,7 @@ def test_gpu_asks_the_cpu_profiles_models_more_and_farther():
     cpu, gpu = get_profile("cpu"), get_profile("gpu")
     assert cpu.evaluation.trainings == gpu.evaluation.trainings
     assert set(cpu.evaluation.distances) < set(gpu.evaluation.distances)
-    assert gpu.evaluation.prompts * len(gpu.evaluation.seeds) >= 200 > cpu.evaluation.prompts
+    assert gpu.evaluation.other_prompts > cpu.evaluation.other_prompts
     assert gpu.forgetting.items >= 200 > cpu.forgetting.items
     for name, cells in cpu.forgetting.cells.items():
         assert set(cells) <= set(gpu.forgetting.cells[name])
