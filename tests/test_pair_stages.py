@@ -11,7 +11,7 @@ from prosg_lib import files, pair_stages, profiles, stages
 from prosg_lib.backbones.transformer import CausalTransformer, TransformerConfig, new_llama
 from prosg_lib.errors import UserError
 from prosg_lib.generator import SCALE
-from prosg_lib.pair_stages import PEOPLE, WaySpec, new_way, pair_model, pair_way, pairs_of
+from prosg_lib.pair_stages import PEOPLE, WaySpec, new_way, pair_model, pair_way, pairs_of, way_name
 from prosg_lib.profiles import PROFILES
 from prosg_lib.sizes import TASKS, PairTraining
 from prosg_lib.tasks.pairs import Pair
@@ -158,6 +158,10 @@ def test_one_task_after_another_starts_where_the_first_ended(monkeypatch):
     pair_way(spec, "recurrent", "tiny")
     first = pair_way(WaySpec("adapter", ("characters",)), "recurrent", "tiny").state_dict()
     assert all(torch.equal(t.cpu(), first[name].cpu()) for name, t in seen[0].items())
+    stages.forget("tiny", [way_name(WaySpec("adapter", ("characters",)), "recurrent", "tiny")])
+    again = pair_way(spec, "recurrent", "tiny").state_dict()  # what is there needs no first one any more
+    assert len(seen) == 1
+    assert all(torch.equal(t.half().cpu(), again[name].half().cpu()) for name, t in seen[0].items())
 
 
 @pytest.fixture(scope="module")
