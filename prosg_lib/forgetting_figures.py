@@ -57,8 +57,7 @@ def by_size(ax: Axes, task: str, part: Mapping, methods: Sequence[str] | None = 
     table = pd.DataFrame(cells, index=methods, columns=places)
     plots.estimates(ax, table, {m: STYLES.get(m, MethodStyle(m, PALETTE["grey"], ".", "-")) for m in methods})
     ax.set_xscale("log")
-    ax.set_xticks(places, [f"{place:,}" for place in places])
-    ax.minorticks_off()
+    plots.name_places(ax, places)
     ax.set(xlabel=x, ylabel=y, ylim=(-0.03, 1.03), title=part["title"])
     ends = "; ".join(
         f"{label(m)} {table.loc[m].iloc[0].value:.2f} and {table.loc[m].iloc[-1].value:.2f}" for m in methods

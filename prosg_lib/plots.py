@@ -150,13 +150,21 @@ def _context() -> claims.Context:
     return claims.current()  # a function, because `save_figure` has an argument named claims
 
 
+_UPRIGHT = 8
+
+
 def distance_axis(ax: Axes, distances: Sequence[int]) -> None:
     """An x axis for distances in tokens: logarithmic, with 0 at its left end and every distance named."""
     lowest = min((d for d in distances if d > 0), default=1)
     ax.set_xscale("symlog", linthresh=lowest, linscale=0.5)
-    ax.set_xticks(list(distances), [f"{d:,}" for d in distances])
-    ax.minorticks_off()
+    name_places(ax, distances)
     ax.set_xlabel("distance between prompt and question (tokens)")
+
+
+def name_places(ax: Axes, places: Sequence[int]) -> None:
+    """A tick at every one of these places of the x axis, and no other; aslant where many would run into each other."""
+    ax.set_xticks(list(places), [f"{place:,}" for place in places], rotation=45 if len(places) > _UPRIGHT else 0)
+    ax.minorticks_off()
 
 
 def estimates_by_distance(ax: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle] | None = None) -> None:
