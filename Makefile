@@ -15,7 +15,7 @@ BENCHMARKS := scale decode mixed_deltas
 help:
 	@echo 'make reproduce                the course, in order, with the shipped checkpoints (PROFILE=cpu)'
 	@echo 'make reproduce PROFILE=smoke  the same at tiny size, everything trained from nothing'
-	@echo 'make reproduce PROFILE=gpu    the same at the size of one large GPU'
+	@echo 'make reproduce PROFILE=gpu    the same models asked more, and farther: the full sweep, for a GPU'
 	@echo 'make reproduce RETRAIN=1      trains anew instead of using checkpoints that fit'
 	@echo 'make test                     the tests'
 	@echo 'make benchmarks               the benchmarks that README quotes, on one thread; writes them into the ledger'

@@ -15,7 +15,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _LAUNCH = """\
 With several GPUs or machines, let accelerate start it:
 
-  accelerate launch --num_processes 8 -m prosg_lib.cli train token --profile gpu
+  accelerate launch --num_processes 8 -m prosg_lib.cli train token --profile paper
 
 Every process takes its part of each batch, so that the result is that of one process, but for rounding and dropout. A
 training that was interrupted goes on with any number of them. The launcher calls processes GPUs; to have some on a
