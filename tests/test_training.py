@@ -250,7 +250,15 @@ def test_what_draws_ahead_does_not_hear_that_the_group_is_told_to_end(tmp_path, 
     assert bits(train(tmp_path / "told")) == expected
 
 
-def test_told_to_end_twice_it_ends_at_once(tmp_path):
+@pytest.fixture
+def heard():
+    """Ctrl-C as at a terminal, whoever started the tests: a shell's background jobs are born deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_told_to_end_twice_it_ends_at_once(tmp_path, heard):
     net = module()
 
     def stuck(step, batch):
