@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -150,7 +151,7 @@ def _context() -> claims.Context:
     return claims.current()  # a function, because `save_figure` has an argument named claims
 
 
-_UPRIGHT = 8
+_ROOM = 1 / 7  # of the axis, that numbers of some thousand need to stand upright beside each other
 
 
 def distance_axis(ax: Axes, distances: Sequence[int]) -> None:
@@ -162,8 +163,10 @@ def distance_axis(ax: Axes, distances: Sequence[int]) -> None:
 
 
 def name_places(ax: Axes, places: Sequence[int]) -> None:
-    """A tick at every one of these places of the x axis, and no other; aslant where many would run into each other."""
-    ax.set_xticks(list(places), [f"{place:,}" for place in places], rotation=45 if len(places) > _UPRIGHT else 0)
+    """A tick at every one of these places of a logarithmic x axis, and no other; aslant where two are close."""
+    steps = np.diff(np.log([place for place in places if place > 0]))
+    crowded = len(steps) > 0 and steps.min() < _ROOM * steps.sum()
+    ax.set_xticks(list(places), [f"{place:,}" for place in places], rotation=45 if crowded else 0)
     ax.minorticks_off()
 
 

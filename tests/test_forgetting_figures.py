@@ -1,6 +1,7 @@
 """The suite's figures: every axis named, every method in every figure, and words for those who do not see them."""
 
 import pytest
+from matplotlib.figure import Figure
 
 from prosg_lib import plots
 from prosg_lib.forgetting_figures import STYLES, figures, label
@@ -92,3 +93,15 @@ def test_no_two_methods_look_alike():
     assert every <= set(STYLES)
     assert len({STYLES[m].marker for m in every}) == len(every)
     assert label("a method of a later version") == "a method of a later version"
+
+
+@pytest.mark.parametrize(
+    ("places", "slant"),
+    [((64, 256, 1024), 0), ((0, 64, 128, 256, 512, 1024, 4096), 0), ((64, 512, 1024, 1536), 45), ((7,), 0)],
+)
+def test_numbers_that_would_run_into_each_other_stand_aslant(places, slant):
+    """On a logarithmic axis; every place has its number."""
+    ax = Figure().subplots()
+    plots.name_places(ax, places)
+    assert [label.get_text() for label in ax.get_xticklabels()] == [f"{place:,}" for place in places]
+    assert {label.get_rotation() for label in ax.get_xticklabels()} == {slant}
