@@ -8,7 +8,7 @@ trained with other seeds, too. What was measured is kept, a small file a variant
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -164,8 +164,7 @@ def _read(path: Path) -> dict:
 
 
 def _measuring(sizes: Profile) -> dict:
-    evaluation = asdict(sizes.evaluation)
-    own = {name: evaluation[name] for name in ("probes", "seeds")} | {"prompts": sizes.study.prompts}
+    own = {"prompts": sizes.study.prompts, "probes": sizes.evaluation.probes, "seeds": sizes.evaluation.seeds}
     return own | {"split": SPLIT, "facts": sizes.evaluation.main_facts, "distances": _distances(sizes)}
 
 
