@@ -115,7 +115,7 @@ PROFILES = {
             TransformerConfig("llama", VOCAB, 128, 4, 384, 4),
             PairTraining(2000, 32, 3e-3),
             PairTraining(3500, 32, 3e-3, (1, 1, 4, 16)),
-            PairTraining(200, 32, 1e-3, warmup=20),
+            PairTraining(600, 32, 1e-3, warmup=20),
             adapter=PairTraining(400, 16, 1.5e-2),
             recurrent_adapter=PairTraining(800, 16, 1.5e-2),
             weights=PairTraining(500, 16, 2e-3),
