@@ -2,10 +2,10 @@
 
 An RWKV-4, of 4 layers x 128 on a CPU and 12 x 512 on a GPU, which smaller ones do not keep busy; the inner step changes
 all its weights on a batch of contexts, the outer loss is that of as many queries of the same length. First order and
-TorchOpt take them all at once. Ours takes contexts and queries in four pieces; of the inner gradient it keeps the graph
-of three pieces and runs the fourth again ("exact"), or keeps that of all ("exact, kept"). Each way is timed in turn in
-one process. Its peak memory is above what there was before the step: on a GPU that of its tensors, on a CPU of a
-process of its own. Prints a table, and one JSON line last.
+TorchOpt take them all at once. Ours takes the contexts in three pieces and runs the first again for the outer gradient,
+for which the graphs of the inner gradients of the two others are kept ("exact"); or in two and keeps both ("exact,
+kept"). Each way is timed in turn in one process. Its peak memory is above what there was before the step: on a GPU that
+of its tensors, on a CPU of a process of its own. Prints a table, and one JSON line last.
 
 Goals: the exact gradient takes at most 2.3 times the first-order one's time and at most twice its memory; with all kept
 it takes no more time or memory than TorchOpt's exact one. Needs `pip install torchopt`, which nothing else here does.
@@ -45,7 +45,7 @@ GOALS = {
 LR = 1e-3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH, LAYERS, BATCH, TOKENS = {"cpu": (128, 4, 32, 256), "cuda": (512, 12, 32, 512)}[DEVICE.type]
-PIECES = 4
+PIECES = {"exact": (8, 12, 12), "exact, kept": (16, 16)}  # contexts in each; the last two are kept
 
 
 def setting() -> tuple[RWKV4, Tensor, Tensor]:
@@ -75,15 +75,15 @@ def first_order(lm: RWKV4, context: Tensor, query: Tensor) -> None:
     nll(call(lm, stepped), query).backward()
 
 
-def exact(lm: RWKV4, context: Tensor, query: Tensor, kept: int) -> None:
+def exact(lm: RWKV4, context: Tensor, query: Tensor, pieces: tuple[int, ...]) -> None:
     def loss_of(params, ids):
-        return nll(call(lm, params), ids) / PIECES
+        return nll(call(lm, params), ids) * (len(ids) / BATCH)
 
-    parts = [lambda params, ids=ids: loss_of(params, ids) for ids in context.chunk(PIECES)]
-    stepped = gradient_step(parts, dict(lm.named_parameters()), LR, kept=kept)
+    parts = [lambda params, ids=ids: loss_of(params, ids) for ids in context.split(pieces)]
+    stepped = gradient_step(parts, dict(lm.named_parameters()), LR, kept=2)
     # The outer gradient at the stepped weights adds up piece by piece, and goes through the step once.
     ends = {name: t.detach().requires_grad_() for name, t in stepped.items()}
-    for ids in query.chunk(PIECES):
+    for ids in query.chunk(len(pieces)):
         loss_of(ends, ids).backward()
     torch.autograd.backward(list(stepped.values()), [t.grad for t in ends.values()])
 
@@ -100,8 +100,8 @@ def torchopts(lm: RWKV4, context: Tensor, query: Tensor) -> None:
 
 WAYS = {
     "first-order": first_order,
-    "exact": lambda *what: exact(*what, kept=PIECES - 1),
-    "exact, kept": lambda *what: exact(*what, kept=PIECES),
+    "exact": lambda *what: exact(*what, PIECES["exact"]),
+    "exact, kept": lambda *what: exact(*what, PIECES["exact, kept"]),
     "torchopt": torchopts,
 }
 
@@ -121,7 +121,7 @@ def peak_bytes(way: str) -> int:
         before = torch.cuda.memory_allocated()
         outer_gradient(way, lm, context, query)
         return torch.cuda.max_memory_allocated() - before
-    outer_gradient(way, lm, context[:1, :9], query[:1, :9])  # what a first pass leaves behind for good
+    outer_gradient(way, lm, context[:, :9], query[:, :9])  # what a first pass leaves behind for good
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outer_gradient(way, lm, context, query)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -129,12 +129,16 @@ def peak_bytes(way: str) -> int:
 
 
 def times(rounds: int) -> dict[str, float]:
-    """Median seconds of one outer gradient of every way, measured in turn; the exact ones are checked to be equal."""
+    """Median seconds of one outer gradient of every way, measured in turn; the exact ones are checked to be equal.
+
+    They may differ by a fiftieth of what tells them from the first-order one.
+    """
     lm, context, query = setting()
     found = {way: outer_gradient(way, lm, context, query) for way in WAYS}
-    for way in ("exact", "exact, kept"):
-        apart = (found["torchopt"] - found[way]).norm() / found[way].norm()
-        assert apart < 1e-4, f"TorchOpt has another gradient than {way}: relative difference {apart:.1e}"
+    curvature = (found["torchopt"] - found["first-order"]).norm()
+    for way in PIECES:
+        apart = (found["torchopt"] - found[way]).norm() / curvature
+        assert apart < 0.02, f"TorchOpt has another gradient than {way}: they are {apart:.1e} of the curvature apart"
     seconds = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way, taken in seconds.items():

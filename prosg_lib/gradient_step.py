@@ -15,6 +15,7 @@ Glossary of shapes: B batch, T tokens of the context, r rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -27,6 +28,7 @@ from prosg_lib.generator import SCALE, Generator, key
 from prosg_lib.lowrank import Factors, LogitsOf, LowRankDelta, applied, with_delta
 from prosg_lib.state import RecurrentState
 from prosg_lib.tasks.pair_batches import Rows
+from prosg_lib.twice import LeanSecondDerivatives
 
 Params = Mapping[str, Tensor]
 LossOf = Callable[[dict[str, Tensor]], Tensor]
@@ -97,7 +99,8 @@ def _slopes(
     """Fresh leaves at `start`, and the loss's gradient there."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in start]
-        loss = part(*leaves)
+        with LeanSecondDerivatives() if create_graph else nullcontext():
+            loss = part(*leaves)
         if not torch.isfinite(loss):
             raise NotFinite(f"the loss of the context is {loss.item()} before the step; look at both of them")
         return leaves, torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True)

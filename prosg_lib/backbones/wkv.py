@@ -172,25 +172,31 @@ def _decayed_sums(x: Tensor, w: Tensor, u: Tensor, chunk: int) -> tuple[Tensor, 
     width, two, batch, time = x.shape
     n = -(-time // chunk)
     x = torch.nn.functional.pad(x, (n * chunk - time, 0)).view(width, -1, chunk)
-    totals = torch.bmm(x, _ages(w, chunk)).view(width, two * batch, n)
-    before = torch.bmm(totals, _toeplitz(chunk * w, None, n))  # what each chunk finds, (D, 2 B, n)
-    end = torch.bmm(totals, _ages(chunk * w, n)).view(width, two, batch)
-    decay = _faded(w * torch.arange(chunk, device=x.device))  # (D, 1, C)
-    sums = torch.bmm(x, _toeplitz(w, torch.exp(u), chunk)).add_(torch.bmm(before.view(width, -1, 1), decay))
+    fine, coarse = _powers(w, chunk), _powers(chunk * w, n)
+    totals = torch.bmm(x, _to_the_end(fine)).view(width, two * batch, n)
+    before = torch.bmm(totals, _toeplitz(coarse, None))  # what each chunk finds, (D, 2 B, n)
+    end = torch.bmm(totals, _to_the_end(coarse)).view(width, two, batch)
+    sums = torch.bmm(x, _toeplitz(fine, torch.exp(u))).add_(torch.bmm(before.view(width, -1, 1), fine))
     return sums.view(width, two, batch, n * chunk)[..., n * chunk - time :], end
 
 
-def _ages(w: Tensor, length: int) -> Tensor:
+def _powers(w: Tensor, length: int) -> Tensor:
+    """e^{-a w} for the ages a = 0, 1, ...: (D, 1, length)."""
+    return _faded(w * torch.arange(length, device=w.device))
+
+
+def _to_the_end(powers: Tensor) -> Tensor:
     """(D, length, 1): e^{-(length-1-i) w}, the weight of position i in the sum after the last."""
-    return _faded(w * torch.arange(length - 1, -1, -1, device=w.device)).transpose(1, 2)
+    return powers.flip(-1).transpose(1, 2)
 
 
-def _toeplitz(w: Tensor, bonus: Tensor | None, length: int) -> Tensor:
+def _toeplitz(powers: Tensor, bonus: Tensor | None) -> Tensor:
     """(D, length, length): column t weighs position i < t by e^{-(t-1-i) w}, i = t by the bonus (None: 0)."""
-    steps = torch.arange(length, device=w.device)
-    lag = steps - 1 - steps[:, None]
-    past = torch.where(lag >= 0, _faded(lag.clamp(min=0) * w), 0.0)
-    return past if bonus is None else torch.where(lag == -1, bonus[:, None, None], past)
+    length = powers.shape[-1]
+    none = torch.zeros_like(powers)
+    now = none[..., :1] if bonus is None else bonus[:, None, None]
+    by_lag = torch.cat([none[..., 1:], now, powers[..., :-1]], -1)[:, 0]  # t - i from 1 - length to length - 1
+    return by_lag.unfold(-1, length, 1).flip(-2)
 
 
 def _faded(age: Tensor) -> Tensor:

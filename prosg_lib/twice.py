@@ -1,0 +1,201 @@
+"""Second derivatives with less arithmetic than PyTorch's own, for what is differentiated twice.
+
+PyTorch derives most second derivatives step by step from the formula of the first: it writes fifty times the numbers of
+a layer norm's input on the way. Here they are written out, or led through what is cheap to differentiate twice.
+
+Glossary of shapes: N any leading dimensions, D width, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward
+
+
+class LeanSecondDerivatives(TorchFunctionMode):
+    """While it lasts, functions of PyTorch that have a lean second derivative here take it. Their values are the same,
+    to rounding.
+
+    It counts for what is calculated meanwhile, whenever that is differentiated. Calls of a form that is not here, as of
+    a cross entropy with weights, and half precision are left to PyTorch.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._lean = _LEAN | {torch.lerp: self._lerp}
+        self._apart: tuple[Tensor | None, Tensor | None, Tensor | None] = None, None, None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        lean, kwargs = self._lean.get(function), kwargs or {}
+        if lean is not None and args[0].dtype in (torch.float32, torch.float64):
+            result = lean(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return function(*args, **kwargs)
+
+    def _lerp(self, start, end, weight):
+        """A token shift mixes the same two in several ways: their difference is taken once."""
+        if not isinstance(weight, Tensor):
+            return NotImplemented
+        if self._apart[0] is not start or self._apart[1] is not end:
+            self._apart = start, end, end - start
+        return torch.addcmul(start, self._apart[2], weight)
+
+
+class _Lean(Function):
+    """What they have in common: torch.func.vmap can run them."""
+
+    generate_vmap_rule = True
+
+
+class _Square(_Lean):
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return x * g * 2
+
+
+def _square(x):
+    return _Square.apply(x)
+
+
+def _power(x, exponent):
+    return _Square.apply(x) if isinstance(exponent, int | float) and exponent == 2 else NotImplemented
+
+
+class _Ratio(_Lean):
+    @staticmethod
+    def forward(above, below):
+        return above / below
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1], output)
+
+    @staticmethod
+    def backward(ctx, g):
+        below, ratio = ctx.saved_tensors
+        of_above = _Ratio.apply(g, below)
+        return of_above, -(of_above * ratio)
+
+
+def _divided(x, y, rounding_mode=None):
+    if rounding_mode is not None or not isinstance(y, Tensor) or (x.shape, x.dtype) != (y.shape, y.dtype):
+        return NotImplemented
+    return _Ratio.apply(x, y)
+
+
+class _NLL(_Lean):
+    """Minus the logarithm of the probability that logits (N, C) give to `ids` (N,); and all probabilities, of which its
+    derivative is made: what flows back into them is the second derivative."""
+
+    @staticmethod
+    def forward(logits, ids):
+        logs = torch.log_softmax(logits, -1)
+        return -logs.gather(-1, ids[..., None])[..., 0], logs.exp_()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1], output[1])
+        ctx.set_materialize_grads(False)  # at first nothing flows there
+
+    @staticmethod
+    def backward(ctx, g, of_probabilities):
+        ids, probabilities = ctx.saved_tensors
+        slope = bent = None
+        if g is not None:
+            slope = (probabilities * g[..., None]).scatter_add_(-1, ids[..., None], -g[..., None])
+        if of_probabilities is not None:
+            bent = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
+        return (slope if bent is None else bent if slope is None else slope + bent), None
+
+
+def _cross_entropy(logits, target, ignore_index, reduction, label_smoothing, **others):
+    """Of class indices; the classes are dimension 1 of the logits, or 0 of a single item's."""
+    weighted = any(value is not None for value in others.values())  # by class, or as it was said in older versions
+    if weighted or label_smoothing or target.is_floating_point() or reduction not in ("none", "mean", "sum"):
+        return NotImplemented
+    counted = target != ignore_index
+    losses = _NLL.apply(logits.movedim(min(1, logits.ndim - 1), -1), target * counted)[0] * counted
+    if reduction == "none":
+        return losses
+    return losses.sum() / counted.sum() if reduction == "mean" else losses.sum()
+
+
+class _LayerNorm(_Lean):
+    """With n the input (N, D) less its mean, by its scale s, a = g weight, P(a) = a - mean(a) - n mean(a n): the slope
+    of the input is P(a) / s, that of the weight the sum of g n, that of the bias the sum of g."""
+
+    @staticmethod
+    def forward(x, weight, bias, eps):
+        return torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, _ = inputs
+        _, mean, inverse = output
+        ctx.mark_non_differentiable(mean, inverse)
+        ctx.save_for_backward(x, weight, bias, mean, inverse)
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        return *_LayerNormSlopes.apply(g, *ctx.saved_tensors), None
+
+
+class _LayerNormSlopes(_Lean):
+    @staticmethod
+    def forward(g, x, weight, bias, mean, inverse):
+        return _layer_norm_backward(g, x, weight.shape, mean, inverse, weight, bias, [True, True, True])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        g, x, weight, _, mean, inverse = inputs
+        ctx.save_for_backward(g, x, weight, mean, inverse, output[0])
+
+    @staticmethod
+    def backward(ctx, of_x, of_weight, of_bias):
+        g, x, weight, mean, inverse, slope = ctx.saved_tensors
+
+        def projected(v):  # P(v) / s
+            return _layer_norm_backward(v, x, weight.shape, mean, inverse, None, None, [True, False, False])[0]
+
+        def shared(v, w):  # - mean(v w) / s
+            return torch.linalg.vecdot(v, w)[..., None] * (inverse / -x.shape[-1])
+
+        n, a, straight = (x - mean) * inverse, g * weight, projected(of_x)
+        of_g = torch.addcmul(torch.addcmul(of_bias, n, of_weight), straight, weight)
+        of_n = torch.addcmul(torch.addcmul(g * of_weight, of_x, shared(a, n)), a, shared(of_x, n))
+        bent_x = torch.addcmul(projected(of_n), n, shared(of_x, slope))
+        return of_g, bent_x, (straight * g).flatten(0, -2).sum(0), None, None, None
+
+
+def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
+    if weight is None or bias is None or len(normalized_shape) != 1 or weight.dtype != x.dtype:
+        return NotImplemented
+    return _LayerNorm.apply(x, weight, bias, eps)[0]
+
+
+_LEAN = {
+    torch.square: _square,
+    Tensor.square: _square,
+    torch.pow: _power,
+    Tensor.pow: _power,
+    Tensor.__pow__: _power,
+    torch.div: _divided,
+    Tensor.div: _divided,
+    F.cross_entropy: _cross_entropy,
+    F.layer_norm: _layer_norm,
+}

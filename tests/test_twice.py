@@ -1,0 +1,140 @@
+"""The lean second derivatives: PyTorch's values, true slopes of both orders, and fewer numbers written."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prosg_lib.twice import LeanSecondDerivatives
+
+IDS = torch.tensor([[1, 4, -100, 0], [2, 2, 3, 1], [0, 4, 1, 1]])
+
+
+def mixes(start, end, weight, other):
+    return torch.lerp(start, end, weight) * torch.lerp(start, end, other) + torch.lerp(start, end, weight * other)
+
+
+# Functions of x and y (3, 4, 5), v and w (5,).
+FORMS = {
+    "square": (lambda x: x.square(), "x"),
+    "torch.square": (lambda x: torch.square(x), "x"),
+    "power": (lambda x: x**2 + x.pow(2) + torch.pow(x, 2), "x"),
+    "ratio": (lambda x, y: x / (1 + y * y), "xy"),
+    "mixes": (mixes, "xyvw"),
+    "cross entropy": (lambda x: F.cross_entropy(x.flatten(0, 1), IDS.flatten()), "x"),
+    "cross entropy, sum": (lambda x: F.cross_entropy(x.flatten(0, 1), IDS.flatten(), reduction="sum"), "x"),
+    "cross entropy of each": (lambda x: F.cross_entropy(x.transpose(1, 2), IDS, reduction="none"), "x"),
+    "cross entropy of one": (lambda v: F.cross_entropy(v, IDS[1, 2]), "v"),
+    "layer norm": (lambda x, v, w: F.layer_norm(x, v.shape, v, w), "xvw"),
+}
+
+
+def operands(names: str, last: int = 5) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = {"x": (3, 4, last), "y": (3, 4, last), "v": (last,), "w": (last,)}
+    return [torch.randn(shapes[n], dtype=torch.float64, requires_grad=True) for n in names]
+
+
+def lean(form):
+    def run(*operands):
+        with LeanSecondDerivatives():
+            return form(*operands)
+
+    return run
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that PyTorch's operations write; a view of what is there writes none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.count += sum(t.numel() for t in (out if isinstance(out, tuple) else [out]) if t is not None)
+        return out
+
+
+def written_twice(form, inputs) -> int:
+    """For a value, its slopes and their slopes."""
+    with Written() as written:
+        out = form(*inputs)
+        slopes = torch.autograd.grad(out, inputs, torch.ones_like(out), create_graph=True)
+        torch.autograd.grad(slopes, inputs, [torch.ones_like(s) for s in slopes], allow_unused=True)
+    return written.count
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_values_and_slopes_of_both_orders(name):
+    """Values are PyTorch's; first and second derivatives are the measured ones, finite differences in float64."""
+    form, names = FORMS[name]
+    inputs = operands(names)
+    assert_close(lean(form)(*inputs), form(*inputs), rtol=1e-14, atol=1e-14)
+    assert gradcheck(lean(form), inputs)
+    assert gradgradcheck(lean(form), inputs)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_many_at_once_by_vmap(name):
+    """Over copies of all operands, and of the first alone with the others shared."""
+    form, names = FORMS[name]
+    inputs = operands(names)
+    for shared in {0, len(inputs) - 1}:
+        dims = (0,) * (len(inputs) - shared) + (None,) * shared
+        many = [
+            torch.stack([t, 0.5 * t + 0.1]).detach().requires_grad_() if dim == 0 else t
+            for t, dim in zip(inputs, dims, strict=True)
+        ]
+        mapped = torch.func.vmap(lean(form), in_dims=dims)
+        assert_close(mapped(*many), torch.func.vmap(form, in_dims=dims)(*many), rtol=1e-14, atol=1e-14)
+        assert gradgradcheck(mapped, many)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_fewer_numbers_are_written(name):
+    """Than by PyTorch's own two derivatives; if the lean ones were not taken, they would be as many."""
+    form, names = FORMS[name]
+    inputs = operands(names, last=64)
+    assert written_twice(lean(form), inputs) < 0.9 * written_twice(form, inputs)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x / 2,
+        lambda x: x / x[..., :1],
+        lambda x: torch.div(x, x + 1, rounding_mode="floor"),
+        lambda x: x**3,
+        lambda x: torch.lerp(x, 2 * x, 0.3),
+        lambda x: F.layer_norm(x, (5,)),
+        lambda x: F.layer_norm(x, (4, 5), x[0], x[1]),
+        lambda x: F.cross_entropy(x.transpose(1, 2), IDS, label_smoothing=0.1),
+        lambda x: F.cross_entropy(x.transpose(1, 2), IDS, torch.arange(1.0, 6.0).to(x)),
+        lambda x: F.cross_entropy(x.flatten(0, 1), x.flatten(0, 1).softmax(-1)),
+        lambda x: (x.bfloat16() / x.bfloat16()).square(),
+    ],
+)
+def test_other_forms_are_left_to_pytorch(form):
+    (x,) = operands("x")
+    assert torch.equal(lean(form)(x), form(x))
+    found, expected = (torch.autograd.grad(f(x).sum(), x)[0] for f in (lean(form), form))
+    assert torch.equal(found, expected)
+
+
+def test_an_improbable_class_has_a_finite_loss():
+    """Its probability is zero in float32, the logarithm of it is not."""
+    logits = torch.tensor([[0.0, 200.0]], requires_grad=True)
+    loss = lean(F.cross_entropy)(logits, torch.tensor([0]))
+    assert loss.item() == 200
+    assert_close(torch.autograd.grad(loss, logits)[0], torch.tensor([[-1.0, 1.0]]))
+
+
+def test_layer_norm_slopes_where_the_weights_are_fixed():
+    """As in a LoRA step: only the input asks for slopes."""
+    x, v, w = operands("xvw")
+    inputs = [x, v.detach(), w.detach()]
+    assert gradgradcheck(lean(lambda x, v, w: F.layer_norm(x, (5,), v, w)), inputs)
