@@ -1,7 +1,7 @@
 """Second derivatives with less arithmetic than PyTorch's own, for what is differentiated twice.
 
-PyTorch derives most second derivatives step by step from the formula of the first: it writes fifty times the numbers of
-a layer norm's input on the way. Here they are written out, or led through what is cheap to differentiate twice.
+PyTorch derives most second derivatives step by step from the formula of the first; each step passes over the whole
+input. Here they are written out, or led through what is cheap to differentiate twice.
 
 Glossary of shapes: N any leading dimensions, D width, C classes.
 """
