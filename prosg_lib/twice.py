@@ -32,7 +32,7 @@ class LeanSecondDerivatives(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         lean, kwargs = self._lean.get(function), kwargs or {}
-        if lean is not None and args[0].dtype in (torch.float32, torch.float64):
+        if lean is not None and args and _is_plain(args[0]) and "out" not in kwargs:
             result = lean(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -45,6 +45,10 @@ class LeanSecondDerivatives(TorchFunctionMode):
         if self._apart[0] is not start or self._apart[1] is not end:
             self._apart = start, end, end - start
         return torch.addcmul(start, self._apart[2], weight)
+
+
+def _is_plain(x) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64)
 
 
 class _Lean(Function):
@@ -92,10 +96,10 @@ class _Ratio(_Lean):
         return of_above, -(of_above * ratio)
 
 
-def _divided(x, y, rounding_mode=None):
-    if rounding_mode is not None or not isinstance(y, Tensor) or (x.shape, x.dtype) != (y.shape, y.dtype):
+def _divided(x, other, rounding_mode=None):
+    if rounding_mode is not None or not isinstance(other, Tensor) or (x.shape, x.dtype) != (other.shape, other.dtype):
         return NotImplemented
-    return _Ratio.apply(x, y)
+    return _Ratio.apply(x, other)
 
 
 class _NLL(_Lean):
@@ -183,7 +187,7 @@ class _LayerNormSlopes(_Lean):
 
 
 def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
-    if weight is None or bias is None or len(normalized_shape) != 1 or weight.dtype != x.dtype:
+    if x.ndim < 2 or len(normalized_shape) != 1 or weight is None or bias is None or weight.dtype != x.dtype:
         return NotImplemented
     return _LayerNorm.apply(x, weight, bias, eps)[0]
 

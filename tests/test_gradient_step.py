@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, layer_norm
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
@@ -87,6 +87,22 @@ def test_all_parts_but_the_kept_ones_run_again_for_an_exact_outer_gradient_alone
         assert_close(first, 1 - 0.1 * 18 * w.detach() if second_order else torch.ones(2))
         assert torch.equal(torch.autograd.grad(outer, w)[0], first)
         assert calls == [0, 1, 2, *again, *once_more]
+
+
+def test_a_graph_that_is_differentiated_again_has_lean_second_derivatives():
+    """That of a kept part, and of another when it is run again; no other has them."""
+    w, x = torch.ones(4, requires_grad=True), torch.tensor([[0.0, 1.0, 2.0, 4.0]])
+    seen = []
+
+    def loss(params):
+        normed = layer_norm(params["w"] * x, (4,), w.detach(), w.detach())
+        seen.append("_LayerNormBackward" in normed.grad_fn.name())
+        return normed.square().sum()
+
+    for second_order, kept, expected in ((True, 1, [True]), (True, 0, [False, True]), (False, 1, [False])):
+        gradient_step([loss], {"w": w}, 0.1, second_order, kept)["w"].sum().backward()
+        assert seen == expected
+        seen.clear()
 
 
 def test_nothing_is_kept_for_no_outer_gradient():
