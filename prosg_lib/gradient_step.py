@@ -7,7 +7,8 @@ After "Can Gradient Descent Simulate Prompting?" (Zhang, Choshen, Andreas 2025, 
 and phi is trained so that the model with phi' answers a query as the model does that was given the context. The outer
 gradient goes through the step, d phi'^T v = v - eta H v, H being the Hessian of the context's NLL: one Hessian-vector
 product, taken when the outer gradient arrives. The graph of the inner gradient, several times as large as that of the
-inner loss, is kept beside the outer loss's only as far as memory is to be spent on time (`gradient_step`, kept).
+inner loss, is kept beside the outer loss's only as far as memory is to be spent on time (`gradient_step`, kept); it is
+made of functions whose second derivatives are lean (`twice`).
 
 Glossary of shapes: B batch, T tokens of the context, r rank.
 """
