@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from prosg_lib.generator import key
 from prosg_lib.gradient_step import in_turn
 from prosg_lib.lowrank import TokenFactors, watched
 from prosg_lib.tasks.pair_batches import Rows
+from prosg_lib.twice import LeanSecondDerivatives
 
 Memory = Mapping[str, TokenFactors]
 """By map: what the step adds to it, delta (B, T, out), the rate and the sign in it, and x (B, T, in)."""
@@ -98,13 +99,14 @@ class MapStep(nn.Module):
         """What a step on contexts (B, n, C) adds to each map: one on the mean of their losses."""
         batch, n, _ = told.ids.shape
         ids, valid = (t.flatten(0, 1) for t in told)
-        with _remembering(read.lm, memory), watched(read.lm, read.lm.editable()) as seen:
-            hidden, logits = torch.func.functional_call(read, start, (ids[:, :-1], valid[:, :-1]))
-        logits = _recalled(hidden, logits, memory)
-        logits = logits if logits.requires_grad else logits.detach().requires_grad_()
-        seen[_READOUT] = [(hidden, logits)]
-        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        loss = (losses * (valid[:, 1:] & valid[:, :-1])).sum() / n
+        with LeanSecondDerivatives() if create_graph else nullcontext():
+            with _remembering(read.lm, memory), watched(read.lm, read.lm.editable()) as seen:
+                hidden, logits = torch.func.functional_call(read, start, (ids[:, :-1], valid[:, :-1]))
+            logits = _recalled(hidden, logits, memory)
+            logits = logits if logits.requires_grad else logits.detach().requires_grad_()
+            seen[_READOUT] = [(hidden, logits)]
+            losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            loss = (losses * (valid[:, 1:] & valid[:, :-1])).sum() / n
         if not torch.isfinite(loss):
             raise NotFinite(f"the loss of the context is {loss.item()} before the step; look at both of them")
         outs = [out for passes in seen.values() for _, out in passes]

@@ -72,10 +72,6 @@ class _Square(_Lean):
         return x * g * 2
 
 
-def _square(x):
-    return _Square.apply(x)
-
-
 def _power(x, exponent):
     return _Square.apply(x) if isinstance(exponent, int | float) and exponent == 2 else NotImplemented
 
@@ -193,8 +189,8 @@ def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
 
 
 _LEAN = {
-    torch.square: _square,
-    Tensor.square: _square,
+    torch.square: _Square.apply,
+    Tensor.square: _Square.apply,
     torch.pow: _power,
     Tensor.pow: _power,
     Tensor.__pow__: _power,

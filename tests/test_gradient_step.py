@@ -418,7 +418,7 @@ def test_first_order_of_a_step_on_all_weights(lm, rank):
     contexts, query = padded(3, 1)[0], ids_of(3, 7, seed=5)
     ways = [full(lm, rank=rank), full(lm, second_order=False, rank=rank)]
     says = [way.after(lm, contexts, False)(query, torch.ones_like(query).bool()) for way in ways]
-    assert_close(*says, rtol=1e-12, atol=1e-12)
+    assert_close(*says, rtol=1e-14, atol=1e-14)
     exact, first = (
         torch.autograd.grad(cross_entropy(s[:, :-1].flatten(0, 1), query[:, 1:].flatten()), list(way.parameters()))
         for s, way in zip(says, ways, strict=True)
