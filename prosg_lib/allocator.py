@@ -18,7 +18,9 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h of the GNU C libra
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library so, for the whole process; memory use stays at its peak. Any number of calls is as one.
+    """Tell the C library so, for the whole process. Any number of calls is as one.
+
+    Memory use stays at its peak, and may settle at some times that: freed blocks with small ones between stay apart.
 
     Returns:
         Whether this C library can be told: the GNU one (Linux) can, others are left as they are.
