@@ -73,15 +73,18 @@ def pair_objective(
         raise UserError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
 
     def loss_of(step: int, batch: PairBatch) -> Loss:
-        where = batch.query.valid[:, :-1] & (batch.answer[:, 1:] | everywhere)
+        where, last = batch.query.valid[:, :-1], batch.query.ids.shape[1] - 1
+        if not everywhere:
+            where, last = batch.answer[:, -batch.answers :], batch.answers
+        targets = batch.query.ids[:, -last:]
         share = (where / where.sum(1, keepdim=True) / len(batch.whole))[where]
-        says = answering(way, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1])
+        says = answering(way, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1], last)
         student = F.log_softmax(says[where].float(), -1)
-        gold = (F.nll_loss(student, batch.query.ids[:, 1:][where], reduction="none") * share).sum()
+        gold = (F.nll_loss(student, targets[where], reduction="none") * share).sum()
         if objective == "LG" or step < echoes:
             return Loss(gold, {"gold": gold})
         with torch.no_grad():
-            given = hidden_of(lm, batch.prompted)[:, -where.shape[1] :][where]
+            given = hidden_of(lm, batch.prompted)[:, -last:][where]
             teacher = F.log_softmax(lm.read_out(given).float(), -1)
             entropy = -((teacher.exp() * teacher).sum(-1) * share).sum()
         apart = (F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * share).sum()

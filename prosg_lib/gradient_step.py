@@ -64,7 +64,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx, parts, lr, second_order, kept, *start):
         ctx.parts, ctx.lr, ctx.second_order, ctx.waiting = parts, lr, second_order, []
         ctx.save_for_backward(*start)
-        stepped = [t.clone() for t in start]
+        stepped = list(start)
         for number, part in enumerate(parts):
             waits = number >= len(parts) - kept
             leaves, slopes = _slopes(part, start, create_graph=waits)
@@ -74,11 +74,11 @@ class _Step(torch.autograd.Function):
             _add(stepped, slopes, -lr)
             if waits:
                 ctx.waiting.append((leaves, slopes))
-        return tuple(stepped)
+        return tuple(s.clone() if s is t else s for s, t in zip(stepped, start, strict=True))
 
     @staticmethod
     def backward(ctx, *outer):
-        changes = [v.clone() for v in outer]
+        changes = list(outer)
         for part in reversed(ctx.parts) if ctx.second_order else ():  # a kept graph is gone before the next is run
             graph = ctx.waiting.pop() if ctx.waiting else _slopes(part, ctx.saved_tensors, create_graph=True)
             _add(changes, _bent(*graph, outer), -ctx.lr)
@@ -115,10 +115,11 @@ def _bent(leaves: list[Tensor], slopes: Sequence[Tensor | None], outer: Sequence
     return torch.autograd.grad([g for g, _ in bent], leaves, [v for _, v in bent], allow_unused=True)
 
 
-def _add(sums: list[Tensor], terms: Sequence[Tensor | None], factor: float = 1.0) -> None:
-    for total, term in zip(sums, terms, strict=True):
+def _add(sums: list[Tensor], terms: Sequence[Tensor | None], factor: float) -> None:
+    """Each sum by a new one: what came from elsewhere is not changed, and need not be copied first."""
+    for i, term in enumerate(terms):
         if term is not None:
-            total.add_(term, alpha=factor)
+            sums[i] = torch.add(sums[i], term, alpha=factor)
 
 
 def context_nll(
@@ -274,13 +275,15 @@ class WeightStep(nn.Module):
             lm.check_second_order()
         if not lm.vmaps and len(contexts.ids) > 1:
             alone = [self.after(lm, Rows(*(t[[i]] for t in contexts)), successive) for i in range(len(contexts.ids))]
-            return lambda ids, valid: torch.cat([says(ids[[i]], valid[[i]]) for i, says in enumerate(alone)])
+            return lambda ids, valid, last=None: torch.cat(
+                [says(ids[[i]], valid[[i]], last) for i, says in enumerate(alone)]
+            )
         weights = {n: w.expand(len(contexts.ids), *w.shape) for n, w in self.start(lm).items()}
         losses = [self._loss_of(lm, told) for told in in_turn(contexts, successive)]
         weights = gradient_steps(losses, weights, self.lr, self.second_order)
 
-        def logits_of(ids, valid):
-            return _mapped(lm, _logits(lm))(weights, ids[:, None], valid[:, None])[:, 0]
+        def logits_of(ids, valid, last=None):
+            return _mapped(lm, _logits(lm, last))(weights, ids[:, None], valid[:, None])[:, 0]
 
         return logits_of
 
@@ -298,6 +301,6 @@ def _mapped(lm: LanguageModel, f: Callable[..., Tensor]) -> Callable[..., Tensor
     return lambda weights, *tensors: f({n: w[0] for n, w in weights.items()}, *(t[0] for t in tensors))[None]
 
 
-def _logits(lm: LanguageModel):
-    """The model as a function of its weights, of token ids (B, T) and where they are no padding."""
-    return lambda weights, ids, valid: torch.func.functional_call(lm, weights, (ids, None, None, valid))[0]
+def _logits(lm: LanguageModel, last: int | None = None):
+    """The model as a function of its weights, of token ids (B, T) and where they are no padding; `last`: see there."""
+    return lambda weights, ids, valid: torch.func.functional_call(lm, weights, (ids, None, None, valid, last))[0]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -294,13 +294,17 @@ class _Adder:
         return torch.baddbmm(out, read, u.expand(len(x), -1, -1), alpha=self.scale)
 
 
-LogitsOf = Callable[[Tensor, Tensor | None], Tensor]
-"""(token ids (B, T), where they are no padding (B, T)) -> logits (B, T, vocab)."""
+class LogitsOf(Protocol):
+    """A model that has taken something in, as a function."""
+
+    def __call__(self, ids: Tensor, valid: Tensor | None, last: int | None = None) -> Tensor:
+        """Logits (B, T, vocab) after token ids (B, T), `valid` where they are no padding; or of the `last` so many
+        positions alone, (B, last, vocab)."""
 
 
 def with_delta(lm: LanguageModel, delta: LowRankDelta | None) -> LogitsOf:
     """The model with a change, from a blank state."""
-    return lambda ids, valid: lm(ids, None, delta, valid)[0]
+    return lambda ids, valid, last=None: lm(ids, None, delta, valid, last)[0]
 
 
 @contextmanager

@@ -89,9 +89,9 @@ class MapStep(nn.Module):
                 learned = self._learned(read, start, memory, told, create_graph=training)
             memory = _both(memory, learned)
 
-        def logits_of(ids, valid):
+        def logits_of(ids, valid, last=None):
             with _remembering(lm, memory):
-                return _recalled(*torch.func.functional_call(read, start, (ids, valid)), memory)
+                return _recalled(*torch.func.functional_call(read, start, (ids, valid, last)), memory)
 
         return logits_of
 
@@ -124,14 +124,15 @@ def _joined(pieces: list[Tensor]) -> Tensor:
 
 
 class _Read(nn.Module):
-    """A model as a function of its weights: final hidden states and logits."""
+    """A model as a function of its weights: final hidden states and logits, of all positions or of the last ones."""
 
     def __init__(self, lm: LanguageModel):
         super().__init__()
         self.lm = lm
 
-    def forward(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, valid: Tensor, last: int | None = None) -> tuple[Tensor, Tensor]:
         hidden, _ = self.lm.step_through(ids, None, valid)
+        hidden = hidden if last is None else hidden[:, -last:]
         return hidden, self.lm.read_out(hidden)
 
 

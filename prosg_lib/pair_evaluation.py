@@ -24,7 +24,7 @@ from prosg_lib.conditioning import hidden_of
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.gradient_step import Way, answering
 from prosg_lib.resampling import Estimate, drawn_trainings, resampled
-from prosg_lib.tasks.pair_batches import PairBatch, Rows, collate
+from prosg_lib.tasks.pair_batches import PairBatch, Rows, collate, encoded
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tokenizer import Tokenizer
 
@@ -64,15 +64,18 @@ def answered(
     others = _others(groups)
     device = next(lm.parameters()).device
     controls = ways if controls is None else controls
+    lengths = [sum(map(len, encoded(group[0], tokenizer))) for group in groups]
+    by_length = sorted(range(len(groups)), key=lengths.__getitem__)  # so that little of a batch is padding
 
     def measured(first: int) -> pd.DataFrame:
+        which = by_length[first : first + batch]
         own, wrong = (
-            collate(some[first : first + batch], tokenizer, f"{seed}/{first}").to(device) for some in (groups, others)
+            collate([some[i] for i in which], tokenizer, f"{seed}/{first}").to(device) for some in (groups, others)
         )
         found = _of_batch(lm, ways, own, wrong.context, successive, controls)
-        return pd.DataFrame({name: right.cpu().numpy() for name, right in found})
+        return pd.DataFrame({name: right.cpu().numpy() for name, right in found}, index=which)
 
-    return pd.concat(processes.shared(range(0, len(groups), batch), measured), ignore_index=True)
+    return pd.concat(processes.shared(range(0, len(groups), batch), measured)).sort_index()
 
 
 def _groups(pairs: Sequence[Pair], contexts: int, seed: int) -> list[list[Pair]]:
@@ -104,9 +107,9 @@ def _of_batch(
     successive: bool,
     controls: Collection[str],
 ) -> Iterator[tuple[str, Tensor]]:
-    says = lm.read_out(hidden_of(lm, batch.prompted)[:, -batch.query.ids.shape[1] + 1 :])
+    says = lm.read_out(hidden_of(lm, batch.prompted)[:, -batch.answers :])
     yield "prompted", _right(_finite("prompted", says), batch)
-    query = batch.query.ids[:, :-1], batch.query.valid[:, :-1]
+    query = batch.query.ids[:, :-1], batch.query.valid[:, :-1], batch.answers
     yield "none", _right(answering(None, lm, batch.context)(*query), batch)
     for name, trained in ways.items():
         asked = [(name, batch.context)] + ([(f"wrong {name}", wrong)] if name in controls else [])
@@ -128,9 +131,9 @@ def _finite(label: str, says: Tensor) -> Tensor:
 
 
 def _right(says: Tensor, batch: PairBatch) -> Tensor:
-    """Whether each answer is the gold one, (B,), from logits (B, Q - 1, vocab)."""
-    hit = says.argmax(-1) == batch.query.ids[:, 1:]
-    return (hit | ~batch.answer[:, 1:]).all(1)
+    """Whether each answer is the gold one, (B,), from the answers' logits, (B, A, vocab)."""
+    hit = says.argmax(-1) == batch.query.ids[:, -batch.answers :]
+    return (hit | ~batch.answer[:, -batch.answers :]).all(1)
 
 
 def hits(frame: pd.DataFrame, method: str) -> np.ndarray:

@@ -148,7 +148,16 @@ class Reading(nn.Module):
 
     def after(self, lm, contexts, successive):
         _, state = lm.step_through(contexts.ids[:, 0], None, contexts.valid[:, 0])
-        return lambda ids, valid: lm(ids, state, None, valid)[0] + self.push
+        return lambda ids, valid, last=None: lm(ids, state, None, valid, last)[0] + self.push
+
+
+@pytest.mark.parametrize(("everywhere", "positions"), [(False, 4), (True, 7)])
+def test_no_more_is_read_out_than_counts(lm, everywhere, positions, monkeypatch):
+    """Of a batch whose longest answer has four tokens, and the longest query with its own eight."""
+    read_out, read = lm.read_out, []
+    monkeypatch.setattr(lm, "read_out", lambda hidden: read.append(hidden.shape[1]) or read_out(hidden))
+    pair_objective(lm, Reading(), "LG", everywhere)(0, batch_of(examples(1)))
+    assert read == [positions]
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -170,7 +179,7 @@ class Plain:
     """Takes nothing in."""
 
     def after(self, lm, contexts, successive):
-        return lambda ids, valid: lm(ids, None, None, valid)[0]
+        return lambda ids, valid, last=None: lm(ids, None, None, valid, last)[0]
 
 
 def test_what_is_imitated_is_a_constant(lm):

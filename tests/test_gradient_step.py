@@ -317,7 +317,8 @@ def by_hand(lm, way, contexts, successive):
 
 
 def assert_steps_are_by_hand(lm, way, n, successive, rtol, atol):
-    """Each example's logits after its steps, and the gradient of all of them together with respect to the start."""
+    """Each example's logits after its steps, all or the last alone, and the gradient of all of them together with
+    respect to the start."""
     contexts, rows = padded(3, n)
     ids, valid = (t[:, 0] for t in padded(3, 1, seed=3)[0])
     found = answering(way, lm, contexts, successive)(ids, valid)
@@ -329,6 +330,8 @@ def assert_steps_are_by_hand(lm, way, n, successive, rtol, atol):
     assert_close(found[valid], expected[valid], rtol=rtol, atol=atol)
     before = answering(None, lm, contexts)(ids, valid)
     assert (found - before)[valid].abs().max() > 0.1
+    for who, says in ((way, found), (None, before)):
+        assert_close(answering(who, lm, contexts, successive)(ids, valid, 2), says[:, -2:], rtol=rtol, atol=atol)
 
     torch.manual_seed(5)
     along = torch.randn_like(found) * valid[..., None]

@@ -78,7 +78,8 @@ def by_hand(lm, way, contexts, successive):
 @pytest.mark.parametrize(("n", "successive"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("kind", ["rwkv4", "llama"])
 def test_factors_do_what_whole_weights_do(lm, kind, n, successive):
-    """Logits after the step, and the outer gradient of the start and of the rates; whatever the padding.
+    """Logits after the step, all or the last alone, and the outer gradient of the start and of the rates; whatever the
+    padding.
 
     A Llama normalises in float32, whatever the weights' type, so it is held to that.
     """
@@ -97,6 +98,7 @@ def test_factors_do_what_whole_weights_do(lm, kind, n, successive):
     torch.manual_seed(5)
     along = torch.randn(int(valid.sum()), 50, dtype=torch.float64)
     assert_close(found[valid], torch.cat(expected), **close)
+    assert_close(answering(way, lm, contexts, successive)(ids, valid, 2), found[:, -2:], **close)
     grads, same = (torch.autograd.grad((s * along).sum(), parameters) for s in (found[valid], torch.cat(expected)))
     assert_close(grads, same, **close)
     assert min(g.norm() for g in grads) > 1e-3

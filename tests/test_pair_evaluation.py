@@ -89,15 +89,20 @@ class Looking:
         ]
         self.told.append((texts, successive))
 
-        def logits_of(ids, valid):
+        def logits_of(ids, valid, last=None):
             says = torch.zeros(*ids.shape, lm.config.vocab)
             for b, row in product(range(len(ids)), self.rows):
                 known = self.rows[row]
                 if row in texts[b] and ids[b][valid[b]].tolist() == known[:-1]:
                     says[b, torch.arange(1 - len(known), 0), known[1:]] = 1.0
-            return says
+            return says if last is None else says[:, -last:]
 
         return logits_of
+
+
+def by_length(pairs, tokenizer):
+    """As they are asked, those of as many tokens in their order."""
+    return sorted(pairs, key=lambda pair: sum(map(len, encoded(pair, tokenizer))))
 
 
 # What is answered
@@ -122,8 +127,8 @@ def test_a_way_is_told_its_own_contexts_and_then_anothers(lm):
     assert frame.look.tolist() == [True] * 6
     assert frame["wrong look"].tolist() == [False] * 6
     (own, _), (others, _) = way.told
-    assert own == [[p.context] for p in PAIRS]
-    assert others == [[PAIRS[i - 1].context] for i in range(6)]
+    told = {mine: other for (mine,), (other,) in zip(own, others, strict=True)}
+    assert told == {PAIRS[i].context: PAIRS[i - 1].context for i in range(6)}
 
 
 @pytest.mark.parametrize("successive", [False, True])
@@ -134,11 +139,12 @@ def test_of_several_contexts_one_is_the_pairs_own(lm, successive):
     (own, one_by_one), _ = way.told
     assert one_by_one == successive
     assert frame.look.all()
-    for pair, texts, right in zip(PAIRS, own, frame.prompted, strict=True):
+    for pair, texts in zip(by_length(PAIRS, lm.tokenizer), own, strict=True):
         assert pair.context in texts
         assert len(set(texts)) == 3
-        assert right == generates(lm, "".join(f"{text}\n" for text in texts) + pair.query, pair.answer)
-    assert any(texts[0] != pair.context for pair, texts in zip(PAIRS, own, strict=True))
+        right = generates(lm, "".join(f"{text}\n" for text in texts) + pair.query, pair.answer)
+        assert frame.prompted[PAIRS.index(pair)] == right
+    assert any(texts[0] != pair.context for pair, texts in zip(by_length(PAIRS, lm.tokenizer), own, strict=True))
 
 
 def test_trainings_of_a_way_are_measured_side_by_side(lm):
@@ -165,10 +171,14 @@ def test_the_seed_draws_the_other_contexts(lm):
 
 
 def test_many_pairs_are_in_their_order(lm):
-    """More than one batch of them: row i is pair i."""
-    pairs = [lives(f"Gus {i}", f"in house {i}") for i in range(60)]
-    frame = answered(lm, {"look": Looking(pairs[::3], lm.tokenizer)}, pairs, lm.tokenizer)
+    """More than one batch of them, of other lengths: row i is pair i, and a batch is of pairs about as long."""
+    pairs = [lives(f"Gus {i}", f"in house {i}" + ", on the top floor" * (i % 2)) for i in range(60)]
+    way = Looking(pairs[::3], lm.tokenizer)
+    frame = answered(lm, {"look": way}, pairs, lm.tokenizer)
+    assert frame.index.tolist() == list(range(60))
     assert frame.look.tolist() == [i % 3 == 0 for i in range(60)]
+    told = [text for texts, _ in way.told[::2] for (text,) in texts]
+    assert ["top floor" in text for text in told] == [False] * 30 + [True] * 30
 
 
 @pytest.mark.parametrize(
@@ -191,9 +201,10 @@ def test_wrong_contexts_never_have_the_pairs_own(lm, pairs, contexts):
     """Whatever the number of pairs, of contexts, and of questions about the same context."""
     way = Looking(pairs, lm.tokenizer)
     answered(lm, {"look": way}, pairs, lm.tokenizer, contexts=contexts)
-    told = [texts for texts, _ in way.told[1::2]]
-    for pair, texts in zip(pairs, chain(*told), strict=True):
-        assert pair.context not in texts
+    own, wrong = ([*chain(*(texts for texts, _ in told))] for told in (way.told[::2], way.told[1::2]))
+    for pair, texts, others in zip(by_length(pairs, lm.tokenizer), own, wrong, strict=True):
+        assert pair.context in texts
+        assert pair.context not in others
 
 
 def test_padding_changes_nothing(lm, tokenizer, monkeypatch):
@@ -201,8 +212,9 @@ def test_padding_changes_nothing(lm, tokenizer, monkeypatch):
     method, after a step, too."""
 
     def nll(says, batch):
-        losses = cross_entropy(says.transpose(1, 2), batch.query.ids[:, 1:], reduction="none")
-        return (losses * batch.answer[:, 1:]).sum(1)
+        targets, answer = (t[:, -says.shape[1] :] for t in (batch.query.ids, batch.answer))
+        losses = cross_entropy(says.transpose(1, 2), targets, reduction="none")
+        return (losses * answer).sum(1)
 
     news = [Pair(f"Of {p.answer}: {p.context}", p.query, p.answer) for p in PAIRS]  # the model knows those by heart
     step = WeightStep(lm, None, lr=0.1)
@@ -358,7 +370,7 @@ def test_a_step_that_broke_the_model_is_named(lm, tokenizer):
 
     class Broken:
         def after(self, lm, contexts, successive):
-            return lambda ids, valid: torch.full((*ids.shape, tokenizer.vocab), float("nan"))
+            return lambda ids, valid, last: torch.full((len(ids), last, tokenizer.vocab), float("nan"))
 
     with pytest.raises(NotFinite, match=r"much too far: what the model says is not finite; take a smaller inner"):
         answered(lm, {"much too far": Broken()}, PAIRS, tokenizer)

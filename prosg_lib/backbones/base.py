@@ -133,20 +133,22 @@ class LanguageModel(nn.Module, ABC):
         state: RecurrentState | None = None,
         delta: LowRankDelta | None = None,
         valid: Tensor | None = None,
+        last: int | None = None,
     ) -> tuple[Tensor, RecurrentState]:
-        """Logits for every position and the state to go on from.
+        """Logits for every position, or for the last ones, and the state to go on from.
 
         Args:
             ids: token ids, (B, T).
             state: where to go on from; None for a blank state. Never changed.
             delta: change of the weights, one per sequence; None for none.
             valid: (B, T), False at left padding. None: all valid.
+            last: so many positions at the end; None: all. The readout of a large vocabulary costs more than the rest.
         Returns:
-            logits (B, T, vocab); meaningless where not valid. State after the last token.
+            logits (B, last or T, vocab); meaningless where not valid. State after the last token.
         """
         with applied(self, delta):
             hidden, state = self.step_through(ids, state, valid)
-        return self.read_out(hidden), state
+        return self.read_out(hidden if last is None else hidden[:, -last:]), state
 
     def encode_prompts(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Prompts of different lengths as one left-padded batch: ids (B, T) and valid (B, T)."""

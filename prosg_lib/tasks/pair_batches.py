@@ -1,6 +1,7 @@
 """Pairs as tensors: contexts to learn from, queries to answer, and both as one prompt.
 
-Glossary of shapes: B pairs, n contexts each, C context tokens, Q tokens of query and answer, P tokens of all together.
+Glossary of shapes: B pairs, n contexts each, C context tokens, Q tokens of query and answer, A of the longest answer
+alone, P tokens of all together.
 Every row is padded on the left, so the answer ends every row.
 """
 
@@ -43,6 +44,11 @@ class PairBatch(Examples):
     query: Rows
     prompted: Rows
     answer: Tensor
+
+    @property
+    def answers(self) -> int:
+        """Tokens of the longest answer, A."""
+        return int(self.answer.sum(1).max())
 
 
 def encoded(pair: Pair, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
