@@ -69,9 +69,7 @@ def answered(
 
     def measured(first: int) -> pd.DataFrame:
         which = by_length[first : first + batch]
-        own, wrong = (
-            collate([some[i] for i in which], tokenizer, f"{seed}/{first}").to(device) for some in (groups, others)
-        )
+        own, wrong = (collate([some[i] for i in which], tokenizer, seed, which).to(device) for some in (groups, others))
         found = _of_batch(lm, ways, own, wrong.context, successive, controls)
         return pd.DataFrame({name: right.cpu().numpy() for name, right in found}, index=which)
 

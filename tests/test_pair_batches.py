@@ -111,7 +111,7 @@ def test_the_answer_is_marked_to_the_token(tokenizer):
 
 def test_several_contexts_are_the_groups_own_in_an_order_of_the_seed(tokenizer):
     """Each group's contexts are all there, the first pair's among them; `prompted` has them in the order of
-    `context`; the seed alone changes it, and every order of three comes up."""
+    `context`; the seed and the group's number alone change it, and every order of three comes up."""
     groups = [PAIRS[:3], PAIRS[2:5], PAIRS[3:6]]
     orders = set()
     for seed in range(40):
@@ -123,6 +123,8 @@ def test_several_contexts_are_the_groups_own_in_an_order_of_the_seed(tokenizer):
             assert kept(batch.prompted)[number] == list(tokenizer.encode(whole))
         orders.add(tuple(told(batch, 0, tokenizer)))
         assert_same(batch, collate(groups, tokenizer, seed))
+        again = collate(groups[:0:-1], tokenizer, seed, [2, 1])
+        assert [told(again, i, tokenizer) for i in (1, 0)] == [told(batch, i, tokenizer) for i in (1, 2)]
     assert orders == set(permutations(lines(groups[0])))
     assert kept(batch.query) == kept(collate([[g[0]] for g in groups], tokenizer).query)
 

@@ -133,7 +133,8 @@ def test_a_way_is_told_its_own_contexts_and_then_anothers(lm):
 
 @pytest.mark.parametrize("successive", [False, True])
 def test_of_several_contexts_one_is_the_pairs_own(lm, successive):
-    """Others are there, too, none twice; the prompt has them in the same order, and says what generation does."""
+    """Others are there, too, none twice, in an order that is the pair's, whatever the batch; the prompt has them in the
+    same one, and says what generation does."""
     way = Looking(PAIRS, lm.tokenizer)
     frame = answered(lm, {"look": way}, PAIRS, lm.tokenizer, contexts=3, seed=2, successive=successive)
     (own, one_by_one), _ = way.told
@@ -145,6 +146,9 @@ def test_of_several_contexts_one_is_the_pairs_own(lm, successive):
         right = generates(lm, "".join(f"{text}\n" for text in texts) + pair.query, pair.answer)
         assert frame.prompted[PAIRS.index(pair)] == right
     assert any(texts[0] != pair.context for pair, texts in zip(by_length(PAIRS, lm.tokenizer), own, strict=True))
+    in_pieces = Looking(PAIRS, lm.tokenizer)
+    answered(lm, {"look": in_pieces}, PAIRS, lm.tokenizer, contexts=3, seed=2, successive=successive, batch=2)
+    assert [*chain(*(texts for texts, _ in in_pieces.told[::2]))] == own
 
 
 def test_trainings_of_a_way_are_measured_side_by_side(lm):

@@ -8,7 +8,7 @@ Every row is padded on the left, so the answer ends every row.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -64,19 +64,22 @@ def encoded(pair: Pair, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[in
     return parts
 
 
-def collate(groups: Sequence[Sequence[Pair]], tokenizer: Tokenizer, seed: object = 0) -> PairBatch:
+def collate(
+    groups: Sequence[Sequence[Pair]], tokenizer: Tokenizer, seed: object = 0, numbers: Iterable[int] | None = None
+) -> PairBatch:
     """A batch in which each group's first pair is asked about, and the others' contexts are there, too.
 
     Args:
         groups: B groups of n pairs.
-        seed: of the contexts' order within each group.
+        seed: of the contexts' order within each group, together with its number.
+        numbers: the groups', where they are some of many; None: 0 to B - 1.
     Raises:
         UserError: no groups, an empty one, or groups of different sizes.
     """
     if len({len(group) for group in groups}) != 1 or not groups[0]:
         raise UserError(f"{len(groups)} groups of {sorted({len(g) for g in groups})} contexts; all need equally many")
     contexts, queries, answers, prompts = [], [], [], []
-    for number, group in enumerate(groups):
+    for number, group in zip(range(len(groups)) if numbers is None else numbers, groups, strict=True):
         _, query, answer = encoded(group[0], tokenizer)
         told = [list(encoded(pair, tokenizer)[0]) for pair in group]
         random.Random(f"{seed}/{number}").shuffle(told)
