@@ -40,11 +40,13 @@ class LeanSecondDerivatives(TorchFunctionMode):
 
     def _lerp(self, start, end, weight):
         """A token shift mixes the same two in several ways: their difference is taken once."""
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor) or start.ndim < 2 or start.shape != end.shape:
+            return NotImplemented
+        if weight.shape != start.shape[-1:]:
             return NotImplemented
         if self._apart[0] is not start or self._apart[1] is not end:
             self._apart = start, end, end - start
-        return torch.addcmul(start, self._apart[2], weight)
+        return _Mix.apply(start, self._apart[2], weight)
 
 
 def _is_plain(x) -> bool:
@@ -68,12 +70,129 @@ class _Square(_Lean):
 
     @staticmethod
     def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return x * g * 2
+        return _TwiceProduct.apply(*ctx.saved_tensors, g)
+
+
+class _TwiceProduct(_Lean):
+    """2 a b, in one pass."""
+
+    @staticmethod
+    def forward(a, b):
+        return torch.addcmul(a.new_zeros(()), a, b, value=2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        return _TwiceProduct.apply(b, g), _TwiceProduct.apply(a, g)
 
 
 def _power(x, exponent):
     return _Square.apply(x) if isinstance(exponent, int | float) and exponent == 2 else NotImplemented
+
+
+class _Relu(_Lean):
+    @staticmethod
+    def forward(x):
+        return torch.relu(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Gate.apply(g, *ctx.saved_tensors)
+
+
+class _Gate(_Lean):
+    """What comes in where the relu is open; where that is does not change."""
+
+    @staticmethod
+    def forward(g, relu):
+        return torch.ops.aten.threshold_backward(g, relu, 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Gate.apply(g, *ctx.saved_tensors), None
+
+
+def _relu(x, inplace=False):
+    return NotImplemented if inplace else _Relu.apply(x)
+
+
+class _Sigmoid(_Lean):
+    @staticmethod
+    def forward(x):
+        return torch.sigmoid(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _SigmoidSlope.apply(g, *ctx.saved_tensors)
+
+
+class _SigmoidSlope(_Lean):
+    """g s (1 - s)."""
+
+    @staticmethod
+    def forward(g, s):
+        return torch.ops.aten.sigmoid_backward(g, s)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, of_slope):
+        g, s = ctx.saved_tensors
+        both = g * of_slope
+        return _SigmoidSlope.apply(of_slope, s), torch.addcmul(both, both, s, value=-2)
+
+
+class _Mix(_Lean):
+    """start + apart weight, the weight (D,)."""
+
+    @staticmethod
+    def forward(start, apart, weight):
+        return torch.addcmul(start, apart, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, *_MixSlopes.apply(g, *ctx.saved_tensors)
+
+
+class _MixSlopes(_Lean):
+    @staticmethod
+    def forward(g, apart, weight):
+        return g * weight, _over_rows(g * apart)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, of_apart, of_weight):
+        g, apart, weight = ctx.saved_tensors
+        return torch.addcmul(of_apart * weight, apart, of_weight), g * of_weight, _over_rows(g * of_apart)
+
+
+def _over_rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2).sum(0)
 
 
 class _Ratio(_Lean):
@@ -179,7 +298,7 @@ class _LayerNormSlopes(_Lean):
         of_g = torch.addcmul(torch.addcmul(of_bias, n, of_weight), straight, weight)
         of_n = torch.addcmul(torch.addcmul(g * of_weight, of_x, shared(a, n)), a, shared(of_x, n))
         bent_x = torch.addcmul(projected(of_n), n, shared(of_x, slope))
-        return of_g, bent_x, (straight * g).flatten(0, -2).sum(0), None, None, None
+        return of_g, bent_x, _over_rows(straight * g), None, None, None
 
 
 def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -194,6 +313,11 @@ _LEAN = {
     torch.pow: _power,
     Tensor.pow: _power,
     Tensor.__pow__: _power,
+    torch.relu: _relu,
+    Tensor.relu: _relu,
+    F.relu: _relu,
+    torch.sigmoid: _Sigmoid.apply,
+    Tensor.sigmoid: _Sigmoid.apply,
     torch.div: _divided,
     Tensor.div: _divided,
     F.cross_entropy: _cross_entropy,

@@ -171,13 +171,14 @@ def _decayed_sums(x: Tensor, w: Tensor, u: Tensor, chunk: int) -> tuple[Tensor, 
     """
     width, two, batch, time = x.shape
     n = -(-time // chunk)
-    x = torch.nn.functional.pad(x, (n * chunk - time, 0)).view(width, -1, chunk)
+    missing = n * chunk - time
+    x = (torch.nn.functional.pad(x, (missing, 0)) if missing else x).view(width, -1, chunk)
     fine, coarse = _powers(w, chunk), _powers(chunk * w, n)
     totals = torch.bmm(x, _to_the_end(fine)).view(width, two * batch, n)
     before = torch.bmm(totals, _toeplitz(coarse, None))  # what each chunk finds, (D, 2 B, n)
     end = torch.bmm(totals, _to_the_end(coarse)).view(width, two, batch)
     sums = torch.bmm(x, _toeplitz(fine, torch.exp(u))).add_(torch.bmm(before.view(width, -1, 1), fine))
-    return sums.view(width, two, batch, n * chunk)[..., n * chunk - time :], end
+    return sums.view(width, two, batch, n * chunk)[..., missing:], end
 
 
 def _powers(w: Tensor, length: int) -> Tensor:
