@@ -40,6 +40,7 @@ def answered(
     successive: bool = False,
     batch: int = 25,
     controls: Collection[str] | None = None,
+    known: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Which pairs are answered right, one row a pair, all of them by every method.
 
@@ -50,16 +51,21 @@ def answered(
         contexts: of every pair: its own, and others drawn with `seed`.
         batch: pairs at a time; a step on all weights makes as many models.
         controls: names of the ways that are asked after a wrong context, too; None: all of them.
+        known: a table of the same pairs, contexts and seed; its columns are taken over, and not measured again.
     Returns:
         One column of booleans a method: "prompted" (the contexts in front of the query), "none" (the query alone),
         and for every way its name (after the contexts) and "wrong <name>" (after another pair's, without its own).
         Several trainings have a column each, "<name> #0", "<name> #1" and so on; `hits` takes them together.
     Raises:
         NotFinite: a step broke the model.
-        UserError: fewer pairs than contexts, or no other pair's contexts are without a pair's own.
+        UserError: fewer pairs than contexts, no other pair's contexts are without a pair's own, or what is known is of
+            another number of pairs.
     """
     if len(pairs) < max(2, contexts):
         raise UserError(f"{len(pairs)} pairs, but {max(2, contexts)} are needed")
+    known = pd.DataFrame(index=range(len(pairs))) if known is None else known
+    if len(known) != len(pairs):
+        raise UserError(f"{len(pairs)} pairs, but what is known is of {len(known)}; pass the table of these pairs")
     groups = _groups(pairs, contexts, seed)
     others = _others(groups)
     device = next(lm.parameters()).device
@@ -70,10 +76,11 @@ def answered(
     def measured(first: int) -> pd.DataFrame:
         which = by_length[first : first + batch]
         own, wrong = (collate([some[i] for i in which], tokenizer, seed, which).to(device) for some in (groups, others))
-        found = _of_batch(lm, ways, own, wrong.context, successive, controls)
+        found = _of_batch(lm, ways, own, wrong.context, successive, controls, known)
         return pd.DataFrame({name: right.cpu().numpy() for name, right in found}, index=which)
 
-    return pd.concat(processes.shared(range(0, len(groups), batch), measured)).sort_index()
+    found = pd.concat(processes.shared(range(0, len(groups), batch), measured)).sort_index()
+    return known.join(found)
 
 
 def _groups(pairs: Sequence[Pair], contexts: int, seed: int) -> list[list[Pair]]:
@@ -104,15 +111,20 @@ def _of_batch(
     wrong: Rows,
     successive: bool,
     controls: Collection[str],
+    known: Collection[str],
 ) -> Iterator[tuple[str, Tensor]]:
-    says = lm.read_out(hidden_of(lm, batch.prompted)[:, -batch.answers :])
-    yield "prompted", _right(_finite("prompted", says), batch)
     query = batch.query.ids[:, :-1], batch.query.valid[:, :-1], batch.answers
-    yield "none", _right(answering(None, lm, batch.context)(*query), batch)
+    if "prompted" not in known:
+        says = lm.read_out(hidden_of(lm, batch.prompted)[:, -batch.answers :])
+        yield "prompted", _right(_finite("prompted", says), batch)
+    if "none" not in known:
+        yield "none", _right(answering(None, lm, batch.context)(*query), batch)
     for name, trained in ways.items():
         asked = [(name, batch.context)] + ([(f"wrong {name}", wrong)] if name in controls else [])
         for ending, way in _trainings(trained):
             for label, contexts in asked:
+                if label + ending in known:
+                    continue
                 says = answering(way, lm, contexts, successive)(*query)
                 yield label + ending, _right(_finite(label + ending, says), batch)
 

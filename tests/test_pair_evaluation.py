@@ -164,6 +164,20 @@ def test_trainings_of_a_way_are_measured_side_by_side(lm):
     assert list(answered(lm, {"all": ways["all"]}, PAIRS, lm.tokenizer, controls=())) == ["prompted", "none", "all"]
 
 
+def test_what_is_known_is_not_measured_again(lm):
+    """Its columns come first, as they are, right or not; a way is asked for what is not among them."""
+    once = answered(lm, {"look": Looking(PAIRS[:2], lm.tokenizer)}, PAIRS, lm.tokenizer)
+    told = once.assign(prompted=~once.prompted)
+    again, new = Looking(PAIRS, lm.tokenizer), Looking(PAIRS[:4], lm.tokenizer)
+    frame = answered(lm, {"look": again, "new": new}, PAIRS, lm.tokenizer, known=told)
+    assert list(frame) == ["prompted", "none", "look", "wrong look", "new", "wrong new"]
+    pd.testing.assert_frame_equal(frame[list(told)], told)
+    assert not again.told
+    assert frame.new.tolist() == [True] * 4 + [False] * 2
+    with pytest.raises(UserError, match="5 pairs, but what is known is of 6; pass the table of these pairs"):
+        answered(lm, {}, PAIRS[:5], lm.tokenizer, known=told)
+
+
 def test_the_seed_draws_the_other_contexts(lm):
     """The same ones with the same seed, others with another."""
     told = []

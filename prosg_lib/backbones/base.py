@@ -142,7 +142,7 @@ class LanguageModel(nn.Module, ABC):
             state: where to go on from; None for a blank state. Never changed.
             delta: change of the weights, one per sequence; None for none.
             valid: (B, T), False at left padding. None: all valid.
-            last: so many positions at the end; None: all. The readout of a large vocabulary costs more than the rest.
+            last: so many positions at the end; None: all. Others are not read out, which a large vocabulary makes dear.
         Returns:
             logits (B, last or T, vocab); meaningless where not valid. State after the last token.
         """
