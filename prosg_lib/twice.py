@@ -54,19 +54,27 @@ def _is_plain(x) -> bool:
 
 
 class _Lean(Function):
-    """What they have in common: torch.func.vmap can run them."""
+    """What they have in common: torch.func.vmap can run them, and derivatives are made of the inputs."""
 
     generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+
+class _OfOutput(_Lean):
+    """Its derivative is made of the output alone."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
 
 
 class _Square(_Lean):
     @staticmethod
     def forward(x):
         return x * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, g):
@@ -81,10 +89,6 @@ class _TwiceProduct(_Lean):
         return torch.addcmul(a.new_zeros(()), a, b, value=2)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
     def backward(ctx, g):
         a, b = ctx.saved_tensors
         return _TwiceProduct.apply(b, g), _TwiceProduct.apply(a, g)
@@ -94,14 +98,10 @@ def _power(x, exponent):
     return _Square.apply(x) if isinstance(exponent, int | float) and exponent == 2 else NotImplemented
 
 
-class _Relu(_Lean):
+class _Relu(_OfOutput):
     @staticmethod
     def forward(x):
         return torch.relu(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, g):
@@ -128,14 +128,10 @@ def _relu(x, inplace=False):
     return NotImplemented if inplace else _Relu.apply(x)
 
 
-class _Sigmoid(_Lean):
+class _Sigmoid(_OfOutput):
     @staticmethod
     def forward(x):
         return torch.sigmoid(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, g):
@@ -148,10 +144,6 @@ class _SigmoidSlope(_Lean):
     @staticmethod
     def forward(g, s):
         return torch.ops.aten.sigmoid_backward(g, s)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, of_slope):
@@ -180,10 +172,6 @@ class _MixSlopes(_Lean):
     @staticmethod
     def forward(g, apart, weight):
         return g * weight, _over_rows(g * apart)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, of_apart, of_weight):
