@@ -68,12 +68,12 @@ class _Step(torch.autograd.Function):
         for number, part in enumerate(parts):
             waits = number >= len(parts) - kept
             leaves, slopes = _slopes(part, start, create_graph=waits)
-            # One number of all of them: a GPU waits for each that is looked at.
-            if not torch.isfinite(sum((g.sum() for g in slopes if g is not None), start[0].new_zeros(()))):
-                raise NotFinite("the gradient of the context's loss is not finite; look at the start and the context")
             _add(stepped, slopes, -lr)
             if waits:
                 ctx.waiting.append((leaves, slopes))
+        # One number of all of them: a GPU waits for each that is looked at.
+        if not torch.isfinite(sum(t.sum() for t in stepped)):
+            raise NotFinite("the gradient of the context's loss is not finite; look at the start and the context")
         return tuple(s.clone() if s is t else s for s, t in zip(stepped, start, strict=True))
 
     @staticmethod
