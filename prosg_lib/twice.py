@@ -16,39 +16,26 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
+from prosg_lib.backbones.rwkv import lerps, squared_relu
+
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
 class LeanSecondDerivatives(TorchFunctionMode):
-    """While it lasts, functions of PyTorch that have a lean second derivative here take it. Their values are the same,
-    to rounding.
+    """While it lasts, functions of PyTorch and of RWKV that have a lean second derivative here take it. Their values
+    are the same, to rounding.
 
     It counts for what is calculated meanwhile, whenever that is differentiated. Calls of a form that is not here, as of
     a cross entropy with weights, and half precision are left to PyTorch.
     """
 
-    def __init__(self):
-        super().__init__()
-        self._lean = _LEAN | {torch.lerp: self._lerp}
-        self._apart: tuple[Tensor | None, Tensor | None, Tensor | None] = None, None, None
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        lean, kwargs = self._lean.get(function), kwargs or {}
+        lean, kwargs = _LEAN.get(function), kwargs or {}
         if lean is not None and args and _is_plain(args[0]) and "out" not in kwargs:
             result = lean(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         return function(*args, **kwargs)
-
-    def _lerp(self, start, end, weight):
-        """A token shift mixes the same two in several ways: their difference is taken once."""
-        if not isinstance(weight, Tensor) or start.ndim < 2 or start.shape != end.shape:
-            return NotImplemented
-        if weight.shape != start.shape[-1:]:
-            return NotImplemented
-        if self._apart[0] is not start or self._apart[1] is not end:
-            self._apart = start, end, end - start
-        return _Mix.apply(start, self._apart[2], weight)
 
 
 def _is_plain(x) -> bool:
@@ -105,34 +92,30 @@ def _power(x, exponent):
     return _Square.apply(x) if isinstance(exponent, int | float) and exponent == 2 else NotImplemented
 
 
-class _Relu(_OfOutput):
+class _SquaredRelu(_Lean):
+    """The square, and the relu r, of which its slope 2 r g is made: that is zero where the relu is closed, only what
+    flows back into r is not."""
+
     @staticmethod
     def forward(x):
-        return torch.relu(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        return _Gate.apply(g, *ctx.saved_tensors)
-
-
-class _Gate(_Lean):
-    """What comes in where the relu is open; where that is does not change."""
-
-    @staticmethod
-    def forward(g, relu):
-        return torch.ops.aten.threshold_backward(g, relu, 0)
+        relu = torch.relu(x)
+        return relu * relu, relu
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[1])
+        ctx.save_for_backward(output[1])
+        ctx.set_materialize_grads(False)  # at first nothing flows there
 
     @staticmethod
-    def backward(ctx, g):
-        return _Gate.apply(g, *ctx.saved_tensors), None
+    def backward(ctx, g, of_relu):
+        (relu,) = ctx.saved_tensors
+        slope = None if g is None else _TwiceProduct.apply(relu, g)
+        bent = None if of_relu is None else torch.ops.aten.threshold_backward(of_relu, relu, 0)
+        return _both(slope, bent)
 
 
-def _relu(x, inplace=False):
-    return NotImplemented if inplace else _Relu.apply(x)
+def _both(slope: Tensor | None, bent: Tensor | None) -> Tensor | None:
+    return bent if slope is None else slope if bent is None else slope + bent
 
 
 class _Sigmoid(_OfOutput):
@@ -159,35 +142,59 @@ class _SigmoidSlope(_Lean):
         return _SigmoidSlope.apply(of_slope, s), torch.addcmul(both, both, s, value=-2)
 
 
-class _Mix(_Lean):
-    """start + apart weight, the weight (D,)."""
+class _Mixes(_Lean):
+    """start + apart weight, of each weight (D,)."""
 
     @staticmethod
-    def forward(start, apart, weight):
-        return torch.addcmul(start, apart, weight)
+    def forward(start, apart, *weights):
+        return tuple(torch.addcmul(start, apart, weight) for weight in weights)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx, g):
-        return g, *_MixSlopes.apply(g, *ctx.saved_tensors)
+    def backward(ctx, *gs):
+        return _MixesSlopes.apply(*ctx.saved_tensors, *gs)
 
 
-class _MixSlopes(_Lean):
+class _MixesSlopes(_Lean):
     @staticmethod
-    def forward(g, apart, weight):
-        return g * weight, _over_rows(g * apart)
+    def forward(apart, *weights_and_gs):
+        weights, gs = _halves(weights_and_gs)
+        return sum(gs[1:], gs[0]), _weighted(gs, weights), *(_over_rows(g * apart) for g in gs)
 
     @staticmethod
-    def backward(ctx, of_apart, of_weight):
-        g, apart, weight = ctx.saved_tensors
-        return torch.addcmul(of_apart * weight, apart, of_weight), g * of_weight, _over_rows(g * of_apart)
+    def backward(ctx, of_start, of_apart, *of_weights):
+        apart, *weights_and_gs = ctx.saved_tensors
+        weights, gs = _halves(weights_and_gs)
+        of_gs = (
+            torch.addcmul(torch.addcmul(of_start, of_apart, weight), apart, of_weight)
+            for weight, of_weight in zip(weights, of_weights, strict=True)
+        )
+        return _weighted(gs, of_weights), *(_over_rows(g * of_apart) for g in gs), *of_gs
+
+
+def _halves(both):
+    return both[: len(both) // 2], both[len(both) // 2 :]
+
+
+def _weighted(terms, weights) -> Tensor:
+    (first, weight), *others = zip(terms, weights, strict=True)
+    total = first * weight
+    for term, weight in others:
+        total = torch.addcmul(total, term, weight)
+    return total
 
 
 def _over_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2).sum(0)
+
+
+def _lerps(start, end, *weights):
+    if start.ndim < 2 or start.shape != end.shape or any(w.shape != start.shape[-1:] for w in weights):
+        return NotImplemented
+    return iter(_Mixes.apply(start, end - start, *weights))
 
 
 class _Ratio(_Lean):
@@ -234,7 +241,7 @@ class _NLL(_Lean):
             slope = (probabilities * g[..., None]).scatter_add_(-1, ids[..., None], -g[..., None])
         if of_probabilities is not None:
             bent = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-        return (slope if bent is None else bent if slope is None else slope + bent), None
+        return _both(slope, bent), None
 
 
 def _cross_entropy(logits, target, ignore_index, reduction, label_smoothing, **others):
@@ -308,9 +315,8 @@ _LEAN = {
     torch.pow: _power,
     Tensor.pow: _power,
     Tensor.__pow__: _power,
-    torch.relu: _relu,
-    Tensor.relu: _relu,
-    F.relu: _relu,
+    squared_relu: lambda x: _SquaredRelu.apply(x)[0],
+    lerps: _lerps,
     torch.sigmoid: _Sigmoid.apply,
     Tensor.sigmoid: _Sigmoid.apply,
     torch.div: _divided,

@@ -7,13 +7,15 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prosg_lib.backbones.rwkv import lerps, squared_relu
 from prosg_lib.twice import LeanSecondDerivatives
 
 IDS = torch.tensor([[1, 4, -100, 0], [2, 2, 3, 1], [0, 4, 1, 1]])
 
 
-def mixes(start, end, weight, other):
-    return torch.lerp(start, end, weight) * torch.lerp(start, end, other) + torch.lerp(start, end, weight * other)
+def three_mixes(start, end, weight, other):
+    one, two, three = lerps(start, end, weight, other, weight * other)
+    return one * two + three
 
 
 # Functions of x and y (3, 4, 5), v and w (5,).
@@ -21,11 +23,10 @@ FORMS = {
     "square": (lambda x: x.square(), "x"),
     "torch.square": (lambda x: torch.square(x), "x"),
     "power": (lambda x: x**2 + x.pow(2) + torch.pow(x, 2), "x"),
-    "relu": (lambda x: torch.relu(x) * F.relu(1 - x) + x.relu() ** 3, "x"),
-    "squared relu": (lambda x: torch.relu(x).square(), "x"),
+    "squared relu": (lambda x: squared_relu(x) * squared_relu(1 - x) + squared_relu(x), "x"),
     "sigmoid": (lambda x: torch.sigmoid(x) + x.sigmoid(), "x"),
     "ratio": (lambda x, y: x / (1 + y * y) + torch.div(y, other=2 + x * x), "xy"),
-    "mixes": (mixes, "xyvw"),
+    "mixes": (three_mixes, "xyvw"),
     "cross entropy": (lambda x: F.cross_entropy(x.flatten(0, 1), IDS.flatten()), "x"),
     "cross entropy, sum": (lambda x: F.cross_entropy(x.flatten(0, 1), IDS.flatten(), reduction="sum"), "x"),
     "cross entropy of each": (lambda x: F.cross_entropy(x.transpose(1, 2), IDS, reduction="none"), "x"),
@@ -114,12 +115,10 @@ def test_fewer_numbers_are_written(name):
         lambda x: torch.square(x.detach(), out=torch.empty_like(x)) * x,
         lambda x: x**3,
         lambda x: torch.pow(2, x),
-        lambda x: torch.lerp(input=x, end=2 * x, weight=x),
-        lambda x: torch.lerp(x, 2 * x, 0.3),
-        lambda x: torch.lerp(x, 2 * x, x),
-        lambda x: torch.lerp(x, x[0], x[0, 0]),
-        lambda x: torch.lerp(x[0, 0], x[0, 1], x[0, 2]),
-        lambda x: F.relu(x + 1, inplace=True),
+        lambda x: next(lerps(x, 2 * x, x)),
+        lambda x: next(lerps(x, x[0], x[0, 0])),
+        lambda x: next(lerps(x[0, 0], x[0, 1], x[0, 2])),
+        lambda x: squared_relu(x.bfloat16()),
         lambda x: F.layer_norm(x, (5,)),
         lambda x: F.layer_norm(x[0, 0], (5,), x[0, 1], x[0, 2]),
         lambda x: F.layer_norm(x, (4, 5), x[0], x[1]),

@@ -8,11 +8,12 @@ Glossary of shapes: B batch, T time, D width.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from prosg_lib.backbones.base import LanguageModel, check_batch
 from prosg_lib.errors import UserError
@@ -28,6 +29,23 @@ def shifted(x: Tensor, last: Tensor, valid: Tensor | None) -> tuple[Tensor, Tens
     if valid is not None:
         x = torch.where(valid[..., None], x, last[:, None])
     return torch.cat([last[:, None], x[:, :-1]], 1), x
+
+
+def lerps(start: Tensor, end: Tensor, *weights: Tensor) -> Iterator[Tensor]:
+    """start + weight (end - start) with each weight (D,) in turn; each is made when it is asked for.
+
+    It and `squared_relu` are functions that a TorchFunctionMode can take over, as those of PyTorch are (see `twice`).
+    """
+    if has_torch_function((start,)):
+        return handle_torch_function(lerps, (start,), start, end, *weights)
+    return (torch.lerp(start, end, weight) for weight in weights)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    if has_torch_function((x,)):
+        return handle_torch_function(squared_relu, (x,), x)
+    x = torch.relu(x)  # what came in is not held
+    return x.square()
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

@@ -16,7 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prosg_lib.backbones.rwkv import RWKV, BlockState, ResidualBlock, filled, layers_of, shifted, sum_dtype
+from prosg_lib.backbones.rwkv import (
+    RWKV,
+    BlockState,
+    ResidualBlock,
+    filled,
+    layers_of,
+    lerps,
+    shifted,
+    squared_relu,
+    sum_dtype,
+)
 from prosg_lib.backbones.wkv import BLANK, WKVState, wkv_chunked, wkv_recurrent
 from prosg_lib.errors import UserError
 from prosg_lib.state import RecurrentState
@@ -55,9 +65,8 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor, state: WKVState | None, valid: Tensor | None):
         previous, x = shifted(x, last, valid)
-        k = self.key(torch.lerp(previous, x, self.time_mix_k))
-        v = self.value(torch.lerp(previous, x, self.time_mix_v))
-        r = torch.sigmoid(self.receptance(torch.lerp(previous, x, self.time_mix_r)))
+        inputs = lerps(previous, x, self.time_mix_k, self.time_mix_v, self.time_mix_r)
+        k, v, r = self.key(next(inputs)), self.value(next(inputs)), torch.sigmoid(self.receptance(next(inputs)))
         wkv = wkv_recurrent if x.shape[1] == 1 else wkv_chunked
         with torch.autocast(x.device.type, enabled=False):  # sums over many tokens need the digits
             decay, first = torch.exp(self.time_decay.to(sum_dtype(k))), self.time_first.to(sum_dtype(k))
@@ -81,8 +90,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor, valid: Tensor | None):
         previous, x = shifted(x, last, valid)
-        k = torch.relu(self.key(torch.lerp(previous, x, self.time_mix_k))).square()
-        r = torch.sigmoid(self.receptance(torch.lerp(previous, x, self.time_mix_r)))
+        inputs = lerps(previous, x, self.time_mix_k, self.time_mix_r)
+        k, r = squared_relu(self.key(next(inputs))), torch.sigmoid(self.receptance(next(inputs)))
         return r * self.value(k), x[:, -1]
 
 

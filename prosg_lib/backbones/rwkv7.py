@@ -14,7 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prosg_lib.backbones.rwkv import RWKV, BlockState, ResidualBlock, filled, layers_of, shifted, sum_dtype
+from prosg_lib.backbones.rwkv import (
+    RWKV,
+    BlockState,
+    ResidualBlock,
+    filled,
+    layers_of,
+    lerps,
+    shifted,
+    squared_relu,
+    sum_dtype,
+)
 from prosg_lib.backbones.wkv7 import wkv7_chunked, wkv7_recurrent
 from prosg_lib.errors import UserError
 from prosg_lib.state import RecurrentState
@@ -109,17 +119,16 @@ class TimeMix(nn.Module):
     def forward(self, x: Tensor, last: Tensor, state: Tensor | None, valid: Tensor | None, first: Tensor | None):
         """(B, T, D); shift and matrices after the last token; the first layer's values, which are `first` in others."""
         previous, x = shifted(x, last, valid)
-        r = self.receptance(torch.lerp(x, previous, self.x_r))
-        k = self.key(torch.lerp(x, previous, self.x_k))
-        x_v = torch.lerp(x, previous, self.x_v)
+        inputs = lerps(x, previous, self.x_r, self.x_k, self.x_v, self.x_w, self.x_a, self.x_g)
+        r, k, x_v = self.receptance(next(inputs)), self.key(next(inputs)), next(inputs)
         v = self.value(x_v)
         if first is None:
             first = v
         else:
             v = v + (first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2)
-        w = self.w0 + torch.tanh(torch.lerp(x, previous, self.x_w) @ self.w1) @ self.w2
-        a = torch.sigmoid(self.a0 + torch.lerp(x, previous, self.x_a) @ self.a1 @ self.a2)
-        g = torch.sigmoid(torch.lerp(x, previous, self.x_g) @ self.g1) @ self.g2
+        w = self.w0 + torch.tanh(next(inputs) @ self.w1) @ self.w2
+        a = torch.sigmoid(self.a0 + next(inputs) @ self.a1 @ self.a2)
+        g = torch.sigmoid(next(inputs) @ self.g1) @ self.g2
         removed = k * self.k_k
         k = k * (1 + (a - 1) * self.k_a)
 
@@ -147,7 +156,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor, valid: Tensor | None):
         previous, x = shifted(x, last, valid)
-        return self.value(torch.relu(self.key(torch.lerp(x, previous, self.x_k))).square()), x[:, -1]
+        return self.value(squared_relu(self.key(next(lerps(x, previous, self.x_k))))), x[:, -1]
 
 
 class Block(ResidualBlock):
