@@ -158,7 +158,8 @@ class _MixesSlopes(_Lean):
     @staticmethod
     def forward(apart, *weights_and_gs):
         weights, gs = _halves(weights_and_gs)
-        return sum(gs[1:], gs[0]), _weighted(gs, weights), *(_over_rows(g * apart) for g in gs)
+        of_start = sum(gs[1:], gs[0].view_as(gs[0]))  # of a single one a view: an input itself may not be handed back
+        return of_start, _weighted(gs, weights), *(_over_rows(g * apart) for g in gs)
 
     @staticmethod
     def backward(ctx, of_start, of_apart, *of_weights):

@@ -26,6 +26,7 @@ FORMS = {
     "squared relu": (lambda x: squared_relu(x) * squared_relu(1 - x) + squared_relu(x), "x"),
     "sigmoid": (lambda x: torch.sigmoid(x) + x.sigmoid(), "x"),
     "ratio": (lambda x, y: x / (1 + y * y) + torch.div(y, other=2 + x * x), "xy"),
+    "mix": (lambda x, y, v: next(lerps(x, y, v)) ** 2, "xyv"),
     "mixes": (three_mixes, "xyvw"),
     "cross entropy": (lambda x: F.cross_entropy(x.flatten(0, 1), IDS.flatten()), "x"),
     "cross entropy, sum": (lambda x: F.cross_entropy(x.flatten(0, 1), IDS.flatten(), reduction="sum"), "x"),
@@ -148,3 +149,7 @@ def test_layer_norm_slopes_where_the_weights_are_fixed():
     x, v, w = operands("xvw")
     inputs = [x, v.detach(), w.detach()]
     assert gradgradcheck(lean(lambda x, v, w: F.layer_norm(x, (5,), v, w)), inputs)
+
+
+def test_slopes_where_not_all_mixes_are_used():
+    assert gradgradcheck(lean(lambda x, y, v, w: list(lerps(x, y, v, w))[1] ** 2), operands("xyvw"))
