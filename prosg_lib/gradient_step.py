@@ -42,8 +42,9 @@ def gradient_step(
 
     Args:
         parts: the loss as a sum of parts, each tensors by name, as in `start`, -> scalar. One is enough; of more, over
-            a few contexts each, those that are not kept need the memory of the largest of them. All that they do must
-            be twice differentiable (attention: eager). Nothing else that they use gets a gradient through the step.
+            a few contexts each, those that are not kept need the memory of the largest of them, and of the kept ones
+            the last comes first, while the others still wait: let it be the smallest. All that they do must be twice
+            differentiable (attention: eager). Nothing else that they use gets a gradient through the step.
         start: what is changed. With one copy an example, (B, ...), and the sum of the examples' losses, each example
             takes a step of its own.
         second_order: the exact outer gradient; False: as if the inner gradient were a constant (first-order MAML).
