@@ -2,11 +2,11 @@
 
 An RWKV-4, of 4 layers x 128 on a CPU and 12 x 512 on a GPU, which smaller ones do not keep busy; the inner step changes
 all its weights on a batch of contexts, the outer loss is that of as many queries of the same length. First order and
-TorchOpt take them all at once. Ours takes them in pieces; the graphs of the inner gradients of the last two pieces of
-contexts wait for the outer gradient. On a CPU there are but two, the larger one first: its second derivative is taken
-last, when there is room. On a GPU, whose model has more layers, a first one is run again instead. Each way is timed in
-turn in one process. Its peak memory is above what there was before the step: on a GPU that of its tensors, on a CPU of
-a process of its own. Prints a table, and one JSON line last.
+TorchOpt take them all at once. Ours takes them in pieces. On a CPU the graphs of all inner gradients wait for the outer
+one, those of more contexts first: their second derivatives are taken last, when there is room. On a GPU, whose model
+has more layers, a first piece is run again instead. Each way is timed in turn in one process. Its peak memory is above
+what there was before the step: on a GPU that of its tensors, on a CPU of a process of its own. Prints a table, and one
+JSON line last.
 
 Goals: the exact gradient takes at most 2.3 times the first-order one's time and at most twice its memory, and no more
 time or memory than TorchOpt's exact one. Needs `pip install torchopt`, which nothing else here does.
@@ -40,7 +40,7 @@ GOALS = {
 LR = 1e-3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH, LAYERS, BATCH, TOKENS = {"cpu": (128, 4, 32, 256), "cuda": (512, 12, 32, 512)}[DEVICE.type]
-PIECES = {"cpu": (20, 12), "cuda": (6, 13, 13)}[DEVICE.type]  # contexts in each
+PIECES, KEPT = {"cpu": ((20, 12), 2), "cuda": ((6, 26), 1)}[DEVICE.type]  # contexts in each, and how many wait
 QUERIES = 11  # at a time
 
 
@@ -76,7 +76,7 @@ def exact(lm: RWKV4, context: Tensor, query: Tensor) -> None:
         return nll(call(lm, params), ids) * (len(ids) / BATCH)
 
     parts = [lambda params, ids=ids: loss_of(params, ids) for ids in context.split(PIECES)]
-    stepped = gradient_step(parts, dict(lm.named_parameters()), LR, kept=2)
+    stepped = gradient_step(parts, dict(lm.named_parameters()), LR, kept=KEPT)
     # The outer gradient at the stepped weights adds up piece by piece, and goes through the step once.
     ends = {name: t.detach().requires_grad_() for name, t in stepped.items()}
     for ids in query.split(QUERIES):
