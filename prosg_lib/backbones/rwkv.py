@@ -42,6 +42,7 @@ def lerps(start: Tensor, end: Tensor, *weights: Tensor) -> Iterator[Tensor]:
 
 
 def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2, the activation of every RWKV's feed-forward part."""
     if has_torch_function((x,)):
         return handle_torch_function(squared_relu, (x,), x)
     x = torch.relu(x)  # what came in is not held
