@@ -151,7 +151,10 @@ class _Mixes(_Lean):
 
     @staticmethod
     def backward(ctx, *gs):
-        return _MixesSlopes.apply(*ctx.saved_tensors, *gs)
+        if any(ctx.needs_input_grad[2:]):
+            return _MixesSlopes.apply(*ctx.saved_tensors, *gs)
+        _, *weights = ctx.saved_tensors
+        return sum(gs[1:], gs[0]), _weighted(gs, weights), *(None for _ in weights)
 
 
 class _MixesSlopes(_Lean):

@@ -153,3 +153,16 @@ def test_layer_norm_slopes_where_the_weights_are_fixed():
 
 def test_slopes_where_not_all_mixes_are_used():
     assert gradgradcheck(lean(lambda x, y, v, w: list(lerps(x, y, v, w))[1] ** 2), operands("xyvw"))
+
+
+def test_mixes_of_fixed_weights_need_no_slopes_of_them():
+    """As in a LoRA step: true slopes, alone and by vmap, of fewer numbers than where the weights ask for theirs."""
+    x, y, v, w = operands("xyvw", last=64)
+    written = written_twice(lean(three_mixes), [x, y, v, w])
+    fixed = lean(lambda x, y: three_mixes(x, y, v.detach(), w.detach()))
+    assert written_twice(fixed, [x, y]) < 0.8 * written
+    few = [t[0, 0, :5].detach().requires_grad_() for t in (x, y)]
+    small = lean(lambda x, y: three_mixes(x[None], y[None], v.detach()[:5], w.detach()[:5]))
+    assert gradgradcheck(small, few)
+    many = [torch.stack([t, 2 * t]).detach().requires_grad_() for t in few]
+    assert gradgradcheck(torch.func.vmap(small), many)
