@@ -110,34 +110,6 @@ def _both(slope: Tensor | None, bent: Tensor | None) -> Tensor | None:
     return bent if slope is None else slope if bent is None else slope + bent
 
 
-class _Sigmoid(_Lean):
-    @staticmethod
-    def forward(x):
-        return torch.sigmoid(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx, g):
-        return _SigmoidSlope.apply(g, *ctx.saved_tensors)
-
-
-class _SigmoidSlope(_Lean):
-    """g s (1 - s)."""
-
-    @staticmethod
-    def forward(g, s):
-        return torch.ops.aten.sigmoid_backward(g, s)
-
-    @staticmethod
-    def backward(ctx, of_slope):
-        g, s = ctx.saved_tensors
-        both = g * of_slope
-        return _SigmoidSlope.apply(of_slope, s), torch.addcmul(both, both, s, value=-2)
-
-
 class _Mixes(_Lean):
     """start + apart weight, of each weight (D,)."""
 
@@ -209,7 +181,8 @@ class _Ratio(_Lean):
     @staticmethod
     def backward(ctx, g):
         below, ratio = ctx.saved_tensors
-        of_above = _Ratio.apply(g, below)
+        # WKV's comes from a transposed tensor; what is made of it in that order takes several times as long.
+        of_above = _Ratio.apply(g.contiguous(), below)
         return of_above, -(of_above * ratio)
 
 
@@ -317,8 +290,6 @@ _LEAN = {
     Tensor.__pow__: _power,
     squared_relu: lambda x: _SquaredRelu.apply(x)[0],
     lerps: _lerps,
-    torch.sigmoid: _Sigmoid.apply,
-    Tensor.sigmoid: _Sigmoid.apply,
     torch.div: _divided,
     Tensor.div: _divided,
     F.cross_entropy: _cross_entropy,
