@@ -51,10 +51,11 @@ GOALS = {
 LR = 1e-3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH, LAYERS, BATCH, TOKENS = {"cpu": (128, 4, 32, 256), "cuda": (512, 12, 32, 512)}[DEVICE.type]
-PIECES = {  # contexts in each piece, and queries at a time; a GPU's model has more layers
-    "cpu": {"exact": ((2, 18, 12), 16), "exact, kept": ((20, 12), 11)},
-    "cuda": {"exact": ((6, 13, 13), 11), "exact, kept": ((20, 12), 11)},
+PIECES = {  # contexts in each; a GPU's model has more layers
+    "cpu": {"exact": (2, 18, 12), "exact, kept": (20, 12)},
+    "cuda": {"exact": (6, 13, 13), "exact, kept": (20, 12)},
 }[DEVICE.type]
+QUERIES = 11  # at a time
 
 
 def setting() -> tuple[RWKV4, Tensor, Tensor]:
@@ -84,7 +85,7 @@ def first_order(lm: RWKV4, context: Tensor, query: Tensor) -> None:
     nll(call(lm, stepped), query).backward()
 
 
-def exact(lm: RWKV4, context: Tensor, query: Tensor, pieces: tuple[int, ...], queries: int) -> None:
+def exact(lm: RWKV4, context: Tensor, query: Tensor, pieces: tuple[int, ...]) -> None:
     def loss_of(params, ids):
         return nll(call(lm, params), ids) * (len(ids) / BATCH)
 
@@ -92,7 +93,7 @@ def exact(lm: RWKV4, context: Tensor, query: Tensor, pieces: tuple[int, ...], qu
     stepped = gradient_step(parts, dict(lm.named_parameters()), LR, kept=2)
     # The outer gradient at the stepped weights adds up piece by piece, and goes through the step once.
     ends = {name: t.detach().requires_grad_() for name, t in stepped.items()}
-    for ids in query.split(queries):
+    for ids in query.split(QUERIES):
         loss_of(ends, ids).backward()
     torch.autograd.backward(list(stepped.values()), [t.grad for t in ends.values()])
 
@@ -109,8 +110,8 @@ def torchopts(lm: RWKV4, context: Tensor, query: Tensor) -> None:
 
 WAYS = {
     "first-order": first_order,
-    "exact": lambda *what: exact(*what, *PIECES["exact"]),
-    "exact, kept": lambda *what: exact(*what, *PIECES["exact, kept"]),
+    "exact": lambda *what: exact(*what, PIECES["exact"]),
+    "exact, kept": lambda *what: exact(*what, PIECES["exact, kept"]),
     "torchopt": torchopts,
 }
 

@@ -17,7 +17,6 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from prosg_lib.backbones.rwkv import lerps, squared_relu
-from prosg_lib.backbones.wkv import in_chunks, out_of_chunks, weighted_means
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
@@ -182,7 +181,8 @@ class _Ratio(_Lean):
     @staticmethod
     def backward(ctx, g):
         below, ratio = ctx.saved_tensors
-        of_above = _Ratio.apply(g, below)
+        # WKV's comes from a transposed tensor; what is made of it in that order takes several times as long.
+        of_above = _Ratio.apply(g.contiguous(), below)
         return of_above, -(of_above * ratio)
 
 
@@ -190,140 +190,6 @@ def _divided(x, other, rounding_mode=None):
     if rounding_mode is not None or not isinstance(other, Tensor) or (x.shape, x.dtype) != (other.shape, other.dtype):
         return NotImplemented
     return _Ratio.apply(x, other)
-
-
-class _WeightedMeans(_Lean):
-    """num / den, the decayed sums of weight v and of weight (D, B, T), of which they have been made in two levels
-    (`wkv.weighted_means`). The slopes are made of den, too: what flows back into it is part of the second derivative.
-    """
-
-    @staticmethod
-    def forward(weight, v, valid, within, total, over, since):
-        sums = []
-        for x in (weight * v, weight):
-            rows = in_chunks(x, within)
-            _, found = _found(rows, total, over)
-            y = torch.addcmul(rows @ within, _before(found), since)
-            sums.append((out_of_chunks(y, x), found[..., -1].clone()))
-        (num, end_num), (den, end_den) = sums
-        den = den if valid is None else den.masked_fill(~valid, torch.inf)
-        return num / den, end_num, end_den, den
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        weight, v, _, *decays = inputs
-        mean, _, _, den = output
-        ctx.save_for_backward(weight, v, mean, den, *decays)
-        ctx.set_materialize_grads(False)  # at first nothing flows into den
-
-    @staticmethod
-    def backward(ctx, to_mean, to_end_num, to_end_den, to_den):
-        weight, v, mean, den, *decays = ctx.saved_tensors
-        to_mean = torch.zeros_like(weight) if to_mean is None else to_mean.contiguous()  # it was transposed
-        ends = [torch.zeros_like(weight[..., 0]) if to is None else to for to in (to_end_num, to_end_den)]
-        if any(ctx.needs_input_grad[3:]):
-            of = _WeightedMeansSlopes.apply(to_mean, *ends, to_den, *ctx.saved_tensors)
-            return *of[:2], None, *of[3:]
-        to_num = _Ratio.apply(to_mean, den)
-        to_den = _both(-(to_num * mean), to_den)
-        of_num, of_den = (_back(to, end, *decays) for to, end in zip((to_num, to_den), ends, strict=True))
-        return torch.addcmul(of_den, of_num, v), of_num * weight, None, None, None, None, None
-
-
-class _WeightedMeansSlopes(_Lean):
-    """In its derivative, a name with _ is the change of what has the name, when weight, v and the decays change by what
-    flows back into their slopes."""
-
-    @staticmethod
-    def forward(to_mean, to_end_num, to_end_den, to_den, weight, v, mean, den, *decays):
-        within, total, over, since = decays
-        to_num = to_mean / den
-        to_den = _both(-(to_num * mean), to_den)
-        of_x, of_decays = [], []
-        for x, to, to_end in ((weight * v, to_num, to_end_num), (weight, to_den, to_end_den)):
-            of_x.append(_back(to, to_end, *decays))
-            x, to = in_chunks(x, within), in_chunks(to, within)
-            totals, found = _found(x, total, over)
-            to_totals, to_found = _to_totals(to, to_end, over, since)
-            of_decays.append((x.mT @ to, to_totals.mT @ x, totals.mT @ to_found, _before(found).mT @ to))
-        of_num, of_den = of_x
-        return torch.addcmul(of_den, of_num, v), of_num * weight, of_num, *map(torch.add, *of_decays)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        to_mean, to_end_num, to_end_den, _, *others = inputs
-        of_num = output[2]
-        ctx.mark_non_differentiable(of_num)
-        ctx.save_for_backward(of_num, to_mean, to_end_num, to_end_den, *others)
-
-    @staticmethod
-    def backward(ctx, weight_, v_, _, within_, total_, over_, since_):
-        of_num, to_mean, to_end_num, to_end_den, weight, v, mean, den, within, total, over, since = ctx.saved_tensors
-        weight_, v_ = weight_.contiguous(), v_.contiguous()
-        to_num = to_mean / den
-        of_sums, of_ends, of_x, of_decays = [], [], [], []
-        for x, x_, to, to_end in (
-            (weight * v, torch.addcmul(weight_ * v, weight, v_), to_num, to_end_num),
-            (weight, weight_, -(to_num * mean), to_end_den),
-        ):
-            x, x_, to = in_chunks(x, within), in_chunks(x_, within), in_chunks(to, within)
-            totals, found = _found(x, total, over)
-            totals_ = _product_(x, total.mT, x_, total_.mT).view_as(totals)
-            found_ = _product_(totals, over, totals_, over_)
-            sums_ = torch.addcmul(_product_(x, within, x_, within_), _before(found_), since)
-            of_sums.append(out_of_chunks(torch.addcmul(sums_, _before(found), since_), weight))
-            of_ends.append(found_[..., -1])
-
-            to_totals, to_found = _to_totals(to, to_end, over, since)
-            to_found_ = F.pad((to @ since_.mT).view_as(totals), (0, 1))
-            to_totals_ = _product_(to_found, over.mT, to_found_, over_.mT).view_as(to_totals)
-            back_ = torch.addcmul(to @ within_.mT, to_totals_, total)
-            of_x.append(out_of_chunks(torch.addcmul(back_, to_totals, total_), weight))
-            of_within, of_total = x_.mT @ to, _product_(to_totals.mT, x, to_totals_.mT, x_)
-            of_over, of_since = _product_(totals.mT, to_found, totals_.mT, to_found_), _before(found_).mT @ to
-            of_decays.append((of_within, of_total, of_over, of_since))
-        (num_, den_), (of_weight_v, of_weight) = of_sums, of_x
-        of_to_mean = torch.addcmul(num_, mean, den_, value=-1) / den
-        of_weight = torch.addcmul(torch.addcmul(of_weight, of_weight_v, v), v_, of_num)
-        of_v = torch.addcmul(of_weight_v * weight, weight_, of_num)
-        of_mean, of_den = -(to_num * den_), -(to_num * of_to_mean)
-        return of_to_mean, *of_ends, None, of_weight, of_v, of_mean, of_den, *map(torch.add, *of_decays)
-
-
-def _found(x, total, over):
-    """The totals of chunks x (D, R, C), (D, B, n), and what each of them finds, and the end, (D, B, n + 1)."""
-    totals = (x @ total.mT).view(len(x), -1, over.shape[1])
-    return totals, totals @ over
-
-
-def _before(found):
-    return found[..., :-1].reshape(len(found), -1, 1)
-
-
-def _to_totals(to_sums, to_end, over, since):
-    """What flows back into the totals, (D, R, 1), and into what the chunks find."""
-    to_found = (to_sums @ since.mT).view(len(to_sums), -1, over.shape[1])
-    to_found = torch.cat([to_found, to_end[..., None]], -1)
-    return (to_found @ over.mT).view(len(to_sums), -1, 1), to_found
-
-
-def _back(to_sums, to_end, within, total, over, since):
-    """What flows back into that which is added up, (D, B, T)."""
-    to = in_chunks(to_sums, within)
-    to_totals, _ = _to_totals(to, to_end, over, since)
-    return out_of_chunks(torch.addcmul(to @ within.mT, to_totals, total), to_sums)
-
-
-def _product_(a, b, a_, b_):
-    """How a b changes when they change by a_ and b_."""
-    return torch.baddbmm(a_ @ b, a, b_)
-
-
-def _weighted_means(weight, v, past, valid, within, total, over, end, since):
-    if past is not None:
-        return NotImplemented
-    mean, *ends, _ = _WeightedMeans.apply(weight, v, valid, within, total, torch.cat([over, end.mT], -1), since)
-    return mean, torch.stack(ends, 1)
 
 
 class _NLL(_Lean):
@@ -424,7 +290,6 @@ _LEAN = {
     Tensor.__pow__: _power,
     squared_relu: lambda x: _SquaredRelu.apply(x)[0],
     lerps: _lerps,
-    weighted_means: _weighted_means,
     torch.div: _divided,
     Tensor.div: _divided,
     F.cross_entropy: _cross_entropy,
