@@ -12,11 +12,20 @@ import inspect
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, bmm
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from prosg_lib.backbones.rwkv import lerps, squared_relu
+from prosg_lib.backbones.wkv import (
+    Decays,
+    decayed_sums,
+    in_chunks,
+    levels,
+    out_of_chunks,
+    unless_padding,
+    weighted_means,
+)
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
@@ -169,27 +178,120 @@ def _lerps(start, end, *weights):
     return iter(_Mixes.apply(start, end - start, *weights))
 
 
-class _Ratio(_Lean):
+class _WeightedMeans(_Lean):
+    """num / den, the decayed sums of weight v and of weight (`wkv.weighted_means`). The slopes are made of den, too:
+    what flows back into it is part of the second derivative."""
+
     @staticmethod
-    def forward(above, below):
-        return above / below
+    def forward(weight, v, valid, *decays):
+        num, den = (decayed_sums(x, Decays(*decays))[0] for x in (weight * v, weight))
+        den = unless_padding(den, valid)
+        return num / den, den
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[1], output)
+        weight, v, _, *decays = inputs
+        ctx.save_for_backward(weight, v, *output, *decays)
+        ctx.set_materialize_grads(False)  # at first nothing flows into den
 
     @staticmethod
-    def backward(ctx, g):
-        below, ratio = ctx.saved_tensors
-        # WKV's comes from a transposed tensor; what is made of it in that order takes several times as long.
-        of_above = _Ratio.apply(g.contiguous(), below)
-        return of_above, -(of_above * ratio)
+    def backward(ctx, to_mean, to_den):
+        weight, v, mean, den, *decays = ctx.saved_tensors
+        # It comes from a transposed tensor; all that is made of it in that order would take several times as long.
+        to_mean = torch.zeros_like(mean) if to_mean is None else to_mean.contiguous()
+        if any(ctx.needs_input_grad[3:]):
+            of_weight, of_v, _, *of_decays = _WeightedMeansSlopes.apply(to_mean, to_den, *ctx.saved_tensors)
+            return of_weight, of_v, None, *of_decays
+        of_num, of_den = (
+            decayed_sums(to, Decays(*decays).transposed())[0] for to in _to_sums(to_mean, to_den, mean, den)
+        )
+        return torch.addcmul(of_den, of_num, v), of_num * weight, *(None for _ in ctx.needs_input_grad[2:])
 
 
-def _divided(x, other, rounding_mode=None):
-    if rounding_mode is not None or not isinstance(other, Tensor) or (x.shape, x.dtype) != (other.shape, other.dtype):
+class _WeightedMeansSlopes(_Lean):
+    """In its derivative, a name with _ is the change of what has the name, when weight, v and the decays change by what
+    flows back into their slopes."""
+
+    @staticmethod
+    def forward(to_mean, to_den, weight, v, mean, den, *decays):
+        decays = Decays(*decays)
+        of_sums, of_decays = [], []
+        for x, to in zip((weight * v, weight), _to_sums(to_mean, to_den, mean, den), strict=True):
+            of_x, to_found, to_totals = decayed_sums(to, decays.transposed())
+            of_sums.append(of_x)
+            x, to = in_chunks(x, decays), in_chunks(to, decays)
+            totals, found = levels(x, decays)
+            of_within, of_total = bmm(x.mT, to), bmm(_row(to_totals), x)
+            of_decays.append((of_within, of_total, bmm(totals.mT, to_found), bmm(_row(found), to)))
+        of_num, of_den = of_sums
+        return torch.addcmul(of_den, of_num, v), of_num * weight, of_num, *map(torch.add, *of_decays)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        to_mean, _, *others = inputs
+        of_num = output[2]
+        ctx.mark_non_differentiable(of_num)
+        ctx.save_for_backward(of_num, to_mean, *others)
+
+    @staticmethod
+    def backward(ctx, weight_, v_, _, *decays_):
+        of_num, to_mean, weight, v, mean, den, *decays = ctx.saved_tensors
+        decays, decays_ = Decays(*decays), Decays(*decays_)
+        to_num, to_den = _to_sums(to_mean, None, mean, den)
+        changes, of_x, of_decays = [], [], []
+        for x, x_, to in (
+            (weight * v, torch.addcmul(weight_ * v, weight, v_), to_num),
+            (weight, weight_, to_den),
+        ):
+            x, x_, to = (in_chunks(t, decays) for t in (x, x_, to))
+            sums_, totals, totals_, _, found_ = _sums_(x, x_, decays, decays_)
+            back_, to_found, to_found_, to_totals, to_totals_ = _sums_(
+                to, None, decays.transposed(), decays_.transposed()
+            )
+            changes.append(out_of_chunks(sums_, weight))
+            of_x.append(out_of_chunks(back_, weight))
+            of_within, of_total = bmm(x_.mT, to), _product_(_row(to_totals), x, _row(to_totals_), x_)
+            of_over, of_since = _product_(totals.mT, to_found, totals_.mT, to_found_), bmm(_row(found_), to)
+            of_decays.append((of_within, of_total, of_over, of_since))
+        (num_, den_), (of_weight_v, of_weight) = changes, of_x
+        of_to_mean = torch.addcmul(num_, mean, den_, value=-1) / den
+        of_weight = torch.addcmul(torch.addcmul(of_weight, of_weight_v, v), v_, of_num)
+        of_v = torch.addcmul(of_weight_v * weight, weight_, of_num)
+        of_mean, of_den = -(to_num * den_), -(to_num * of_to_mean)
+        return of_to_mean, None, of_weight, of_v, of_mean, of_den, *map(torch.add, *of_decays)
+
+
+def _to_sums(to_mean, to_den, mean, den):
+    """What flows back into num, and into den: from the mean, and from where else it went."""
+    to_num = to_mean / den
+    return to_num, _both(-(to_num * mean), to_den)
+
+
+def _sums_(x, x_, decays, decays_):
+    """How the decayed sums of chunks change, with x by x_ (None: not) and their decays; and the totals, what the chunks
+    find, and how each of them changes."""
+    totals, found = levels(x, decays)
+    totals_ = _product_(x, decays.total.mT, x_, decays_.total.mT).view_as(totals)
+    found_ = _product_(totals, decays.over, totals_, decays_.over)
+    sums_ = torch.addcmul(_product_(x, decays.within, x_, decays_.within), _row(found_).mT, decays.since)
+    return torch.addcmul(sums_, _row(found).mT, decays_.since), totals, totals_, found, found_
+
+
+def _product_(a, b, a_, b_):
+    """How a b changes when they change by a_ (None: it does not) and b_."""
+    return bmm(a, b_) if a_ is None else torch.baddbmm(bmm(a_, b), a, b_)
+
+
+def _row(of_chunks):
+    """(D, ..., n) -> (D, 1, R)."""
+    return of_chunks.view(len(of_chunks), 1, -1)
+
+
+def _weighted_means(weight, v, past, valid, end, *decays):
+    if past is not None:
         return NotImplemented
-    return _Ratio.apply(x, other)
+    totals = [levels(in_chunks(x, Decays(*decays)), Decays(*decays))[0] for x in (weight * v, weight)]
+    return _WeightedMeans.apply(weight, v, valid, *decays)[0], torch.stack([bmm(t, end.mT)[..., 0] for t in totals], 1)
 
 
 class _NLL(_Lean):
@@ -290,8 +392,7 @@ _LEAN = {
     Tensor.__pow__: _power,
     squared_relu: lambda x: _SquaredRelu.apply(x)[0],
     lerps: _lerps,
-    torch.div: _divided,
-    Tensor.div: _divided,
+    weighted_means: _weighted_means,
     F.cross_entropy: _cross_entropy,
     F.layer_norm: _layer_norm,
 }

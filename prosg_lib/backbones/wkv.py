@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 BLANK = -1e38
 """Gauge of a state that has seen nothing: e^BLANK is zero in every dtype, and BLANK stays finite, unlike -inf."""
@@ -140,17 +141,17 @@ def _in_one_gauge(w, u, k, v, state, valid, gauge, chunk) -> tuple[Tensor, WKVSt
     weight = torch.exp(k - gauge[..., None])
     if valid is not None:
         weight = weight * valid
-    sums, end = _decayed_sums(torch.stack([weight * v, weight], 1), w, u, min(chunk, time))
+    past = None
     if state is not None:
-        past = torch.stack([state.num.t(), state.den.t()], 1) * torch.exp(state.m.t() - gauge)[:, None]  # (D, 2, B)
+        start = torch.stack([state.num.t(), state.den.t()], 1) * torch.exp(state.m.t() - gauge)[:, None]  # (D, 2, B)
         seen = torch.ones(1, time, device=k.device) if valid is None else valid.to(k.dtype)
         age = seen.cumsum(1) - seen  # tokens since the given state
-        sums = sums + past[..., None] * _faded(w * age)[:, None]
-        end = end + past * _faded(w * seen.sum(1, keepdim=True).t())
-    num, den = sums.unbind(1)
-    if valid is not None:  # cut before dividing: 0/0 at a padded position would poison every gradient
-        num, den = num * valid, torch.where(valid, den, 1.0)
-    out = (num / den).view(width, -1).t().contiguous().view(batch, time, width)
+        past = start[..., None] * _faded(w * age)[:, None]
+    end, decays = _decays(w, u, min(chunk, time), time)
+    out, end = weighted_means(weight, v, past, valid, end, *decays)
+    if state is not None:
+        end = end + start * _faded(w * seen.sum(1, keepdim=True).t())
+    out = out.view(width, -1).t().contiguous().view(batch, time, width)
 
     # Carry the state with den = 1, so that its gauge follows what is remembered now and not the largest key ever.
     num, den = (x.t() for x in end.unbind(1))
@@ -164,31 +165,93 @@ def _channels_first(x: Tensor) -> Tensor:
     return x.reshape(batch * time, width).t().contiguous().view(width, batch, time)
 
 
-def _decayed_sums(x: Tensor, w: Tensor, u: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """x (D, 2, B, T) -> y_t = sum_{i<t} e^{-(t-1-i) w} x_i + e^u x_t, same shape, and the sum after T, (D, 2, B).
+def weighted_means(
+    weight: Tensor, v: Tensor, past: Tensor | None, valid: Tensor | None, end: Tensor, *decays: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The decayed sums of weight v by those of `weight`: wkv. A TorchFunctionMode can take it over (see `twice`).
 
-    Two levels of the same thing: inside chunks, then over the chunks' totals, which decay by e^{-chunk w}.
+    Args:
+        weight, v: (D, B, T).
+        past: what an earlier state adds to both sums, (D, 2, B, T).
+        valid: (B, T); elsewhere the mean is zero.
+        end: what is left of a chunk's total after T, (D, 1, n).
+        decays: a `Decays`.
+    Returns:
+        the means (D, B, T), and both sums after T, without the past, (D, 2, B).
     """
-    width, two, batch, time = x.shape
-    n = -(-time // chunk)
-    missing = n * chunk - time
-    x = (torch.nn.functional.pad(x, (missing, 0)) if missing else x).view(width, -1, chunk)
-    fine, coarse = _powers(w, chunk), _powers(chunk * w, n)
-    totals = torch.bmm(x, _to_the_end(fine)).view(width, two * batch, n)
-    before = torch.bmm(totals, _toeplitz(coarse, None))  # what each chunk finds, (D, 2 B, n)
-    end = torch.bmm(totals, _to_the_end(coarse)).view(width, two, batch)
-    sums = torch.bmm(x, _toeplitz(fine, torch.exp(u))).add_(torch.bmm(before.view(width, -1, 1), fine))
-    return sums.view(width, two, batch, n * chunk)[..., missing:], end
+    if has_torch_function((weight,)):
+        return handle_torch_function(weighted_means, (weight,), weight, v, past, valid, end, *decays)
+    x = torch.stack([weight * v, weight], 1)
+    sums, totals, _ = decayed_sums(x, Decays(*decays))
+    num, den = (sums if past is None else sums + past).unbind(1)
+    return num / unless_padding(den, valid), torch.bmm(totals, end.mT).view(x.shape[:-1])
+
+
+def unless_padding(den: Tensor, valid: Tensor | None) -> Tensor:
+    """Padding divided by infinity is zero; 0/0 there would poison every gradient."""
+    return den if valid is None else den.masked_fill(~valid, torch.inf)
+
+
+class Decays(NamedTuple):
+    """How much is left of a number elsewhere.
+
+    Attributes:
+        within: a chunk, from place i at place t, (D, C, C).
+        total: from a chunk's places in its total, (D, 1, C).
+        over: from a chunk's total at another's beginning, (D, n, n).
+        since: from a chunk's beginning at its places, (D, 1, C).
+    """
+
+    within: Tensor
+    total: Tensor
+    over: Tensor
+    since: Tensor
+
+    def transposed(self) -> Decays:
+        """Those of the transposed map, by which gradients of the sums flow back."""
+        return Decays(self.within.mT, self.since, self.over.mT, self.total)
+
+
+def decayed_sums(x: Tensor, decays: Decays) -> tuple[Tensor, Tensor, Tensor]:
+    """x (D, ..., T) -> y_t = sum_{i<t} e^{-(t-1-i) w} x_i + e^u x_t, same shape.
+
+    Two levels of the same thing: inside chunks, then over the chunks' totals, which decay by e^{-C w}; those and what
+    each chunk finds, (D, ..., n) with one dimension for all between, are returned with the sums.
+    """
+    rows = in_chunks(x, decays)
+    totals, found = levels(rows, decays)
+    sums = torch.bmm(rows, decays.within).add_(torch.bmm(found.view(len(x), -1, 1), decays.since))
+    return out_of_chunks(sums, x), totals, found
+
+
+def levels(rows: Tensor, decays: Decays) -> tuple[Tensor, Tensor]:
+    """Of chunks (D, R, C), their totals and what each of them finds, (D, R / n, n)."""
+    totals = torch.bmm(rows, decays.total.mT).view(len(rows), -1, decays.over.shape[1])
+    return totals, torch.bmm(totals, decays.over)
+
+
+def in_chunks(x: Tensor, decays: Decays) -> Tensor:
+    """x (D, ..., T) -> (D, R, C), a chunk a row; the first of each sequence is filled up with zeros."""
+    chunk = decays.within.shape[-1]
+    missing = -x.shape[-1] % chunk
+    return (torch.nn.functional.pad(x, (missing, 0)) if missing else x).reshape(len(x), -1, chunk)
+
+
+def out_of_chunks(rows: Tensor, x: Tensor) -> Tensor:
+    """What of the rows belongs to x, in its shape."""
+    return rows.view(*x.shape[:-1], -1)[..., -x.shape[-1] :]
+
+
+def _decays(w: Tensor, u: Tensor, chunk: int, time: int) -> tuple[Tensor, Decays]:
+    """For w (D, 1, 1) and u (D,): what is left of the totals after the last chunk, (D, 1, n), and all others."""
+    fine, coarse = _powers(w, chunk), _powers(chunk * w, -(-time // chunk))
+    decays = Decays(_toeplitz(fine, torch.exp(u)), fine.flip(-1), _toeplitz(coarse, None), fine)
+    return coarse.flip(-1), decays
 
 
 def _powers(w: Tensor, length: int) -> Tensor:
     """e^{-a w} for the ages a = 0, 1, ...: (D, 1, length)."""
     return _faded(w * torch.arange(length, device=w.device))
-
-
-def _to_the_end(powers: Tensor) -> Tensor:
-    """(D, length, 1): e^{-(length-1-i) w}, the weight of position i in the sum after the last."""
-    return powers.flip(-1).transpose(1, 2)
 
 
 def _toeplitz(powers: Tensor, bonus: Tensor | None) -> Tensor:
