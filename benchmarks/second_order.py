@@ -2,11 +2,11 @@
 
 An RWKV-4, of 4 layers x 128 on a CPU and 12 x 512 on a GPU, which smaller ones do not keep busy; the inner step changes
 all its weights on a batch of contexts, the outer loss is that of as many queries of the same length. First order and
-TorchOpt take them all at once. Ours takes them in pieces; the graphs of the inner gradients of the last two pieces of
-contexts wait for the outer gradient, the larger first: its second derivative is taken last, when there is room. A first
-piece is run again for the outer gradient ("exact"), or there is none and the whole graph waits, as TorchOpt's does
-("kept"). Each way is timed in turn in one process. Its peak memory is above what there was before the step: on a
-GPU that of its tensors, on a CPU of a process of its own. Prints a table, and one JSON line last.
+TorchOpt take them all at once. Ours takes them in pieces, and the graphs of the inner gradients wait for the outer
+gradient: of all contexts but a first piece, which is run again for it ("exact"), or of all of them ("kept"). Of two
+that wait the larger comes first: its second derivative is taken last, when there is room. Each way is timed in turn in
+one process. Its peak memory is above what there was before the step: on a GPU that of its tensors, on a CPU of a
+process of its own. Prints a table, and one JSON line last.
 
 Goals, with all kept or not: the exact gradient takes at most 2.3 times the first-order one's time and at most twice its
 memory, and no more time or memory than TorchOpt's exact one. Needs `pip install torchopt`, which nothing else here
@@ -37,14 +37,17 @@ LIMITS = {"first-order": {"time": 2.3, "memory": 2.0}, "torchopt": {"time": 1.0,
 LR = 1e-3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH, LAYERS, BATCH, TOKENS = {"cpu": (128, 4, 32, 256), "cuda": (512, 12, 32, 512)}[DEVICE.type]
-PIECES = {  # contexts in each; a GPU's model has more layers
-    "cpu": {"exact": (2, 18, 12), "kept": (20, 12)},
-    "cuda": {"exact": (6, 13, 13), "kept": (20, 12)},
+EXACT = {  # contexts in each piece, of how many last ones the graph waits, queries at a time; a GPU's model is deeper
+    "cpu": {
+        "exact": {"pieces": (2, 18, 12), "kept": 2, "queries": 16},
+        "kept": {"pieces": (20, 12), "kept": 2, "queries": 11},
+    },
+    "cuda": {
+        "exact": {"pieces": (6, 26), "kept": 1, "queries": 16},
+        "kept": {"pieces": (20, 12), "kept": 2, "queries": 11},
+    },
 }[DEVICE.type]
-QUERIES = 11  # at a time
-GOALS = {
-    f"{kind}/{way}-over-{peer}": most for way in PIECES for peer, of in LIMITS.items() for kind, most in of.items()
-}
+GOALS = {f"{kind}/{way}-over-{peer}": most for way in EXACT for peer, of in LIMITS.items() for kind, most in of.items()}
 
 
 def setting() -> tuple[RWKV4, Tensor, Tensor]:
@@ -74,15 +77,15 @@ def first_order(lm: RWKV4, context: Tensor, query: Tensor) -> None:
     nll(call(lm, stepped), query).backward()
 
 
-def exact(lm: RWKV4, context: Tensor, query: Tensor, pieces: tuple[int, ...]) -> None:
+def exact(lm: RWKV4, context: Tensor, query: Tensor, pieces: tuple[int, ...], kept: int, queries: int) -> None:
     def loss_of(params, ids):
         return nll(call(lm, params), ids) * (len(ids) / BATCH)
 
     parts = [lambda params, ids=ids: loss_of(params, ids) for ids in context.split(pieces)]
-    stepped = gradient_step(parts, dict(lm.named_parameters()), LR, kept=2)
+    stepped = gradient_step(parts, dict(lm.named_parameters()), LR, kept=kept)
     # The outer gradient at the stepped weights adds up piece by piece, and goes through the step once.
     ends = {name: t.detach().requires_grad_() for name, t in stepped.items()}
-    for ids in query.split(QUERIES):
+    for ids in query.split(queries):
         loss_of(ends, ids).backward()
     torch.autograd.backward(list(stepped.values()), [t.grad for t in ends.values()])
 
@@ -99,7 +102,7 @@ def torchopts(lm: RWKV4, context: Tensor, query: Tensor) -> None:
 
 WAYS = {
     "first-order": first_order,
-    **{way: partial(exact, pieces=pieces) for way, pieces in PIECES.items()},
+    **{way: partial(exact, **pieces) for way, pieces in EXACT.items()},
     "torchopt": torchopts,
 }
 
@@ -134,7 +137,7 @@ def times(rounds: int) -> dict[str, float]:
     lm, context, query = setting()
     found = {way: outer_gradient(way, lm, context, query) for way in WAYS}
     curvature = (found["torchopt"] - found["first-order"]).norm()
-    for way in PIECES:
+    for way in EXACT:
         apart = (found["torchopt"] - found[way]).norm() / curvature
         assert apart < 0.02, f"TorchOpt has another gradient than {way}: they are {apart:.1e} of the curvature apart"
     seconds = {way: [] for way in WAYS}
@@ -171,7 +174,7 @@ def main() -> None:
     ratios = {
         f"{kind}/{way}-over-{peer}": values[way] / values[peer]
         for kind, values in (("time", seconds), ("memory", memory))
-        for way in PIECES
+        for way in EXACT
         for peer in LIMITS
     }
     result.finish(ratios, GOALS, lower_is_better=True, keep=arguments.keep)
