@@ -287,11 +287,12 @@ def _row(of_chunks):
     return of_chunks.view(len(of_chunks), 1, -1)
 
 
-def _weighted_means(weight, v, past, valid, end, *decays):
+def _weighted_means(weight, v, past, valid, at_end, *decays):
     if past is not None:
         return NotImplemented
     totals = [levels(in_chunks(x, Decays(*decays)), Decays(*decays))[0] for x in (weight * v, weight)]
-    return _WeightedMeans.apply(weight, v, valid, *decays)[0], torch.stack([bmm(t, end.mT)[..., 0] for t in totals], 1)
+    end = torch.stack([bmm(t, at_end.mT)[..., 0] for t in totals], 1)
+    return _WeightedMeans.apply(weight, v, valid, *decays)[0], end
 
 
 class _NLL(_Lean):

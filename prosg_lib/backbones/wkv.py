@@ -147,8 +147,8 @@ def _in_one_gauge(w, u, k, v, state, valid, gauge, chunk) -> tuple[Tensor, WKVSt
         seen = torch.ones(1, time, device=k.device) if valid is None else valid.to(k.dtype)
         age = seen.cumsum(1) - seen  # tokens since the given state
         past = start[..., None] * _faded(w * age)[:, None]
-    end, decays = _decays(w, u, min(chunk, time), time)
-    out, end = weighted_means(weight, v, past, valid, end, *decays)
+    at_end, decays = _decays(w, u, min(chunk, time), time)
+    out, end = weighted_means(weight, v, past, valid, at_end, *decays)
     if state is not None:
         end = end + start * _faded(w * seen.sum(1, keepdim=True).t())
     out = out.view(width, -1).t().contiguous().view(batch, time, width)
@@ -166,7 +166,7 @@ def _channels_first(x: Tensor) -> Tensor:
 
 
 def weighted_means(
-    weight: Tensor, v: Tensor, past: Tensor | None, valid: Tensor | None, end: Tensor, *decays: Tensor
+    weight: Tensor, v: Tensor, past: Tensor | None, valid: Tensor | None, at_end: Tensor, *decays: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The decayed sums of weight v by those of `weight`: wkv. A TorchFunctionMode can take it over (see `twice`).
 
@@ -174,17 +174,17 @@ def weighted_means(
         weight, v: (D, B, T).
         past: what an earlier state adds to both sums, (D, 2, B, T).
         valid: (B, T); elsewhere the mean is zero.
-        end: what is left of a chunk's total after T, (D, 1, n).
+        at_end: what is left of a chunk's total after T, (D, 1, n).
         decays: a `Decays`.
     Returns:
         the means (D, B, T), and both sums after T, without the past, (D, 2, B).
     """
     if has_torch_function((weight,)):
-        return handle_torch_function(weighted_means, (weight,), weight, v, past, valid, end, *decays)
+        return handle_torch_function(weighted_means, (weight,), weight, v, past, valid, at_end, *decays)
     x = torch.stack([weight * v, weight], 1)
     sums, totals, _ = decayed_sums(x, Decays(*decays))
     num, den = (sums if past is None else sums + past).unbind(1)
-    return num / unless_padding(den, valid), torch.bmm(totals, end.mT).view(x.shape[:-1])
+    return num / unless_padding(den, valid), torch.bmm(totals, at_end.mT).view(x.shape[:-1])
 
 
 def unless_padding(den: Tensor, valid: Tensor | None) -> Tensor:
