@@ -23,7 +23,6 @@ from prosg_lib.backbones.wkv import (
     in_chunks,
     levels,
     out_of_chunks,
-    unless_padding,
     weighted_means,
 )
 
@@ -185,7 +184,8 @@ class _WeightedMeans(_Lean):
     @staticmethod
     def forward(weight, v, valid, *decays):
         num, den = (decayed_sums(x, Decays(*decays))[0] for x in (weight * v, weight))
-        den = unless_padding(den, valid)
+        if valid is not None:  # so that mean and slopes are zero at padding
+            den = den.masked_fill(~valid, torch.inf)
         return num / den, den
 
     @staticmethod

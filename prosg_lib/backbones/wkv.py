@@ -181,15 +181,11 @@ def weighted_means(
     """
     if has_torch_function((weight,)):
         return handle_torch_function(weighted_means, (weight,), weight, v, past, valid, at_end, *decays)
-    x = torch.stack([weight * v, weight], 1)
-    sums, totals, _ = decayed_sums(x, Decays(*decays))
+    sums, totals, _ = decayed_sums(torch.stack([weight * v, weight], 1), Decays(*decays))
     num, den = (sums if past is None else sums + past).unbind(1)
-    return num / unless_padding(den, valid), torch.bmm(totals, at_end.mT).view(x.shape[:-1])
-
-
-def unless_padding(den: Tensor, valid: Tensor | None) -> Tensor:
-    """Padding divided by infinity is zero; 0/0 there would poison every gradient."""
-    return den if valid is None else den.masked_fill(~valid, torch.inf)
+    if valid is not None:  # cut before dividing: 0/0 at a padded position would poison every gradient
+        num, den = num * valid, torch.where(valid, den, 1.0)
+    return num / den, torch.bmm(totals, at_end.mT).view(sums.shape[:-1])
 
 
 class Decays(NamedTuple):
