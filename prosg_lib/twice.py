@@ -3,7 +3,7 @@
 PyTorch derives most second derivatives step by step from the formula of the first; each step passes over the whole
 input. Here they are written out, or led through what is cheap to differentiate twice.
 
-Glossary of shapes: N any leading dimensions, D width, C classes.
+Glossary of shapes: N any leading dimensions, D width, C classes; of WKV, see `wkv`.
 """
 
 from __future__ import annotations

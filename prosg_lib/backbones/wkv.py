@@ -1,6 +1,6 @@
 """The WKV recurrence of RWKV-4, twice: step by step, and chunk-parallel over time.
 
-Glossary of shapes: B batch, T time, D channels, C chunk length, n = T / C chunks.
+Glossary of shapes: B batch, T time, D channels, C chunk length, n = T / C chunks, R the chunks of all sequences.
 
 For every channel on its own (RWKV-4, "Reinventing RNNs for the Transformer Era", eq. 16)::
 
@@ -189,10 +189,10 @@ def weighted_means(
 
 
 class Decays(NamedTuple):
-    """How much is left of a number elsewhere.
+    """How much is left of a number at another place.
 
     Attributes:
-        within: a chunk, from place i at place t, (D, C, C).
+        within: from place i at place t of the same chunk, (D, C, C).
         total: from a chunk's places in its total, (D, 1, C).
         over: from a chunk's total at another's beginning, (D, n, n).
         since: from a chunk's beginning at its places, (D, 1, C).
@@ -211,8 +211,8 @@ class Decays(NamedTuple):
 def decayed_sums(x: Tensor, decays: Decays) -> tuple[Tensor, Tensor, Tensor]:
     """x (D, ..., T) -> y_t = sum_{i<t} e^{-(t-1-i) w} x_i + e^u x_t, same shape.
 
-    Two levels of the same thing: inside chunks, then over the chunks' totals, which decay by e^{-C w}; those and what
-    each chunk finds, (D, ..., n) with one dimension for all between, are returned with the sums.
+    Two levels of the same thing: inside chunks, then over the chunks' totals, which decay by e^{-C w}. Those and what
+    each chunk finds, (D, R / n, n), are returned with the sums.
     """
     rows = in_chunks(x, decays)
     totals, found = levels(rows, decays)
