@@ -102,7 +102,7 @@ def torchopts(lm: RWKV4, context: Tensor, query: Tensor) -> None:
 
 WAYS = {
     "first-order": first_order,
-    **{way: partial(exact, **pieces) for way, pieces in EXACT.items()},
+    **{way: partial(exact, **how) for way, how in EXACT.items()},
     "torchopt": torchopts,
 }
 

@@ -17,14 +17,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from prosg_lib.backbones.rwkv import lerps, squared_relu
-from prosg_lib.backbones.wkv import (
-    Decays,
-    decayed_sums,
-    in_chunks,
-    levels,
-    out_of_chunks,
-    weighted_means,
-)
+from prosg_lib.backbones.wkv import Decays, decayed_sums, in_chunks, levels, out_of_chunks, weighted_means
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
@@ -239,10 +232,8 @@ class _WeightedMeansSlopes(_Lean):
         decays, decays_ = Decays(*decays), Decays(*decays_)
         to_num, to_den = _to_sums(to_mean, None, mean, den)
         changes, of_x, of_decays = [], [], []
-        for x, x_, to in (
-            (weight * v, torch.addcmul(weight_ * v, weight, v_), to_num),
-            (weight, weight_, to_den),
-        ):
+        weight_v_ = torch.addcmul(weight_ * v, weight, v_)
+        for x, x_, to in ((weight * v, weight_v_, to_num), (weight, weight_, to_den)):
             x, x_, to = (in_chunks(t, decays) for t in (x, x_, to))
             sums_, totals, totals_, _, found_ = _sums_(x, x_, decays, decays_)
             back_, to_found, to_found_, to_totals, to_totals_ = _sums_(
