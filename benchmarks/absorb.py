@@ -14,11 +14,13 @@ import time
 import result
 import torch
 
-from prosg_lib.allocator import keep_freed_memory, peak_bytes
+from prosg_lib.backbones.memory import keep_freed_memory, peak_bytes
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.generator import FinalStateGenerator, Generator, TokenGenerator
-from prosg_lib.gradient_step import AdapterStep
-from prosg_lib.profiles import get_profile
+from prosg_lib.config.profiles import get_profile
+from prosg_lib.generators.base import Generator
+from prosg_lib.generators.final_state import FinalStateGenerator
+from prosg_lib.generators.token_wise import TokenGenerator
+from prosg_lib.gradient_steps.adapter_step import AdapterStep
 
 LENGTHS = (32, 128, 512)
 GOALS = {f"{kind}/{length}": 2.5 for kind in ("token", "final") for length in LENGTHS[1:]}

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prosg_lib import stages
-from prosg_lib.allocator import keep_freed_memory
+from prosg_lib.backbones.memory import keep_freed_memory
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.generator import TokenGenerator
-from prosg_lib.objectives import generator_draw, generator_objective, lm_draw, lm_objective
-from prosg_lib.profiles import get_profile
+from prosg_lib.config.profiles import get_profile
+from prosg_lib.generators.token_wise import TokenGenerator
+from prosg_lib.training import stages
+from prosg_lib.training.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 
 GOALS = {"one length": 1.5, "as drawn": 1.5, "generator": 1.5}
 BATCH, TOKENS, BATCHES = 16, 256, 6

@@ -14,8 +14,9 @@ import time
 import result
 import torch
 
-from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
-from prosg_lib.lowrank import Factors, LowRankDelta, sizes
+from prosg_lib.backbones.rwkv4 import RWKV4
+from prosg_lib.config.sizes import RWKV4Config
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta, sizes
 
 GOALS = {"batch-1": 1.15, "batch-16": 1.25}
 SIZES = RWKV4Config(vocab=50277, width=768, layers=12, ffn=3072)

@@ -22,11 +22,12 @@ import peft
 import result
 import torch
 
+from prosg_lib.backbones.loading import load_model
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.lowrank import LowRankDelta, applied
-from prosg_lib.models import load_model
-from prosg_lib.stages import dialogues, load_generator
+from prosg_lib.deltas.applying import applied
+from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.tasks.dialogue import Shape
+from prosg_lib.training.stages import dialogues, load_generator
 
 GOALS = {"shipped": 3.0}
 BATCH, WARM_UP = 16, 5

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from prosg_lib import claims, files, provenance
+from prosg_lib import files, provenance
+from prosg_lib.reproduction import claims
 
 NO_GOAL = 0.25
 """What is said of a ratio without a goal: it was so much, give or take a quarter."""

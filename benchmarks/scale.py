@@ -22,15 +22,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prosg_lib.allocator import keep_freed_memory, peak_bytes
+from prosg_lib.backbones.memory import keep_freed_memory, peak_bytes
 from prosg_lib.backbones.recompute import recomputed
-from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.wkv import CHUNK
-from prosg_lib.generator import TokenGenerator
-from prosg_lib.objectives import generator_objective, lm_objective
-from prosg_lib.profiles import get_profile
-from prosg_lib.sizes import Training
+from prosg_lib.config.profiles import get_profile
+from prosg_lib.config.sizes import RWKV4Config, Training
+from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.tasks.dialogue import ANSWER, TEXT, Batch
+from prosg_lib.training.objectives import generator_objective, lm_objective
 
 FLOAT = 4  # bytes
 READ_OUT = 0.3  # share of the text that the objectives read out

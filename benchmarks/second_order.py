@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prosg_lib.allocator import keep_freed_memory
-from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
-from prosg_lib.gradient_step import gradient_step
+from prosg_lib.backbones.memory import keep_freed_memory
+from prosg_lib.backbones.rwkv4 import RWKV4
+from prosg_lib.config.sizes import RWKV4Config
+from prosg_lib.gradient_steps.one_step import gradient_step
 
 LIMITS = {"first-order": {"time": 2.3, "memory": 2.0}, "torchopt": {"time": 1.0, "memory": 1.0}}
 LR = 1e-3

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from prosg_lib.allocator import keep_freed_memory
-from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config, to_hf
+from prosg_lib.backbones.memory import keep_freed_memory
+from prosg_lib.backbones.rwkv4 import RWKV4, to_hf
+from prosg_lib.config.sizes import RWKV4Config
 
 GOALS = {"16x256": 3, "4x1024": 8}
 WARM_UP = 5  # steps until neither needs new pages of memory; a training has thousands of steps

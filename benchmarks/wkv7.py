@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from prosg_lib.allocator import keep_freed_memory
+from prosg_lib.backbones.memory import keep_freed_memory
 from prosg_lib.backbones.wkv7 import wkv7_chunked, wkv7_recurrent
 
 GOALS = {"16x256": 8, "4x1024": 8}

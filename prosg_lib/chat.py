@@ -11,16 +11,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
-from prosg_lib import generation
+from prosg_lib.backbones import generation
 from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.generation import Decoding
+from prosg_lib.backbones.loading import load_model
+from prosg_lib.backbones.state import RecurrentState
+from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
-from prosg_lib.generation import Decoding
-from prosg_lib.generator import Memory, TokenGenerator
-from prosg_lib.lowrank import LowRankDelta
-from prosg_lib.memories import tell, written
-from prosg_lib.models import load_model
-from prosg_lib.stages import load_generator, own_generator
-from prosg_lib.state import RecurrentState
+from prosg_lib.generators.several_prompts import tell, written
+from prosg_lib.generators.token_wise import Memory, TokenGenerator
+from prosg_lib.training.stages import load_generator, own_generator
 
 _ANSWER_TOKENS = 200
 

@@ -192,7 +192,7 @@ def _add_sizes(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from prosg_lib.reproduce import reproduce
+    from prosg_lib.reproduction.run import reproduce
 
     # Being told to end is like Ctrl-C: the running notebook is stopped, and the report is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -213,13 +213,13 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from prosg_lib.reproduce import show
+    from prosg_lib.reproduction.run import show
 
     return show(options.profile)
 
 
 def _check(options: argparse.Namespace) -> int:
-    from prosg_lib.reproduce import check
+    from prosg_lib.reproduction.run import check
 
     problems = check()
     for problem in problems:
@@ -253,7 +253,8 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from prosg_lib import forgetting, suites
+    from prosg_lib.evaluation import forgetting
+    from prosg_lib.reproduction import suites
 
     if options.from_predictions is not None:
         if options.generator is not None:
@@ -267,18 +268,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib import (
-        ablation_study,
-        ablations,
-        pair_stages,
-        processes,
-        stages,
-        suite_stages,
-        suite_study,
-        transformer_stages,
-    )
+    from prosg_lib.evaluation import ablation_study, suite_study
+    from prosg_lib.training import ablations, distributed, pair_stages, stages, suite_stages, transformer_stages
 
-    processes.accelerator()
+    distributed.accelerator()
     profile, what = options.profile, options.what
     if what == "ablations":
         names = [variant.name(profile) for variant in ablation_study.variants(profile, options.seed)]
@@ -310,7 +303,7 @@ def _train(options: argparse.Namespace) -> int:
             stages.forget(profile, names)
         train(profile, options.seed, options.retrain, stages.Thrift(options.at_once, options.recompute))
     finally:
-        processes.leave()
+        distributed.leave()
     return 0
 
 

@@ -6,7 +6,6 @@ import contextlib
 import html
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib as mpl
@@ -15,11 +14,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prosg_lib import claims, files, paths, provenance
 from prosg_lib.errors import UserError
 
 if TYPE_CHECKING:
-    from prosg_lib.evaluate import Estimate
+    from prosg_lib.evaluation.recall import Estimate
+
 
 # Okabe & Ito (2008), "Color Universal Design": told apart with any common colour vision.
 PALETTE = {
@@ -111,44 +110,6 @@ def png(fig: Figure) -> bytes:
     image = io.BytesIO()
     fig.savefig(image, format="png", dpi=150)
     return image.getvalue()
-
-
-def save_figure(fig: Figure, name: str, alt: str, claims: Sequence[str] = ()) -> Path:
-    """Writes runs/<profile>/figures/<name>.png and beside it <name>.json, which says where the figure came from.
-
-    Args:
-        name: a file name without folder and suffix.
-        alt: what the figure shows, in words, for those who do not see it.
-        claims: names of the claims that the figure shows.
-    Returns:
-        The image's path.
-    Raises:
-        UserError: `alt` is empty, `name` is no plain file name, or no claims were begun (`claims.begin` says which
-            notebook, profile and seed this is).
-    """
-    context = _context()
-    if not name or Path(name).name != name or Path(name).suffix in (".png", ".json"):
-        raise UserError(f"{name!r} cannot name a figure: give a plain file name without folder and suffix.")
-    if not alt.strip():
-        raise UserError(f"Figure {name!r} has no alt text; say in words what it shows.")
-    folder = paths.runs_dir(context.profile) / "figures"
-    files.write_bytes(folder / f"{name}.png", png(fig))
-    files.write_json(
-        folder / f"{name}.json",
-        {
-            "notebook": context.notebook,
-            "profile": context.profile,
-            "seed": context.seed,
-            **provenance.facts(),
-            "claims": list(claims),
-            "alt": alt,
-        },
-    )
-    return folder / f"{name}.png"
-
-
-def _context() -> claims.Context:
-    return claims.current()  # a function, because `save_figure` has an argument named claims
 
 
 _ROOM = 1 / 7  # of the axis, that numbers of some thousand need to stand upright beside each other

@@ -5,12 +5,15 @@ import contextlib
 import pytest
 import torch
 
-from prosg_lib import forgetting, profiles, stages, suite_stages
 from prosg_lib.backbones.rwkv import RWKV
-from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
-from prosg_lib.tasks.prose import SPLITS, Prose, own_sentences
-from prosg_lib.tokenizer import load_tokenizer
+from prosg_lib.config import profiles
+from prosg_lib.config.sizes import RWKV4Config
+from prosg_lib.evaluation import forgetting
+from prosg_lib.text.prose import SPLITS, Prose, own_sentences
+from prosg_lib.text.tokenizer import load_tokenizer
+from prosg_lib.training import stages, suite_stages
 
 torch.set_num_threads(1)
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from prosg_lib import claims, files, paths, quotes
-from prosg_lib.profiles import get_profile
+from prosg_lib import files, paths
+from prosg_lib.config.profiles import get_profile
+from prosg_lib.reproduction import claims, quotes
 
 sys.path.append(str(paths.repo_root() / "benchmarks"))  # where they import each other from, when they run
 

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from prosg_lib import chat, cli
 from prosg_lib.chat import Chat, converse
 from prosg_lib.errors import UserError
-from prosg_lib.generator import TokenGenerator
-from prosg_lib.memories import tell, written
+from prosg_lib.generators.several_prompts import tell, written
+from prosg_lib.generators.token_wise import TokenGenerator
 
 TOKENS = 12
 PROMPT, QUESTIONS = (

@@ -6,13 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from prosg_lib import ablations, cli, files, forgetting, pair_stages, profiles, reproduce, stages
-from prosg_lib.ablations import Ablation
+from prosg_lib import cli, files
+from prosg_lib.config import profiles
+from prosg_lib.config.profiles import PROFILES
+from prosg_lib.config.sizes import PairTraining
 from prosg_lib.errors import Diverged, UserError
-from prosg_lib.pair_stages import WaySpec
-from prosg_lib.profiles import PROFILES
-from prosg_lib.sizes import PairTraining
-from prosg_lib.stages import PLENTY, Thrift
+from prosg_lib.evaluation import forgetting
+from prosg_lib.reproduction import run as reproduce
+from prosg_lib.training import ablations, pair_stages, stages
+from prosg_lib.training.ablations import Ablation
+from prosg_lib.training.pair_stages import WaySpec
+from prosg_lib.training.stages import PLENTY, Thrift
 
 
 @pytest.mark.parametrize(

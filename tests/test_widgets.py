@@ -8,11 +8,12 @@ import pytest
 from ipywidgets import HTML, SelectionSlider
 from matplotlib import pyplot as plt
 
-from prosg_lib import evaluate, plots, widgets
+from prosg_lib import plots, widgets
 from prosg_lib.errors import UserError
-from prosg_lib.generator import TokenGenerator
+from prosg_lib.evaluation import recall as evaluate
+from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.tasks.dialogue import Dialogues
-from prosg_lib.tasks.prose import Prose, ProseTokens, own_sentences
+from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
 
 
 def row(method, distance, slot, value, answer, right):

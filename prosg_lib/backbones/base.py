@@ -12,12 +12,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from prosg_lib import generation
+from prosg_lib.backbones import generation
+from prosg_lib.backbones.generation import Decoding
+from prosg_lib.backbones.state import RecurrentState
+from prosg_lib.deltas.applying import applied
+from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
-from prosg_lib.generation import Decoding
-from prosg_lib.lowrank import LowRankDelta, applied
-from prosg_lib.state import RecurrentState
-from prosg_lib.tokenizer import Tokenizer
+from prosg_lib.text.tokenizer import Tokenizer
 
 
 def listed(tokens: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,24 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prosg_lib.backbones.base import LanguageModel, listed
+from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.errors import UserError
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes of a model of `transformers`. kind: its model_type; ffn, heads: 0 where the class does not say.
-
-    rest: what else its configuration sets, as JSON; a model's fingerprint has it.
-    """
-
-    kind: str
-    vocab: int
-    width: int
-    layers: int
-    ffn: int = 0
-    heads: int = 0
-    rest: str = ""
-
 
 _NO_SIZE = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.hub_transformer import CausalTransformer
 from prosg_lib.backbones.rwkv import RWKV
-from prosg_lib.backbones.transformer import CausalTransformer
 from prosg_lib.errors import UserError
 
 

@@ -11,7 +11,7 @@ from prosg_lib.errors import UserError
 
 if TYPE_CHECKING:
     from prosg_lib.backbones.base import LanguageModel
-    from prosg_lib.backbones.hf import Recurrent
+    from prosg_lib.backbones.hub_recurrent import Recurrent
 
 LOADERS: dict[str, Callable[[Path], LanguageModel]] = {}
 """model_type -> what makes a model of a folder."""
@@ -45,10 +45,10 @@ def loader(kind: str | None) -> Callable[[Path], LanguageModel]:
     Raises:
         UserError: nobody has registered the type.
     """
-    import_module("prosg_lib.backbones.families")  # registers those that the project has
+    import_module("prosg_lib.backbones.hub_families")  # registers those that the project has
     if kind not in LOADERS:
         raise UserError(
             f"no recurrent model of type {kind!r} is known; there are {', '.join(sorted(LOADERS))}. README shows how "
-            "to bring a class of your own; prosg_lib.backbones.transformer.load_transformer takes attention models"
+            "to bring a class of your own; prosg_lib.backbones.hub_transformer.load_transformer takes attention models"
         )
     return LOADERS[kind]

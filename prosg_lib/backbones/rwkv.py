@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from prosg_lib.backbones.base import LanguageModel, check_batch
+from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.errors import UserError
-from prosg_lib.state import RecurrentState
 
 BlockState = dict[str, Tensor]
 """One block's state: name -> (B, ...)."""

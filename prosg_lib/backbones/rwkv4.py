@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +26,12 @@ from prosg_lib.backbones.rwkv import (
     squared_relu,
     sum_dtype,
 )
+from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.backbones.wkv import BLANK, WKVState, wkv_chunked, wkv_recurrent
+from prosg_lib.config.sizes import RWKV4Config
 from prosg_lib.errors import UserError
-from prosg_lib.state import RecurrentState
 
 STATE_NAMES = ("att_shift", "ffn_shift", "num", "den", "m")
-
-
-@dataclass(frozen=True)
-class RWKV4Config:
-    """Sizes. ffn: the feed-forward width, 4 D in every published model."""
-
-    vocab: int
-    width: int
-    layers: int
-    ffn: int
 
 
 class TimeMix(nn.Module):

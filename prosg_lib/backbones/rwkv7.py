@@ -25,9 +25,9 @@ from prosg_lib.backbones.rwkv import (
     squared_relu,
     sum_dtype,
 )
+from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.backbones.wkv7 import wkv7_chunked, wkv7_recurrent
 from prosg_lib.errors import UserError
-from prosg_lib.state import RecurrentState
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,28 @@ import json
 import random
 
 from prosg_lib import files
+from prosg_lib.config.sizes import VOCAB
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
 from prosg_lib.tasks import dialogue
-from prosg_lib.tasks.prose import Prose, ProseTokens, books_by_split, books_folder, load_prose, own_sentences
-from prosg_lib.tokenizer import Tokenizer, load_tokenizer
-
-VOCAB = 2048
-"""Tokens: every name and value is one, and the softmax stays cheap on a CPU."""
+from prosg_lib.text.prose import Prose, ProseTokens, books_by_split, books_folder, load_prose, own_sentences
+from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
 _DIALOGUES = 32_000  # facts told and asked about in the tokenizer's training text, about as much text as the prose
+
+
 _REPEATS = 2_000  # of the list of all values and names, which makes each of them one token
+
+
 _SAMPLE = {"train": 40, "validation": 20, "test": 20}
+
+
 _SAMPLE_SHAPE = dialogue.Shape(facts=6, distance=96, probes=3, instructions=1)
 
+
 _WRITTEN = ("dialogue_words.json", "dialogue_asides.json")  # by hand; all else is made from them
+
+
 _TOKENIZER, _SAMPLE_FILE, _MANIFEST = "tokenizer.json", "dialogue_sample.jsonl", "MANIFEST.json"
 
 

@@ -31,8 +31,8 @@ from torch import Tensor
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
 from prosg_lib.tasks.examples import Examples
-from prosg_lib.tasks.prose import SPLITS, ProseTokens
-from prosg_lib.tokenizer import Tokenizer
+from prosg_lib.text.prose import SPLITS, ProseTokens
+from prosg_lib.text.tokenizer import Tokenizer
 
 VERSION = 1
 """Goes up when the same seed would give other items; checkpoints of another version are not loaded."""

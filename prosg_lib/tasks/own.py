@@ -20,9 +20,9 @@ from pathlib import Path
 from prosg_lib.errors import UserError
 from prosg_lib.files import json_kind
 from prosg_lib.tasks.dialogue import TEXT, Fact, Item, Probe, Verdict, full_answer, judge, words
-from prosg_lib.tasks.prose import SPLITS, check_split
 from prosg_lib.tasks.rows import Place, check_columns, check_text, json_rows, read_json, text_of
-from prosg_lib.tokenizer import Tokenizer
+from prosg_lib.text.prose import SPLITS, check_split
+from prosg_lib.text.tokenizer import Tokenizer
 
 COLUMNS = ("split", "prompt", "body", "probes", "instructions")
 _PROBE, _PROBE_OPTIONAL = ("question", "answer", "value"), ("slot",)

@@ -11,7 +11,6 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +18,8 @@ from torch import Tensor
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.tasks.pairs import Pair
-from prosg_lib.tokenizer import Tokenizer
-
-
-class Rows(NamedTuple):
-    """Token ids of left-padded rows, and where they are no padding, both (..., T)."""
-
-    ids: Tensor
-    valid: Tensor
+from prosg_lib.text.padding import Rows, left_padded
+from prosg_lib.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -110,14 +103,6 @@ def echoed(batch: int, vocab: int, seed: object, told: int = 40, asked: int = 24
     answer[:, :given] = False
     prompted = Rows(torch.cat([context.ids, query.ids], 1), torch.cat([context.valid, query.valid], 1))
     return PairBatch(Rows(context.ids[:, None], context.valid[:, None]), query, prompted, answer)
-
-
-def left_padded(rows: Sequence[Sequence[int]]) -> Rows:
-    """Rows of token ids, all at least one long, as tensors."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return Rows(ids, torch.arange(longest) >= longest - lengths[:, None])
 
 
 @dataclass(frozen=True)

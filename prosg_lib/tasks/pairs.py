@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prosg_lib.errors import UserError
-from prosg_lib.tokenizer import Tokenizer
+from prosg_lib.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.problems import VERSION, Problem, asked, check_whole, drawn, tokens
-from prosg_lib.tasks.prose import ProseTokens
-from prosg_lib.tokenizer import Tokenizer
+from prosg_lib.text.prose import ProseTokens
+from prosg_lib.text.tokenizer import Tokenizer
 
 TASK = "passkey"
 

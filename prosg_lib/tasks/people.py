@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.pairs import Pair
-from prosg_lib.tasks.prose import SPLITS, check_split
+from prosg_lib.text.prose import SPLITS, check_split
 
 VERSION = 3
 """Goes up when the same seed would give other items."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.people import FIRST_NAMES, LAST_NAMES
 from prosg_lib.tasks.problems import Problem, asked, check_whole, drawn, tokens
-from prosg_lib.tokenizer import Tokenizer
+from prosg_lib.text.tokenizer import Tokenizer
 
 TASK = "phonebook"
 _LARGEST = 10_000  # lines; there are more than twice as many names

@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.examples import Examples
-from prosg_lib.tasks.pair_batches import Rows, left_padded
-from prosg_lib.tasks.prose import check_split
-from prosg_lib.tokenizer import Tokenizer
+from prosg_lib.text.padding import Rows, left_padded
+from prosg_lib.text.prose import check_split
+from prosg_lib.text.tokenizer import Tokenizer
 
 Content = TypeVar("Content")
 

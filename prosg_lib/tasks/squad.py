@@ -17,7 +17,7 @@ from pathlib import Path
 from prosg_lib.errors import UserError
 from prosg_lib.files import json_kind, read_json
 from prosg_lib.tasks.pairs import Pair, is_right, normalised
-from prosg_lib.tasks.prose import SPLITS, check_split, split_titles
+from prosg_lib.text.prose import SPLITS, check_split, split_titles
 
 HUB = "rajpurkar/squad"
 

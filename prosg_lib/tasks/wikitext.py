@@ -23,7 +23,7 @@ from pathlib import Path
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.pairs import Pair, normalised
-from prosg_lib.tasks.prose import SPLITS, check_split, load_prose, split_titles, text_lines
+from prosg_lib.text.prose import SPLITS, check_split, load_prose, split_titles, text_lines
 
 INSTRUCTION = "Complete from the passage:\n"
 LEAD = 5  # words of a sentence that are shown at least; fewer do not say what is asked for

@@ -1,0 +1,297 @@
+"""The recurrent and hybrid classes of `transformers` that the project reads, and what it mends in them.
+
+Each was compared with the class itself on one sequence, one token at a time (tests/test_backbones.py), by transformers
+5.23; which of them needed what, is said below. Not here, although `Recurrent` would take them: Zamba2 and Nemotron-H,
+whose step by one token leaves out the lower limit of the time step that their parallel form has, so that the class
+disagrees with itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+from prosg_lib.backbones.hub_recurrent import Recurrent, read_along, too_old
+from prosg_lib.backbones.linear_scan import linear_scan
+from prosg_lib.backbones.registry import register
+from prosg_lib.backbones.state import RecurrentState
+from prosg_lib.errors import UserError
+
+CHUNK = 64
+"""Tokens whose states of Mamba, width x 16 numbers each, are in memory at once (all of them where there is a graph)."""
+
+
+@register("mamba", "falcon_mamba")
+class Mamba(Recurrent):
+    """Mamba (Gu & Dao 2023) and FalconMamba.
+
+    The class forgets the state's recurrent part where several tokens follow it, silently; it uses the weight of
+    `dt_proj` without calling it, so that a change of that would have no effect; and its loop over time takes minutes
+    to differentiate. Its mixers are replaced by `selective`.
+    """
+
+    reads_on = pads = True
+    kernels = ()
+
+    def mend(self):
+        for block in self.model.backbone.layers:
+            block.mixer.forward = MethodType(selective, block.mixer)
+
+
+@register("jamba")
+class Jamba(Recurrent):
+    """Jamba (Lieber et al. 2024): Mamba's mixers, mended as there, some layers of attention, and experts."""
+
+    reads_on = pads = True
+    kernels = ()
+
+    def mend(self):
+        for layer in self.model.model.layers:
+            if hasattr(layer, "mamba"):
+                layer.mamba.forward = MethodType(selective, layer.mamba)
+
+
+def selective(self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **_) -> Tensor:
+    """Mamba's mixer (Gu & Dao 2023, algorithm 2), in place of the class's own forward; also with Jamba's norms.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,  y_t = C_t h_t + D x_t, per channel, h_t of size N.
+
+    Args:
+        hidden_states: (B, T, D).
+        cache_params: the library's cache, where the state before is, and is put.
+        attention_mask: (B, T), False at left padding before a blank state.
+    """
+    time, valid = hidden_states.shape[1], None if attention_mask is None else attention_mask[..., None]
+    before = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
+    x, gate = self.in_proj(hidden_states).chunk(2, -1)
+    x = _without(x, valid).transpose(1, 2)
+    if cache_params is not None:  # what the convolution looks back at comes with it
+        x = cache_params.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+    x = _without(self.act(self.conv1d(x)[..., x.shape[-1] - time : x.shape[-1]].transpose(1, 2)), valid)
+
+    n = self.ssm_state_size
+    dt, b, c = self.x_proj(x).split([self.time_step_rank, n, n], -1)
+    if hasattr(self, "dt_layernorm"):
+        dt, b, c = self.dt_layernorm(dt), self.b_layernorm(b), self.c_layernorm(c)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dt = F.softplus(self.dt_proj(dt).to(wide))  # (B, T, channels)
+    a = -torch.exp(self.A_log.to(wide))  # (channels, N)
+    h = a.new_zeros(len(x), *a.shape) if before is None else before.to(wide)
+    y = []
+    for x_s, dt_s, b_s, c_s in zip(*(t.to(wide).split(CHUNK, 1) for t in (x, dt, b, c)), strict=True):
+        states = linear_scan(torch.exp(dt_s[..., None] * a), (dt_s * x_s)[..., None] * b_s[:, :, None], h)
+        y.append((states @ c_s[..., None])[..., 0])
+        h = states[:, -1]
+    if cache_params is not None:
+        cache_params.update_recurrent_state(h, self.layer_idx)
+    y = (torch.cat(y, 1) + self.D.to(wide) * x).to(gate.dtype)
+    return self.out_proj(y * self.act(gate))
+
+
+def _without(x: Tensor, valid: Tensor | None) -> Tensor:
+    return x if valid is None else x * valid.to(x.dtype)
+
+
+@register("mamba2", "bamba")
+class Mamba2(Recurrent):
+    """Mamba-2 (Dao & Gu 2024), and Bamba, which has some layers of attention.
+
+    Right for several tokens from a state and for padding before a blank one. With the package `mamba_ssm` the class
+    runs kernels that have no second derivative.
+    """
+
+    reads_on = pads = True
+
+    def mend(self):
+        limit = tuple(getattr(self.model.config, "time_step_limit", (0.0, float("inf"))))
+        if limit != (0.0, float("inf")):
+            raise UserError(
+                f"this {self.model.config.model_type} limits its time step to {limit}, which the class of transformers "
+                "leaves out where it reads one token at a time; such a model cannot be read"
+            )
+
+
+def new_mamba2(settings: Mapping[str, int]) -> Mamba2:
+    """A fresh Mamba-2, input and output embeddings tied; its tokenizer has no tokens for beginnings and ends.
+
+    Args:
+        settings: the sizes, by their names in `Mamba2Config`.
+    """
+    nothing = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return Mamba2(Mamba2ForCausalLM(Mamba2Config(tie_word_embeddings=True, **nothing, **settings)))
+
+
+@register("granitemoehybrid")
+class GraniteHybrid(Mamba2):
+    """Granite 4 hybrid: Mamba-2's layers and attention's, with scaled embeddings and logits."""
+
+    def embed(self, ids):
+        return super().embed(ids) * self.model.config.embedding_multiplier
+
+    def read_out(self, hidden):
+        return super().read_out(hidden) / self.model.config.logits_scaling
+
+
+@register("falcon_h1")
+class FalconH1(Mamba2):
+    """Falcon-H1: Mamba-2 and attention side by side in every layer, with scaled embeddings and logits."""
+
+    def embed(self, ids):
+        return super().embed(ids) * self.model.config.embedding_multiplier
+
+    def read_out(self, hidden):
+        return super().read_out(hidden) * self.model.config.lm_head_multiplier
+
+
+@register("qwen3_next", "qwen3_5_text")
+class QwenHybrid(Recurrent):
+    """Qwen3-Next and Qwen3.5: gated delta rule (Yang et al. 2024) in three layers of four, attention in the fourth.
+
+    Right for several tokens from a state and for padding before a blank one. With the package `fla` the class runs
+    kernels that have no second derivative.
+    """
+
+    reads_on = pads = True
+
+
+@register("recurrent_gemma")
+class RecurrentGemma(Recurrent):
+    """RecurrentGemma (Griffin; De et al. 2024): linear recurrent units, and attention to a window of tokens.
+
+    The class keeps the recurrent layers' states in its modules, where the next text finds them; it forgets the
+    convolution's where several tokens follow it, and lets padding into it. Its recurrent blocks are replaced by
+    `recurrent_block`. The part of the state that grows does so up to the window.
+    """
+
+    reads_on = pads = True
+    kernels = ()
+
+    def mend(self):
+        if "linear_attention" not in getattr(self.model.config, "layer_types", ()):  # before 5.23
+            raise too_old("models of the class RecurrentGemma")
+        for number, layer in enumerate(self.model.model.layers):
+            block = layer.temporal_block
+            if hasattr(block, "rg_lru"):
+                block.layer_idx = number
+                block.forward = MethodType(recurrent_block, block)
+                block.rg_lru._rnn_scan = MethodType(_scan, block.rg_lru)
+
+    def one_pass(self, ids, state, valid):
+        for layer in self.model.model.layers:
+            layer.temporal_block.valid = valid  # the class hands its blocks a mask for attention only
+        return super().one_pass(ids, state, valid)
+
+    def embed(self, ids):
+        embedded = super().embed(ids)
+        return embedded * self.model.model.normalizer.to(embedded.dtype)
+
+    def read_out(self, hidden):
+        cap = self.model.config.logits_soft_cap
+        return torch.tanh(super().read_out(hidden) / cap) * cap
+
+
+def recurrent_block(
+    self, hidden_states: Tensor, position_ids: Tensor, past_key_values=None, **_
+) -> tuple[Tensor, None]:
+    """Griffin's recurrent block (De et al. 2024, section 2.3), in place of the class's own forward.
+
+    The class's gates are used as they are, with h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t * x_t) by `linear_scan`.
+    """
+    time, valid = hidden_states.shape[1], None if self.valid is None else self.valid[..., None]
+    x = _without(self.linear_x(hidden_states), valid).transpose(1, 2)
+    if past_key_values is not None:
+        self.rg_lru.recurrent_states = past_key_values.get_recurrent_state(self.layer_idx)
+        x = past_key_values.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv1d_width - 1)
+    x = self.conv_1d(x)[..., x.shape[-1] - time : x.shape[-1]].transpose(1, 2)
+    x = self.rg_lru(x, position_ids)
+    if past_key_values is not None:
+        past_key_values.update_recurrent_state(self.rg_lru.recurrent_states, self.layer_idx)
+    self.rg_lru.recurrent_states = None
+    return self.linear_out(x * self.act_fn(self.linear_y(hidden_states))), None
+
+
+def _scan(self, hidden_states, recurrent_gate, reset, recurrent_states):
+    """The class's `_rnn_scan`: all states (B, T, W) and the last, from gated inputs and decays of the same shape."""
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    x = hidden_states.to(wide)
+    start = torch.zeros_like(x[:, 0]) if recurrent_states is None else recurrent_states
+    states = linear_scan((recurrent_gate * ~reset).to(wide), x, start)
+    return states.to(hidden_states.dtype), states[:, -1]
+
+
+@register("xlstm")
+class XLSTM(Recurrent):
+    """xLSTM-7B's class (Beck et al. 2025): mLSTM in every layer, whose state is a matrix, a vector and a number a head.
+
+    The class knows no padding and, for long texts, no gradient. So its blocks are called one by one here, and padding
+    shuts the gates: nothing is written, nothing decays, before a blank state or behind any.
+    """
+
+    reads_on = pads = True
+
+    def mend(self):
+        for block in self.model.backbone.blocks:
+            backend = block.mlstm_layer.mlstm_backend
+            block.mlstm_layer.mlstm_backend = Gated(backend, self.model.config.chunk_size)
+
+    def one_pass(self, ids, state, valid):
+        x, after = self.embed(ids), {}
+        for number, block in enumerate(self.model.backbone.blocks):
+            names = [f"{number}.{part}" for part in ("matrix", "vector", "scale")]
+            block.mlstm_layer.mlstm_backend.valid = valid
+            x, tensors = block(x, None if state is None else tuple(state.tensors[n] for n in names))
+            after |= dict(zip(names, tensors, strict=True))
+        return self.model.backbone.out_norm(x), RecurrentState(after)
+
+    def read_out(self, hidden):
+        cap = self.model.config.output_logit_soft_cap
+        return torch.tanh(super().read_out(hidden) / cap) * cap
+
+    def state_features(self, state):
+        """Of every head: matrix and vector by the vector's length, and the logarithm of that length, scale included.
+
+        Matrix and vector are kept divided by exp(scale), which is arbitrary; so divided, they do not depend on it.
+        """
+        features = []
+        for name, matrix in state.tensors.items():
+            if name.endswith("matrix"):
+                layer = name.removesuffix("matrix")
+                vector, scale = state.tensors[f"{layer}vector"], state.tensors[f"{layer}scale"]
+                length = vector.norm(dim=-1, keepdim=True)
+                seen = length > 0
+                by = torch.where(seen, length, 1.0)
+                features += [read_along(matrix / by[..., None]), vector / by]
+                features.append(torch.where(seen, by.log() + scale, 0.0))
+        return torch.cat([f.flatten(1).float() for f in features], 1)
+
+
+class Gated(nn.Module):
+    """The mLSTM of the class, with gates shut at padding, in whole chunks only, and in float32.
+
+    The class goes through what is left of a chunk one token at a time; filled up with padding, it is one chunk more.
+
+    Attributes:
+        valid: (B, T), False at padding; None: all valid.
+    """
+
+    SHUT = 1e9  # input gate -SHUT: exp(-SHUT) = 0 is written; forget gate SHUT: log sigmoid(SHUT) = 0, no decay
+
+    def __init__(self, backend: nn.Module, chunk: int):
+        super().__init__()
+        self.backend, self.chunk, self.valid = backend, chunk, None
+
+    def forward(self, query, key, value, igate, fgate, c_initial=None, n_initial=None, m_initial=None):
+        time = query.shape[2]
+        if self.valid is not None:
+            padding = ~self.valid[:, None]  # (B, 1, T), of the gates' (B, heads, T)
+            igate, fgate = igate.masked_fill(padding, -self.SHUT), fgate.masked_fill(padding, self.SHUT)
+        more = 0 if time == 1 else -time % self.chunk
+        rows = (F.pad(t.float(), (0, 0, 0, more)) for t in (query, key, value))
+        gates = F.pad(igate.float(), (0, more), value=-self.SHUT), F.pad(fgate.float(), (0, more), value=self.SHUT)
+        out, state = self.backend(*rows, *gates, c_initial, n_initial, m_initial, mode="inference")
+        return out[:, :, :time].to(query.dtype), state

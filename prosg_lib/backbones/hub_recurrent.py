@@ -1,0 +1,326 @@
+"""Recurrent and hybrid classes of `transformers` behind the project's interface: what all adapters share.
+
+The library's classes keep their state in a cache that they write into, and many are right only the way that its own
+`generate` uses them: all of a text from a blank cache, then one token at a time. `Recurrent` reads states of any batch,
+cuts and padding with no more than that. Adapters (`families.py`) say what else their class does right, or mend it.
+
+Glossary of shapes: B batch, T tokens, S columns of keys and values, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from prosg_lib.backbones.base import check_batch
+from prosg_lib.backbones.hub import HubModel, pretrained
+from prosg_lib.backbones.state import RecurrentState
+from prosg_lib.errors import UserError
+
+READS = 4
+"""Directions that `state_features` reads a matrix of the state along: all of it would be millions of numbers."""
+
+
+class Recurrent(HubModel):
+    """A recurrent or hybrid language model of `transformers`. `forward`, `generate`: see `LanguageModel`.
+
+    Its state, by layer: "3.conv" (B, channels, kernel), "3.state" (B, ...) and, where a layer attends, "3.keys" and
+    "3.values" (B, heads, S, size), the last tokens' on the right. With those comes "seen" (B,), how many tokens each
+    sequence has read: of the S columns, the last `seen` are its own, and the others padding. They are all that grows.
+
+    Gradients go through the state, whatever is read from it, unless kernels are in the way (below).
+
+    Attributes:
+        reads_on: whether the class is right for several tokens from a state. If not, it gets one at a time.
+        pads: whether the class, given an attention mask, is right for left padding before a blank state. If not, and
+            always from a state, a padded batch is read in as many passes as it has lengths.
+        kernels: packages whose kernels the class takes, where they are installed. For one token from a state they
+            write the state without a gradient; they have no second derivative.
+    """
+
+    vmaps = False  # the library's classes write into caches, and look at numbers
+    reads_on = False
+    pads = False
+    kernels: tuple[str, ...] = ("causal_conv1d", "mamba_ssm", "fla")
+    recent = (".conv",)
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        if not hasattr(DynamicCache, "get_recurrent_state"):
+            raise too_old("recurrent models")
+        self._takes = set(inspect.signature(model.base_model.forward).parameters)
+        self.mend()
+        self._check_read_out()
+        self._whole = self._whole_maps()
+        self.grows = any(name.endswith("keys") for name in self.blank_state(1).tensors)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """The model that `save_pretrained` wrote there; raises what `hub.pretrained` does."""
+        return cls(pretrained(folder))
+
+    def mend(self) -> None:
+        """Change what the wrapped model does wrong; for subclasses."""
+
+    # Reading
+
+    def step_through(self, ids, state=None, valid=None):
+        check_batch(ids, state)
+        if valid is None or (state is None and self.pads):
+            return self._read(ids, state, valid)
+        hidden = []
+        for piece, active in _stairs(valid):
+            out, after = self._read(ids[:, piece], state, None)
+            state = _kept(after, state, active)
+            hidden.append(out)
+        return torch.cat(hidden, 1), state
+
+    def _read(self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None) -> tuple[Tensor, RecurrentState]:
+        """All rows read all tokens, except for padding before a blank state."""
+        if state is None or self.reads_on:
+            return self.one_pass(ids, state, valid)
+        hidden = []
+        for token in ids.split(1, 1):
+            out, state = self.one_pass(token, state, None)
+            hidden.append(out)
+        return torch.cat(hidden, 1), state
+
+    def one_pass(
+        self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None
+    ) -> tuple[Tensor, RecurrentState]:
+        """Final hidden states (B, T, D) and the state, from one run of the wrapped model's body.
+
+        Args:
+            ids: (B, T); one token, or any number if `state` is None or the adapter `reads_on`.
+            valid: as in `forward`; given only if `state` is None and the adapter `pads`.
+        """
+        cache = self._cache(state)
+        where, seen = self._where(ids, state, valid, cache)
+        name = "cache_params" if "cache_params" in self._takes else "past_key_values"
+        keeping = _undisturbed(_tensors(cache)) if state is not None and torch.is_grad_enabled() else nullcontext()
+        with keeping:
+            body = self.model.base_model(input_ids=ids, use_cache=True, **{name: cache}, **where)
+        if state is not None and ids.shape[1] == 1 and torch.is_grad_enabled():
+            self._check_gradient([body.last_hidden_state, *state.tensors.values()])
+        return body.last_hidden_state, RecurrentState(_tensors(cache) | seen)
+
+    def check_second_order(self):
+        if installed := self._installed():  # autograd would leave out what goes through them, and say nothing
+            raise UserError(
+                f"a {type(self).__name__} has no second derivative with the kernels of {', '.join(installed)}; "
+                "uninstall them, or take the step with second_order=False"
+            )
+
+    def _installed(self) -> list[str]:
+        return [name for name in self.kernels if find_spec(name)]
+
+    def _check_gradient(self, tensors: list[Tensor]) -> None:
+        if any(t.requires_grad for t in tensors) and (installed := self._installed()):
+            raise UserError(
+                f"one token from a state has no gradient with the kernels of {', '.join(installed)}; "
+                "read several tokens at once, or under torch.no_grad()"
+            )
+
+    def _cache(self, state: RecurrentState | None) -> DynamicCache:
+        """The library's cache with a copy of the state, because the library writes into it."""
+        cache = DynamicCache(config=self.model.config)
+        for name, tensor in ({} if state is None else state.tensors).items():
+            match = re.fullmatch(r"(\d+)\.(conv|state|keys)(\d*)", name)
+            if match is None:
+                continue
+            layer, part, which = int(match[1]), match[2], int(match[3] or 0)
+            if part == "conv":
+                cache.update_conv_state(tensor, layer, which)
+            elif part == "state":
+                cache.update_recurrent_state(tensor, layer, which)
+            else:
+                cache.update(tensor, state.tensors[f"{layer}.values"], layer)
+        return cache
+
+    def _where(self, ids, state, valid, cache) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What tells the class where padding is, and positions, where it has any; and the state's `seen`."""
+        if "position_ids" not in self._takes:
+            return {"attention_mask": valid}, {}
+        new = torch.ones_like(ids) if valid is None else valid.long()
+        seen = ids.new_zeros(len(ids)) if state is None else state.tensors["seen"]
+        columns = max((t.shape[2] for name, t in _tensors(cache).items() if name.endswith("keys")), default=0)
+        held = torch.arange(columns, device=ids.device) >= columns - seen[:, None]
+        where = {
+            "attention_mask": torch.cat([held.long(), new], 1),
+            "position_ids": (seen[:, None] + new.cumsum(1) - 1).clamp(min=0),
+        }
+        return where, {"seen": seen + new.sum(1)}
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare what the adapter claims of its class with the class itself, one sequence and one token at a time.
+
+        The model should be in float32 and in evaluation mode.
+
+        Raises:
+            UserError: they differ; says by what, and which claim to take back.
+        """
+        rows = torch.randint(self.config.vocab, (3, 12), generator=torch.Generator().manual_seed(0)).tolist()
+        rows = [row[-length:] for row, length in zip(rows, (12, 5, 9), strict=True)]
+        ids, valid = self.encode_prompts(rows)
+        expected = torch.zeros(*ids.shape, self.config.width, device=ids.device)
+        for number, row in enumerate(rows):
+            state = None
+            for place, token in enumerate(row, ids.shape[1] - len(row)):
+                hidden, state = self.one_pass(ids.new_tensor([[token]]), state, None)
+                expected[number, place] = hidden[0, 0]
+
+        def compare(what: str, hidden: Tensor, valid: Tensor) -> None:
+            gap = hidden - expected[: len(hidden), -hidden.shape[1] :]
+            gap = float(gap[valid].abs().max() / expected.abs().max())
+            if not gap < 1e-2:  # rounding is far below, and what is wrong far above
+                raise UserError(f"{type(self).__name__} is wrong by {gap:.1g} of the largest number for {what}")
+
+        compare("whole texts from a blank state; the class needs `mend`", self.step_through(ids[:1])[0], valid[:1])
+        start, state = self.step_through(ids[:1, :3])
+        rest, _ = self.step_through(ids[:1, 3:], state)
+        compare("several tokens from a state; leave `reads_on` False", torch.cat([start, rest], 1), valid[:1])
+        compare("padding before a blank state; leave `pads` False", self.step_through(ids, None, valid)[0], valid)
+
+    # The state
+
+    @torch.no_grad()
+    def blank_state(self, batch: int) -> RecurrentState:
+        """The state before the first token."""
+        weight = next(self.parameters())
+        _, state = self.one_pass(torch.zeros(batch, 1, dtype=torch.long, device=weight.device), None, None)
+        tensors = {n: t[:, :, :0] if n.endswith(("keys", "values")) else t for n, t in state.tensors.items()}
+        return RecurrentState({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+
+    def state_features(self, state):
+        """Of every layer: the convolution's last column, and the recurrent state read along `READS` cosines.
+
+        A recurrent state is a number a channel, or a row of them a channel (Mamba: a channel's state, Qwen3-Next: what
+        a key's direction holds), of which the cosines give its average and three coarse differences. Keys and values
+        have no fixed size and are left out.
+        """
+        features = []
+        for name, tensor in state.tensors.items():
+            if ".conv" in name:
+                features.append(tensor[..., -1])
+            elif ".state" in name:
+                features.append(read_along(tensor) if tensor.ndim > 2 else tensor)
+        return torch.cat([f.flatten(1).float() for f in features], 1)
+
+    # Maps
+
+    @property
+    def peft_refuses(self):
+        """PEFT refuses a map everywhere, if one of the kernels for it uses its weight without calling it."""
+        return ("out_proj",) if self.config.kind in ("mamba", "mamba2", "falcon_mamba", "falcon_h1") else ()
+
+    def editable(self):
+        """Every linear map that is called once a pass, on all tokens of each sequence, by its name in the model.
+
+        Not so: experts, which get only some tokens; maps that several layers share; maps whose weight the class uses
+        without calling them.
+        """
+        return {name: module for name, module in super().editable().items() if name in self._whole}
+
+    @torch.no_grad()
+    def _whole_maps(self) -> set[str]:
+        """The names of those maps, from a pass of 2 sequences of 3 tokens."""
+        shapes: dict[str, list] = {name: [] for name in super().editable()}
+        handles = [
+            module.register_forward_pre_hook(lambda module, args, name=name: shapes[name].append(args[0].shape[:-1]))
+            for name, module in super().editable().items()
+        ]
+        try:
+            self.step_through(self._some_ids())
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name for name, seen in shapes.items() if seen == [(2, 3)]}
+
+    @torch.no_grad()
+    def _check_read_out(self) -> None:
+        training = self.model.training
+        self.model.eval()  # no dropout, and not the kernels that only training takes
+        ours, theirs = self.read_out(self.step_through(self._some_ids())[0]), self.model(self._some_ids()).logits
+        self.model.train(training)
+        if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
+            raise UserError(
+                f"{type(self.model).__name__} does more to its logits than multiply by the output embedding; "
+                f"{type(self).__name__} needs a read_out of its own"
+            )
+
+    def _some_ids(self) -> Tensor:
+        return torch.arange(6, device=next(self.parameters()).device).view(2, 3) % self.config.vocab
+
+
+def too_old(what: str) -> UserError:
+    return UserError(f"{what} need a newer version of transformers; pip install -U transformers")
+
+
+def read_along(tensor: Tensor) -> Tensor:
+    """(..., N) -> (..., min(N, READS)), coefficients of the slowest cosines (the first of the DCT-II)."""
+    size = tensor.shape[-1]
+    place = (torch.arange(size, device=tensor.device) + 0.5) / size
+    cosines = torch.cos(math.pi * place[:, None] * torch.arange(min(size, READS), device=tensor.device))
+    return tensor.float() @ cosines / size**0.5
+
+
+def _tensors(cache: DynamicCache) -> dict[str, Tensor]:
+    tensors = {}
+    for number, layer in enumerate(cache.layers):
+        for which in range(getattr(layer, "number_of_states", 0)):
+            for part, tensor in (
+                ("conv", cache.get_conv_state(number, which)),
+                ("state", cache.get_recurrent_state(number, which)),
+            ):
+                if tensor is not None:
+                    tensors[f"{number}.{part}{which or ''}"] = tensor
+        if isinstance(layer, DynamicLayer) and layer.keys is not None:
+            tensors |= {f"{number}.keys": layer.keys, f"{number}.values": layer.values}
+    return tensors
+
+
+def _stairs(valid: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A left-padded batch as pieces of time in each of which a row is all padding or all tokens: which they are."""
+    starts = sorted({0, *(valid.shape[1] - valid.sum(1)).tolist(), valid.shape[1]})
+    for start, end in pairwise(starts):
+        yield slice(start, end), valid[:, start]
+
+
+def _kept(after: RecurrentState, before: RecurrentState | None, active: Tensor) -> RecurrentState:
+    """The state after a piece for the rows that were active in it; for the others that before, or a blank one."""
+    tensors = {}
+    for name, new in after.tensors.items():
+        old = torch.zeros_like(new) if before is None else before.tensors[name]
+        if name.endswith(("keys", "values")):  # what an inactive row has, is on the right
+            old = F.pad(old, (0, 0, new.shape[2] - old.shape[2], 0))
+        tensors[name] = torch.where(active.view(-1, *[1] * (new.ndim - 1)), new, old)
+    if "seen" in tensors:
+        longest = int(tensors["seen"].max())
+        tensors = {
+            n: t[:, :, max(0, t.shape[2] - longest) :] if n.endswith(("keys", "values")) else t
+            for n, t in tensors.items()
+        }
+    return RecurrentState(tensors)
+
+
+def _undisturbed(tensors: dict[str, Tensor]) -> saved_tensors_hooks:
+    """While it lasts, what autograd saves of these tensors is a copy: the library writes into them afterwards."""
+    places = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    return saved_tensors_hooks(
+        lambda t: t.clone() if t.untyped_storage().data_ptr() in places else t, lambda saved: saved
+    )

@@ -1,0 +1,158 @@
+"""Texts that are read behind a start, with what its method does meanwhile: the prompt again, or a changed state.
+
+Glossary of shapes: B batch, T tokens of text, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from prosg_lib.backbones import generation
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.generation import Decoding
+from prosg_lib.backbones.state import RecurrentState
+from prosg_lib.deltas.applying import applied
+from prosg_lib.evaluation.baselines import Between, Reread, Start
+
+_PIECE = 256  # tokens that a model with attention reads at a time, which takes memory for each pair of them
+
+
+class Stretch(NamedTuple):
+    """What was read since the place before.
+
+    Attributes:
+        place: tokens of the text that were read by now.
+        state: after them.
+        before: for each of them the hidden state that it is predicted from, (B, T, D), zeros for the text's first; None
+            where there are none, or where the text is read anew at every place (`baselines.Last`).
+    """
+
+    place: int
+    state: RecurrentState | None
+    before: Tensor | None
+
+
+def read(lm: LanguageModel, begin: Start, texts: Sequence[Sequence[int]], places: Sequence[int]) -> Iterator[Stretch]:
+    """Read texts from a start, with its delta, and stop at every place.
+
+    Args:
+        texts: token ids, one text a prompt of the start.
+        places: numbers of tokens, ascending; what a method reads again does not count.
+    """
+    if begin.last is not None:
+        for place in places:
+            ids, valid = lm.encode_prompts(begin.last.known(texts, place))
+            yield Stretch(place, _through(lm, None, ids, None, valid, 0)[1], None)
+        return
+    state, last, at = begin.state, None, 0
+    for place in places:
+        before = None
+        if place > at:
+            ids, own, valid = _stretch(begin.reread, texts, at, place, next(lm.parameters()).device)
+            with applied(lm, begin.delta):
+                hidden, state = _through(lm, begin.between, ids, state, valid, at)
+            last = torch.zeros_like(hidden[:, :1]) if last is None else last
+            before = torch.cat([last, hidden[:, :-1]], 1)
+            if own is not None:
+                padding = torch.cat([~valid[:, :1], ~valid[:, :-1]], 1)
+                before = torch.where(padding[..., None], last, before)[own].view(len(ids), place - at, -1)
+            last, at = hidden[:, -1:], place
+        yield Stretch(place, state, before)
+
+
+def _stretch(
+    reread: Reread | None, texts: Sequence[Sequence[int]], at: int, place: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tokens `at` to `place` of each text, with what is read again: ids (B, S), left-padded; which of them are the
+    text's own, (B, S); and which are no padding, (B, S). The last two are None where nothing is read again."""
+    if reread is None:
+        return torch.tensor([list(text[at:place]) for text in texts], device=device), None, None
+    rows, marks = [], []
+    for text, prompt in zip(texts, reread.prompts, strict=True):
+        row, mark = [], []
+        again = set(reread.places(text))
+        for number in range(at, place):
+            row.append(text[number])
+            mark.append(True)
+            if number + 1 in again:
+                row += prompt
+                mark += [False] * len(prompt)
+        rows.append(row)
+        marks.append(mark)
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    own = torch.tensor([[False] * (longest - len(mark)) + mark for mark in marks], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, own, torch.arange(longest, device=device) >= (longest - lengths)[:, None]
+
+
+def _through(
+    lm: LanguageModel,
+    between: Between | None,
+    ids: Tensor,
+    state: RecurrentState | None,
+    valid: Tensor | None,
+    at: int,
+) -> tuple[Tensor, RecurrentState]:
+    """As `lm.step_through`, with the state changed where it is due; `at`: tokens that came before."""
+    every = between.every if between else _PIECE if lm.grows else ids.shape[1]
+    hidden, done = [], 0
+    while done < ids.shape[1]:
+        end = min(ids.shape[1], done + every - ((at + done) % every if between else 0))
+        out, state = lm.step_through(ids[:, done:end], state, None if valid is None else valid[:, done:end])
+        if between and (at + end) % every == 0:
+            state = between(lm, state)
+        hidden.append(out)
+        done = end
+    return torch.cat(hidden, 1) if len(hidden) > 1 else hidden[0], state
+
+
+def answering(lm: LanguageModel, begin: Start) -> LanguageModel | Held:
+    """The model to put questions to. What a method does at every single token, it does in questions and answers, too;
+    what it does more rarely, it does not do there, because they are short."""
+    return Held(lm, begin.between) if begin.between and begin.between.every == 1 else lm
+
+
+class Held:
+    """A language model whose state is changed after every token; all else is the model's own.
+
+    Args:
+        between: the change, one state a sequence.
+    """
+
+    def __init__(self, lm: LanguageModel, between: Between):
+        self._lm, self._between = lm, between
+
+    def __getattr__(self, name: str):
+        return getattr(self._lm, name)
+
+    def step_through(
+        self, ids: Tensor, state: RecurrentState | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, RecurrentState]:
+        """See `LanguageModel.step_through`; padding changes nothing."""
+        hidden = []
+        for number, token in enumerate(ids.split(1, 1)):
+            real = None if valid is None else valid[:, [number]]
+            out, state = self._lm.step_through(token, state, real)
+            changed = self._between(self._lm, state)
+            state = changed if real is None else _where(real[:, 0], changed, state)
+            hidden.append(out)
+        return torch.cat(hidden, 1), state
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """See `LanguageModel.select`."""
+        return Held(self._lm, self._between.select(rows))
+
+    def generate(self, prompts, state=None, delta=None, **how):
+        """See `LanguageModel.generate`."""
+        return generation.generate(self, prompts, state, delta, Decoding(**how))
+
+
+def _where(rows: Tensor, new: RecurrentState, old: RecurrentState) -> RecurrentState:
+    return RecurrentState(
+        {n: torch.where(rows.view(-1, *[1] * (t.ndim - 1)), t, old.tensors[n]) for n, t in new.tensors.items()}
+    )

@@ -1,0 +1,74 @@
+"""Recall of several prompts that are kept in one delta."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import pandas as pd
+
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.deltas.low_rank import LowRankDelta
+from prosg_lib.errors import UserError
+from prosg_lib.evaluation.recall import recall_alone
+from prosg_lib.generators.base import Generator
+from prosg_lib.generators.several_prompts import RIDGE, WAYS, together
+from prosg_lib.tasks.dialogue import Dialogues, Item, Shape
+
+
+def told_in(item: Item, prompts: int) -> list[str]:
+    """What a dialogue's prompt of facts says, as so many prompts that say as many facts each.
+
+    Raises:
+        UserError: the prompt has instructions, too, or its facts cannot be shared out evenly.
+    """
+    sentences = re.split(r"(?<=\.) ", item.prompt.removeprefix("User: ").removesuffix("\n"))
+    if len(sentences) != len(item.facts) or len(sentences) % prompts:
+        raise UserError(
+            f"{len(item.facts)} facts and {len(item.instructions)} instructions, in {len(sentences)} sentences, are "
+            f"not to be told in {prompts} prompts; take no instructions, and as many facts for each prompt"
+        )
+    size = len(sentences) // prompts
+    return [" ".join(sentences[i : i + size]) for i in range(0, len(sentences), size)]
+
+
+def compare(
+    lm: LanguageModel,
+    generator: Generator,
+    data: Dialogues,
+    counts: Iterable[int] = (1, 2, 4, 8),
+    facts: int = 3,
+    items: int = 32,
+    ways: Iterable[str] = WAYS,
+    common: LowRankDelta | None = None,
+    ridge: float = RIDGE,
+) -> pd.DataFrame:
+    """Recall of everything that several prompts said, from a blank state, their one delta alone in the weights.
+
+    Args:
+        data: the items' split and seed; the prompts of one memory are about different things.
+        counts: numbers of prompts in one memory.
+        facts: a prompt; every one is asked about.
+        items: memories of each number of prompts.
+        ways: of `WAYS`; common, ridge: as in `together`.
+    Returns:
+        One row a way, number of prompts and memory: way, prompts, item, recall (share of the questions answered right),
+        asked (their number), rank and bytes of the delta.
+    """
+    rows = []
+    for count in counts:
+        for number, item in enumerate(data.items(items, Shape(count * facts, 0, count * facts))):
+            for way in ways:
+                delta = together(way, lm, generator, told_in(item, count), common, ridge)
+                rows.append(
+                    {
+                        "way": way,
+                        "prompts": count,
+                        "item": number,
+                        "recall": float(recall_alone(lm, delta, data, [item])[0]),
+                        "asked": len(item.probes),
+                        "rank": delta.rank,
+                        "bytes": delta.nbytes(),
+                    }
+                )
+    return pd.DataFrame(rows)

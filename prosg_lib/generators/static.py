@@ -1,0 +1,22 @@
+"""The static delta: a control that ignores the prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.generators.base import Generator, key
+
+
+class StaticDelta(Generator):
+    """One trained change for every prompt: what a generator would be worth that does not look at the prompt."""
+
+    def __init__(self, lm: LanguageModel, rank: int, endings: tuple[str, ...]):
+        super().__init__(lm, rank, endings)
+        self.U = nn.ParameterDict({key(n): nn.Parameter(torch.zeros(out, rank)) for n, out in self.outs.items()})
+
+    def forward(self, lm, ids, valid=None):
+        with torch.no_grad():
+            _, state = lm.step_through(ids, None, valid)
+        return self._delta({name: self.U[key(name)].expand(len(ids), -1, -1) for name in self.names}), state

@@ -1,0 +1,77 @@
+"""The tasks of context and query by name, and where their data come from."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from prosg_lib.config.profiles import get_profile
+from prosg_lib.config.sizes import TASKS, PairSizes
+from prosg_lib.errors import UserError
+from prosg_lib.tasks.characters import characters
+from prosg_lib.tasks.pairs import Fitted, Pair, fitted
+from prosg_lib.tasks.reversal import reversal
+from prosg_lib.tasks.squad import squad
+from prosg_lib.tasks.wikitext import wikitext
+from prosg_lib.text.prose import books_folder
+from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
+
+PEOPLE = TASKS[:2]
+"""The tasks about made-up people; their data are always there."""
+
+
+def available(task: str, profile: str = "cpu") -> bool:
+    """Whether a profile has a task, and this machine its data; the two about made-up people are always there.
+
+    Raises:
+        UserError: unknown task.
+    """
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+    sizes = get_profile(profile).pairs
+    return task in sizes.tasks and (task in PEOPLE or bool(_sources(task, sizes)))
+
+
+@lru_cache(maxsize=32)
+def pairs_of(task: str, split: str, profile: str = "cpu", tokenizer: Tokenizer | None = None) -> Fitted:
+    """A task's pairs that fit, and how many did not.
+
+    SQuAD's questions and WikiText's passages are read from $PROSG_TEST_DATA (`xquad/xquad.en.json`, and the texts of
+    `wikitext-2` and `books`), or, where the profile says so, from the hub.
+
+    Args:
+        tokenizer: None for the project's own.
+    Raises:
+        UserError: unknown task, or its data are not on this machine.
+    """
+    sizes = get_profile(profile).pairs
+    if not available(task, profile):
+        raise _missing(task, profile)
+    return fitted(_pairs(task, split, sizes), tokenizer or load_tokenizer(), sizes.context, sizes.query)
+
+
+def _missing(task: str, profile: str) -> UserError:
+    if task not in get_profile(profile).pairs.tasks:
+        return UserError(f"{task} is no task of {profile}; take cpu or gpu")
+    return UserError(f"the data of {task} are not here; set PROSG_TEST_DATA to a folder with xquad/ or wikitext-2/")
+
+
+def _pairs(task: str, split: str, sizes: PairSizes) -> tuple[Pair, ...]:
+    if task == "characters":
+        return characters(split)
+    if task == "reversal":
+        return reversal(split)
+    sources = _sources(task, sizes)
+    if task == "squad":
+        return squad(split, sources[0])
+    return sum((wikitext(split, source, words=sizes.words) for source in sources), ())
+
+
+def _sources(task: str, sizes: PairSizes) -> list[str | Path]:
+    if sizes.hub:
+        return ["hub"]
+    root = Path(os.environ.get("PROSG_TEST_DATA", "/nonexistent"))
+    if task == "squad":
+        return [p for p in (root / "xquad" / "xquad.en.json",) if p.is_file()]
+    return [p for p in (root / "wikitext-2", books_folder()) if p and p.is_dir()]

@@ -1,0 +1,94 @@
+"""What is minimised on pairs of context and query: first a language model's loss, then what makes a change of its
+weights do what the context does.
+
+After "Can Gradient Descent Simulate Prompting?" (arXiv 2506.20989): LC, learning from conditioning, holds the changed
+model without the context to what the model says that is given it; LG holds it to the gold answer.
+
+Glossary of shapes: B pairs, n contexts each, C context tokens, Q tokens of query and answer, P tokens of all together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.errors import UserError
+from prosg_lib.gradient_steps.one_step import Way, answering
+from prosg_lib.tasks.pair_batches import PairBatch
+from prosg_lib.text.padding import Rows
+from prosg_lib.training.loop import Loss
+
+OBJECTIVES = ("LC", "LG")
+_TEXT_WEIGHT = 0.3  # of contexts and queries in pretraining; answers have weight 1
+
+
+def hidden_of(lm: LanguageModel, rows: Rows) -> Tensor:
+    """Final hidden states of all tokens but the last, (B, T - 1, D)."""
+    return lm.step_through(rows.ids[:, :-1], None, rows.valid[:, :-1])[0]
+
+
+def pair_lm_objective(lm: LanguageModel) -> Callable[[int, PairBatch], Loss]:
+    """Next-token loss over contexts, query and answer; the words of answers count most."""
+
+    def loss_of(step: int, batch: PairBatch) -> Loss:
+        hidden, targets = hidden_of(lm, batch.prompted), batch.prompted.ids[:, 1:]
+        counts = {name: int(where.sum()) for name, where in _predicted(batch.whole).items()}
+        parts = {
+            name: F.cross_entropy(lm.read_out(hidden[where]), targets[where], reduction="sum") / counts[name]
+            for name, where in _predicted(batch).items()
+        }
+        return Loss(parts["answer"] + _TEXT_WEIGHT * parts["text"], parts)
+
+    return loss_of
+
+
+def _predicted(batch: PairBatch) -> dict[str, Tensor]:
+    """Which next tokens are words of answers, and which of the text around them, (B, P - 1)."""
+    rows = batch.prompted
+    answer = F.pad(batch.answer, (rows.ids.shape[1] - batch.answer.shape[1], 0))[:, 1:]
+    return {"answer": answer, "text": rows.valid[:, :-1] & ~answer}
+
+
+def pair_objective(
+    lm: LanguageModel, way: Way, objective: str, everywhere: bool = False, successive: bool = False, echoes: int = 0
+) -> Callable[[int, PairBatch], Loss]:
+    """The outer loss of a way to take contexts in; the model itself stays as it is.
+
+    LC: KL(model given the contexts || changed model without them), over the whole vocabulary, in nats. The log has the
+    first one's entropy, too: the cross-entropy is their sum, and cannot be below it. LG: cross-entropy of the gold
+    answer. Either is a mean over the tokens of an answer, and then over the pairs of the whole batch.
+
+    Args:
+        everywhere: over the query's positions as well, not the answer's alone.
+        successive: one step a context, in their order, instead of one for all.
+        echoes: so many first steps are random tokens said twice (`PairDraw`). They are LG's under either objective: a
+            model of language does not go on with random tokens, even where it has just read them.
+    Raises:
+        UserError: unknown objective.
+    """
+    if objective not in OBJECTIVES:
+        raise UserError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
+
+    def loss_of(step: int, batch: PairBatch) -> Loss:
+        where, last = batch.query.valid[:, :-1], batch.query.ids.shape[1] - 1
+        if not everywhere:
+            where, last = batch.answer[:, -batch.answers :], batch.answers
+        targets = batch.query.ids[:, -last:]
+        share = (where / where.sum(1, keepdim=True) / len(batch.whole))[where]
+        says = answering(way, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1], last)
+        student = F.log_softmax(says[where].float(), -1)
+        gold = (F.nll_loss(student, targets[where], reduction="none") * share).sum()
+        if objective == "LG" or step < echoes:
+            return Loss(gold, {"gold": gold})
+        with torch.no_grad():
+            given = hidden_of(lm, batch.prompted)[:, -last:][where]
+            teacher = F.log_softmax(lm.read_out(given).float(), -1)
+            entropy = -((teacher.exp() * teacher).sum(-1) * share).sum()
+        apart = (F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * share).sum()
+        return Loss(apart, {"gold": gold, "entropy": entropy})
+
+    return loss_of

@@ -1,0 +1,193 @@
+"""The supervised synthetic gradient: a generator is first taught to predict true gradients, then end to end.
+
+After decoupled neural interfaces (DNI, Jaderberg et al. 2016, arXiv 1608.05343, section 2): squared error to the true
+gradient, a last layer of zeros, conditioning on the label, and the auxiliary task to predict the next token's synthetic
+gradient as well. Regression alone shrinks what it predicts towards the mean, so it is the beginning of the training and
+not all of it: the later steps are those of every generator (`objectives.generator_objective`), on the same dialogues as
+without the beginning. Whose gradient is predicted, `true_gradient.TEACHERS`, and how it is scaled is our reading.
+
+Glossary of shapes: B dialogues, T' tokens that write, H hidden width of the generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.config.sizes import SupervisedSize, Training
+from prosg_lib.deltas.gradient_factors import TokenFactors, sequence_factors
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta
+from prosg_lib.errors import UserError
+from prosg_lib.generators.base import Generator, key
+from prosg_lib.generators.token_wise import Terms, TokenGenerator
+from prosg_lib.generators.true_gradient import (
+    prompt_gradient,
+    reading_directions,
+    squared_error,
+    squared_norm,
+    truncated,
+)
+from prosg_lib.tasks.dialogue import ANSWER, Batch
+from prosg_lib.training.loop import Loss
+from prosg_lib.training.objectives import USUAL, Curriculum, autocast_on, generator_objective
+
+
+def supervised_objective(
+    lm: LanguageModel,
+    generator: Generator,
+    sizes: Training,
+    seed: int,
+    size: SupervisedSize,
+    sample: Batch,
+    autocast: bool = False,
+    course: Curriculum = USUAL,
+) -> Callable[[int, Batch], Loss]:
+    """First (V2) the error of what the generator predicts, then (V1) the loss of the answers given the change.
+
+    Of each map the change s U V^T is to be -c G, where c makes the change `size.strength` times as large as the weight
+    for a usual prompt (`steps_of`). The error is ||s U V^T + c G||^2 / ||c G||^2, a mean over maps and prompts: each
+    counts as much, and 1 is what no change at all has.
+
+    Args:
+        sizes: of the whole training; `size.lessons` of its steps are lessons.
+        sample: dialogues by which c is chosen, once.
+        generator: of any kind, but with a head that looks ahead if `size.foresight` is above 0.
+    Raises:
+        UserError: unknown teacher, a share of lessons that is none, or no head that looks ahead.
+    """
+    if not 0 <= size.lessons <= 1 or size.strength <= 0 or size.foresight < 0:
+        raise UserError(
+            f"lessons are a share of the steps, {size.lessons} is none; or a strength of {size.strength}, which has to "
+            f"be above 0, or a foresight of {size.foresight}, which must not be below"
+        )
+    looks_ahead = size.foresight > 0
+    if looks_ahead and not hasattr(generator, "ahead"):
+        raise UserError(f"this {type(generator).__name__} has no head that looks ahead; make one with foresight=True")
+    gradient_of = teacher(size.teacher)
+    lessons = int(size.lessons * sizes.steps)
+    end_to_end = generator_objective(lm, generator, sizes, seed, autocast, course)
+    kind = next(generator.parameters()).dtype  # under autocast, gradients come in another
+    steps = steps_of(lm, gradient_of(lm, generator.names, sample), size.strength)
+
+    def loss_of(step: int, batch: Batch) -> Loss:
+        if step >= lessons:
+            return end_to_end(step, batch)
+        with autocast_on(batch.rest.device, autocast):
+            true = gradient_of(lm, generator.names, batch)
+            true = {name: TokenFactors(*(t.to(kind) for t in factors)) for name, factors in true.items()}
+            terms = None
+            if looks_ahead:
+                terms = generator.terms(lm, batch.prompt, valid=batch.prompt_valid)
+                delta = generator.delta_of(generator.summed(terms, batch.prompt.shape[1]))
+            else:
+                delta, _ = generator(lm, batch.prompt, batch.prompt_valid)
+        if size.rank_of_teacher is not None:
+            true = {name: truncated(factors, size.rank_of_teacher) for name, factors in true.items()}
+        share = len(batch) / len(batch.whole)
+        parts = {"gradient": unexplained(delta, true, steps).mean() * share}
+        if terms is None:
+            return Loss(parts["gradient"], parts)
+        parts["foresight"] = foreseen(generator, terms, batch.prompt_valid).mean() * share
+        return Loss(parts["gradient"] + size.foresight * parts["foresight"], parts)
+
+    return loss_of
+
+
+@torch.no_grad()
+def read_as(lm: LanguageModel, generator: Generator, size: SupervisedSize, sample: Batch) -> None:
+    """Let the generator's reading directions start as those that read the most of the teacher's gradients.
+
+    Random ones read r of `in` dimensions, and what they do not read can be no lesson.
+
+    Raises:
+        UserError: unknown teacher, or too few dialogues for so many directions.
+    """
+    for name, factors in teacher(size.teacher)(lm, generator.names, sample).items():
+        generator.V[key(name)].copy_(reading_directions(factors, generator.rank))
+
+
+def steps_of(lm: LanguageModel, gradients: dict[str, TokenFactors], strength: float) -> dict[str, float]:
+    """By map the step size c with c ||G||_F = strength ||W||_F, in the root mean square over the prompts given."""
+    maps = lm.editable()
+    return {
+        name: strength * float(maps[name].weight.detach().norm() / squared_norm(factors).mean().clamp(min=1e-30).sqrt())
+        for name, factors in gradients.items()
+    }
+
+
+def unexplained(delta: LowRankDelta, true: dict[str, TokenFactors], steps: dict[str, float]) -> Tensor:
+    """||s U V^T + c G||_F^2 / ||c G||_F^2 of each map and prompt, (maps, B); no matrix is formed.
+
+    Args:
+        delta: one change a prompt; true: by map the gradient's factors; steps: by map c.
+    """
+    errors = []
+    for name, (u, v) in delta.factors.items():
+        change = Factors(u.to(v.dtype) * (delta.scale / steps[name]), v)
+        factors = TokenFactors(-true[name].delta, true[name].x)
+        errors.append(squared_error(change, factors) / squared_norm(factors).clamp(min=1e-30))
+    return torch.stack(errors)
+
+
+def foreseen(generator: TokenGenerator, terms: Terms, valid: Tensor) -> Tensor:
+    """Relative squared error of the next token's synthetic gradient, as each token predicts it, (B,).
+
+    delta_{t+1} = W z_{t+1} is predicted as W A z_t, for all maps at once: ||W (A z_t - z_{t+1})||^2 needs W^T W alone,
+    (H, H). What is predicted, and W, get no gradient from it, as in DNI.
+
+    Args:
+        valid: (B, T), where the prompts are no padding.
+    """
+    gram = sum(w.t() @ w for w in (generator.heads[key(name)].weight.detach() for name in generator.names))
+    z = terms.z.to(gram.dtype)
+    here, after = z[:, :-1], z[:, 1:].detach()
+    written = valid[:, :-2]  # the last token has no label, and the one before it none to foresee
+    wrong = (generator.ahead(here) - after) * written[..., None]
+    whole = (((after * written[..., None]) @ gram) * after).sum((1, 2))
+    return ((wrong @ gram) * wrong).sum((1, 2)) / whole.clamp(min=1e-12)
+
+
+def answer_gradient(lm: LanguageModel, names: list[str], batch: Batch) -> dict[str, TokenFactors]:
+    """Factors of the gradient of the NLL of each dialogue's answers (a sum over their tokens, nats), asked from a blank
+    state, as if the prompt had never been.
+
+    Returns:
+        By map Delta and X of the tokens of what follows the prompt, (B, T - 1, ...).
+    """
+    ids, targets = batch.rest[:, :-1], batch.rest[:, 1:]
+    asked = batch.kind[:, 1:] == ANSWER
+
+    def loss() -> Tensor:
+        hidden, _ = lm.step_through(ids, None, None)
+        return F.cross_entropy(lm.read_out(hidden[asked]), targets[asked], reduction="sum")
+
+    return sequence_factors(lm, names, loss)
+
+
+TEACHERS = {
+    "prompt": lambda lm, names, batch: prompt_gradient(lm, names, batch.prompt, batch.prompt_valid)[0],
+    "answers": answer_gradient,
+}
+"""Whose gradient a generator is to predict: our reading of a memory loss, which ProSG's abstract leaves open.
+
+- prompt: the prompt's own NLL. The literal one: its tokens are those that the generator reads, so that its delta_t is
+  to be the true delta_t. A step against it makes this prompt likelier, and no question about it answerable.
+- answers: the NLL of the answers to questions about the prompt, from a blank state. The change is asked for that knows
+  the prompt: L(W + dW) = L(W) + <G, dW> + ..., so that a step against G is the first one that end-to-end training would
+  take. Its tokens are the questions', which the generator does not see; what it can learn is the mean over questions.
+"""
+
+
+def teacher(name: str):
+    """The one of `TEACHERS` of that name: (lm, names of maps, Batch) -> by map TokenFactors (B, T, ...).
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in TEACHERS:
+        raise UserError(f"unknown teacher {name!r}; there are {', '.join(TEACHERS)}")
+    return TEACHERS[name]

@@ -1,0 +1,336 @@
+"""Transformers behind the interface: the numbers of `transformers`, whatever the padding, the pieces and the delta."""
+
+import copy
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+
+from prosg_lib.backbones.hub_transformer import CausalTransformer, TransformerConfig, load_transformer, new_llama
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta
+from prosg_lib.errors import UserError
+from prosg_lib.generators.base import edited_maps
+from prosg_lib.gradient_steps.adapter_step import AdapterStep
+from prosg_lib.text.tokenizer import load_tokenizer
+
+VOCAB = load_tokenizer().vocab
+KINDS = ("new", "gpt2", "llama", "qwen3")
+SIZES = TransformerConfig("llama", VOCAB, width=16, layers=2, ffn=32, heads=2)
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def transformer(kind, seed=0):
+    """Tiny and random, every weight large enough to matter."""
+    torch.manual_seed(seed)
+    narrow = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": VOCAB}
+    if kind == "new":
+        lm = new_llama(SIZES)
+    elif kind == "gpt2":
+        lm = CausalTransformer(
+            AutoModelForCausalLM.from_config(GPT2Config(**ends, n_positions=32, n_embd=16, n_layer=2, n_head=2))
+        )
+    elif kind == "llama":
+        lm = CausalTransformer(AutoModelForCausalLM.from_config(LlamaConfig(**ends, **narrow)))
+    else:
+        sizes = Qwen3Config(**ends, **narrow, num_key_value_heads=1, head_dim=8)
+        lm = CausalTransformer(AutoModelForCausalLM.from_config(sizes))
+    for name, weight in lm.named_parameters():
+        torch.nn.init.normal_(weight, mean=float(weight.ndim == 1 and name.endswith("weight")), std=0.3)
+    lm.tokenizer = load_tokenizer()
+    return lm.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def lm(request):
+    return transformer(request.param)
+
+
+def rows_of(*lengths):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(VOCAB, (n,), generator=g).tolist() for n in lengths]
+
+
+def theirs(lm, ids):
+    """What the wrapped model itself says, (B, T, vocab)."""
+    return lm.model(torch.tensor(ids)).logits
+
+
+# Logits
+
+
+def test_logits_are_the_wrapped_models(lm):
+    """On rows without padding; `read_out` of the hidden states and `embed` are its own, too."""
+    ids = rows_of(9, 9, 9)
+    expected = theirs(lm, ids)
+    assert_close(lm(torch.tensor(ids))[0], expected, **CLOSE)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    inside = lm.model(torch.tensor(ids), output_hidden_states=True).hidden_states
+    assert_close(lm.step_through(torch.tensor(ids))[0], inside[-1], **CLOSE)
+    assert torch.equal(lm.embed(torch.tensor(ids)), lm.model.get_input_embeddings().weight[torch.tensor(ids)])
+
+
+def test_padding_changes_nothing(lm):
+    """Each row of a left-padded batch is what the wrapped model says of it alone, whatever stands in the padding."""
+    rows = rows_of(3, 11, 1, 7)
+    ids, valid = lm.encode_prompts(rows)
+    for fill in (0, 5):
+        logits = lm(torch.where(valid, ids, fill), valid=valid)[0]
+        assert torch.isfinite(logits).all()
+        for row, many in zip(rows, logits, strict=True):
+            assert_close(many[-len(row) :], theirs(lm, [row])[0], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_double_precision(kind):
+    """A model in float64 is read in float64: with padding, the wrapped model's logits."""
+    lm, rows = transformer(kind).double(), rows_of(3, 8)
+    ids, valid = lm.encode_prompts(rows)
+    for row, many in zip(rows, lm(ids, valid=valid)[0], strict=True):
+        assert_close(many[-len(row) :], theirs(lm, [row])[0], rtol=1e-5, atol=1e-6)  # they normalise in float32
+
+
+def test_gradients_through_padding_are_finite_and_right(lm):
+    """With respect to an embedding matrix: the sum of those of the rows alone."""
+    rows = rows_of(2, 8)
+    ids, valid = lm.encode_prompts(rows)
+    weight = lm.model.get_input_embeddings().weight
+    try:
+        weight.requires_grad_()
+        (together,) = torch.autograd.grad(lm(ids, valid=valid)[0][:, -1].square().sum(), weight)
+        alone = sum(torch.autograd.grad(theirs(lm, [row])[:, -1].square().sum(), weight)[0] for row in rows)
+    finally:
+        weight.requires_grad_(False)
+    assert_close(together, alone, rtol=1e-4, atol=1e-5 * alone.abs().max().item())
+    assert together.abs().max() > 0.1
+
+
+def test_nothing_looks_ahead(lm):
+    """Another last token changes the last logits alone."""
+    (ids,) = rows_of(9)
+    other = [*ids[:-1], (ids[-1] + 1) % VOCAB]
+    one, two = (lm(torch.tensor([row]))[0][0] for row in (ids, other))
+    assert torch.equal(one[:-1], two[:-1])
+    assert (one[-1] - two[-1]).abs().max() > 1e-3
+
+
+# Going on
+
+
+def test_going_on_from_a_state_is_reading_at_once(lm):
+    """In three pieces; a given state is not changed, and can be gone on from again."""
+    (row,) = rows_of(12)
+    whole = theirs(lm, [row])[0]
+    first, state = lm(torch.tensor([row[:5]]))
+    second, after = lm(torch.tensor([row[5:6]]), state)
+    third, _ = lm(torch.tensor([row[6:]]), after)
+    assert_close(torch.cat([first, second, third], 1)[0], whole, **CLOSE)
+    assert_close(lm(torch.tensor([row[5:]]), state)[0][0], whole[5:], **CLOSE)
+
+
+def test_going_on_with_padding_before_and_in_between(lm):
+    """Rows of different lengths from states of different lengths: each as its two texts in one."""
+    before, then = rows_of(6, 2, 4), rows_of(1, 7, 3)
+    state = lm.derive_state(before)
+    ids, valid = lm.encode_prompts(then)
+    logits = lm(ids, state, valid=valid)[0]
+    for b, t, many in zip(before, then, logits, strict=True):
+        assert_close(many[-len(t) :], theirs(lm, [b + t])[0, len(b) :], **CLOSE)
+    chosen = lm(ids[[2, 0]], state.select([2, 0]), valid=valid[[2, 0]])[0]
+    assert_close(chosen[:, -1], logits[[2, 0], -1], **CLOSE)
+
+
+def test_a_fresh_transformers_first_two_heads_look_at_the_token_before():
+    """At every place but the first, and whatever the tokens; the other two heads look elsewhere."""
+    torch.manual_seed(0)
+    lm = new_llama(TransformerConfig("llama", VOCAB, 128, 2, 64, 4))
+    ids = torch.randint(VOCAB, (5, 60))
+    weights = lm.model(ids, output_attentions=True).attentions[0]  # (B, heads, T, T)
+    before = weights.diagonal(offset=-1, dim1=2, dim2=3)
+    assert before[:, :2].min() > 0.4
+    assert before[:, :2].mean() > 0.7
+    assert before[:, 2:, 10:].mean() < 0.3
+
+
+def greedy(lm, row, steps):
+    row = list(row)
+    for _ in range(steps):
+        row.append(int(theirs(lm, [row])[0, -1].argmax()))
+    return row[-steps:]
+
+
+def test_generate_is_the_greedy_continuation(lm):
+    """Prompts of different lengths in one batch, and from a state: what the wrapped model says next, again and again;
+    the tokens, and their text."""
+    rows = rows_of(4, 9, 1)
+    expected = [greedy(lm, row, 6) for row in rows]
+    assert len({tuple(row) for row in expected}) == 3
+    found = torch.stack(list(lm.stream(rows, max_new_tokens=6, stop=None)), 1)
+    assert found.tolist() == expected
+    texts = [lm.tokenizer.decode(row) for row in expected]
+    assert lm.generate(rows, max_new_tokens=6, stop=None) == texts
+    state = lm.derive_state([row[:-1] or row for row in rows[:2]])
+    assert lm.generate([row[-1:] for row in rows[:2]], state, max_new_tokens=6, stop=None) == texts[:2]
+
+
+# Deltas
+
+
+def delta_for(lm, batch, rank=2):
+    g = torch.Generator().manual_seed(1)
+    factors = {}
+    for name, module in lm.editable().items():
+        shape = module.weight.shape if isinstance(module, torch.nn.Linear) else module.weight.t().shape
+        factors[name] = Factors(*(torch.randn(batch, n, rank, generator=g) / 4 for n in shape))
+    return LowRankDelta(factors, lm.fingerprint(), scale=0.7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_delta_is_merged_weights(kind):
+    """On every map of the blocks at once, one change a row, with padding; GPT-2 keeps its matrices transposed."""
+    lm = transformer(kind)
+    rows = rows_of(5, 9)
+    delta = delta_for(lm, 2)
+    ids, valid = lm.encode_prompts(rows)
+    logits, plain = lm(ids, None, delta, valid)[0], lm(ids, valid=valid)[0]
+    for number, row in enumerate(rows):
+        other = transformer(kind)
+        for name, (u, v) in delta.factors.items():
+            weight, change = other.editable()[name].weight, delta.scale * u[number] @ v[number].t()
+            weight += change if isinstance(other.editable()[name], torch.nn.Linear) else change.t()
+        assert_close(logits[number, -len(row) :], theirs(other, [row])[0], **CLOSE)
+    assert (logits - plain)[valid].abs().max() > 0.1
+    assert torch.equal(lm(ids, valid=valid)[0], plain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "maps"),
+    [
+        ("gpt2", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+        ("llama", {f"self_attn.{n}_proj" for n in "qkvo"} | {f"mlp.{n}_proj" for n in ("gate", "up", "down")}),
+    ],
+)
+def test_the_maps_of_the_blocks_can_be_edited(kind, maps):
+    """All of them, under the wrapped model's names, and not the output embedding, which is a linear map as well."""
+    lm = transformer(kind)
+    assert type(lm.model.get_output_embeddings()) is torch.nn.Linear
+    assert {name.split(".", 3)[-1] for name in lm.editable()} == maps
+    assert len(lm.editable()) == 2 * len(maps)
+    for name, module in lm.editable().items():
+        assert lm.model.get_submodule(name) is module
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [
+        ("gpt2", "attn.c_proj"),
+        ("llama", "o_proj"),
+        ("qwen3", "down_proj"),
+    ],
+)
+def test_an_adapter_step_fits_every_class(kind, ending):
+    """It changes the logits, at the maps asked for, and lowers the context's loss."""
+    lm = transformer(kind)
+    assert len(edited_maps(lm, (ending,))) == 2
+    torch.manual_seed(0)
+    way = AdapterStep(lm, 2, (ending,), lr=1.0)
+    rows = rows_of(8)
+    delta = way.memorize(lm, rows)
+    ids = torch.tensor(rows)
+    losses = [torch.nn.functional.cross_entropy(lm(ids[:, :-1], None, d)[0][0], ids[0, 1:]) for d in (None, delta)]
+    assert losses[1] < losses[0] - 1e-4
+
+
+# Files and names
+
+
+def test_a_saved_folder_loads_to_the_same_model(tmp_path):
+    """Equal logits, eager attention, the tokenizer where the folder has one; GPT-2 as well as Llama."""
+    for kind in ("gpt2", "new"):
+        lm, folder = transformer(kind), tmp_path / kind
+        lm.model.save_pretrained(folder)
+        again = load_transformer(folder)
+        ids = torch.tensor(rows_of(9, 9))
+        assert torch.equal(again(ids)[0], lm(ids)[0])
+        assert asdict(again.config) == asdict(lm.config)
+        assert again.fingerprint() == lm.fingerprint()
+        assert again.tokenizer is None
+        assert again.model.config._attn_implementation == "eager"
+        assert not again.training
+        (folder / "tokenizer.json").write_text(lm.tokenizer.to_json(), encoding="utf-8")
+        again = load_transformer(str(folder))
+        assert again.generate(["The mill by"], max_new_tokens=4) == lm.generate(["The mill by"], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}"])
+def test_what_cannot_be_loaded_is_said(tmp_path, content):
+    """No folder, an empty one, one with a configuration of nothing: one error that names it and says what to do."""
+    folder = tmp_path / "there"
+    if content is not None:
+        folder.mkdir()
+        if content:
+            (folder / "config.json").write_text(content)
+    with pytest.raises(
+        UserError, match=rf"{folder} could not be loaded \(.*give a folder that `save_pretrained` wrote"
+    ):
+        load_transformer(folder)
+
+
+def test_there_is_no_state_of_a_fixed_size():
+    lm = transformer("new")
+    with pytest.raises(UserError, match="a CausalTransformer has no state of a fixed size"):
+        lm.state_features(lm.derive_state(rows_of(4)))
+
+
+def test_sizes_are_read_off():
+    """`new_llama` makes what it is asked for, embeddings tied; other classes say what they have."""
+    lm = new_llama(SIZES)
+    assert replace(lm.config, rest="") == SIZES
+    assert lm.model.get_output_embeddings().weight is lm.model.get_input_embeddings().weight
+    assert [tuple(m.weight.shape) for n, m in lm.editable().items() if "mlp.up" in n] == [(32, 16)] * 2
+    assert replace(transformer("gpt2").config, rest="") == TransformerConfig("gpt2", VOCAB, 16, 2, 0, 2)
+
+
+def test_the_fingerprint_names_the_weights():
+    """The same seed gives the same, another seed or one changed number another, and other sizes, too."""
+    lm = transformer("new")
+    before = lm.fingerprint()
+    assert before == transformer("new").fingerprint()
+    others = [transformer("new", seed=1), transformer("llama")]
+    assert len({before, *(other.fingerprint() for other in others)}) == 3
+    lm.model.get_input_embeddings().weight[3, 5] += 1e-3
+    assert lm.fingerprint() != before
+
+
+def test_the_fingerprint_names_what_else_decides():
+    """The same weights with another base of the rotary positions say something else, and are another model."""
+    one, other = transformer("new"), transformer("new")
+    assert one.fingerprint() == other.fingerprint()
+    config = copy.deepcopy(other.model.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10.0}
+    assert CausalTransformer(type(other.model)(config)).config != one.config
+
+
+def test_a_state_of_another_batch_is_refused():
+    lm = transformer("new")
+    with pytest.raises(UserError, match="2 sequences but a state of batch 1"):
+        lm.step_through(torch.ones(2, 1, dtype=torch.long), lm.derive_state([[1, 2]]))
+
+
+def test_keys_and_values_say_what_reading_everything_again_says(lm):
+    """Hidden states behind a padded batch, a second padded piece and a third, against `CausalTransformer`; weights and
+    fingerprint are shared, and there is no state of a fixed size."""
+    kept = lm.looking_back()
+    assert kept.fingerprint() == lm.fingerprint()
+    kept.check()
+    states = [None, None]
+    for lengths in ((7, 3, 5), (2, 4, 1), (1, 1, 1)):
+        ids, valid = lm.encode_prompts(rows_of(*lengths))
+        (slow, states[0]), (fast, states[1]) = (
+            way.step_through(ids, state, valid) for way, state in zip((lm, kept), states, strict=True)
+        )
+        assert_close(fast[valid], slow[valid], **CLOSE)
+    with pytest.raises(UserError, match="fixed size"):
+        kept.state_features(states[1])

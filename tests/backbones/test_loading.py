@@ -1,0 +1,496 @@
+"""Models come back from every layout as they went in; whatever is no model of a known kind is refused in a sentence."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from fnmatch import fnmatch
+
+import pytest
+import safetensors.torch
+import torch
+from torch.testing import assert_close
+from transformers import AutoTokenizer, ByT5Tokenizer, Mamba2Config, Mamba2ForCausalLM, RwkvForCausalLM
+
+from prosg_lib import files, paths
+from prosg_lib.backbones import loading as models
+from prosg_lib.backbones import rwkv7
+from prosg_lib.backbones.hub_families import Mamba2
+from prosg_lib.backbones.hub_transformer import TransformerConfig, new_llama
+from prosg_lib.backbones.loading import load_model, save_model
+from prosg_lib.backbones.rwkv4 import RWKV4, to_hf, to_weights
+from prosg_lib.errors import UserError
+from prosg_lib.text.tokenizer import Tokenizer
+from prosg_lib.text.world_tokenizer import WorldTokenizer
+from prosg_lib.training.stages import load_generator
+
+NAMES = {"prosg": "m.safetensors", "transformers": "folder", "author": "m.pth"}
+
+every_layout = pytest.mark.parametrize(
+    ("family", "layout"),
+    [*(("rwkv4", layout) for layout in models.LAYOUTS), ("rwkv7", "prosg"), ("rwkv7", "author")],
+)
+
+
+def assert_same_weights(a, b):
+    assert a.config == b.config
+    for name, tensor in a.state_dict().items():
+        assert torch.equal(tensor, b.state_dict()[name]), name
+
+
+@every_layout
+def test_round_trip(lm, tmp_path, layout):
+    path = tmp_path / NAMES[layout]
+    save_model(lm, path, layout)
+    again = load_model(path)
+    assert type(again) is type(lm)
+    assert_same_weights(again, lm)
+    assert again.fingerprint() == lm.fingerprint()
+    assert not again.training
+    if layout == "author":
+        assert again.tokenizer is None
+    else:
+        assert again.tokenizer.encode("Ada, 7 cats\n") == lm.tokenizer.encode("Ada, 7 cats\n")
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_back_as_float32(make_lm, tmp_path, layout, dtype):
+    save_model(make_lm(dtype=dtype), tmp_path / NAMES[layout], layout)
+    again = load_model(tmp_path / NAMES[layout])
+    assert {t.dtype for t in again.state_dict().values()} == {torch.float32}
+    assert_same_weights(again, make_lm(dtype=dtype).float())
+
+
+@pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
+def test_a_world_tokenizer_goes_with_the_model(lm, tmp_path):
+    """In the project's own layout. transformers has no such tokenizer, and an author's file none at all."""
+    lm.tokenizer = WorldTokenizer({1 + b: bytes([b]) for b in range(256)} | {257: "東京".encode()})
+    save_model(lm, tmp_path / "m.safetensors", "prosg")
+    again = load_model(tmp_path / "m.safetensors")
+    assert again.tokenizer.encode("東京, 7\n") == lm.tokenizer.encode("東京, 7\n") == (257, 45, 33, 56, 11)
+    assert lm.generate(["東京"], max_new_tokens=5, stop=None) == again.generate(["東京"], max_new_tokens=5, stop=None)
+    tensors, meta = files.load_tensors(tmp_path / "m.safetensors")
+    files.save_tensors(tmp_path / "m.safetensors", tensors, meta | {"tokenizer_kind": "words"})
+    with pytest.raises(UserError, match="tokenizer of kind 'words'; there are bpe, world"):
+        load_model(tmp_path / "m.safetensors")
+    if isinstance(lm, RWKV4):
+        save_model(lm, tmp_path / "folder", "transformers")
+        assert load_model(tmp_path / "folder").tokenizer is None
+
+
+@pytest.mark.parametrize("family", ["rwkv7"])
+def test_layouts_that_a_model_does_not_have(lm, tmp_path):
+    with pytest.raises(UserError, match="no class for a RWKV7; save it as 'prosg' or 'author'"):
+        save_model(lm, tmp_path / "folder", "transformers")
+    assert not (tmp_path / "folder").exists()
+    transformer = new_llama(TransformerConfig("llama", 50, 16, 1, 32, 2))
+    with pytest.raises(UserError, match="a CausalTransformer has no layout 'author'"):
+        save_model(transformer, tmp_path / "m.pth", "author")
+
+
+@torch.no_grad()
+def test_transformers_loads_our_folder(lm, tmp_path):
+    save_model(lm, tmp_path, "transformers")
+    theirs, info = RwkvForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    ids = torch.randint(0, 2000, (2, 40), generator=torch.Generator().manual_seed(0))
+    assert_close(theirs.eval()(ids).logits, lm(ids)[0], rtol=1e-4, atol=1e-4)
+    text = "Ada lives in Rome.\n"
+    assert tuple(AutoTokenizer.from_pretrained(tmp_path)(text).input_ids) == lm.tokenizer.encode(text)
+
+
+def test_we_load_folders_of_transformers(lm, tmp_path):
+    """Their safetensors, their shards, and the older .bin."""
+    save_model(lm, tmp_path / "ours", "transformers")
+    theirs = RwkvForCausalLM.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_weights(load_model(tmp_path / "theirs"), lm)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    assert_same_weights(load_model(tmp_path / "shards"), lm)
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    torch.save(theirs.state_dict(), tmp_path / "theirs" / "pytorch_model.bin")
+    again = load_model(tmp_path / "theirs")
+    assert_same_weights(again, lm)
+    assert again.tokenizer is None
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "laid_out"), [("rwkv4", "ffn.time_mix_k", to_weights), ("rwkv7", "ffn.x_k", rwkv7.to_weights)]
+)
+def test_authors_file_is_a_plain_dict_of_tensors(lm, tmp_path, name, laid_out):
+    save_model(lm, tmp_path / "m.pth", "author")
+    weights = torch.load(tmp_path / "m.pth", weights_only=True)
+    assert type(weights) is dict
+    assert weights[f"blocks.1.{name}"].shape == (1, 1, 16)
+    assert weights.keys() == laid_out(lm).keys()
+    assert all(torch.equal(t, weights[n]) for n, t in laid_out(lm).items())
+
+
+def test_shipped_names(lm, tmp_path, monkeypatch):
+    """As `load_or_train` writes them: without a tokenizer of their own; the project's is theirs."""
+    monkeypatch.setattr(models.paths, "data_dir", lambda: tmp_path)
+    files.save_tensors(tmp_path / "checkpoints" / "rwkv4-tiny.safetensors", lm.state_dict(), {"kind": "lm"})
+    files.save_tensors(tmp_path / "checkpoints" / "tiny-token.safetensors", {}, {"kind": "generator"})
+    (tmp_path / "tokenizer.json").write_text(lm.tokenizer.to_json())
+    again = load_model("rwkv4-tiny")
+    assert_same_weights(again, lm)
+    assert again.tokenizer.vocab == lm.config.vocab
+    with pytest.raises(UserError, match=r"\(there are: rwkv4-tiny\)"):  # a generator is no model
+        load_model("rwkv4-huge")
+    with pytest.raises(UserError, match="holds a generator, not a language model"):
+        load_model("tiny-token")
+
+
+SHIPPED = {
+    "rwkv4-dialogue": "RWKV4",
+    "rwkv4-pairs": "RWKV4",
+    "mamba2-dialogue": "Mamba2",
+    "llama-pairs": "CausalTransformer",
+    "llama-reader-pairs": "CausalTransformer",
+    "llama-dialogue": "CausalTransformer",
+    "rwkv4-suite": "RWKV4",
+    "llama-suite": "CausalTransformer",
+}
+
+
+def test_every_shipped_model_loads_by_its_name():
+    """With the project's tokenizer, as what it was trained as, and to the very weights that its generators, if it has
+    any, were made for; the list of names has no others."""
+    folder = paths.data_dir() / "checkpoints"
+    made_for = {path.stem: files.load_meta(path)["record"].get("lm") for path in folder.glob("*.safetensors")}
+    for name, kind in SHIPPED.items():
+        lm = load_model(name)
+        assert type(lm).__name__ == kind
+        assert not lm.training
+        assert lm.tokenizer.vocab == lm.config.vocab == 2048
+        own = {who for generator, who in made_for.items() if generator.startswith(f"{name}-")}
+        assert own == (set() if name in ("llama-dialogue", "llama-suite") else {lm.fingerprint()})
+    with pytest.raises(UserError, match=rf"there are: {', '.join(sorted(SHIPPED))}\)"):
+        load_model("rwkv4-dialogue-tokens")
+
+
+def test_a_shipped_mamba_keeps_its_prompt():
+    """Its generator is found by its name, too, and what it wrote into the weights is known without the text."""
+    lm = load_model("mamba2-dialogue")
+    generator = load_generator("mamba2-dialogue-token", lm)
+    delta = generator.memorize(lm, ["User: You should know that my home town is Oslo.\n"])
+    question = ["User: What is my home town?\nBot:"]
+    assert lm.generate(question, delta=delta) == [" Oslo."] != lm.generate(question)
+
+
+@every_layout
+def test_the_end_of_texts_goes_with_the_model(lm, tmp_path, layout):
+    """But into an author's file, which has room for weights alone."""
+    for ends in ((), (7,), (7, 0)):
+        lm.ends = ends
+        save_model(lm, tmp_path / NAMES[layout], layout)
+        assert load_model(tmp_path / NAMES[layout]).ends == (() if layout == "author" else ends)
+
+
+@pytest.mark.parametrize("which", ["rwkv4", "mamba2"])
+def test_the_end_of_texts_in_a_folder(lm, mamba2, tmp_path, which):
+    """What generation_config.json says counts; where there is none, config.json's word does."""
+    save_model(lm if which == "rwkv4" else mamba2, tmp_path, "transformers")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    for said, ends in ((None, ()), (3, (3,)), ([3, 5], (3, 5))):
+        files.write_json(tmp_path / "config.json", config | {"eos_token_id": said})
+        assert load_model(tmp_path).ends == ends
+    files.write_json(tmp_path / "generation_config.json", {"eos_token_id": 9})
+    assert load_model(tmp_path).ends == (9,)
+
+
+class Bomb:
+    """A pickle that would run code."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickled_objects_are_refused_and_never_run(tmp_path):
+    save = {
+        "zip.pth": lambda path, content: torch.save(content, path),
+        "raw.pth": lambda path, content: path.write_bytes(pickle.dumps(content, protocol=2)),
+    }
+    for name, write in save.items():
+        write(tmp_path / name, {"emb.weight": Bomb(tmp_path / "exploded")})
+        with pytest.raises(UserError, match="never run"):
+            load_model(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+@every_layout
+def test_damaged_files_are_refused(lm, tmp_path, layout):
+    source = tmp_path / NAMES[layout]
+    save_model(lm, source, layout)
+    path = source / "model.safetensors" if source.is_dir() else source
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"<html>not found</html>"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="cut short"):
+            load_model(source)
+
+
+def test_a_damaged_config_is_refused(lm, tmp_path):
+    save_model(lm, tmp_path / "folder", "transformers")
+    (tmp_path / "folder" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json, line 1: not JSON"):
+        load_model(tmp_path / "folder")
+
+
+def test_foreign_files_are_refused(lm, tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="tensors by name"):
+        load_model(tmp_path / "list.pth")
+    torch.save({"epoch": 3, "model": {"a": torch.zeros(2)}}, tmp_path / "run.pth")
+    with pytest.raises(UserError, match="tensors by name"):
+        load_model(tmp_path / "run.pth")
+    torch.save({"layers.0.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"these 1 tensors \(layers.0.weight\) are of no model that is known"):
+        load_model(tmp_path / "other.pth")
+    torch.save({}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="of no model that is known"):
+        load_model(tmp_path / "empty.pth")
+    torch.save(to_weights(lm) | {"blocks.0.att.ln_x.weight": torch.zeros(16)}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"not RWKV-4's: .* 1 unknown \(blocks.0.att.ln_x.weight\)"):
+        load_model(tmp_path / "more.pth")
+    weights = {n.replace("time_first", "time_faaaa"): t for n, t in to_weights(lm).items()}
+    torch.save(weights, tmp_path / "rwkv5.pth")
+    with pytest.raises(UserError, match=r"neither blocks.0.att.time_first \(RWKV4\) nor blocks.0.att.r_k \(RWKV7\)"):
+        load_model(tmp_path / "rwkv5.pth")
+    safetensors.torch.save_file(to_hf(lm), tmp_path / "hf.safetensors")
+    with pytest.raises(UserError, match="not one of this project's"):
+        load_model(tmp_path / "hf.safetensors")
+    with pytest.raises(UserError, match="does not exist"):
+        load_model("no/such/file.pth")
+
+
+@pytest.mark.parametrize("family", ["rwkv7"])
+def test_rwkv7s_that_are_not_whole_are_refused(lm, tmp_path):
+    """A tensor lost, one too many, one quantised: the file is recognised, and the fault is named."""
+    weights = rwkv7.to_weights(lm)
+    for change, message in (
+        ({}, r"not RWKV-7's: 1 tensors missing \(blocks.2.att.g2\), 0 unknown"),
+        ({"blocks.2.att.g2": weights["blocks.2.att.g2"], "x": torch.zeros(2)}, r"0 tensors missing \(\), 1 unknown"),
+        ({"blocks.2.att.g2": torch.zeros(5, 16, dtype=torch.uint8)}, r"blocks.2.att.g2 is torch.uint8; quantised"),
+    ):
+        torch.save({n: t for n, t in weights.items() if n != "blocks.2.att.g2"} | change, tmp_path / "m.pth")
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / "m.pth")
+
+
+def test_foreign_folders_are_refused(lm, tmp_path):
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        load_model(tmp_path)
+    save_model(lm, tmp_path, "transformers")
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def with_config(change):
+        files.write_json(tmp_path / "config.json", config | change)
+        return load_model(tmp_path)
+
+    assert_same_weights(with_config({"auto_map": {"AutoModel": "evil.Model"}}), lm)  # names code; nobody reads it
+    with pytest.raises(UserError, match=r"of type 'llama' is known; there are .*, mamba, .*, rwkv, .*load_transformer"):
+        with_config({"model_type": "llama"})
+    with pytest.raises(UserError, match="no recurrent model of type None"):
+        with_config({"model_type": None})
+    with pytest.raises(UserError, match=r"layer_norm_epsilon = 0\.001"):
+        with_config({"layer_norm_epsilon": 1e-3})
+    with pytest.raises(UserError, match=r"num_hidden_layers = 4, but .* have 3"):
+        with_config({"num_hidden_layers": 4})
+    files.write_json(tmp_path / "config.json", config)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        load_model(tmp_path)
+
+
+def test_unknown_layout(lm, tmp_path):
+    with pytest.raises(UserError, match="unknown layout 'gguf'; there are prosg, transformers, author"):
+        save_model(lm, tmp_path / "m", "gguf")
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path):
+    """The real client, pointed at a port where nobody listens."""
+    code = (
+        "from prosg_lib.backbones.loading import load_model\n"
+        "from prosg_lib.errors import UserError\n"
+        "try: load_model('owner/name')\n"
+        "except UserError as error: print(error)\n"
+    )
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=paths.repo_root(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert "could not be fetched from the hub" in done.stdout
+    assert "local folder's path" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_the_hub_gives_a_folder(lm, tmp_path, monkeypatch):
+    """What is fetched is read like any folder, and no file with code is asked for."""
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    save_model(lm, tmp_path, "transformers")
+    assert_same_weights(load_model("owner/name"), lm)
+    ((name, patterns),) = asked
+    assert name == "owner/name"
+    wanted = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "model-00001-of-00002.safetensors"]
+    assert all(
+        any(fnmatch(file, pattern) for pattern in patterns) for file in [*wanted, "model.safetensors.index.json"]
+    )
+    unwanted = ["modeling_x.py", "tokenizer.py", "pytorch_model.bin", "optimizer.pt"]
+    assert not any(any(fnmatch(file, pattern) for pattern in patterns) for file in unwanted)
+
+
+# Folders of other classes of transformers
+
+
+@pytest.fixture
+def mamba2():
+    torch.manual_seed(0)
+    sizes = Mamba2Config(
+        vocab_size=400, hidden_size=16, num_hidden_layers=2, num_heads=2, head_dim=16, n_groups=1, state_size=4
+    )
+    return Mamba2(Mamba2ForCausalLM(sizes)).eval()
+
+
+def test_any_tokenizer_of_a_folder(mamba2, lm, tmp_path):
+    """tokenizer.json; a class that is Python and has no such file; the files that older ones have. Saved with the
+    model, each comes back, and `transformers` finds it, too."""
+    text = "Ada, 7 cäts\nand more"
+    save_model(mamba2, tmp_path / "none", "transformers")
+    assert load_model(tmp_path / "none").tokenizer is None
+    ByT5Tokenizer().save_pretrained(tmp_path / "none")
+    again = load_model(tmp_path / "none")
+    tokenizer = again.tokenizer
+    assert tokenizer.vocab == 384
+    assert tokenizer.encode(text) == tuple(byte + 3 for byte in text.encode())
+    assert tokenizer.encode_long(text) == list(tokenizer.encode(text))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(again.generate(["Ada"], max_new_tokens=3, stop=None)) == 1
+    save_model(again, tmp_path / "again", "transformers")
+    assert load_model(tmp_path / "again").tokenizer.encode(text) == tokenizer.encode(text)
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").encode(text, add_special_tokens=False) == list(
+        tokenizer.encode(text)
+    )
+    lm.tokenizer = tokenizer
+    with pytest.raises(
+        UserError, match=r"a ByT5Tokenizer is no tokenizer\.json; save the model in layout 'transformers'"
+    ):
+        save_model(lm, tmp_path / "m.safetensors", "prosg")
+
+    small = Tokenizer.train([text] * 5, 270)
+    mamba2.tokenizer = small
+    save_model(mamba2, tmp_path / "fast", "transformers")
+    assert load_model(tmp_path / "fast").tokenizer.encode(text) == small.encode(text)
+    content = json.loads(small.to_json())["model"]
+    save_model(load_model(tmp_path / "none"), tmp_path / "old", "transformers")
+    for left in (tmp_path / "old").glob("*token*"):
+        left.unlink()
+    files.write_json(tmp_path / "old" / "vocab.json", content["vocab"] | {"<|endoftext|>": 270})
+    files.write_text(tmp_path / "old" / "merges.txt", "\n".join(map(" ".join, content["merges"])))
+    files.write_json(tmp_path / "old" / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
+    old = load_model(tmp_path / "old").tokenizer
+    assert old.encode(text) == small.encode(text)
+    assert old.decode(old.encode(text)) == text
+
+
+def test_tokenizers_that_do_not_fit_are_refused(mamba2, lm, tmp_path):
+    """One with more tokens than the model, of either kind of file, and one that is damaged."""
+    save_model(mamba2, tmp_path, "transformers")
+    lm.tokenizer.save(tmp_path)
+    with pytest.raises(
+        UserError, match=r"the tokenizer in .* has 2048 tokens, but the model only 400; put the one there"
+    ):
+        load_model(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="is not a tokenizer file"):
+        load_model(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    files.write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 500})
+    with pytest.raises(UserError, match="tokens, but the model only 400"):
+        load_model(tmp_path)
+    files.write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "NoSuchTokenizer"})
+    with pytest.raises(UserError, match=r"the tokenizer in .* could not be loaded \(.*put a tokenizer\.json there"):
+        load_model(tmp_path)
+
+
+def test_damaged_folders_of_other_classes_are_refused(mamba2, tmp_path):
+    """Weights cut short, weights missing (which the library would make up), weights of other sizes, no weights."""
+    save_model(mamba2, tmp_path, "transformers")
+    path, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"<html>not found</html>"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="could not be loaded"):
+            load_model(tmp_path)
+    path.write_bytes(content)
+    files.write_json(tmp_path / "config.json", config | {"num_hidden_layers": 3})
+    with pytest.raises(
+        UserError, match=r"lacks \d+ of the weights that its config\.json speaks of \(backbone\.layers\.2"
+    ):
+        load_model(tmp_path)
+    files.write_json(tmp_path / "config.json", config | {"state_size": 8})
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_model(tmp_path)
+    files.write_json(tmp_path / "config.json", config | {"time_step_limit": [0.0, 0.1]})
+    with pytest.raises(UserError, match=r"limits its time step to \(0\.0, 0\.1\)"):
+        load_model(tmp_path)
+    files.write_json(tmp_path / "config.json", config)
+    path.unlink()
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_model(tmp_path)
+    torch.save({"backbone.embeddings.weight": Bomb(tmp_path / "exploded")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_model(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_in_a_folder_is_never_run(mamba2, tmp_path):
+    """The model's and the tokenizer's: a known type is read by the library's class, an unknown one not at all."""
+    save_model(mamba2, tmp_path, "transformers")
+    evil = (
+        f"import pathlib\npathlib.Path({str(tmp_path / 'exploded')!r}).touch()\nclass Model: pass\nclass Config: pass\n"
+    )
+    (tmp_path / "evil.py").write_text(evil)
+    config = json.loads((tmp_path / "config.json").read_text())
+    names = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    files.write_json(tmp_path / "config.json", config | names)
+    assert_same_weights(load_model(tmp_path), mamba2)
+    files.write_json(tmp_path / "config.json", config | names | {"model_type": "evil"})
+    with pytest.raises(UserError, match="no recurrent model of type 'evil' is known"):
+        load_model(tmp_path)
+    files.write_json(tmp_path / "config.json", config | names)
+    files.write_json(
+        tmp_path / "tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": ["evil.Model", None]}, "tokenizer_class": "X"},
+    )
+    with pytest.raises(UserError, match=r"the tokenizer in .* could not be loaded"):
+        load_model(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_layouts_of_other_classes(mamba2, tmp_path):
+    for layout in ("prosg", "author"):
+        with pytest.raises(UserError, match=f"a Mamba2 has no layout '{layout}'; save it in layout 'transformers'"):
+            save_model(mamba2, tmp_path / "m", layout)
+    with pytest.raises(UserError, match="unknown layout 'gguf'"):
+        save_model(mamba2, tmp_path / "m", "gguf")
+    assert not list(tmp_path.iterdir())

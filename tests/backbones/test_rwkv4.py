@@ -1,0 +1,94 @@
+"""RWKV-4 is the RWKV-4 of others, and only its own weights become one."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import RwkvConfig, RwkvForCausalLM
+
+from prosg_lib.backbones.rwkv4 import RWKV4, from_hf, from_weights, to_hf, to_weights, training_flops
+from prosg_lib.config.sizes import RWKV4Config
+from prosg_lib.errors import UserError
+
+
+def peer(lm: RWKV4) -> RwkvForCausalLM:
+    """transformers' model of the same sizes, with weights of its own."""
+    c = lm.config
+    config = RwkvConfig(
+        vocab_size=c.vocab,
+        hidden_size=c.width,
+        num_hidden_layers=c.layers,
+        intermediate_size=c.ffn,
+        rescale_every=0,
+    )
+    return RwkvForCausalLM(config).eval()
+
+
+def some_ids(batch, time, vocab=2000, seed=0):
+    return torch.randint(0, vocab, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_logits_of_transformers_with_our_weights(lm):
+    theirs = peer(lm)
+    assert theirs.load_state_dict(to_hf(lm), strict=True)
+    ids = some_ids(3, 75)
+    ours = lm(ids)[0]
+    assert ours.std() > 0.1
+    assert_close(ours, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_logits_of_transformers_with_their_weights(lm):
+    theirs = peer(lm)
+    for p in theirs.parameters():  # theirs starts with blocks that barely matter
+        p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    ours = from_hf(theirs.state_dict())
+    ids = some_ids(3, 75)
+    assert_close(ours(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_state_of_transformers_goes_on_alike(lm):
+    """One token after the other, batch of one (theirs is wrong for more)."""
+    theirs = peer(lm)
+    theirs.load_state_dict(to_hf(lm))
+    ids = some_ids(1, 12)
+    out = theirs(ids[:, :6], use_cache=True)
+    logits, state = lm(ids[:, :6])
+    for t in range(6, 12):
+        out = theirs(ids[:, t : t + 1], state=out.state, use_cache=True)
+        logits, state = lm(ids[:, t : t + 1], state)
+        assert_close(logits, out.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_author_layout_round_trip(lm):
+    weights = to_weights(lm)
+    assert weights["blocks.0.att.time_mix_k"].shape == (1, 1, lm.config.width)
+    again = from_weights({name: t.bfloat16().float() for name, t in weights.items()})
+    assert again.config == lm.config
+    again = from_weights(weights)
+    for name, tensor in lm.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_foreign_weights_are_refused(lm):
+    weights = to_weights(lm)
+    with pytest.raises(UserError, match=r"1 tensors missing \(ln_out.bias\)"):
+        from_weights({n: t for n, t in weights.items() if n != "ln_out.bias"})
+    with pytest.raises(UserError, match=r"1 unknown \(blocks.0.att.gate.weight\)"):
+        from_weights(weights | {"blocks.0.att.gate.weight": torch.zeros(16, 16)})
+    with pytest.raises(UserError, match=r"ffn.key.weight has shape \(16, 32\), expected \(32, 16\)"):
+        from_weights(weights | {"blocks.1.ffn.key.weight": weights["blocks.1.ffn.key.weight"].t()})
+    with pytest.raises(UserError, match="quantised"):
+        from_weights(weights | {"head.weight": weights["head.weight"].to(torch.int8)})
+    with pytest.raises(UserError, match="not RWKV-4's"):
+        from_weights({"model.embed_tokens.weight": torch.zeros(3, 3)})
+    with pytest.raises(UserError, match="RwkvForCausalLM"):
+        from_hf({"model.embed_tokens.weight": torch.zeros(3, 3)})
+    with pytest.raises(UserError, match="not RWKV-4's"):
+        from_hf({n: t for n, t in to_hf(lm).items() if "feed_forward.key" not in n})
+
+
+def test_training_flops():
+    """By hand: one layer of 5 maps 4 x 4 and 2 of 4 x 8, a head of 10 x 4; 6 operations a weight."""
+    assert training_flops(RWKV4Config(10, 4, 1, 8)) == 6 * (5 * 16 + 2 * 32 + 40)

@@ -1,0 +1,214 @@
+"""RWKV-7 is the RWKV-7 of its author's package, and only its own weights become one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config, from_weights, to_weights, training_flops
+from prosg_lib.backbones.state import RecurrentState
+from prosg_lib.errors import UserError
+
+
+@pytest.fixture
+def family():
+    return "rwkv7"
+
+
+def some_ids(batch, time, vocab=2000, seed=0):
+    return torch.randint(0, vocab, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def random_model(head, vocab=90):
+    """Two heads, every low-rank map of a size of its own, and no vector or matrix that is zero or alike everywhere."""
+    torch.manual_seed(0)
+    lm = RWKV7(RWKV7Config(vocab, 2 * head, 3, 5 * head, head, 12, 10, 8, 14)).eval()
+    for name, p in lm.named_parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=1.0 if "emb" in name else 1.5 / p.shape[1] ** 0.5)
+        else:
+            p.data += 0.2 * torch.randn_like(p)
+    return lm
+
+
+PEER = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from rwkv.model import RWKV  # its settings are environment variables, read here
+
+torch.set_num_threads(1)
+ids = load_file("ids.safetensors")["ids"].tolist()
+for name in sys.argv[1:]:
+    model = RWKV(name, "cpu fp32")
+    logits, state = model.forward(ids, None, full_output=True)
+    save_file({"logits": logits, "state": torch.stack(state[1::3])}, name + "-whole.safetensors")
+    logits, state = [], None
+    for token in ids:
+        out, state = model.forward([token], state)
+        logits.append(out)
+    save_file({"logits": torch.stack(logits), "state": torch.stack(state[1::3])}, name + "-steps.safetensors")
+"""
+
+
+@torch.no_grad()
+def test_logits_and_state_of_the_authors_package(tmp_path):
+    """Read as a whole and token by token, more than two chunks: the logits everywhere, and the matrices at the end."""
+    ids, models = some_ids(1, 70, 90), {f"head{size}": random_model(size) for size in (64, 16)}
+    save_file({"ids": ids[0]}, tmp_path / "ids.safetensors")
+    for name, lm in models.items():
+        torch.save(to_weights(lm), tmp_path / f"{name}.pth")
+    settings = {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PEER, *models]
+    subprocess.run(command, env=os.environ | settings, cwd=tmp_path, capture_output=True, check=True)
+    for name, lm in models.items():
+        logits, state = lm(ids)
+        assert logits.std() > 0.5
+        steps, stepped = [], None
+        for t in range(70):
+            out, stepped = lm(ids[:, t : t + 1], stepped)
+            steps.append(out)
+        for way, ours, end in (("whole", logits, state), ("steps", torch.cat(steps, 1), stepped)):
+            theirs = load_file(tmp_path / f"{name}-{way}.safetensors")
+            assert_close(ours[0], theirs["logits"], rtol=0, atol=1e-4)
+            assert_close(end.tensors["wkv"][0], theirs["state"], rtol=0, atol=1e-3)
+
+
+def test_author_layout_round_trip(lm):
+    """Also in half precision, and from a plain state dict; the model has memory of its own, and the file's low-rank
+    sizes."""
+    weights = to_weights(lm)
+    assert weights["blocks.0.att.x_k"].shape == weights["blocks.1.att.v0"].shape == (1, 1, 16)
+    assert weights["blocks.0.att.r_k"].shape == (2, 8)
+    assert weights["blocks.0.att.ln_x.weight"].shape == weights["ln_out.bias"].shape == (16,)
+    assert not [name for name in weights if name.startswith(("blocks.0.att.v0", "blocks.0.att.v1"))]
+    again = from_weights(weights)
+    assert again.config == lm.config == RWKV7Config(lm.config.vocab, 16, 3, 32, 8, 4, 3, 2, 5)
+    assert again.fingerprint() == from_weights(lm.state_dict()).fingerprint() == lm.fingerprint()
+    with torch.no_grad():
+        again.emb.weight.zero_()
+    assert lm.emb.weight.any()
+    half = from_weights({name: t.bfloat16() for name, t in weights.items()})
+    assert {t.dtype for t in half.state_dict().values()} == {torch.float32}
+    assert_close(half.state_dict(), lm.state_dict(), rtol=1e-2, atol=0)
+
+
+@torch.no_grad()
+def test_values_of_a_first_layer_that_nothing_uses(lm):
+    """Some files have v0, v1, v2 in the first layer, some have not: the same model."""
+    weights = to_weights(lm)
+    more = {f"blocks.0.att.{name}": torch.ones_like(weights[f"blocks.1.att.{name}"]) for name in ("v0", "v1", "v2")}
+    assert from_weights(weights | more).fingerprint() == lm.fingerprint()
+
+
+def test_a_single_layer_round_trip():
+    """It has no map to v, whose size its file therefore cannot tell."""
+    lm = RWKV7(RWKV7Config(10, 8, 1, 16, 4, 2, 2, 2, 2))
+    assert from_weights(to_weights(lm)).config == lm.config
+    assert lm.config.value_rank == 0
+
+
+def test_foreign_weights_are_refused(lm):
+    weights = to_weights(lm)
+
+    def with_change(name, change):
+        return from_weights(weights | {name: change(weights[name])})
+
+    with pytest.raises(UserError, match=r"1 tensors missing \(blocks.1.att.k_a\)"):
+        from_weights({n: t for n, t in weights.items() if n != "blocks.1.att.k_a"})
+    with pytest.raises(UserError, match=r"1 unknown \(blocks.0.ffn.s_emb.weight\)"):
+        from_weights(weights | {"blocks.0.ffn.s_emb.weight": torch.zeros(16, 16)})
+    with pytest.raises(UserError, match=r"ffn.key.weight has shape \(16, 32\), expected \(32, 16\)"):
+        with_change("blocks.1.ffn.key.weight", torch.t)
+    with pytest.raises(UserError, match=r"blocks.2.att.r_k has shape \(8, 2\), expected \(2, 8\)"):
+        with_change("blocks.2.att.r_k", torch.t)
+    with pytest.raises(UserError, match=r"blocks.2.att.g1 has shape \(16, 4\), expected \(16, 5\)"):
+        with_change("blocks.2.att.g1", lambda t: t[:, :4])
+    with pytest.raises(UserError, match=r"head\.weight is torch.uint8; quantised"):
+        with_change("head.weight", lambda t: t.to(torch.uint8))
+    with pytest.raises(UserError, match=r"16 is no multiple of the head size 5"):
+        with_change("blocks.0.att.r_k", lambda t: t.flatten()[:15].view(3, 5))
+    with pytest.raises(UserError, match="not RWKV-7's"):
+        with_change("blocks.0.att.r_k", torch.flatten)
+    with pytest.raises(UserError, match="not RWKV-7's"):
+        from_weights({n: t for n, t in weights.items() if "blocks.0.att.w1" not in n})
+    with pytest.raises(UserError, match="not RWKV-7's"):
+        from_weights({"model.embed_tokens.weight": torch.zeros(3, 3)})
+
+
+def test_a_width_that_heads_do_not_fill_is_refused():
+    with pytest.raises(UserError, match="a width of 96 is no multiple of the head size 64"):
+        RWKV7Config(10, 96, 1, 96)
+
+
+def test_bytes_of_the_state_by_hand(lm, prompts):
+    """2 vectors and 2 matrices of 8 x 8 a layer; and, at 24 layers of width 1,024, 1,622,016 numbers in float32."""
+    assert lm.derive_state(prompts).nbytes() == lm.blank_state(7).nbytes() == 3 * (2 * 16 + 2 * 64) * 4
+    with torch.device("meta"):
+        large = RWKV7(RWKV7Config(65536, 1024, 24, 4096))
+    assert large.blank_state(1).nbytes() == 1_622_016 * 4
+    assert large.bfloat16().blank_state(1).nbytes() == 1_622_016 * 4
+
+
+def test_maps_that_may_be_edited(lm):
+    maps = ["att.key", "att.output", "att.receptance", "att.value", "ffn.key", "ffn.value"]
+    assert sorted(lm.editable()) == sorted(f"blocks.{layer}.{name}" for layer in range(3) for name in maps)
+
+
+@torch.no_grad()
+def test_features_of_a_state(lm, prompts):
+    """A matrix made larger changes one feature, the log of its length; a blank one has features, too."""
+    state = lm.derive_state(prompts)
+    features = lm.state_features(state)
+    assert features.shape == (4, 3 * (2 * 16 + 2 * 64 + 2))
+    t = state.tensors
+    larger = t["wkv"].clone()
+    larger[:, 1, 0] *= 7
+    change = lm.state_features(RecurrentState(t | {"wkv": larger})) - features
+    moved = change.abs() > 1e-4
+    assert moved.sum(1).eq(1).all()
+    assert_close(change[moved], torch.full((4,), 7.0).log())
+    assert torch.equal(lm.state_features(lm.blank_state(2)), torch.zeros(2, features.shape[1]))
+
+
+def test_autocast(lm):
+    """The maps in bfloat16, sums and state in float32, and gradients for every weight."""
+    ids = some_ids(2, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, state = lm(ids)
+    assert logits.dtype == torch.bfloat16
+    assert {t.dtype for t in state.tensors.values()} == {torch.float32}
+    expected = lm(ids)[0]
+    assert (logits.float() - expected).square().mean().sqrt() < 0.1 * expected.std()
+    logits.float().logsumexp(-1).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in lm.parameters())
+
+
+def test_a_fresh_model_learns():
+    """To say a line of random tokens again, which needs the state: from the loss of guessing to a fifth of it."""
+    torch.manual_seed(0)
+    lm = RWKV7(RWKV7Config(12, 32, 2, 64, 16, 8, 8, 8, 8))
+    optimiser = torch.optim.AdamW(lm.parameters(), lr=5e-3)
+    losses = []
+    for step in range(120):
+        line = some_ids(32, 6, 12, seed=step)
+        ids = torch.cat([line, line], 1)
+        logits = lm(ids[:, :-1])[0][:, 5:]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 6:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.item())
+    assert 2.2 < losses[0] < 2.8
+    assert sum(losses[-10:]) / 10 < 0.2 * losses[0]
+
+
+def test_training_flops():
+    """By hand, width 4: each layer 4 maps 4 x 4, 2 of 4 x 8 and, at head size 2, 4 x 4 x 2 for the matrices; low-rank
+    maps of ranks 1, 2 and 4 twice and 3 once; a head of 10 x 4; 6 operations each."""
+    block, ranks = 4 * 16 + 2 * 32 + 4 * 4 * 2, 2 * (1 + 2 + 4) + 3
+    assert training_flops(RWKV7Config(10, 4, 2, 8, 2, 1, 2, 3, 4)) == 6 * (2 * block + 2 * 4 * ranks + 40)

@@ -1,0 +1,336 @@
+"""Factors of a gradient are the gradient; a delta is the merged weights; and the weights stay as they are."""
+
+import functools
+import hashlib
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from prosg_lib import files
+from prosg_lib.deltas.applying import applied
+from prosg_lib.deltas.gradient_factors import TokenFactors, best_rank, gradient_factors, spectrum
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta
+from prosg_lib.errors import UserError
+
+MAPS = ("blocks.0.att.output", "blocks.1.ffn.key", "blocks.2.ffn.value")
+
+every_family = pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
+
+
+def delta_for(lm, batch, rank=2, seed=0, names=MAPS, v=None, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    maps = lm.editable()
+    factors = {}
+    for name in names:
+        out, into = maps[name].weight.shape
+        u = torch.randn(batch, out, rank, generator=g, dtype=dtype)
+        own = torch.randn(batch, into, rank, generator=g, dtype=dtype) / 4
+        factors[name] = Factors(u / 4, own if v is None else v[name])
+    return LowRankDelta(factors, lm.fingerprint())
+
+
+def merged(make_lm, lm, delta, row):
+    """A copy of the model with row's change written into its weights."""
+    other = make_lm(dtype=lm.emb.weight.dtype)
+    with torch.no_grad():
+        for name, (u, v) in delta.factors.items():
+            u, v = u[row % len(u)], v[row % len(v)]
+            other.editable()[name].weight += delta.scale * u @ v.t()
+    return other
+
+
+def digest(lm):
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in lm.state_dict().values())).hexdigest()
+
+
+def ids_of(batch, time, seed=0):
+    return torch.randint(0, 2000, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------
+
+
+def loss_of(lm, ids):
+    logits, _ = lm(ids[:, :-1])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@every_family
+@pytest.mark.parametrize("frozen", [False, True])
+def test_factors_are_the_gradient_of_every_map(lm64, frozen, family):
+    ids, names = ids_of(3, 13), list(lm64.editable())
+    grads = torch.autograd.grad(loss_of(lm64, ids), [lm64.editable()[n].weight for n in names])
+    lm64.requires_grad_(not frozen)
+    factors = gradient_factors(lm64, names, lambda: loss_of(lm64, ids))
+    assert len(names) == 3 * {"rwkv4": 7, "rwkv7": 6}[family]
+    for name, grad in zip(names, grads, strict=True):
+        assert grad.abs().max() > 0
+        assert_close(factors[name].delta.t() @ factors[name].x, grad, rtol=1e-10, atol=1e-12)
+        assert len(factors[name].x) == 3 * 12
+    assert all(p.grad is None for p in lm64.parameters())
+
+
+@every_family
+def test_factors_of_a_text_read_in_pieces(lm64):
+    """The loss may take several passes; every pass's tokens count."""
+    ids = ids_of(2, 12)
+
+    def in_pieces():
+        first, state = lm64(ids[:, :5])
+        second, _ = lm64(ids[:, 5:-1], state)
+        logits = torch.cat([first, second], 1)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    found = gradient_factors(lm64, list(MAPS), in_pieces)
+    whole = gradient_factors(lm64, list(MAPS), lambda: loss_of(lm64, ids))
+    for name in MAPS:
+        assert_close(found[name].delta.t() @ found[name].x, whole[name].delta.t() @ whole[name].x)
+
+
+def test_factors_under_a_delta(make_lm, lm64):
+    """The gradient at the changed weights is that of the merged model."""
+    ids, delta = ids_of(1, 9), delta_for(lm64, 1, dtype=torch.float64)
+    other = merged(make_lm, lm64, delta, 0)
+
+    def changed():
+        with applied(lm64, delta):
+            return loss_of(lm64, ids)
+
+    found = gradient_factors(lm64, list(MAPS), changed)
+    for name in MAPS:
+        grad = torch.autograd.grad(loss_of(other, ids), other.editable()[name].weight)[0]
+        assert_close(found[name].delta.t() @ found[name].x, grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_spectrum_and_best_rank_are_those_of_the_full_matrix(tokens):
+    """Eckart-Young: the truncated SVD, and an error of the spectrum's tail; few tokens and many."""
+    g = torch.Generator().manual_seed(3)
+    factors = TokenFactors(
+        torch.randn(tokens, 12, generator=g, dtype=torch.float64),
+        torch.randn(tokens, 7, generator=g, dtype=torch.float64),
+    )
+    full = factors.delta.t() @ factors.x
+    u, s, vt = torch.linalg.svd(full, full_matrices=False)
+    values = spectrum(factors)
+    assert_close(values, s[: min(tokens, 7)], rtol=1e-10, atol=1e-10)
+    for rank in range(1, min(tokens, 7) + 1):
+        left, right = best_rank(factors, rank)
+        assert_close(left @ right.t(), (u[:, :rank] * s[:rank]) @ vt[:rank], rtol=1e-9, atol=1e-9)
+        error = torch.linalg.matrix_norm(full - left @ right.t())
+        assert_close(error, values[rank:].square().sum().sqrt(), rtol=1e-7, atol=1e-7)
+    for rank in (0, min(tokens, 7) + 1):
+        with pytest.raises(UserError, match=f"rank {rank} asked for"):
+            best_rank(factors, rank)
+    with pytest.raises(UserError, match="one of each per token"):
+        spectrum(TokenFactors(factors.delta[1:], factors.x))
+
+
+def test_spectrum_of_a_real_gradient(lm64):
+    ids = ids_of(1, 9)
+    name = "blocks.1.ffn.key"
+    grad = torch.autograd.grad(loss_of(lm64, ids), lm64.editable()[name].weight)[0]
+    values = spectrum(gradient_factors(lm64, [name], lambda: loss_of(lm64, ids))[name])
+    assert_close(values, torch.linalg.svdvals(grad)[: len(values)], rtol=1e-8, atol=1e-12)
+
+
+# --- application --------------------------------------------------------------------------------------------------
+
+
+@every_family
+@torch.no_grad()
+def test_applied_per_sample_is_merged_weights(make_lm, lm64):
+    delta, ids = delta_for(lm64, 3, dtype=torch.float64).scaled(0.7), ids_of(3, 40)
+    logits, state = lm64(ids, delta=delta)
+    for row in range(3):
+        expected, expected_state = merged(make_lm, lm64, delta, row)(ids[row : row + 1])
+        assert_close(logits[row : row + 1], expected, rtol=1e-9, atol=1e-9)
+        found = lm64.state_features(state.select([row]))
+        assert_close(found, lm64.state_features(expected_state), rtol=1e-9, atol=1e-9)
+        assert (expected - lm64(ids[row : row + 1])[0]).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", ["U", "V", "both"])
+def test_shared_factors_are_one_for_all(lm64, shared):
+    delta, ids = delta_for(lm64, 3, dtype=torch.float64), ids_of(3, 10)
+
+    def cut(f, expand):
+        u, v = (t[:1] if shared in (part, "both") else t for part, t in zip("UV", f, strict=True))
+        return Factors(u.expand(3, -1, -1), v.expand(3, -1, -1)) if expand else Factors(u, v)
+
+    small, large = (
+        LowRankDelta({n: cut(f, e) for n, f in delta.factors.items()}, delta.fingerprint) for e in (False, True)
+    )
+    assert_close(lm64(ids, delta=small)[0], lm64(ids, delta=large)[0], rtol=1e-12, atol=1e-12)
+    assert small.batch == (1 if shared == "both" else 3)
+    # one change for all is a batch of one, and its only row is 0
+    rows = [0, 0] if shared == "both" else [2, 0]
+    chosen = [lm64(ids[:2], delta=d.select(rows))[0] for d in (small, large)]
+    assert_close(*chosen, rtol=1e-12, atol=1e-12)
+
+
+@every_family
+def test_weights_are_never_written(lm):
+    before, ids = digest(lm), ids_of(2, 6)
+    plain = lm(ids)[0]
+    for i in range(20):
+        lm(ids, delta=delta_for(lm, 2, seed=i).scaled(100.0))
+
+    def interrupted():
+        with applied(lm, delta_for(lm, 2)):
+            lm(ids)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        interrupted()
+    again = applied(lm, delta_for(lm, 2))
+    changed = []
+    for _ in range(2):
+        with again:
+            changed.append(lm(ids)[0])
+        assert torch.equal(lm(ids)[0], plain)
+    assert torch.equal(*changed)
+    assert not torch.equal(changed[0], plain)
+    list(lm.stream([[1], [2]], None, delta_for(lm, 2), 3, None))
+    next(lm.stream([[1], [2]], None, delta_for(lm, 2), 3, None))  # abandoned half-way
+    assert digest(lm) == before
+    assert torch.equal(lm(ids)[0], plain)
+    assert not any(m._forward_hooks for m in lm.modules())
+
+
+@torch.no_grad()
+def test_other_models_maps_and_batches_are_refused(lm, make_lm):
+    ids = ids_of(2, 4)
+    with pytest.raises(UserError, match="made for model"):
+        lm(ids, delta=delta_for(make_lm(seed=1), 2))
+    f = delta_for(lm, 2).factors[MAPS[0]]
+    for name in ("blocks.9.att.output", "head"):
+        with pytest.raises(UserError, match=f"changes {name}, which this model has not"):
+            lm(ids, delta=LowRankDelta({name: f}, lm.fingerprint()))
+    with pytest.raises(UserError, match="2 sequences but a delta of batch 3"):
+        lm(ids, delta=delta_for(lm, 3))
+    with pytest.raises(UserError, match="1 sequences but a delta of batch 3"):
+        lm(ids[:1], delta=delta_for(lm, 3))
+    assert not any(m._forward_hooks for m in lm.modules())
+
+
+# --- algebra ------------------------------------------------------------------------------------------------------
+
+
+def full(delta, name):
+    """The change itself, scale U V^T, (B, out, in)."""
+    u, v = delta.factors[name]
+    return delta.scale * u @ v.transpose(1, 2)
+
+
+def test_another_precision_is_refused_and_whole_numbers_are(lm, make_lm):
+    """A model in another precision is another model; factors that were cast to whole numbers are no change at all."""
+    ids, delta = ids_of(2, 5), delta_for(lm, 2)
+    with pytest.raises(UserError, match="made for model"):
+        make_lm(dtype=torch.bfloat16)(ids, delta=delta)
+    with pytest.raises(UserError, match="int32"):
+        lm(ids, delta=delta.to(torch.int32))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sum_is_the_sum_of_changes(lm, shared):
+    first = delta_for(lm, 3, seed=1).scaled(0.5)
+    v = {n: f.V for n, f in first.factors.items()} if shared else None
+    second = delta_for(lm, 3, seed=2, v=v).scaled(-2.0)
+    total = first + second
+    for name in MAPS:
+        assert_close(full(total, name), full(first, name) + full(second, name), rtol=1e-5, atol=1e-6)
+    assert total.rank == (2 if shared else 4)
+    ids = ids_of(3, 8)
+    with applied(lm, first), applied(lm, second):
+        expected = lm(ids)[0]
+    assert_close(lm(ids, delta=total)[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_sums_with_other_maps_batches_and_zero(lm):
+    one, three = delta_for(lm, 1, seed=1, names=MAPS[:2]), delta_for(lm, 3, seed=2, names=MAPS[1:])
+    total = one + three
+    assert_close(full(total, MAPS[0]), full(one, MAPS[0]))
+    assert_close(full(total, MAPS[1]), full(one, MAPS[1]) + full(three, MAPS[1]))
+    assert_close(full(total, MAPS[2]), full(three, MAPS[2]))
+    cancelled = three.scaled(0.0) + three
+    assert_close(full(cancelled, MAPS[2]), full(three, MAPS[2]))
+    gone = three + three.scaled(-1.0)
+    assert torch.equal(full(gone, MAPS[2]), torch.zeros_like(full(gone, MAPS[2])))
+    with pytest.raises(UserError, match="batch 3 and 2"):
+        three + delta_for(lm, 2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sum_of_many(lm, shared):
+    """`sum` adds them all; with shared reading directions their rank stays that of one, and `beside` never adds U."""
+    first = delta_for(lm, 2, seed=0).scaled(0.5)
+    v = {n: f.V for n, f in first.factors.items()} if shared else None
+    several = [first, *(delta_for(lm, 2, seed=i, v=v) for i in range(1, 5))]
+    total, apart = sum(several), functools.reduce(LowRankDelta.beside, several)
+    for name in MAPS:
+        expected = torch.stack([full(d, name) for d in several]).sum(0)
+        for found in (total, apart):
+            assert_close(full(found, name), expected, rtol=1e-5, atol=1e-6)
+    assert (total.rank, apart.rank) == (2 if shared else 10, 10)
+    assert sum([first]) is first
+    with pytest.raises(TypeError):
+        sum([first], 1)
+
+
+def test_deltas_of_two_models_do_not_add(lm, make_lm):
+    with pytest.raises(UserError, match="derive both with the same model"):
+        delta_for(lm, 1) + delta_for(make_lm(seed=1), 1)
+
+
+def test_select_detach_to_and_bytes(lm):
+    delta = delta_for(lm, 3)
+    rows = delta.select([2, 2])
+    for name, f in delta.factors.items():
+        assert torch.equal(rows.factors[name].U, f.U[[2, 2]])
+        assert torch.equal(rows.factors[name].V, f.V[[2, 2]])
+    # rank 2 of: output 16 x 16, ffn.key 32 x 16, ffn.value 16 x 32; 4 bytes each
+    assert delta.nbytes() == 2 * 4 * (16 + 16 + 32 + 16 + 16 + 32) == 1024
+    assert delta.to(torch.bfloat16).nbytes() == 512
+    assert (delta.batch, delta.rank) == (3, 2)
+    live = delta._map(lambda t: t.requires_grad_())
+    assert not any(t.requires_grad for f in live.detach().factors.values() for t in f)
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_bit_for_bit(lm, tmp_path):
+    delta = delta_for(lm, 3).scaled(0.3)
+    delta.save(tmp_path / "d.safetensors")
+    again = LowRankDelta.load(tmp_path / "d.safetensors")
+    assert (again.fingerprint, again.scale) == (delta.fingerprint, delta.scale)
+    assert again.factors.keys() == delta.factors.keys()
+    for name, f in delta.factors.items():
+        assert torch.equal(again.factors[name].U, f.U)
+        assert torch.equal(again.factors[name].V, f.V)
+    ids = ids_of(3, 4)
+    assert torch.equal(lm(ids, delta=again)[0], lm(ids, delta=delta)[0])
+
+
+def test_what_is_no_delta_is_refused(lm, make_lm, tmp_path):
+    path = tmp_path / "d.safetensors"
+    with pytest.raises(UserError, match="does not exist"):
+        LowRankDelta.load(path)
+    delta_for(lm, 2).save(path)
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"no file of tensors"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="cut short or no safetensors file"):
+            LowRankDelta.load(path)
+    files.save_tensors(path, {"a": torch.zeros(1)}, {"kind": "lm"})
+    with pytest.raises(UserError, match="holds a lm, not a delta"):
+        LowRankDelta.load(path)
+    files.save_tensors(path, {"a.U": torch.zeros(1)}, {"kind": "delta", "fingerprint": "0", "scale": 1.0})
+    with pytest.raises(UserError, match=r"lacks 'a\.V'"):
+        LowRankDelta.load(path)
+    delta_for(make_lm(seed=1), 2).save(path)
+    with pytest.raises(UserError, match="made for model"):
+        lm(ids_of(2, 3), delta=LowRankDelta.load(path))

@@ -1,0 +1,276 @@
+"""A delta in the weights, and as an adapter of PEFT: the same logits there and back, and what is no such change is
+refused."""
+
+import copy
+import hashlib
+import json
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, Mamba2ForCausalLM, RwkvForCausalLM
+
+from prosg_lib import files
+from prosg_lib.backbones.hub_families import Mamba2
+from prosg_lib.backbones.hub_transformer import CausalTransformer, TransformerConfig, new_llama
+from prosg_lib.backbones.loading import save_model
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta, sizes
+from prosg_lib.errors import UserError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT asks transformers for it
+    pytest.mark.filterwarnings(
+        "ignore:(?s).*lora_bias|.*lora_B.bias:UserWarning"
+    ),  # of an adapter that is refused here
+]
+
+VOCAB = 2048  # the project's tokenizer's
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+KINDS = ("rwkv4", "llama", "gpt2")
+
+
+@pytest.fixture
+def pair(make_lm, tmp_path):
+    """A kind of model -> ours, and the model of `transformers` that computes the same, loaded from a folder."""
+
+    def make(kind):
+        folder = tmp_path / kind
+        if kind == "rwkv4":
+            lm = make_lm()
+            save_model(lm, folder, "transformers")
+            return lm, RwkvForCausalLM.from_pretrained(folder).eval()
+        torch.manual_seed(0)
+        if kind == "llama":
+            lm = new_llama(TransformerConfig("llama", VOCAB, width=16, layers=2, ffn=32, heads=2))
+        else:
+            ends = {"bos_token_id": 0, "eos_token_id": 0}
+            config = GPT2Config(**ends, vocab_size=VOCAB, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+            lm = CausalTransformer(AutoModelForCausalLM.from_config(config))
+        for name, weight in lm.named_parameters():
+            torch.nn.init.normal_(weight, mean=float(weight.ndim == 1 and name.endswith("weight")), std=0.3)
+        lm.eval().requires_grad_(False).model.save_pretrained(folder)
+        return lm, AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    return make
+
+
+def delta_for(lm, ranks=(3,), seed=0, batch=1):
+    """On every map, of these ranks in turn."""
+    g = torch.Generator().manual_seed(seed)
+    factors = {
+        name: Factors(*(torch.randn(batch, n, ranks[i % len(ranks)], generator=g) / 4 for n in sizes(module)))
+        for i, (name, module) in enumerate(lm.editable().items())
+    }
+    return LowRankDelta(factors, lm.fingerprint(), scale=0.3)
+
+
+def ids_of(batch=2, time=9):
+    return torch.randint(0, VOCAB, (batch, time), generator=torch.Generator().manual_seed(0))
+
+
+def ours(lm, delta=None):
+    """Logits with one change for all sequences."""
+    ids = ids_of()
+    return lm(ids, delta=None if delta is None else delta.select([0] * len(ids)))[0]
+
+
+def digest(lm):
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in lm.state_dict().values())).hexdigest()
+
+
+# --- in the weights -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_model_has_the_change_in_its_weights(pair, kind):
+    """A new model of another fingerprint with the changed model's logits; of the old one not a bit is other."""
+    lm, _ = pair(kind)
+    before, delta = digest(lm), delta_for(lm, (3, 1))
+    merged = delta.merged(lm)
+    assert_close(merged(ids_of())[0], ours(lm, delta), rtol=1e-4, atol=1e-4)
+    assert (ours(lm, delta) - ours(lm)).abs().max() > 0.1
+    assert merged.fingerprint() != lm.fingerprint()
+    assert merged.tokenizer is lm.tokenizer
+    for p in merged.parameters():
+        p.zero_()
+    assert digest(lm) == before
+    assert delta.fingerprint == lm.fingerprint()
+
+
+@torch.no_grad()
+def test_merging_is_for_one_change_of_this_model(lm, make_lm):
+    """Also into half precision, rounded once."""
+    delta = delta_for(lm, batch=3)
+    with pytest.raises(UserError, match=r"one of 3 sequences, and weights hold one; select\(\[i\]\) one first"):
+        delta.merged(lm)
+    with pytest.raises(UserError, match="made for model"):
+        delta.select([0]).merged(make_lm(seed=1))
+    half, name = make_lm(dtype=torch.bfloat16), "blocks.1.ffn.key"
+    one = delta_for(half)
+    (u,), (v,) = one.factors[name]
+    expected = half.editable()[name].weight.float() + one.scale * u @ v.t()
+    assert torch.equal(one.merged(half).editable()[name].weight, expected.bfloat16())
+
+
+# --- adapters that we write ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [(3,), (1, 4, 2)])
+@pytest.mark.filterwarnings("error::UserWarning")  # as PEFT's are
+def test_peft_loads_what_we_write(pair, tmp_path, kind, ranks):
+    """PEFT's logits with the adapter on transformers' model are ours with the delta, and it warns of nothing."""
+    lm, theirs = pair(kind)
+    delta = delta_for(lm, ranks)
+    delta.save_peft(tmp_path / "adapter", lm, base_model=str(tmp_path / kind))
+    plain = theirs(ids_of()).logits
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    found = model(input_ids=ids_of()).logits
+    assert_close(found, ours(lm, delta), **CLOSE)
+    assert (found - plain).abs().max() > 0.1
+    with model.disable_adapter():
+        assert_close(model(input_ids=ids_of()).logits, ours(lm), **CLOSE)
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / kind)
+    again = LowRankDelta.load_peft(tmp_path / "adapter", lm)
+    assert_close(ours(lm, again), ours(lm, delta), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_folder_is_enough_for_peft(pair, tmp_path):
+    """`AutoPeftModelForCausalLM` takes the model from where the adapter says that it is."""
+    lm, _ = pair("llama")
+    delta = delta_for(lm)
+    delta.save_peft(tmp_path / "adapter", lm, base_model=str(tmp_path / "llama"))
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert_close(model(input_ids=ids_of()).logits, ours(lm, delta), **CLOSE)
+
+
+def test_an_adapter_is_one_change_of_this_model(lm, make_lm, tmp_path):
+    delta = delta_for(lm, batch=3)
+    with pytest.raises(UserError, match="one of 3 sequences"):
+        delta.save_peft(tmp_path, lm)
+    with pytest.raises(UserError, match="made for model"):
+        delta.select([0]).save_peft(tmp_path, make_lm(seed=1))
+    assert not any(tmp_path.iterdir())
+
+
+# --- adapters that PEFT writes ------------------------------------------------------------------------------------
+
+
+def written_by_peft(model, folder, **config):
+    """PEFT's own folder of an adapter whose every part has an effect; the model with it."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("rwkv4", {"r": 4, "lora_alpha": 2, "target_modules": ["attention.output", "feed_forward.value"]}),
+        ("rwkv4", {"r": 4, "lora_alpha": 2, "target_modules": ["key"], "use_rslora": True, "init_lora_weights": False}),
+        ("llama", {"r": 2, "lora_alpha": 5, "target_modules": "all-linear", "lora_dropout": 0.1}),
+        (
+            "llama",
+            {
+                "r": 2,
+                "lora_alpha": 5,
+                "target_modules": r".*\.(q_proj|down_proj)",
+                "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 5},
+                "alpha_pattern": {"layers.0.self_attn.q_proj": 1, "down_proj": 9},
+            },
+        ),
+        ("gpt2", {"r": 3, "lora_alpha": 3, "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+    ],
+)
+def test_we_load_what_peft_writes(pair, tmp_path, kind, config):
+    """Ranks and scales of every map as PEFT has them, by its own logits."""
+    lm, theirs = pair(kind)
+    plain = theirs(ids_of()).logits
+    model = written_by_peft(theirs, tmp_path / "adapter", **config)
+    found = model(input_ids=ids_of()).logits
+    delta = LowRankDelta.load_peft(tmp_path / "adapter", lm)
+    assert_close(ours(lm, delta), found, **CLOSE)
+    assert (found - plain).abs().max() > 0.1
+    assert delta.batch == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"use_dora": True}, "use_dora = True"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"lora_bias": True}, "lora_bias = True"),
+        ({"modules_to_save": ["ln_out"]}, r"modules_to_save = \['ln_out'\]"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"target_modules": ["head"]}, "changes head, which is no map of this model that can be changed"),
+        (
+            {"target_modules": ["key", "embeddings"]},
+            r"base_model\.model\.rwkv\.embeddings\.lora_embedding_A, .*is too much or missing",
+        ),
+    ],
+)
+def test_what_is_more_than_a_low_rank_change_is_refused(pair, tmp_path, config, said):
+    """PEFT's own folders; one sentence that names what is too much."""
+    lm, theirs = pair("rwkv4")
+    written_by_peft(theirs, tmp_path / "adapter", **{"target_modules": ["key"], **config})
+    with pytest.raises(UserError, match=said):
+        LowRankDelta.load_peft(tmp_path / "adapter", lm)
+
+
+def test_other_models_and_damaged_folders_are_refused(lm, make_lm, tmp_path):
+    folder = tmp_path / "adapter"
+    with pytest.raises(UserError, match=r"adapter_config\.json does not exist"):
+        LowRankDelta.load_peft(folder, lm)
+    delta_for(lm).save_peft(folder, lm)
+    with pytest.raises(UserError, match=r"is for another model: there, .* has 16 outputs and 16 inputs, here 8 and 8"):
+        LowRankDelta.load_peft(folder, make_lm(width=8))
+    with pytest.raises(UserError, match=r"changes rwkv\.blocks\.2\.attention\.key, .*no map of this model"):
+        LowRankDelta.load_peft(folder, make_lm(layers=2))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    files.write_json(folder / "adapter_config.json", config | {"peft_type": "PROMPT_TUNING"})
+    with pytest.raises(UserError, match="describes no LoRA adapter"):
+        LowRankDelta.load_peft(folder, lm)
+    files.write_json(folder / "adapter_config.json", config | {"a_later_invention": 2})
+    with pytest.raises(UserError, match="a_later_invention = 2"):
+        LowRankDelta.load_peft(folder, lm)
+    files.write_json(folder / "adapter_config.json", config)
+    own = files.load_foreign_tensors(folder / "adapter_model.safetensors")
+    del own["base_model.model.rwkv.blocks.1.attention.key.lora_B.weight"]
+    files.save_tensors(folder / "adapter_model.safetensors", own, {})
+    with pytest.raises(UserError, match=r"so base_model\.model\.rwkv\.blocks\.1\.attention\.key\.lora_B.*missing"):
+        LowRankDelta.load_peft(folder, lm)
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cut short"):
+        LowRankDelta.load_peft(folder, lm)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors does not exist"):
+        LowRankDelta.load_peft(folder, lm)
+
+
+def test_maps_that_peft_refuses_are_refused_at_once(tmp_path):
+    """PEFT would refuse them when the adapter is loaded, elsewhere; `merged` is what remains, and is offered."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1}
+    config = Mamba2Config(vocab_size=50, **sizes)
+    lm = Mamba2(Mamba2ForCausalLM(config)).eval()
+    delta = delta_for(lm)
+    with pytest.raises(UserError, match=r"no adapter on backbone.layers.0.mixer.out_proj of a Mamba2.*merged\(lm\)"):
+        delta.save_peft(tmp_path / "all", lm)
+    assert not (tmp_path / "all").exists()
+    rest = {name: f for name, f in delta.factors.items() if "in_proj" in name}
+    replace(delta, factors=rest).save_peft(tmp_path / "rest", lm)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(lm.model), tmp_path / "rest")
+    ids = ids_of() % 50
+    with torch.no_grad():
+        assert_close(theirs(ids).logits, lm(ids, None, replace(delta, factors=rest))[0], **CLOSE)

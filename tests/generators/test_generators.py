@@ -1,0 +1,238 @@
+"""Generators: nothing at the start, rank at most r, the token-wise one streams and adds, the model stays frozen."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from prosg_lib.errors import UserError
+from prosg_lib.generators.final_state import FinalStateGenerator
+from prosg_lib.generators.static import StaticDelta
+from prosg_lib.generators.token_wise import TokenGenerator
+
+ENDINGS = ("att.output", "ffn.key", "ffn.value")
+KINDS = ("final", "token", "static")
+
+every_family = pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
+
+
+def make(kind, lm, rank=3, trained=True, seed=0):
+    """A generator; `trained`: with last layers that are not zero."""
+    torch.manual_seed(seed)
+    if kind == "static":
+        generator = StaticDelta(lm, rank, ENDINGS)
+        last = generator.U
+    else:
+        generator = {"final": FinalStateGenerator, "token": TokenGenerator}[kind](lm, rank, 24, ENDINGS)
+        last = nn.ModuleList([generator.heads, *([generator.keys] if kind == "token" else [])])
+    if trained:
+        for p in last.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    return generator.to(lm.emb.weight.dtype).eval()
+
+
+def ids_of(batch, time, seed=0):
+    return torch.randint(0, 2000, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def full(delta, name):
+    u, v = delta.factors[name]
+    return delta.scale * u @ v.transpose(1, 2)
+
+
+def assert_same(a, b, tolerance=1e-5):
+    assert a.factors.keys() == b.factors.keys()
+    for name in a.factors:
+        assert_close(full(a, name), full(b, name), rtol=tolerance, atol=tolerance)
+
+
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_effect_before_training(lm, prompts, kind):
+    delta = make(kind, lm, trained=False).memorize(lm, prompts)
+    ids = ids_of(4, 20)
+    assert torch.equal(lm(ids, delta=delta)[0], lm(ids)[0])
+
+
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_rank_is_at_most_r(lm64, prompts, kind, rank):
+    delta = make(kind, lm64, rank).memorize(lm64, prompts)
+    names = [f"blocks.{layer}.{ending}" for layer in range(3) for ending in ENDINGS]
+    assert sorted(delta.factors) == sorted(names)
+    for name in names:
+        change = full(delta, name)
+        assert change.shape == (4, *lm64.editable()[name].weight.shape)
+        # the second prompt has one token, so its token-wise sum has no term: nothing to predict from it
+        expected = torch.full((4,), rank)
+        if kind == "token":
+            expected[1] = 0
+        assert torch.equal(torch.linalg.matrix_rank(change), expected)
+
+
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_batch_is_one_at_a_time(lm, prompts, kind):
+    generator = make(kind, lm)
+    together = generator.memorize(lm, prompts)
+    for row, prompt in enumerate(prompts):
+        assert_same(together.select([row]), generator.memorize(lm, [prompt]))
+
+
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_static_delta_ignores_the_prompt(lm, prompts, kind):
+    delta = make(kind, lm).memorize(lm, prompts)
+    for name in delta.factors:
+        change = full(delta, name)
+        different = (change[0] - change[2]).norm() > 1e-3 * change[2].norm()
+        assert different == (kind != "static")
+
+
+def test_token_wise_is_the_sum_of_its_terms(lm64):
+    """scale U V^T = scale sum_t delta_t (V (V^T x_t + K z_t))^T, token by token, from a plain pass."""
+    lm, ids = lm64, ids_of(1, 6)
+    generator = make("token", lm)
+    delta = generator.memorize(lm, ids.tolist())
+    name = "blocks.1.ffn.key"
+    inputs = []
+    handle = lm.editable()[name].register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    hidden, _ = lm.step_through(ids, None, None)
+    handle.remove()
+    v = generator.V["blocks_1_ffn_key"]
+    total = 0
+    for t in range(5):
+        token, label = lm.embed(ids)[0, t : t + 2]
+        z = generator.mlp(torch.cat([hidden[0, t], token, label]))
+        predicted, key = generator.heads["blocks_1_ffn_key"](z), generator.keys["blocks_1_ffn_key"](z)
+        assert key.abs().max() > 1e-3
+        total = total + predicted[:, None] * (v @ (v.t() @ inputs[0][0, t] + key))[None]
+    assert_close(full(delta, name)[0], delta.scale * total, rtol=1e-10, atol=1e-12)
+
+
+@every_family
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [(1,) * 45, (44, 1), (1, 44), (7, 31, 2, 5), (32, 13)])
+def test_token_wise_streams(lm, sizes):
+    """A prompt absorbed in pieces of any size gives the delta and the state of the whole."""
+    generator, ids = make("token", lm), ids_of(2, 45)
+    whole = generator.absorb(lm, ids)
+    memory = None
+    for piece in ids.split(list(sizes), 1):
+        memory = generator.absorb(lm, piece, memory)
+    assert memory.length == whole.length == 45
+    assert_same(generator.delta_of(memory), generator.delta_of(whole))
+    assert_close(lm.state_features(memory.state), lm.state_features(whole.state), rtol=1e-5, atol=1e-5)
+    assert_same(generator.delta_of(whole), generator.memorize(lm, ids.tolist()))
+
+
+@torch.no_grad()
+def test_token_wise_adds(lm):
+    """Two prompts' deltas add by their sums (V is shared, so the rank stays), and a prefix and its rest add up."""
+    generator, ids = make("token", lm), ids_of(2, 30)
+    first, second = generator.memorize(lm, ids.tolist()), generator.memorize(lm, ids_of(2, 9, seed=4).tolist())
+    total = first + second
+    assert total.rank == 3
+    for name in total.factors:
+        assert_close(full(total, name), full(first, name) + full(second, name), rtol=1e-5, atol=1e-6)
+    prefix = generator.absorb(lm, ids[:, :11])
+    whole = generator.absorb(lm, ids[:, 11:], prefix)
+    for name in generator.names:
+        rest = whole.sums[name] - prefix.sums[name]
+        assert_close(prefix.sums[name] + rest, generator.absorb(lm, ids).sums[name], rtol=1e-4, atol=1e-4)
+        assert rest.norm() > 0.1 * whole.sums[name].norm()
+
+
+@torch.no_grad()
+def test_memory_does_not_grow(lm):
+    generator = make("token", lm)
+
+    def size(memory):
+        seen, reads = memory.pending
+        tensors = [*memory.sums.values(), *memory.state.tensors.values(), seen, *reads.values()]
+        return sum(t.numel() for t in tensors)
+
+    short, long = generator.absorb(lm, ids_of(1, 2)), generator.absorb(lm, ids_of(1, 300))
+    # sums: 9 maps of 24 x 3; state: 5 x 3 x 16; pending: 2 x 16 and 9 maps of 3
+    assert size(short) == size(long) == 9 * 24 * 3 + 5 * 3 * 16 + 2 * 16 + 9 * 3
+    deltas = [generator.delta_of(m).nbytes() for m in (short, long)]
+    assert deltas[0] == deltas[1] == 3 * 3 * 4 * (16 + 16 + 32 + 16 + 16 + 32)
+
+
+def test_a_continued_prompt_cannot_be_padded(lm):
+    generator = make("token", lm)
+    with pytest.raises(UserError, match="equal length"):
+        generator.absorb(lm, ids_of(1, 3), generator.absorb(lm, ids_of(1, 3)), torch.ones(1, 3, dtype=torch.bool))
+
+
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_the_generator_and_not_the_model(lm, kind):
+    """From zero, the last layer learns first; after one step, everything does. The model's weights never."""
+    lm.requires_grad_(False)
+    before = {n: t.clone() for n, t in lm.state_dict().items()}
+    generator = make(kind, lm, trained=False)
+    optimiser = torch.optim.SGD(generator.parameters(), lr=1.0)
+    prompt, ids = ids_of(4, 12), ids_of(4, 8, seed=1)
+    valid = torch.ones(4, 12, dtype=torch.bool)
+    valid[1, :5] = False
+    losses = []
+    for _ in range(3):
+        delta, _ = generator(lm, prompt, valid)
+        logits, _ = lm(ids[:, :-1], delta=delta)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        optimiser.step()
+    for name, p in generator.named_parameters():
+        assert p.grad is not None, name
+        assert torch.isfinite(p.grad).all(), name
+        assert p.grad.abs().max() > 0, name
+    assert losses[2] < losses[0]
+    assert all(p.grad is None for p in lm.parameters())
+    assert all(torch.equal(t, before[n]) for n, t in lm.state_dict().items())
+
+
+def test_a_trainable_model_gets_no_gradient_through_the_prompt(lm):
+    """Also where the model is not frozen, reading the prompt is no path for gradients."""
+    for kind in KINDS:
+        generator = make(kind, lm)
+        delta, _ = generator(lm, ids_of(2, 9))
+        sum(f.U.sum() + f.V.sum() for f in delta.factors.values()).backward()
+        assert all(p.grad is None for p in lm.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_model_is_refused(lm, make_lm, prompts, kind):
+    generator, other = make(kind, lm), make_lm(seed=1)
+    with pytest.raises(UserError, match="trained for model"):
+        generator.memorize(other, prompts)
+    delta, _ = generator(other, ids_of(1, 4))
+    with pytest.raises(UserError, match="made for model"):
+        other(ids_of(1, 4), delta=delta)
+
+
+def test_sizes_that_cannot_be_meant_are_refused(lm):
+    for rank in (0, 10_000):
+        with pytest.raises(UserError, match=rf"rank {rank} asked for, but .* a change of it has rank 1 to \d+"):
+            TokenGenerator(lm, rank, 8, ENDINGS)
+    with pytest.raises(UserError, match=r"no linear map \.\.\.att\.gate"):
+        FinalStateGenerator(lm, 1, 8, ("att.output", "att.gate"))
+    with pytest.raises(UserError, match="prompt 0 is empty"):
+        make("token", lm).memorize(lm, [""])
+
+
+@every_family
+def test_final_state_normaliser(lm, prompts):
+    """Fitted on prompts, it gives the trunk unit features; and the delta depends on it."""
+    generator = make("final", lm)
+    before = generator.memorize(lm, prompts)
+    ids, valid = lm.encode_prompts(prompts)
+    generator.fit_normaliser(lm, ids, valid)
+    features = lm.state_features(lm.derive_state(prompts))
+    assert_close(generator.mean, features.mean(0), rtol=1e-4, atol=1e-5)
+    assert_close(generator.std, torch.where(features.std(0) > 1e-6, features.std(0), 1.0), rtol=1e-4, atol=1e-5)
+    name = generator.names[0]
+    assert (full(before, name) - full(generator.memorize(lm, prompts), name)).abs().max() > 1e-3

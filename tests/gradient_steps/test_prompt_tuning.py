@@ -1,0 +1,101 @@
+"""A prompt learned by gradient descent: its loss falls, the model stays as it was, and a batch changes nothing."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from prosg_lib.backbones.hub_transformer import new_llama
+from prosg_lib.backbones.state import RecurrentState
+from prosg_lib.config.sizes import TransformerConfig
+from prosg_lib.deltas.applying import applied
+from prosg_lib.errors import NotFinite, UserError
+from prosg_lib.evaluation.baselines import start
+from prosg_lib.generators.base import EVERY
+from prosg_lib.gradient_steps.one_step import context_nll
+from prosg_lib.gradient_steps.prompt_tuning import fine_tuned, tuned_state
+
+FAMILIES = pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
+
+
+@pytest.fixture
+def batch(lm, prompts):
+    """Prompts of at least two tokens: a single one has nothing to be predicted."""
+    return lm.encode_prompts([p for p in prompts if len(p) > 1])
+
+
+@FAMILIES
+def test_a_tuned_state_makes_its_prompt_likelier(lm, batch):
+    """Every prompt's loss is lower from its tuned state than from the state it began with; the weights stay, and the
+    state that tuning began with is not written."""
+    ids, valid = batch
+    before, weights = lm.derive_state([row[v].tolist() for row, v in zip(*batch, strict=True)]), lm.fingerprint()
+    kept = {name: tensor.clone() for name, tensor in before.tensors.items()}
+    tuned = tuned_state(lm, ids, valid, before, 10, 0.03)
+    with torch.no_grad():
+        assert (context_nll(lm, ids, valid, tuned) < context_nll(lm, ids, valid, before)).all()
+    assert lm.fingerprint() == weights
+    assert all(torch.equal(tensor, before.tensors[name]) for name, tensor in kept.items())
+    assert all(not t.requires_grad for t in tuned.tensors.values())
+
+
+@FAMILIES
+def test_lora_makes_its_prompt_likelier_and_leaves_the_weights(lm, batch):
+    """Every prompt's loss falls with its adapter in the weights; without it the model says what it said."""
+    ids, valid = batch
+    weights = lm.fingerprint()
+    with torch.no_grad():
+        before = context_nll(lm, ids, valid)
+    delta = fine_tuned(lm, ids, valid, 10, 0.01, 4, EVERY)
+    with torch.no_grad():
+        with applied(lm, delta):
+            assert (context_nll(lm, ids, valid) < before).all()
+        assert torch.equal(context_nll(lm, ids, valid), before)
+    assert lm.fingerprint() == weights
+    assert delta.rank == 4
+    assert delta.batch == len(ids)
+
+
+def test_no_steps_change_nothing(lm, batch):
+    """Without steps the adapter is a change of zero, and the state the same."""
+    ids, valid = batch
+    assert all(not f.U.any() for f in fine_tuned(lm, ids, valid, 0, 0.1, 2, EVERY).factors.values())
+    state = lm.derive_state([[1, 2, 3]])
+    found = tuned_state(lm, ids[:1], valid[:1], state, 0, 0.1)
+    assert_close(found.tensors["num"] / found.tensors["den"], state.tensors["num"] / state.tensors["den"])
+
+
+@pytest.mark.parametrize("name", ["tuned-3-0.01", "lora-3-0.001"])
+def test_a_prompt_is_learned_as_if_it_were_alone(lm64, prompts, name):
+    """Each of a padded batch gets what it gets alone."""
+    prompts = [p for p in prompts if len(p) > 1]
+    together = start(name, lm64, {}, prompts)
+    for row, prompt in enumerate(prompts):
+        alone, ours = start(name, lm64, {}, [prompt]), together.select([row])
+        for key, tensor in alone.state.tensors.items():
+            assert_close(ours.state.tensors[key], tensor, rtol=1e-4, atol=1e-6)
+        for key, factors in (alone.delta.factors if alone.delta else {}).items():
+            for a, b in zip(factors, ours.delta.factors[key], strict=True):
+                assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+def test_what_gives_no_gradient_is_said(lm, batch):
+    """A model without a gradient of its initial state, one whose state grows, and a loss that is not a number."""
+    ids, valid = batch
+    state = lm.derive_state([[1]] * len(ids))
+
+    class Cut(torch.nn.Module):
+        tunable, read_out = staticmethod(lm.tunable), staticmethod(lm.read_out)
+
+        def step_through(self, ids, state, valid):
+            return lm.step_through(ids, state.detach(), valid)
+
+    with pytest.raises(UserError, match="no gradient"):
+        tuned_state(Cut(), ids, valid, state, 1, 0.1)
+    llama = new_llama(TransformerConfig("llama", 2048, width=16, layers=1, ffn=32, heads=2))
+    with pytest.raises(UserError, match="grows with the text"):
+        tuned_state(llama, ids, valid, state, 1, 0.1)
+    with pytest.raises(UserError, match="one token"):
+        start("lora-1", lm, {}, [[3]])
+    broken = RecurrentState(state.tensors | {"num": state.tensors["num"] * float("nan")})
+    with pytest.raises(NotFinite, match="loss of the prompts"):
+        tuned_state(lm, ids, valid, broken, 1, 0.1)

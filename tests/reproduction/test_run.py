@@ -1,0 +1,489 @@
+"""`prosg reproduce` on small throw-away courses: what ran, what held, what failed, and what it said about it."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+
+from prosg_lib.errors import UserError
+from prosg_lib.reproduction import notebook_files as notebooks
+from prosg_lib.reproduction import report
+from prosg_lib.reproduction import run as reproduce
+
+PARAMETERS = 'profile = "smoke"\nseed = 0\nretrain = False\n'
+BEGIN = "from prosg_lib import claims\nclaims.begin({name!r}, profile=profile, seed=seed)"
+
+
+def write_notebook(folder, name, *cells, parameters=PARAMETERS, begin=True):
+    """A notebook that begins claims under its own name, runs `cells`, and nothing else."""
+    made = [{"cell_type": "markdown", "source": f"# {name}", "metadata": {}}]
+    for source in (parameters, *([BEGIN.format(name=name)] if begin else []), *cells):
+        made.append({"cell_type": "code", "source": source, "metadata": {}, "outputs": [], "execution_count": None})
+    made[1]["metadata"]["tags"] = ["parameters"]
+    for index, cell in enumerate(made):
+        cell["id"] = f"{name}-{index}"
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.ipynb").write_text(
+        json.dumps({"cells": made, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
+    )
+
+
+def places(root):
+    return reproduce.Places(root / "notebooks", root / "expected", root / "figures", root / "runs")
+
+
+def run(root, *names, profile="smoke", **options):
+    """Runs notebooks of a course; its exit code, what it printed, and the report."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = reproduce.reproduce(profile, names=names, places=places(root), **options)
+    folder = root / "runs" / profile
+    return SimpleNamespace(
+        code=code,
+        printed=printed.getvalue(),
+        folder=folder,
+        report=json.loads((folder / "report.json").read_text()),
+        page=(folder / "report.html").read_text(),
+    )
+
+
+FIGURE = """
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from prosg_lib import plots
+with plots.style():
+    fig, axes = plt.subplots(figsize=(2, 1))
+    axes.plot([0, 1], [0, 1], **plots.METHOD_STYLE["base"].kwargs())
+plots.save_figure(fig, "line", alt='A line "rises" & <ends>.', claims=["slope"])
+"""
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """Six notebooks: a fine one, one off the ledger, and four that fail or never run."""
+    root = tmp_path_factory.mktemp("course")
+    folder = root / "notebooks"
+    extra = PARAMETERS + "steps = 10\nrate = 0.5\n"
+    fine = ("claims.record('slope', 1.0)\nclaims.record('steps', steps)", FIGURE, "claims.finish()")
+    write_notebook(folder, "00_fine", *fine, parameters=extra)
+    write_notebook(folder, "01_off", "claims.record('recall', 0.61)\nclaims.record('new', 2.0)", "claims.finish()")
+    write_notebook(folder, "02_error", "1 + 1", "raise ValueError('first line\\nthe last line')", "2 + 2", begin=False)
+    write_notebook(folder, "03_dead", "claims.record('a', 1)", "claims.finish()", "import os\nos._exit(0)", "2 + 2")
+    write_notebook(folder, "04_silent", "claims.record('a', 1)")
+    write_notebook(folder, "05_never", "claims.finish()")
+    ledger = {
+        "00_fine.smoke": {
+            "slope": {"value": 1.0, "tolerance": 0.1, "kind": "absolute", "reference": 1.0},
+            "steps": {"value": 20, "tolerance": 0, "kind": "at_least", "reference": 20},
+        },
+        "01_off.smoke": {"recall": {"value": 0.9, "tolerance": 0, "kind": "at_least", "reference": 0.95}},
+    }
+    (root / "expected").mkdir()
+    for name, entries in ledger.items():
+        (root / "expected" / f"{name}.json").write_text(json.dumps({"claims": entries}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(course):
+    """The first two notebooks, run with a parameter of the first."""
+    return run(course, "01_off", "00_fine.ipynb", seed=7, parameters={"steps": "20"})
+
+
+class Page(HTMLParser):
+    """The attributes of every element, and whether all are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_claim_that_does_not_hold_fails_the_run_with_both_numbers(finished):
+    """Exit code 1; the claim, what was measured and what was expected are said, for a new claim too."""
+    assert finished.code == 1
+    assert "01_off recall: measured 0.61, expected at least 0.9" in finished.printed
+    assert "01_off new: measured 2, expected not in the ledger" in finished.printed
+    assert "2 claims do not hold" in finished.printed
+    assert "--update-expected" in finished.printed
+    assert f"report: {finished.folder / 'report.html'}" in finished.printed
+
+
+def test_notebooks_run_in_the_courses_order_with_time_and_memory(finished):
+    """Whatever order the names were given in; one line when one starts and one when it ends."""
+    lines = [line for line in finished.printed.splitlines() if line.startswith("[")]
+    assert lines[0] == "[1/2] 00_fine ..."
+    assert re.fullmatch(r"\[1/2\] 00_fine finished: \d+ s, peak \d+ MB", lines[1])
+    assert lines[2] == "[2/2] 01_off ..."
+    memory = [notebook["peak_mb"] for notebook in finished.report["notebooks"][:2]]
+    assert min(memory) > 20
+
+
+def test_parameters_reach_the_notebooks_that_take_them(finished):
+    """The seed goes to all, `steps` to the one that has it, the retrain flag too."""
+    fine, off = finished.report["notebooks"][:2]
+    assert fine["parameters"] == {"profile": "smoke", "seed": 7, "retrain": False, "steps": 20}
+    assert off["parameters"] == {"profile": "smoke", "seed": 7, "retrain": False}
+    measured = {row["name"]: row["value"] for row in finished.report["claims"]}
+    assert measured["steps"] == 20
+
+
+def test_report_has_claims_and_provenance(finished):
+    """report.json holds each claim's row and where the numbers come from; what was not run is said."""
+    assert finished.report["claims"][0] == {
+        "notebook": "00_fine",
+        "name": "slope",
+        "value": 1.0,
+        "expected": 1.0,
+        "tolerance": 0.1,
+        "kind": "absolute",
+        "holds": True,
+    }
+    assert [row["holds"] for row in finished.report["claims"]] == [True, True, False, False]
+    assert (finished.report["profile"], finished.report["seed"]) == ("smoke", 7)
+    assert finished.report["commit"]
+    assert finished.report["device"]
+    assert finished.report["versions"].keys() == {"python", "torch", "transformers", "prosg_lib"}
+    assert [notebook["status"] for notebook in finished.report["notebooks"]] == ["finished"] * 2 + ["not run"] * 4
+    assert not finished.report["complete"]
+    assert not finished.report["passed"]
+
+
+def test_page_opens_without_a_network_and_shows_figures_with_their_alt_text(finished):
+    """No address but data and the copies beside it; the image is there whole, its alt text as it was written."""
+    page = Page(finished.page)
+    assert page.open == []
+    (image,) = [attributes for tag, attributes in page.found if tag == "img"]
+    assert image["alt"] == 'A line "rises" & <ends>.'
+    head, _, content = image["src"].partition(",")
+    assert head == "data:image/png;base64"
+    assert base64.b64decode(content) == (finished.folder / "figures" / "line.png").read_bytes()
+    links = [attributes["href"] for tag, attributes in page.found if tag == "a"]
+    assert links == ["notebooks/00_fine.ipynb", "notebooks/01_off.ipynb"]
+    assert all((finished.folder / link).is_file() for link in links)
+    assert not [tag for tag, _ in page.found if tag in ("script", "link", "iframe")]
+    assert "http" not in finished.page
+    assert "<strong>2 of 4 claims do not hold.</strong>" in finished.page
+
+
+def test_figures_have_a_sidecar_and_a_readable_size(finished):
+    """The sidecar says notebook, profile, seed, code, device, claims and alt text; 150 dots an inch."""
+    sidecar = json.loads((finished.folder / "figures" / "line.json").read_text())
+    assert sidecar.pop("versions")["torch"]
+    assert sidecar.pop("commit")
+    assert sidecar.pop("device")
+    assert sidecar == {
+        "notebook": "00_fine",
+        "profile": "smoke",
+        "seed": 7,
+        "claims": ["slope"],
+        "alt": 'A line "rises" & <ends>.',
+    }
+    width, height = struct.unpack(">II", (finished.folder / "figures" / "line.png").read_bytes()[16:24])
+    assert (width, height) == (300, 150)
+
+
+def test_report_is_written_again_from_the_records(finished, course, capsys):
+    """`prosg report` runs nothing and ends the same way."""
+    (finished.folder / "report.html").unlink()
+    assert reproduce.show("smoke", places(course)) == 1
+    assert "recall" in capsys.readouterr().out
+    assert (finished.folder / "report.html").read_text() == finished.page
+
+
+def test_a_failed_cell_ends_the_run_and_says_how_to_go_on(finished, course):
+    """Which notebook, which cell, the error's last line, the command that continues; what was finished stays."""
+    failed = run(course, "02_error", "05_never", seed=7)
+    assert failed.code == 1
+    assert "02_error failed: cell 4 (`raise ValueError('first line\\nthe last line')`)" in failed.printed
+    assert "ValueError: the last line" in failed.printed
+    assert "prosg reproduce --profile smoke --seed 7 --notebook 02_error --notebook 05_never" in failed.printed
+    assert "05_never ..." not in failed.printed
+    status = {notebook["name"]: notebook["status"] for notebook in failed.report["notebooks"]}
+    assert (status["00_fine"], status["02_error"], status["05_never"]) == ("finished", "failed", "not run")
+    assert [row["name"] for row in failed.report["claims"]] == ["slope", "steps", "recall", "new"]
+    assert "ValueError: the last line" in failed.page
+
+
+def test_a_dead_kernel_fails_the_notebook_whatever_its_copy_says(course):
+    """The kernel ends itself with exit code 0 after claims.finish(); the copy then calls every cell completed."""
+    dead = run(course, "03_dead")
+    copy = json.loads((dead.folder / "notebooks" / "03_dead.ipynb").read_text())
+    assert {cell["metadata"]["papermill"]["status"] for cell in copy["cells"] if cell["cell_type"] == "code"} == {
+        "completed"
+    }
+    assert dead.code == 1
+    assert "03_dead failed: cell 6 (`import os`): the kernel died" in dead.printed
+    assert [row for row in dead.report["claims"] if row["notebook"] == "03_dead"] == []
+
+
+def test_claims_of_an_earlier_run_do_not_count(course):
+    """A notebook that does not finish its claims fails, also where an older run left a file of them."""
+    stale = course / "runs" / "smoke" / "claims" / "04_silent.json"
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.write_text(json.dumps({"notebook": "04_silent", "run_id": "older", "claims": {"a": 1.0}}))
+    silent = run(course, "04_silent")
+    assert silent.code == 1
+    assert "04_silent failed: it ended without claims.finish()" in silent.printed
+    assert not stale.exists()
+
+
+def test_ctrl_c_stops_the_notebook_and_still_writes_the_report(tmp_path):
+    """The kernel does not go on alone; the report says that the notebook was interrupted, and the exit code is 130."""
+    sleep = f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}\\n')\ntime.sleep(100)"
+    write_notebook(tmp_path / "notebooks", "00_long", sleep, begin=False)
+    code = (
+        "import sys; from pathlib import Path; from prosg_lib import cli, paths\n"
+        "for name in ('notebooks', 'expected', 'figures'):\n"
+        f"    setattr(paths, name + '_dir', lambda name=name: Path({str(tmp_path)!r}, name))\n"
+        "sys.exit(cli.main(['reproduce', '--profile', 'smoke']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PROSG_RUNS": str(tmp_path / "runs")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text().endswith("\n"))
+        kernel = int((tmp_path / "pid").read_text())
+        process.send_signal(signal.SIGTERM)  # what `kill` sends; Ctrl-C arrives as the same exception
+        printed, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "00_long failed: it was interrupted" in printed
+    assert "prosg: interrupted." in said
+    built = json.loads((tmp_path / "runs" / "smoke" / "report.json").read_text())
+    assert [notebook["status"] for notebook in built["notebooks"]] == ["failed"]
+    wait_until(lambda: not is_running(kernel))
+
+
+def test_a_notebook_that_gets_stuck_is_ended_and_started_again(tmp_path, monkeypatch):
+    """It waits for nothing the first time and is fine the second: the run ends well; the log says where it hung."""
+    monkeypatch.setattr(reproduce, "STUCK_S", 6.0)
+    once = tmp_path / "once"
+    wait = f"import pathlib, time\nonce = pathlib.Path({str(once)!r})\nif not once.exists():\n"
+    wait += "    once.touch()\n    time.sleep(600)"
+    write_notebook(tmp_path / "notebooks", "00_lost", wait, "claims.record('a', 1)", "claims.finish()")
+    done = run(tmp_path, update_expected=True)
+    assert done.code == 0
+    assert done.report["notebooks"][0]["status"] == "finished"
+    assert "[1/1] 00_lost it had not computed anything for 6 s" in done.printed
+    hung = (done.folder / "logs" / "00_lost.stuck.log").read_text()
+    assert "Fatal Python error: Aborted" in hung
+    assert "ipykernel" in hung
+    assert "async_poll_for_reply" in hung or "run_until_complete" in hung
+
+
+def test_a_notebook_that_gets_stuck_twice_fails_and_one_that_works_in_silence_does_not(tmp_path, monkeypatch):
+    """The second time it is an error; ten seconds of work without a word are none."""
+    monkeypatch.setattr(reproduce, "STUCK_S", 6.0)
+    work = "import time\nend = time.process_time() + 10\nwhile time.process_time() < end:\n    pass"
+    write_notebook(tmp_path / "notebooks", "00_works", work, "claims.record('a', 1)", "claims.finish()")
+    write_notebook(tmp_path / "notebooks", "01_stuck", "import time\ntime.sleep(600)", "claims.finish()")
+    done = run(tmp_path)
+    assert done.code == 1
+    assert [notebook["status"] for notebook in done.report["notebooks"]] == ["finished", "failed"]
+    assert "01_stuck failed: it had not computed anything for 6 s" in done.printed
+    assert "00_works it had not" not in done.printed
+
+
+def is_running(process_id):
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_update_writes_ledger_and_reference_figures(tmp_path):
+    """A new course in the profile cpu: the ledger and the figures appear, and the run holds against them."""
+    write_notebook(tmp_path / "notebooks", "00_new", "claims.record('slope', 1.0)", FIGURE, "claims.finish()")
+    done = run(tmp_path, profile="cpu", update_expected=True)
+    assert done.code == 0
+    assert done.report["passed"]
+    ledger = json.loads((tmp_path / "expected" / "00_new.cpu.json").read_text())
+    assert ledger["claims"] == {"slope": {"value": 1.0, "tolerance": 0.05, "kind": "absolute", "reference": 1.0}}
+    assert json.loads((tmp_path / "figures" / "line.json").read_text())["profile"] == "cpu"
+    assert (tmp_path / "figures" / "line.png").is_file()
+
+
+def test_a_run_on_other_prose_is_judged_by_promises_alone(tmp_path, capsys):
+    """It ends well, and terminal and page say what was not judged and why."""
+    cells = ("claims.record('recall', 0.5)", "claims.record('gap', 0.95)", "claims.finish()")
+    write_notebook(tmp_path / "notebooks", "00_new", *cells)
+    run(tmp_path, update_expected=True)
+    path = tmp_path / "expected" / "00_new.smoke.json"
+    ledger = json.loads(path.read_text())
+    ledger["prose"]["sha256"] = "of other text"
+    ledger["claims"]["recall"]["value"] = 0.8
+    ledger["claims"]["gap"] |= {"kind": "at_least", "value": 0.9}
+    path.write_text(json.dumps(ledger))
+    capsys.readouterr()
+    assert reproduce.show("smoke", places(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"recall +0\.5 +0\.8 ± 0\.05 +other prose", printed)
+    assert re.search(r"gap +0\.95 +at least 0\.9 - 0\.05 +yes", printed)
+    assert "another one in the reference run" in printed
+    made = json.loads((tmp_path / "runs" / "smoke" / "report.json").read_text())
+    assert [row["holds"] for row in made["claims"]] == [None, True]
+    assert made["passed"]
+    page = (tmp_path / "runs" / "smoke" / "report.html").read_text()
+    assert "All 1 claims that can be judged hold. 1 ask for numbers of a run on other prose" in page
+
+
+# What is refused before anything runs
+
+
+def refused(root, *names, **options):
+    with pytest.raises(UserError) as caught:
+        run(root, *names, **options)
+    return str(caught.value)
+
+
+def test_unknown_profile_notebook_and_parameter_are_refused_with_the_known_ones(course):
+    """papermill would only warn of a parameter; nothing is run, nothing recorded is lost."""
+    before = sorted((course / "runs").rglob("*"))
+    assert "smok" in refused(course, profile="smok")
+    assert "00_fine, 01_off" in refused(course, "06_gone")
+    assert "'stepz'" in refused(course, parameters={"stepz": "1"})
+    assert "--param rate, steps" in refused(course, "00_fine", parameters={"stepz": "1"})
+    assert "none that --param could set" in refused(course, "01_off", parameters={"steps": "1"})
+    assert "use --seed" in refused(course, parameters={"seed": "1"})
+    assert "'steps' of 00_fine is of type int" in refused(course, parameters={"steps": "many"})
+    assert sorted((course / "runs").rglob("*")) == before
+
+
+def test_parameters_take_the_kind_of_their_default(course):
+    """1 is a float where the default is one, and a text stays a text."""
+    (path,) = [path for path in notebooks.course(course / "notebooks") if path.stem == "00_fine"]
+    assert reproduce.bind([path], {}, {"rate": "1", "steps": "3"}) == {"00_fine": {"rate": 1.0, "steps": 3}}
+    assert repr(reproduce.bind([path], {}, {"rate": "1e-05"})["00_fine"]["rate"]) == "1e-05"
+
+
+def test_report_of_no_run_says_what_to_run(course):
+    """An empty folder is no report."""
+    with pytest.raises(UserError, match="prosg reproduce --profile gpu"):
+        report.build("gpu", course / "runs" / "gpu", course / "expected", ["00_fine"])
+
+
+# Clean notebooks
+
+
+def test_a_fresh_notebook_is_clean(course):
+    """What the course's own notebooks have to look like."""
+    assert notebooks.problems(course / "notebooks" / "00_fine.ipynb") == []
+
+
+def spoil_outputs(made):
+    made["cells"][2]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
+
+
+def spoil_count(made):
+    made["cells"][2]["execution_count"] = 3
+
+
+def spoil_kernel(made):
+    made["metadata"]["kernelspec"]["name"] = "conda-env-mine"
+
+
+def spoil_tag(made):
+    made["cells"][1]["metadata"] = {}
+
+
+def spoil_parameters(made):
+    made["cells"][1]["source"] = "profile = 'smoke'"
+
+
+def spoil_literal(made):
+    made["cells"][1]["source"] = PARAMETERS + "steps = 2 * len(profile)"
+
+
+def spoil_ids(made):
+    for index, cell in enumerate(made["cells"]):
+        cell["id"] = str(index)
+
+
+def spoil_twins(made):
+    made["cells"][1]["id"] = made["cells"][0]["id"]
+
+
+def spoil_cell(made):
+    del made["cells"][0]["source"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_outputs, "cell 2 has outputs"),
+        (spoil_count, "cell 2 has outputs or an execution count"),
+        (spoil_kernel, "kernelspec is not python3"),
+        (spoil_tag, "0 code cells tagged 'parameters'"),
+        (spoil_parameters, "does not set seed"),
+        (spoil_literal, "one `name = literal` a line"),
+        (spoil_ids, "--keep-id"),
+        (spoil_twins, "two cells have the same id"),
+        (spoil_cell, "not a valid notebook"),
+    ],
+)
+def test_unclean_notebooks_are_named(tmp_path, spoil, said):
+    """Each way a notebook gets dirty is one sentence with the notebook's name."""
+    write_notebook(tmp_path, "00_dirty", "claims.finish()")
+    path = tmp_path / "00_dirty.ipynb"
+    made = json.loads(path.read_text())
+    spoil(made)
+    path.write_text(json.dumps(made))
+    found = notebooks.problems(path)
+    assert any(re.search(said, problem) for problem in found), found
+    assert all(problem.startswith("00_dirty.ipynb: ") for problem in found)
+
+
+def test_check_finds_dirty_notebooks_orphaned_ledgers_and_wrong_quotes(tmp_path):
+    """One call looks at everything that a commit may break."""
+    write_notebook(tmp_path / "notebooks", "00_new", "claims.finish()")
+    assert reproduce.check(tmp_path) == []
+    (tmp_path / "expected").mkdir()
+    (tmp_path / "expected" / "01_gone.smoke.json").write_text('{"claims": {}}')
+    (tmp_path / "expected" / "00_new.smok.json").write_text('{"claims": {}}')
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "race.py").touch()
+    for name in ("race", "race-cuda", "gone"):
+        (tmp_path / "expected" / f"{name}.benchmark.json").write_text('{"claims": {}}')
+    (tmp_path / "README.md").write_text("0.5<!--claim smoke 00_new a-->")
+    found = reproduce.check(tmp_path)
+    assert [problem.partition(":")[0] for problem in found] == [
+        "expected/00_new.smok.json",
+        "expected/01_gone.smoke.json",
+        "expected/gone.benchmark.json",
+        "README.md, line 1",
+    ]

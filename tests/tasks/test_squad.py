@@ -1,0 +1,242 @@
+"""SQuAD: what becomes a pair, how articles are split, and what is said of a file that will not do."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from prosg_lib.errors import UserError
+from prosg_lib.tasks.pairs import fitted, normalised
+from prosg_lib.tasks.squad import squad
+from prosg_lib.text.prose import SPLITS
+from prosg_lib.text.tokenizer import load_tokenizer
+
+
+def article(i, paragraphs=2):
+    """An article whose every paragraph names it."""
+    contexts = [f"In town {i} the mill number {j} was built by the miller Bran{i}x{j}." for j in range(paragraphs)]
+    questions = [
+        {"question": f" Who built  mill {j} of town {i}? ", "id": f"{i}-{j}", "answers": [at(c, f"Bran{i}x{j}")]}
+        for j, c in enumerate(contexts)
+    ]
+    return {
+        "title": f"Town_{i}",
+        "paragraphs": [{"context": c, "qas": [q]} for c, q in zip(contexts, questions, strict=True)],
+    }
+
+
+def at(context, text):
+    return {"text": text, "answer_start": context.index(text)}
+
+
+def write(path, articles):
+    path.write_text(json.dumps({"version": "1.1", "data": articles}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write(tmp_path / "squad.json", [article(i) for i in range(12)])
+
+
+def real_file():
+    root = os.environ.get("PROSG_TEST_DATA")
+    if not root:
+        pytest.skip("PROSG_TEST_DATA is not set: no real questions")
+    return Path(root) / "xquad" / "xquad.en.json"
+
+
+# Pairs
+
+
+def test_a_question_becomes_a_pair(file):
+    """Context, query and answer are as the docstring of the module draws them, white space made even."""
+    pairs = {p.answer: p for split in SPLITS for p in squad(split, file)}
+    pair = pairs["Bran3x1"]
+    assert pair.context == "In town 3 the mill number 1 was built by the miller Bran3x1."
+    assert pair.query == "Question: Who built mill 1 of town 3?\nAnswer:"
+    assert pair.answers == ("Bran3x1",)
+
+
+def test_articles_are_not_divided(file):
+    """Every question is in one split, each split has one, and an article's questions are together, in their order."""
+    towns = {split: [p.context.split()[2] for p in squad(split, file)] for split in SPLITS}
+    assert sum(map(len, towns.values())) == 24
+    assert len(set.union(*map(set, towns.values()))) == sum(len(set(t)) for t in towns.values()) == 12
+    assert [len(set(towns[s])) for s in SPLITS] == [10, 1, 1]
+    assert towns["train"] == sorted(towns["train"], key=int)
+
+
+def test_the_split_depends_on_titles_alone(file):
+    """Another order and other paragraphs leave each article in its split; the same title twice is one article."""
+    before = {p.context.split()[2] for p in squad("test", file)}
+    articles = [article(i, paragraphs=1) for i in reversed(range(12))]
+    again = [article(i) for i in range(12)]
+    assert {p.context.split()[2] for p in squad("test", write(file, articles + again))} == before
+    assert len(squad("test", file)) == 3
+
+
+def test_every_gold_answer_is_accepted(tmp_path):
+    """All annotators' answers are kept, each once, the first is the pair's; `fitted` keeps them too."""
+    articles = [article(i, paragraphs=1) for i in range(3)]
+    for a in articles:
+        paragraph = a["paragraphs"][0]
+        context = paragraph["context"]
+        texts = ["the miller Bran", "Bran", "the miller Bran"]
+        paragraph["qas"][0]["answers"] = [at(context, text) for text in texts]
+    (pair,) = fitted(squad("test", write(tmp_path / "a.json", articles)), load_tokenizer(), 100, 100).pairs
+    assert pair.answer == "the miller Bran"
+    assert pair.answers == ("the miller Bran", "Bran")
+    assert pair.accepts(" Miller Bran.\nAnd more")
+    assert pair.accepts("bran")
+    assert not pair.accepts("Bran the miller")
+    assert not pair.accepts("")
+
+
+def test_questions_that_need_no_paragraph_are_left_out(tmp_path):
+    """SQuAD 2.0's impossible ones, those that say an answer themselves, and those whose answer is an article."""
+    articles = [article(i, paragraphs=1) for i in range(3)]
+    for a in articles:
+        paragraph = a["paragraphs"][0]
+        context = paragraph["context"]
+        paragraph["qas"] += [
+            {"question": "Who burnt it?", "is_impossible": True, "answers": []},
+            {"question": "Was it a Mill or a house?", "is_impossible": False, "answers": [at(context, "the mill")]},
+            {"question": "Which word comes fourth?", "answers": [at(context, "the")]},
+            {"question": "Was it milled?", "answers": [at(context, "mill")]},
+        ]
+    pairs = squad("test", write(tmp_path / "v2.json", articles))
+    assert [p.query for p in pairs][1:] == ["Question: Was it milled?\nAnswer:"]
+    assert len(pairs) == 2
+
+
+def test_real_questions():
+    """XQuAD: of 1,190 questions the five that say their answer are left out, every other answer is in its paragraph
+    and not in its question, and no paragraph is in two splits."""
+    path = real_file()
+    pairs = {split: squad(split, path) for split in SPLITS}
+    assert {split: len(p) for split, p in pairs.items()} == {"train": 995, "validation": 87, "test": 103}
+    contexts = [{p.context for p in part} for part in pairs.values()]
+    assert len(set.union(*contexts)) == sum(map(len, contexts)) == 240
+    for pair in (p for part in pairs.values() for p in part):
+        assert pair.answer in pair.context
+        assert f" {normalised(pair.answer)} " not in f" {normalised(pair.query)} "
+    assert squad("train", path) == pairs["train"]
+
+
+# The hub
+
+
+def test_from_the_hub(monkeypatch):
+    """The development set is the test split; a tenth of the training articles, whole, is the validation split."""
+    import datasets
+
+    def rows(numbers):
+        found = []
+        for i in numbers:
+            for p in article(i)["paragraphs"]:
+                answer = p["qas"][0]["answers"][0]
+                answers = {"text": [answer["text"]], "answer_start": [answer["answer_start"]]}
+                found.append(
+                    {"title": f"Town_{i}", "context": p["context"], "question": "Who built it?", "answers": answers}
+                )
+        return datasets.Dataset.from_list(found)
+
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        return {"train": rows(range(20)), "validation": rows(range(20, 23))}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    towns = {split: {int(p.context.split()[2]) for p in squad(split)} for split in SPLITS}
+    assert set(asked) == {"rajpurkar/squad"}
+    assert towns["test"] == {20, 21, 22}
+    assert len(towns["validation"]) == 2
+    assert towns["train"] | towns["validation"] == set(range(20))
+    assert not towns["train"] & towns["validation"]
+
+
+def test_without_a_network(monkeypatch):
+    """`datasets` cannot reach the hub: one clear error, with what to do."""
+    import datasets
+
+    def unreachable(*_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        UserError, match=r"rajpurkar/squad cannot be loaded \(ConnectionError\).*give a file in SQuAD's"
+    ):
+        squad("train")
+
+
+# What will not do
+
+
+def test_an_unknown_split_is_said(file):
+    """The three that there are are named."""
+    with pytest.raises(UserError, match="unknown split 'dev'; there are train, validation, test"):
+        squad("dev", file)
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path):
+    """A missing file, and one that is not JSON, with the line."""
+    with pytest.raises(UserError, match=r"no\.json is not a file; give a file in SQuAD's JSON format"):
+        squad("train", tmp_path / "no.json")
+    (tmp_path / "bad.json").write_text('{"data":\n oops}')
+    with pytest.raises(UserError, match=r"bad\.json, line 2: not JSON"):
+        squad("train", tmp_path / "bad.json")
+
+
+def test_too_few_articles_are_said(tmp_path):
+    """Two articles cannot be three splits; nor can none."""
+    for count in (0, 2):
+        with pytest.raises(UserError, match=rf"has {count} articles with questions; three splits need at least 3"):
+            squad("train", write(tmp_path / "few.json", [article(i) for i in range(count)]))
+
+
+def test_no_question_left_is_said(file):
+    """A file of impossible questions alone gives no pair."""
+    articles = [article(i, paragraphs=1) for i in range(3)]
+    for a in articles:
+        a["paragraphs"][0]["qas"][0] |= {"is_impossible": True, "answers": []}
+    with pytest.raises(UserError, match=r"the test split of .* has no question that its paragraph answers"):
+        squad("test", write(file, articles))
+
+
+_Q = ("data", 3, "paragraphs", 1, "qas", 0)
+_AT = r"squad\.json, data\[3\]\.paragraphs\[1\]\.qas\[0\]"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ((), [], r"squad\.json, the whole: an object was expected, not a list"),
+        (("data",), "text", r"squad\.json, data: a list was expected, not text"),
+        (("data", 3), None, r"squad\.json, data\[3\]: an object was expected, not null"),
+        (("data", 3, "title"), 5, r"squad\.json, data\[3\]\.title: text was expected, not a number"),
+        (("data", 3, "title"), "\ud800", r"squad\.json, data\[3\]\.title: holds half of a surrogate pair"),
+        (_Q[:4], {"qas": []}, r"squad\.json, data\[3\]\.paragraphs\[1\]\.context: missing"),
+        ((*_Q, "question"), " ", rf"{_AT}\.question: empty"),
+        ((*_Q, "answers"), [], rf"{_AT}\.answers: empty; give an answer, or mark"),
+        ((*_Q, "answers"), "Bran", rf"{_AT}\.answers: a list was expected, not text"),
+        ((*_Q, "answers", 0), "Bran", rf"{_AT}\.answers\[0\]: an object was expected, not text"),
+        ((*_Q, "answers", 0, "text"), "Bren", rf"{_AT}\.answers\[0\]\.answer_start: 'Bren' does not stand at 52"),
+        ((*_Q, "answers", 0, "answer_start"), "51", rf"{_AT}\.answers\[0\]\.answer_start: .* at '51' of the context"),
+        ((*_Q, "answers", 0, "answer_start"), -9, rf"{_AT}\.answers\[0\]\.answer_start: .* at -9 of the context"),
+    ],
+)
+def test_a_malformed_record_is_named_by_its_place(file, place, value, message):
+    """One error, with the path inside the JSON, and whichever split is asked for."""
+    whole = {"root": copy.deepcopy(json.loads(file.read_text()))}
+    record, keys = whole, ["root", *place]
+    for key in keys[:-1]:
+        record = record[key]
+    record[keys[-1]] = value
+    file.write_text(json.dumps(whole["root"]))
+    for split in SPLITS:
+        with pytest.raises(UserError, match=message):
+            squad(split, file)

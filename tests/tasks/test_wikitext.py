@@ -1,0 +1,275 @@
+"""The cloze on WikiText: what it asks for, that only the passage knows it, and what is said when there is no text."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from prosg_lib.errors import UserError
+from prosg_lib.tasks.wikitext import INSTRUCTION, LEAD, LONGEST, Cloze, detokenised, named, wikitext
+from prosg_lib.text.prose import SPLITS, text_lines
+
+NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    """An empty Hugging Face cache, and no network."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def refuse(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def passage(name):
+    """Ordinary text with one answer that stands nowhere else: Mill<name>."""
+    return f"The old road went down to the village of Mill{name}, and ended there. Nobody lived there but Anna."
+
+
+def write_articles(path, numbers, paragraphs=2):
+    """WikiText's form: titles, headings, empty lines, and tokenised paragraphs that name their article."""
+    lines = []
+    for n in numbers:
+        lines += ["", f" = Town {n} = ", "", " = = History = = ", ""]
+        for j in range(paragraphs):
+            text = passage(f"{n}{j}").replace(",", " ,").replace(". ", " . ").removesuffix(".")
+            lines.append(f" {text} . ")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def one(tmp_path, text):
+    """The pairs of a text that stands between enough others."""
+    others = [passage(n) for n in NUMBERS]
+    for split in SPLITS:
+        name = "valid" if split == "validation" else split
+        (tmp_path / f"{name}.txt").write_text("\n".join([*others, text]), encoding="utf-8")
+    return [p for p in wikitext("train", tmp_path) if p.context == text]
+
+
+def real_folder():
+    root = os.environ.get("PROSG_TEST_DATA")
+    if not root:
+        pytest.skip("PROSG_TEST_DATA is not set: no real WikiText")
+    return Path(root) / "wikitext-2"
+
+
+# Pairs
+
+
+def test_a_passage_becomes_a_pair(tmp_path):
+    """The query is the sentence up to a name that stands in this passage only; names of all passages are not asked."""
+    (pair,) = one(tmp_path, passage("Thirteen"))
+    assert pair == Cloze(passage("Thirteen"), f"{INSTRUCTION}The old road went down to the village of", "MillThirteen")
+
+
+@pytest.mark.parametrize(
+    ("sentence", "answer"),
+    [
+        ("It was on the morning of 3 May 1871 that they left.", "3 May 1871"),
+        ("It was ruled for years by King Olaf Ironside II, who lived there.", "King Olaf Ironside II"),
+        ("It is said that the whole estate cost $4,250.50 at that time.", "$4,250.50"),
+        ("It was in the war of 1807–14 that it burnt down.", "1807–14"),
+        ("The wide river Skjern runs slowly south to Jean-Luc's house.", None),  # too early; and a possessive
+        ("It was taken as a gift by Skjern <unk> in that year.", None),  # half of the name is not known
+        ("It was taken by <unk> and given to Skjern in that year.", None),
+        ("It was said by all of them: Skjern was the best.", None),
+        ('It was said by all of them, "Skjern was the best".', None),
+        ("It was ruled for years by Rudolf J. R. Skjern until then.", None),  # the name would be cut
+        ("It was in the old Skjern days that they went to Skjern again.", "Skjern"),  # the first, not the second
+        ("It is as long as the bridge (3.1 m; 1017 feet) was.", None),  # in brackets
+        ("It was ruled for years by Ab Cd Ef Gh Ij until then.", None),  # too long
+    ],
+)
+def test_what_is_asked_for(tmp_path, sentence, answer):
+    """Whole names, dates and numbers, after enough words, where nothing around them is unreadable."""
+    pairs = one(tmp_path, f"Here it begins. {sentence}")
+    assert [p.answer for p in pairs] == ([] if answer is None else [answer])
+
+
+def test_the_answer_cannot_be_known_otherwise(tmp_path):
+    """A name that another passage has, if only within a longer one or in other letters, is not asked for."""
+    text = "Here it begins. They all went home to the city of Skjern in the end."
+    assert len(one(tmp_path, text)) == 1
+    for other in ("I saw New Skjern's church. It was good.", "SKJERN again. And again."):
+        (tmp_path / "more").mkdir(exist_ok=True)
+        for name in ("train", "valid", "test"):
+            (tmp_path / "more" / f"{name}.txt").write_text("\n".join([passage("A"), text, other]))
+        assert [p.answer for p in wikitext("train", tmp_path / "more")] == ["MillA"]
+
+
+def test_practice_asks_for_every_name(tmp_path):
+    """One pair a name, not one a passage; and for those as well that another passage has."""
+    text = "The old road went down to the village of Ely, and ended there. In the year of the flood came Anna, too."
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text("", encoding="utf-8")
+    (tmp_path / "train.txt").write_text("\n".join([text, text.replace("road", "path")]), encoding="utf-8")
+    pairs = named("train", tmp_path, words=50)
+    assert [pair.answer for pair in pairs] == ["Ely", "Anna"] * 2
+    assert [pair.query for pair in pairs[:2]] == [
+        INSTRUCTION + "The old road went down to the village of",
+        INSTRUCTION + "In the year of the flood came",
+    ]
+    with pytest.raises(UserError, match="none of several sentences with a name"):
+        wikitext("train", tmp_path)
+
+
+def test_a_single_sentence_is_no_passage(tmp_path):
+    """There the context would be nothing but the query and the answer; an abbreviation does not end a sentence."""
+    assert not one(tmp_path, "They all went home to old Mr. Brown and the city of Skjern.")
+
+
+def test_pairs_follow_from_text_and_seed(tmp_path):
+    """The same seed gives the same pairs, another seed other queries of the same passages."""
+    text = "We begin. " + " ".join(f"The {n.lower()} old roads went down to Hill{n}." for n in NUMBERS)
+    assert one(tmp_path, text) == one(tmp_path, text)
+    answers = {p.answer for seed in range(20) for p in wikitext("train", tmp_path, seed) if p.context == text}
+    assert len(answers) > 5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        ("A well @-@ known road , 1 @,@ 250 @.@ 5 km long .", "A well-known road, 1,250.5 km long."),
+        ('He said : " Go ! " ( twice ) ; they went .', 'He said: "Go!" (twice); they went.'),
+        ("Du Fu 's poems don 't rhyme , the ships ' guns do .", "Du Fu's poems don't rhyme, the ships' guns do."),
+        ("A ' sea @-@ keeping ' ship in 1934 – 37 , at 3 : 09 .", "A 'sea-keeping' ship in 1934–37, at 3:09."),
+        ("It cost $ 5 / km , or 4 % [ sic ] – so he said .", "It cost $5/km, or 4% [sic] – so he said."),
+        ("Piz ’ s show , at 30 ° N , in B ♭ .", "Piz’s show, at 30° N, in B♭."),
+        ("The <unk> 's sons , of <unk> .", "The <unk>'s sons, of <unk>."),
+        ("'Twas said, 'Go . . . away / home', at 5 – 6.", "'Twas said, 'Go . . . away / home', at 5 – 6."),
+    ],
+)
+def test_tokens_become_ordinary_text(tokens, text):
+    """WikiText's tokens are joined as English is written; ordinary text stays as it is."""
+    assert detokenised(tokens) == text
+
+
+# Sources
+
+
+def test_articles_are_not_divided(tmp_path):
+    """Of files in WikiText's form every article is in one split, wherever it stands."""
+    write_articles(tmp_path / "w" / "a.txt", NUMBERS[:7])
+    write_articles(tmp_path / "w" / "b.txt", NUMBERS[7:])
+    towns = {s: [p.answer.removeprefix("Mill")[:-1] for p in wikitext(s, tmp_path / "w")] for s in SPLITS}
+    assert sum(map(len, towns.values())) == 24
+    assert [len(set(towns[s])) for s in SPLITS] == [10, 1, 1]
+    assert set.union(*map(set, towns.values())) == set(NUMBERS)
+    assert towns["train"] == sorted(towns["train"], key=NUMBERS.index)
+
+
+def test_a_folder_with_the_official_splits_is_left_as_it_is(tmp_path):
+    """train.txt, valid.txt and test.txt are the three splits."""
+    for name, numbers in (("train", NUMBERS[:4]), ("valid", NUMBERS[4:5]), ("test", NUMBERS[5:])):
+        write_articles(tmp_path / f"{name}.txt", numbers, paragraphs=1)
+    assert [p.answer for p in wikitext("validation", tmp_path)] == ["MillFive0"]
+    assert len(wikitext("test", tmp_path)) == 7
+
+
+def test_ordinary_text_without_titles(tmp_path):
+    """Of three files or more each is in one split; of fewer the paragraphs are divided, and none is lost."""
+    for n in NUMBERS:
+        (tmp_path / f"{n}.txt").write_text(f"{passage(n + 'a')}\n{passage(n + 'b')}")
+    books = {s: [p.answer.removeprefix("Mill")[:-1] for p in wikitext(s, tmp_path)] for s in SPLITS}
+    assert [len(set(books[s])) for s in SPLITS] == [10, 1, 1]
+    single = tmp_path / "single"
+    single.write_text("\n".join(passage(n) for n in NUMBERS))
+    answers = [p.answer for s in SPLITS for p in wikitext(s, single)]
+    assert sorted(answers) == sorted(f"Mill{n}" for n in NUMBERS)
+
+
+def test_from_the_hub(monkeypatch):
+    """Its own splits, headings left out, tokens made ordinary text."""
+    import datasets
+
+    def load(*_):
+        heading = " = A heading that is longer than the shortest paragraph = \n"
+        tokens = [" " + passage(n).replace(",", " ,") + " \n" for n in NUMBERS]
+        return {s: {"text": ["", heading, *tokens[i::3]]} for i, s in enumerate(SPLITS)}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [p.context for p in wikitext("test")] == [passage(n) for n in NUMBERS[2::3]]
+
+
+def test_real_wikitext():
+    """WikiText-2's validation and test files: answers are in the passage, in no other, and no word of one in its query;
+    no article is in two splits."""
+    folder = real_folder()
+    pairs = {split: wikitext(split, folder) for split in SPLITS}
+    assert [len(pairs[s]) > n for s, n in zip(SPLITS, (500, 50, 40), strict=True)] == [True] * 3
+    contexts = [{p.context for p in part} for part in pairs.values()]
+    assert len(set.union(*contexts)) == sum(map(len, contexts))
+    for part in pairs.values():
+        for pair in part:
+            start = pair.query.removeprefix(INSTRUCTION)
+            assert pair.context.count(f"{start} {pair.answer}") == 1
+            assert not set(pair.answer.lower().split()) & set(start.lower().split())
+            assert "<unk>" not in pair.query + pair.answer
+            assert len(start.split()) >= LEAD
+            assert len(pair.answer.split()) <= LONGEST
+            assert sum(pair.answer in p.context.split() for p in part) <= 1
+    assert wikitext("test", folder) == pairs["test"]
+    assert wikitext("test", folder, seed=1) != pairs["test"]
+
+
+def test_real_tokens_are_joined():
+    """No token of WikiText's own is left, nor a space before a comma."""
+    lines = [detokenised(line) for file in real_folder().glob("*.txt") for line in text_lines(file)]
+    text = "\n".join(line for line in lines if not line.startswith("= "))
+    assert not any(mark in text for mark in (" @-@ ", " @,@ ", " @.@ ", " , ", " ; "))
+
+
+# What will not do
+
+
+def test_without_a_network(monkeypatch):
+    """`datasets` cannot reach the hub: one clear error, with what to do."""
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"WikiText cannot be loaded \(ConnectionError\).*use a folder of \.txt files"):
+        wikitext("train")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda f: None, r"shelf does not exist; give a file or a folder"),
+        (lambda f: f.mkdir(), r"no \.txt files in .*shelf"),
+        (lambda f: f.write_bytes(b"abc\xff"), r"shelf is not UTF-8 text \(byte 3\)"),
+        (lambda f: f.write_text(""), "the train split of .*shelf has 0 paragraphs"),
+        (
+            lambda f: f.write_text("\n".join("it was so. it was not." for _ in range(9))),
+            "but none of several sentences",
+        ),
+    ],
+    ids=["missing", "empty folder", "encoding", "empty", "nothing to ask"],
+)
+def test_a_source_that_will_not_do(tmp_path, prepare, message):
+    """One error each, which names the source and says what to do."""
+    prepare(tmp_path / "shelf")
+    with pytest.raises(UserError, match=message):
+        wikitext("train", tmp_path / "shelf")
+
+
+def test_an_unknown_split_is_said(tmp_path):
+    """The three that there are are named, before any file is read."""
+    with pytest.raises(UserError, match="unknown split 'dev'; there are train, validation, test"):
+        wikitext("dev", tmp_path / "missing")
+
+
+def test_a_cloze_is_right_when_the_continuation_begins_with_the_answer():
+    """A model goes on with the sentence; more before the answer, or another word in it, is wrong."""
+    cloze = Cloze("c", "q", "Gilbert Foliot")
+    assert cloze.accepts(" Gilbert Foliot, wrote to the pope")
+    assert not cloze.accepts(" the bishop Gilbert Foliot")
+    assert not cloze.accepts(" Gilbert")
+    assert not cloze.accepts("")

@@ -1,0 +1,265 @@
+"""Prose: where it comes from, how it is split, and what is said when it cannot be had."""
+
+import os
+import random
+import shutil
+import socket
+
+import numpy as np
+import pytest
+
+from prosg_lib.errors import UserError
+from prosg_lib.text import prose
+from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, books_by_split, load_prose, own_sentences
+from prosg_lib.text.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """A machine with no books, an empty Hugging Face cache, and no network."""
+    monkeypatch.delenv("PROSG_TEST_DATA", raising=False)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def refuse(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return tmp_path
+
+
+def write_books(folder, count, paragraphs=12):
+    """Books whose every paragraph names its book."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for b in range(count):
+        lines = [f"This is paragraph number {i} of the long book number {b}, and no other." for i in range(paragraphs)]
+        (folder / f"book-{b}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def write_cached_wikitext(cache, text):
+    """Files as `datasets` leaves them after it has loaded WikiText once."""
+    from datasets import Dataset
+
+    folder = cache / "Salesforce___wikitext" / "wikitext-2-raw-v1" / "0.0.0" / "b08601e04326"
+    folder.mkdir(parents=True)
+    for split in SPLITS:
+        Dataset.from_dict({"text": ["", f" = {split} = \n", f" {text} {split} .\n"]}).save_to_disk(cache / "saved")
+        (file,) = (cache / "saved").glob("*.arrow")
+        shutil.move(file, folder / f"wikitext-{split}.arrow")
+        shutil.rmtree(cache / "saved")
+    return folder
+
+
+# Our own sentences
+
+
+def test_sha256_names_the_text():
+    """Neither the source nor the order of the splits matters; every paragraph, its end and its split do."""
+    one = Prose("a", {"train": ["x", "y"], "validation": ["z"], "test": ["w"]})
+    assert one.sha256 == Prose("b", dict(reversed(one.paragraphs.items()))).sha256
+    others = [{"train": ["x\ny"]}, {"train": ["y", "x"]}, {"train": ["x"], "validation": ["y", "z"]}, {"test": ["v"]}]
+    hashes = {Prose("a", one.paragraphs | other).sha256 for other in others}
+    assert len(hashes - {one.sha256}) == len(others)
+
+
+def test_own_sentences_follow_from_the_split():
+    """The same split gives the same paragraphs; of two splits' paragraphs none is the same."""
+    made = {split: own_sentences(split) for split in SPLITS}
+    assert made == {split: own_sentences(split) for split in SPLITS}
+    sets = [set(lines) for lines in made.values()]
+    assert len(set.union(*sets)) == sum(map(len, sets))
+    assert all(line.endswith(".") and line[0].isupper() for lines in made.values() for line in lines)
+
+
+# A folder
+
+
+@pytest.mark.parametrize("count", [3, 7, 25])
+def test_a_book_is_in_one_split(tmp_path, count):
+    """Every book's paragraphs are all in one split, no split is empty, a tenth each is held out."""
+    loaded = load_prose(str(write_books(tmp_path / "shelf", count)))
+    assert loaded.source == "shelf"
+    books = {split: {line.split("number ")[2] for line in lines} for split, lines in loaded.paragraphs.items()}
+    assert sum(map(len, books.values())) == len(set.union(*books.values())) == count
+    held = max(1, count // 10)
+    assert [len(books[s]) for s in SPLITS] == [count - 2 * held, held, held]
+
+
+def test_a_books_split_depends_on_titles_alone(tmp_path):
+    """Another text under the same title stays in its split."""
+    folder = write_books(tmp_path, 5)
+    before = books_by_split(folder)
+    (folder / "book-2.txt").write_text("Another edition of this book, with other words, but of the same title.")
+    assert books_by_split(folder) == before
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_fewer_than_three_books_are_divided(tmp_path, count):
+    """Then the paragraphs are divided: none is in two splits, none is lost."""
+    loaded = load_prose(str(write_books(tmp_path, count, paragraphs=40)))
+    lines = [line for s in SPLITS for line in loaded.paragraphs[s]]
+    assert len(lines) == len(set(lines)) == 40 * count
+    assert all(loaded.paragraphs.values())
+
+
+def test_hard_wrapped_books_are_read_by_paragraph(tmp_path):
+    """Lines between blank lines are joined where a file is hard-wrapped, and only there."""
+    wrapped = "It was a dark and stormy night, and\nthe rain fell in torrents on us all.\n\n" * 40
+    (tmp_path / "a.txt").write_text(wrapped)
+    lines = [x for split in SPLITS for x in load_prose(str(tmp_path)).paragraphs[split]]
+    assert set(lines) == {"It was a dark and stormy night, and the rain fell in torrents on us all."}
+    (tmp_path / "a.txt").write_text(
+        ("A line that is longer than a wrapped one, " * 4 + "\nand its neighbour below it, of some length\n\n") * 40
+    )
+    assert len([x for split in SPLITS for x in load_prose(str(tmp_path)).paragraphs[split]]) == 80
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda f: f.mkdir(), r"no \.txt files in .*shelf"),
+        (lambda f: None, r"shelf is not a folder"),
+        (lambda f: write_books(f, 1, paragraphs=5), r"holds 5 paragraphs .* at least 30"),
+        (
+            lambda f: (write_books(f, 3), (f / "bad.txt").write_bytes(b"abc\xff")),
+            r"bad\.txt is not UTF-8 text \(byte 3\)",
+        ),
+        (lambda f: (write_books(f, 3), (f / "short.txt").write_text("Too short.")), r"short\.txt has no paragraph"),
+        (lambda f: (write_books(f, 3), shutil.copy(f / "book-1.txt", f / "copy.txt")), "hold the same text"),
+    ],
+    ids=["empty", "missing", "few", "encoding", "short", "copy"],
+)
+def test_a_folder_that_will_not_do(tmp_path, prepare, message):
+    folder = tmp_path / "shelf"
+    prepare(folder)
+    with pytest.raises(UserError, match=message):
+        load_prose(str(folder))
+
+
+# WikiText
+
+
+def test_wikitext_without_a_network(bare, monkeypatch):
+    """`datasets` cannot reach the hub: one clear error, with what to do."""
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"WikiText cannot be loaded \(ConnectionError\).*prose='own'"):
+        load_prose("wikitext")
+
+
+def test_wikitext_in_offline_mode(bare, monkeypatch):
+    """The libraries' own offline switch gives the same error, and the network is not asked."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", bare / "cache")
+    with pytest.raises(UserError, match="WikiText cannot be loaded"):
+        load_prose("wikitext")
+
+
+def test_wikitext_from_the_hub(bare, monkeypatch):
+    """Short lines (headings) go, white space is made even."""
+    import datasets
+
+    text = ["", " = Heading = \n", " A paragraph of WikiText ,  tokenised , long enough to stay . \n"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: {split: {"text": text} for split in SPLITS})
+    loaded = load_prose("wikitext")
+    assert loaded.source == "wikitext-2"
+    assert loaded.paragraphs["test"] == ["A paragraph of WikiText , tokenised , long enough to stay ."]
+
+
+# "auto"
+
+
+def test_auto_takes_the_books_first(bare, monkeypatch):
+    write_books(bare / "data" / "books", 3)
+    monkeypatch.setenv("PROSG_TEST_DATA", str(bare / "data"))
+    assert load_prose().source == "books"
+
+
+def test_auto_names_a_missing_folder(bare, monkeypatch):
+    """A variable that points nowhere is a mistake, not a wish for other prose."""
+    monkeypatch.setenv("PROSG_TEST_DATA", str(bare / "elsewhere"))
+    with pytest.raises(UserError, match=r"PROSG_TEST_DATA is .*elsewhere.*unset"):
+        load_prose()
+
+
+def test_auto_takes_cached_wikitext_next(bare):
+    """Read from the cache's files; a newer folder that is incomplete does not count."""
+    folder = write_cached_wikitext(bare / "cache", "The quick brown fox jumps over the lazy dog of")
+    unfinished = folder.parent / "unfinished"
+    unfinished.mkdir()
+    os.utime(unfinished, (2e9, 2e9))
+    loaded = load_prose()
+    assert loaded.source == "wikitext-2"
+    assert loaded.paragraphs["test"] == ["The quick brown fox jumps over the lazy dog of test ."]
+
+
+def test_damaged_cache_is_named(bare):
+    folder = write_cached_wikitext(bare / "cache", "The quick brown fox jumps over the lazy dog of")
+    (folder / "wikitext-test.arrow").write_bytes(b"not arrow")
+    with pytest.raises(UserError, match=r"b08601e04326 cannot be read .*remove that folder"):
+        load_prose()
+
+
+def test_auto_falls_back_to_our_own(bare):
+    assert load_prose().source == "own sentences"
+
+
+# Tokens
+
+
+def test_passages_start_where_a_paragraph_starts():
+    """A passage has the length asked for, and is the text from a paragraph's start on."""
+    tokenizer = load_tokenizer()
+    lines = own_sentences("test")[:50]
+    tokens = ProseTokens.of(Prose("own", {"test": lines}), "test", tokenizer)
+    text = "\n".join([*lines, ""])
+    assert tokenizer.decode(tokens.ids.tolist()) == text
+    rng = random.Random(0)
+    for length in (1, 12, 200):
+        passage = tokens.passage(length, rng)
+        assert len(passage) == length
+        start = text.index(tokenizer.decode(passage))
+        assert start == 0 or text[start - 1] == "\n"
+    assert tokens.passage(20, random.Random(5)) == tokens.passage(20, random.Random(5))
+    assert np.array_equal(tokens.ids[: len(tokens.ids)], tokens.passage(len(tokens.ids), rng))
+
+
+def test_passages_are_spread_and_share_nothing():
+    """Each begins where a paragraph does, none overlaps the next, and another draw begins elsewhere."""
+    tokens = ProseTokens.of(Prose("own", {"test": own_sentences("test")[:200]}), "test", load_tokenizer())
+    found = tokens.passages(8, 60, random.Random(0))
+    assert found.shape == (8, 60)
+    whole = tokens.ids.tolist()
+    places = [next(s for s in tokens.starts if whole[s : s + 60] == row) for row in found.tolist()]
+    gaps = np.diff(places)
+    assert (gaps >= 60).all()
+    assert np.ptp(gaps) < 2 * np.diff(tokens.starts).max()
+    assert np.array_equal(found, tokens.passages(8, 60, random.Random(0)))
+    assert not np.array_equal(found, tokens.passages(8, 60, random.Random(1)))
+    assert np.array_equal(tokens.passages(1, len(whole), random.Random(0))[0], tokens.ids)
+
+
+def test_too_little_prose_is_said():
+    tokenizer = load_tokenizer()
+    tokens = ProseTokens.of(Prose("own", {"test": ["Short."]}), "test", tokenizer)
+    with pytest.raises(UserError, match="a passage of 500 was asked for"):
+        tokens.passage(500, random.Random(0))
+    for count, length in ((1, 500), (3, 2)):
+        with pytest.raises(UserError, match=f"{count} passages of {length} that share none"):
+            tokens.passages(count, length, random.Random(0))
+    with pytest.raises(UserError, match=r"the test split of this prose .* is empty"):
+        ProseTokens.of(Prose("own", {"test": []}), "test", tokenizer)
+    with pytest.raises(UserError, match="unknown split 'dev'"):
+        ProseTokens.of(Prose("own", {"test": ["Short."]}), "dev", tokenizer)
+
+
+def test_shortest_paragraph_is_the_same_for_every_source(tmp_path):
+    """Paragraphs just long enough stay."""
+    (tmp_path / "a.txt").write_text("\n".join(["x" * prose._SHORTEST] * 30 + ["y" * (prose._SHORTEST - 1)] * 30))
+    assert sum(map(len, load_prose(str(tmp_path)).paragraphs.values())) == 30

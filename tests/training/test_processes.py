@@ -1,0 +1,119 @@
+"""What is asked of accelerate: alone next to nothing; and what the launcher was asked for in vain is said."""
+
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from prosg_lib.errors import UserError
+from prosg_lib.training import distributed as processes
+
+PLAIN = {"distributed_type": DistributedType.NO, "mixed_precision": "no", "num_processes": 1}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Replaces accelerate by one that found this out."""
+
+    def pretend(**found):
+        monkeypatch.setattr(processes, "Accelerator", lambda cpu: SimpleNamespace(**PLAIN | found))
+        processes.accelerator.cache_clear()
+
+    processes.accelerator.cache_clear()
+    yield pretend
+    processes.accelerator.cache_clear()
+
+
+def test_alone():
+    """Every function is what a program without accelerate would do."""
+    assert (processes.count(), processes.index(), processes.first()) == (1, 0, True)
+    assert processes.device() == torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    tensor = torch.ones(3)
+    assert processes.added(tensor) is tensor
+    assert processes.gathered("x") == ["x"]
+    assert processes.agreed(7, "a number") == 7
+    assert processes.shared(range(5), lambda n: n * n) == [0, 1, 4, 9, 16]
+    assert processes.shared([], str) == []
+    processes.wait()
+    processes.leave()
+
+
+@pytest.mark.parametrize(("count", "work"), [(2, 5), (3, 5), (4, 2), (5, 5)])
+def test_shares_are_put_together_in_order(monkeypatch, count, work):
+    """Each piece is done by one process, and the shares differ by one piece at most."""
+    shares = []
+
+    def keep(share):
+        shares.append(share)
+        raise KeyboardInterrupt  # the others are not there yet
+
+    monkeypatch.setattr(processes, "count", lambda: count)
+    monkeypatch.setattr(processes, "gathered", keep)
+    for number in range(count):
+        monkeypatch.setattr(processes, "index", lambda number=number: number)
+        with pytest.raises(KeyboardInterrupt):
+            processes.shared(range(work), lambda n: 10 * n)
+    assert sorted(chain(*shares)) == [10 * n for n in range(work)]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    monkeypatch.setattr(processes, "gathered", lambda share: shares)
+    assert processes.shared(range(work), lambda n: 10 * n) == [10 * n for n in range(work)]
+
+
+def test_what_processes_found_differently_is_said(monkeypatch):
+    """By all of them, with what each found."""
+    monkeypatch.setattr(processes, "gathered", lambda value: [value, 3])
+    with pytest.raises(UserError, match="different things for the step: 7, 3; put PROSG_RUNS on a disk"):
+        processes.agreed(7, "the step")
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"mixed_precision": "fp16"}, "launched with mixed precision 'fp16'; there are 'no' and 'bf16'"),
+        ({"distributed_type": DistributedType.FSDP}, "launched as FSDP"),
+        ({"distributed_type": DistributedType.DEEPSPEED}, "launched as DEEPSPEED"),
+    ],
+)
+def test_what_is_not_done_here_is_refused(launched, found, said):
+    launched(**found)
+    with pytest.raises(UserError, match=said):
+        processes.accelerator()
+
+
+def test_what_accelerate_itself_refuses_is_one_sentence(monkeypatch, launched):
+    def refuse(cpu):
+        raise ValueError("fp16 mixed precision requires a GPU")
+
+    monkeypatch.setattr(processes, "Accelerator", refuse)
+    with pytest.raises(UserError, match="accelerate could not start: fp16 mixed precision requires a GPU"):
+        processes.accelerator()
+
+
+def test_processes_that_accelerate_does_not_know_of_are_said(monkeypatch, launched):
+    """Otherwise each of them would train on its own, and write the same files."""
+    launched()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 processes were launched, but accelerate was set up before for 1"):
+        processes.accelerator()
+
+
+@pytest.mark.parametrize(
+    ("device", "hardware", "asked", "wanted", "expected"),
+    [
+        ("cpu", False, "no", True, False),
+        ("cpu", False, "bf16", False, True),
+        ("cuda", True, "no", True, True),
+        ("cuda", False, "no", True, False),
+        ("cuda", True, "no", False, False),
+        ("cuda", True, "bf16", False, True),
+    ],
+)
+def test_bfloat16_where_the_hardware_has_it_or_the_launcher_says_so(
+    monkeypatch, launched, device, hardware, asked, wanted, expected
+):
+    """A processor of a computer is not asked by a profile: it may have it, and be slow at it."""
+    launched(mixed_precision=asked, device=torch.device(device))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: hardware)
+    assert processes.bfloat16(wanted) is expected

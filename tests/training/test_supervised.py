@@ -1,0 +1,220 @@
+"""Lessons in predicting true gradients: their loss, that it falls on other prompts, and what comes after them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from prosg_lib.config.sizes import SupervisedSize, Training
+from prosg_lib.deltas.gradient_factors import best_rank
+from prosg_lib.errors import UserError
+from prosg_lib.generators.final_state import FinalStateGenerator
+from prosg_lib.generators.token_wise import TokenGenerator
+from prosg_lib.generators.true_gradient import agreement, prompt_gradient
+from prosg_lib.tasks.dialogue import ANSWER, TEXT, Batch
+from prosg_lib.training.objectives import generator_objective
+from prosg_lib.training.supervised import TEACHERS, foreseen, read_as, steps_of, supervised_objective, unexplained
+
+MAPS = ("att.output", "ffn.key")
+SIZES = Training(10, 4, 1e-3, (1,), (0,))
+SIZE = SupervisedSize(3, 16, MAPS, lessons=0.5)
+
+
+def batch_of(seed=0, rows=4, prompt=9, rest=8, words=12):
+    """Dialogues of few words, whose answers are the prompt's last tokens."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(words, (rows, prompt + rest), generator=g)
+    ids[:, prompt + 3 : prompt + 6] = ids[:, prompt - 3 : prompt]
+    kind = torch.full((rows, rest), TEXT)
+    kind[:, 3:6] = ANSWER
+    valid = torch.arange(prompt) >= torch.randint(4, (rows, 1), generator=g)
+    return Batch(ids[:, :prompt], valid, ids[:, prompt:], kind)
+
+
+def make(lm, trained=True, **more):
+    torch.manual_seed(0)
+    generator = TokenGenerator(lm.requires_grad_(False), 3, 16, MAPS, **more)
+    if trained:
+        for p in nn.ModuleList([generator.heads, generator.keys]).parameters():
+            nn.init.normal_(p, std=0.1)
+    return generator.to(lm.emb.weight.dtype).eval()
+
+
+def test_the_share_left_unexplained_is_that_of_the_matrices(lm64):
+    """||s U V^T + c G||^2 / ||c G||^2 by map and prompt, to 1e-10, with gradients; 1 for no change, 0 for -c G."""
+    batch, generator = batch_of(), make(lm64)
+    true, _ = prompt_gradient(lm64, generator.names, batch.prompt, batch.prompt_valid)
+    steps = steps_of(lm64, true, 0.05)
+    delta, _ = generator(lm64, batch.prompt, batch.prompt_valid)
+    found, expected = unexplained(delta, true, steps), []
+    for name, (u, v) in delta.factors.items():
+        wanted = -steps[name] * true[name].delta.mT @ true[name].x
+        expected.append((delta.scale * u @ v.mT - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2)))
+        size = wanted.square().sum((1, 2)).mean().sqrt()
+        assert_close(size, 0.05 * lm64.editable()[name].weight.norm(), rtol=1e-8, atol=0)
+    assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-10)
+    heads = list(generator.heads.parameters())
+    slopes = [torch.autograd.grad(t.sum(), heads, retain_graph=True) for t in (found, torch.stack(expected))]
+    assert_close(*slopes, rtol=1e-9, atol=1e-10)
+    nothing, _ = make(lm64, trained=False)(lm64, batch.prompt, batch.prompt_valid)
+    assert_close(unexplained(nothing, true, steps), torch.ones_like(found), rtol=1e-12, atol=0)
+    exact = {n: best_rank(true[n], 8) for n in true}  # eight tokens with a next one
+    perfect = replace(
+        delta, factors={n: type(delta.factors[n])(-steps[n] / delta.scale * u, v) for n, (u, v) in exact.items()}
+    )
+    assert unexplained(perfect, true, steps).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_lessons_are_learned_for_other_prompts(lm, name):
+    """A few steps lower the error on prompts that were not among them, below that of no change."""
+    size, generator = replace(SIZE, teacher=name, lessons=1.0, strength=0.3), make(lm, trained=False).train()
+    loss_of = supervised_objective(lm, generator, SIZES, 0, size, batch_of(100, rows=16))
+    optimiser = torch.optim.Adam(generator.parameters(), 5e-3)
+    held_out = batch_of(101, rows=16)
+
+    def error():
+        generator.eval()
+        with torch.no_grad():
+            found = loss_of(0, held_out).total.item()
+        generator.train()
+        return found
+
+    before = error()
+    assert before == pytest.approx(1.0, abs=1e-5)
+    for step in range(60):
+        optimiser.zero_grad()
+        loss_of(0, batch_of(step, rows=16)).total.backward()
+        optimiser.step()
+    assert error() < before - 0.02
+
+
+@pytest.mark.parametrize("foresight", [0.0, 0.5])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_batch_in_parts_is_the_batch(lm64, foresight, size):
+    """Loss, what the log says of it, and gradients."""
+    generator, batch = make(lm64, foresight=foresight > 0), batch_of()
+    loss_of = supervised_objective(lm64, generator, SIZES, 0, replace(SIZE, foresight=foresight), batch_of(1))
+
+    def taken(parts):
+        losses = [loss_of(0, part) for part in parts]
+        total = sum(loss.total for loss in losses)
+        named = {name: sum(loss.parts[name] for loss in losses) for name in losses[0].parts}
+        return named, total, torch.autograd.grad(total, list(generator.parameters()), allow_unused=True)
+
+    found, expected = taken(batch.split(size)), taken([batch])
+    assert expected[0].keys() == ({"gradient", "foresight"} if foresight else {"gradient"})
+    assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_padding_is_not_learned_from(lm64):
+    """The error of a prompt is the same alone, without its padding; the foresight's, too."""
+    generator, batch = make(lm64, foresight=True), batch_of()
+    true, _ = prompt_gradient(lm64, generator.names, batch.prompt, batch.prompt_valid)
+    steps = steps_of(lm64, true, 0.05)
+    terms = generator.terms(lm64, batch.prompt, valid=batch.prompt_valid)
+    errors = unexplained(generator(lm64, batch.prompt, batch.prompt_valid)[0], true, steps)
+    ahead = foreseen(generator, terms, batch.prompt_valid)
+    assert (~batch.prompt_valid).any()
+    for row in range(len(batch)):
+        ids = batch.prompt[[row]][:, batch.prompt_valid[row]]
+        alone, _ = prompt_gradient(lm64, generator.names, ids)
+        assert_close(unexplained(generator(lm64, ids)[0], alone, steps)[:, 0], errors[:, row], rtol=1e-8, atol=1e-10)
+        one = foreseen(generator, generator.terms(lm64, ids), torch.ones_like(ids, dtype=torch.bool))
+        assert_close(one[0], ahead[row], rtol=1e-8, atol=1e-10)
+
+
+def test_foresight_is_the_next_tokens_synthetic_gradient(lm64):
+    """sum ||W (A z_t - z_{t+1})||^2 / sum ||W z_{t+1}||^2, with all maps' W in one; W and z_{t+1} are given."""
+    generator, ids = make(lm64, foresight=True), batch_of().prompt
+    terms = generator.terms(lm64, ids)
+    found = foreseen(generator, terms, torch.ones_like(ids, dtype=torch.bool))
+    heads = torch.cat([head.weight for head in generator.heads.values()])
+    wanted = terms.z[:, 1:] @ heads.t()
+    said = generator.ahead(terms.z[:, :-1]) @ heads.t()
+    expected = (said - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))
+    assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    slopes = torch.autograd.grad(found.sum(), list(generator.heads.parameters()), allow_unused=True)
+    assert all(slope is None for slope in slopes)
+
+
+def test_only_the_best_directions_of_the_teacher(lm64):
+    """With all of them the lesson is the same; with one it is another."""
+    generator, batch = make(lm64), batch_of()
+    losses = {}
+    for rank in (None, 7, 1):
+        size = replace(SIZE, rank_of_teacher=rank)
+        losses[rank] = supervised_objective(lm64, generator, SIZES, 0, size, batch)(0, batch).total.item()
+    assert losses[None] == pytest.approx(losses[7], rel=1e-8)
+    assert abs(losses[1] - losses[None]) > 1e-6
+
+
+def test_after_the_lessons_it_is_trained_as_every_generator(lm64):
+    """From the same step on, with the same loss of the same batch: no step more, and no other data."""
+    generator, batch = make(lm64), batch_of()
+    taught = supervised_objective(lm64, generator, SIZES, 7, SIZE, batch)
+    plain = generator_objective(lm64, generator, SIZES, 7)
+    for step in range(10):
+        found, expected = taught(step, batch), plain(step, batch)
+        assert (found.parts.keys() == expected.parts.keys()) == (step >= 5)
+        if step >= 5:
+            assert torch.equal(found.total, expected.total)
+
+
+def test_without_the_label_the_next_token_is_unseen(lm64):
+    """The change hangs on every token's successor with the label, and on none but through the sum without it."""
+    ids = batch_of(prompt=6).prompt[:1]
+    other = ids.clone()
+    other[0, -1] += 1
+    for label in (True, False):
+        generator = make(lm64, label=label)
+        first, second = (generator(lm64, text)[0].factors["blocks.0.ffn.key"].U for text in (ids, other))
+        assert ((first - second).abs().max() < 1e-12) == (not label)
+
+
+def test_directions_are_the_teachers(lm64):
+    """They read more of other dialogues' gradients than random ones; nothing else of the generator is touched."""
+    sample, other = batch_of(1, rows=16), batch_of(2, rows=16)
+    for name in TEACHERS:
+        plain, taught = make(lm64), make(lm64)
+        read_as(lm64, taught, replace(SIZE, teacher=name), sample)
+        true = TEACHERS[name](lm64, plain.names, other)
+        first, second = (agreement(g(lm64, other.prompt, other.prompt_valid)[0], true) for g in (plain, taught))
+        assert second.reads.mean() > first.reads.mean() + 0.1
+        for weight, tensor in taught.state_dict().items():
+            assert torch.equal(tensor, plain.state_dict()[weight]) != weight.startswith("V.")
+
+
+def test_a_final_state_generator_takes_lessons_too(lm64):
+    generator = FinalStateGenerator(lm64, 2, 8, MAPS).double()
+    loss_of = supervised_objective(lm64, generator, SIZES, 0, SIZE, batch_of(1))
+    assert loss_of(0, batch_of()).total.item() == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"teacher": "nobody"}, "unknown teacher 'nobody'"),
+        ({"lessons": 1.5}, "lessons are a share of the steps"),
+        ({"strength": 0.0}, "a strength of 0.0"),
+        ({"foresight": 0.1}, "no head that looks ahead"),
+    ],
+)
+def test_lessons_that_cannot_be_meant_are_refused(lm, change, said):
+    with pytest.raises(UserError, match=said):
+        supervised_objective(lm, make(lm), SIZES, 0, replace(SIZE, **change), batch_of())
+
+
+def test_in_half_precision_the_lesson_is_nearly_the_same(lm):
+    """Under autocast, as on a GPU: what is compared is compared in the generator's own precision."""
+    size, batch = replace(SIZE, foresight=0.5, rank_of_teacher=2), batch_of()
+    losses = {}
+    for autocast in (False, True):
+        generator = make(lm, foresight=True)
+        loss = supervised_objective(lm, generator, SIZES, 0, size, batch_of(1), autocast)(0, batch)
+        loss.total.backward()
+        assert generator.heads["blocks_0_ffn_key"].weight.grad.isfinite().all()
+        losses[autocast] = loss.total.item()
+    assert losses[True] == pytest.approx(losses[False], rel=0.1)
