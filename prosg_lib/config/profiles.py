@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from prosg_lib.backbones.hub_transformer import TransformerConfig
 from prosg_lib.config.sizes import (
     TASKS,
     VOCAB,
@@ -28,6 +27,7 @@ from prosg_lib.config.sizes import (
     SupervisedSize,
     Training,
     TransformedSize,
+    TransformerConfig,
 )
 from prosg_lib.errors import UserError
 
