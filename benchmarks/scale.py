@@ -29,7 +29,7 @@ from prosg_lib.backbones.wkv import CHUNK
 from prosg_lib.config.profiles import get_profile
 from prosg_lib.config.sizes import RWKV4Config, Training
 from prosg_lib.generators.token_wise import TokenGenerator
-from prosg_lib.tasks.dialogue import ANSWER, TEXT, Batch
+from prosg_lib.tasks.dialogue import ANSWER, TEXT, DialogueBatch
 from prosg_lib.training.objectives import generator_objective, lm_objective
 
 FLOAT = 4  # bytes
@@ -172,13 +172,13 @@ class Step:
         return self.batch * (self.behind * behind + self.prompt * (forward + own) + heads)
 
 
-def random_batch(step: Step) -> Batch:
+def random_batch(step: Step) -> DialogueBatch:
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(step.lm.vocab, (step.batch, step.prompt + step.behind), generator=g)
     kind = torch.full((step.batch, step.behind), TEXT)
     kind[:, -1] = ANSWER
     valid = torch.ones(step.batch, step.prompt, dtype=torch.bool)
-    return Batch(ids[:, : step.prompt], valid, ids[:, step.prompt :], kind)
+    return DialogueBatch(ids[:, : step.prompt], valid, ids[:, step.prompt :], kind)
 
 
 def run_of(step: Step):

@@ -22,7 +22,7 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.evaluation.statistics import Estimate, drawn_trainings, resampled
 from prosg_lib.gradient_steps.one_step import Way, answering
-from prosg_lib.tasks.pair_batches import PairBatch, collate, encoded
+from prosg_lib.tasks.pair_batches import PairBatch, encoded, pair_batch
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.text.padding import Rows
 from prosg_lib.text.tokenizer import Tokenizer
@@ -76,7 +76,9 @@ def answered(
 
     def measured(first: int) -> pd.DataFrame:
         which = by_length[first : first + batch]
-        own, wrong = (collate([some[i] for i in which], tokenizer, seed, which).to(device) for some in (groups, others))
+        own, wrong = (
+            pair_batch([some[i] for i in which], tokenizer, seed, which).to(device) for some in (groups, others)
+        )
         found = _of_batch(lm, ways, own, wrong.context, successive, controls, known)
         return pd.DataFrame({name: right.cpu().numpy() for name, right in found}, index=which)
 

@@ -23,7 +23,7 @@ from prosg_lib.generators.final_state import FinalStateGenerator
 from prosg_lib.generators.static import StaticDelta
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
-from prosg_lib.tasks.problems import Problem, ProblemBatch, collate
+from prosg_lib.tasks.problems import Problem, ProblemBatch, problem_batch
 from prosg_lib.text.padding import left_padded
 
 PLAIN = ("base", "none", "repeated")
@@ -98,7 +98,7 @@ def _batches(problems: Sequence[Problem]) -> Iterator[Sequence[Problem]]:
 def _said(
     lm: LanguageModel, generator: Generator | None, problems: Sequence[Problem]
 ) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
-    batch = collate(problems).to(next(lm.parameters()).device)
+    batch = problem_batch(problems).to(next(lm.parameters()).device)
     _check_tokens(lm, batch)
     memories = [list(p.memory) for p in problems]
     name, kind = (None, None) if generator is None else _kind(generator)

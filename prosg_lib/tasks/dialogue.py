@@ -325,7 +325,7 @@ class Dialogues:
 
 
 @dataclass(frozen=True)
-class Batch(Examples):
+class DialogueBatch(Examples):
     """Dialogues as tensors: the prompt, left-padded, and what follows it, right-padded.
 
     Attributes:
@@ -339,7 +339,7 @@ class Batch(Examples):
     kind: Tensor
 
 
-def collate(data: Dialogues, items: list[Item]) -> Batch:
+def dialogue_batch(data: Dialogues, items: list[Item]) -> DialogueBatch:
     """Items -> one batch."""
     prompts = [data.encode_prompt(item) for item in items]
     rests, kinds = [], []
@@ -347,7 +347,7 @@ def collate(data: Dialogues, items: list[Item]) -> Batch:
         ids, kind = data.probes_of(item)
         rests.append([*item.body, *ids])
         kinds.append([*item.body_kind, *kind])
-    return Batch(
+    return DialogueBatch(
         _padded(prompts, left=True),
         _padded([[1] * len(p) for p in prompts], left=True).bool(),
         _padded(rests),

@@ -57,7 +57,7 @@ def encoded(pair: Pair, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[in
     return parts
 
 
-def collate(
+def pair_batch(
     groups: Sequence[Sequence[Pair]], tokenizer: Tokenizer, seed: object = 0, numbers: Iterable[int] | None = None
 ) -> PairBatch:
     """A batch in which each group's first pair is asked about, and the others' contexts are there, too.
@@ -139,7 +139,7 @@ class PairDraw:
         drawn = [rng.sample(pairs, n) for _ in range(self.batch)]
         longest = max(len(encoded(pair, self.tokenizer)[0]) for group in drawn for pair in group)
         groups = [group[: max(1, self.room // longest)] for group in drawn]
-        return collate(groups, self.tokenizer, f"{self.seed}/{step}")
+        return pair_batch(groups, self.tokenizer, f"{self.seed}/{step}")
 
     def _echo(self, step: int) -> PairBatch:
         vocab, seed = self.tokenizer.vocab, f"{self.seed}/{step}"

@@ -73,7 +73,7 @@ class ProblemBatch(Examples):
     gold: Tensor
 
 
-def collate(problems: Sequence[Problem]) -> ProblemBatch:
+def problem_batch(problems: Sequence[Problem]) -> ProblemBatch:
     """Problems -> one batch."""
     rest = pad_sequence([torch.tensor(p.rest) for p in problems], batch_first=True)
     judged, gold = torch.zeros_like(rest, dtype=torch.bool), torch.zeros_like(rest)

@@ -16,7 +16,7 @@ from prosg_lib.config.sizes import Training
 from prosg_lib.deltas.applying import applied
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator
-from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Batch, Dialogues, Shape, collate
+from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, DialogueBatch, Dialogues, Shape, dialogue_batch
 from prosg_lib.training.loop import Loss
 
 
@@ -34,13 +34,13 @@ class Draw:
     easy_facts: int
     instructions: tuple[int, ...]
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> DialogueBatch:
         rng = random.Random(f"{self.data.seed}/{step}")
         facts, distance = rng.choice(self.sizes.facts), rng.choice(self.sizes.distances)
         if step < self.easy_steps:
             facts, distance = min(facts, self.easy_facts), 0
         shape = Shape(facts, distance, min(facts, 6), instructions=rng.choice(self.instructions))
-        return collate(self.data, self.data.items(self.sizes.batch, shape, start=step * self.sizes.batch))
+        return dialogue_batch(self.data, self.data.items(self.sizes.batch, shape, start=step * self.sizes.batch))
 
 
 def lottery(kind: Tensor, share: float, seed: int) -> Tensor:
@@ -92,10 +92,10 @@ def lm_draw(data: Dialogues, sizes: Training) -> Draw:
     return Draw(data, sizes, int(EASY * sizes.steps), 4, (0, 1, 1, 2))
 
 
-def lm_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, Batch], Loss]:
+def lm_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, DialogueBatch], Loss]:
     """Next-token loss over whole dialogues; the words of answers count more than all the text around them."""
 
-    def loss_of(step: int, batch: Batch) -> Loss:
+    def loss_of(step: int, batch: DialogueBatch) -> Loss:
         ids, kind = torch.cat([batch.prompt, batch.rest], 1), _all_kinds(batch)
         valid = torch.cat([batch.prompt_valid, torch.ones_like(batch.rest, dtype=torch.bool)], 1)
         with autocast_on(ids.device, autocast):
@@ -109,7 +109,7 @@ def lm_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, Ba
     return loss_of
 
 
-def _all_kinds(batch: Batch) -> Tensor:
+def _all_kinds(batch: DialogueBatch) -> Tensor:
     """The kinds of prompt and rest, (B, P + T)."""
     return torch.cat([batch.prompt_valid.long() * TEXT, batch.kind], 1)
 
@@ -162,14 +162,14 @@ def generator_objective(
     seed: int,
     autocast: bool = False,
     course: Curriculum = USUAL,
-) -> Callable[[int, Batch], Loss]:
+) -> Callable[[int, DialogueBatch], Loss]:
     """End to end (V1): loss of the answers, given the change of the weights; the model itself stays frozen.
 
     First the change alone; then distances and carried states are mixed, with the loss of competing answers and of the
     text; last comes locality, KL(model without the change || with it) on the text: what it could do, it shall still do.
     """
 
-    def loss_of(step: int, batch: Batch) -> Loss:
+    def loss_of(step: int, batch: DialogueBatch) -> Loss:
         alone, local = step < int(course.alone * sizes.steps), step >= int(course.local * sizes.steps)
         blank = alone or random.Random(f"blank/{seed}/{step}").random() < course.blank
         ids, targets, kind = batch.rest[:, :-1], batch.rest[:, 1:], batch.kind[:, 1:]

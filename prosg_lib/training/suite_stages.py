@@ -20,7 +20,7 @@ from prosg_lib.config.profiles import get_profile
 from prosg_lib.config.sizes import PairTraining
 from prosg_lib.errors import UserError
 from prosg_lib.tasks import mqar
-from prosg_lib.tasks.problems import VERSION, Problem, collate
+from prosg_lib.tasks.problems import VERSION, Problem, problem_batch
 from prosg_lib.tasks.suite import Material, Setting, problem_of, settings
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.text.tokenizer import load_tokenizer
@@ -71,7 +71,7 @@ class Draw:
         numbers = range(step * self.training.batch, (step + 1) * self.training.batch)
         # A small batch has not all tests in it; later steps have the others.
         own = [(cell, numbers[n :: len(found)]) for n, cell in enumerate(rng.sample(found, len(found)))]
-        return Mixed(tuple(collate([self.problem(cell, n) for n in some]) for cell, some in own if some))
+        return Mixed(tuple(problem_batch([self.problem(cell, n) for n in some]) for cell, some in own if some))
 
     def problem(self, cell: Setting, number: int) -> Problem:
         return problem_of(cell, self.material, self.seed, number, "train")

@@ -31,7 +31,7 @@ from prosg_lib.generators.true_gradient import (
     squared_norm,
     truncated,
 )
-from prosg_lib.tasks.dialogue import ANSWER, Batch
+from prosg_lib.tasks.dialogue import ANSWER, DialogueBatch
 from prosg_lib.training.loop import Loss
 from prosg_lib.training.objectives import USUAL, Curriculum, autocast_on, generator_objective
 
@@ -42,10 +42,10 @@ def supervised_objective(
     sizes: Training,
     seed: int,
     size: SupervisedSize,
-    sample: Batch,
+    sample: DialogueBatch,
     autocast: bool = False,
     course: Curriculum = USUAL,
-) -> Callable[[int, Batch], Loss]:
+) -> Callable[[int, DialogueBatch], Loss]:
     """First (V2) the error of what the generator predicts, then (V1) the loss of the answers given the change.
 
     Of each map the change s U V^T is to be -c G, where c makes the change `size.strength` times as large as the weight
@@ -73,7 +73,7 @@ def supervised_objective(
     kind = next(generator.parameters()).dtype  # under autocast, gradients come in another
     steps = steps_of(lm, gradient_of(lm, generator.names, sample), size.strength)
 
-    def loss_of(step: int, batch: Batch) -> Loss:
+    def loss_of(step: int, batch: DialogueBatch) -> Loss:
         if step >= lessons:
             return end_to_end(step, batch)
         with autocast_on(batch.rest.device, autocast):
@@ -98,7 +98,7 @@ def supervised_objective(
 
 
 @torch.no_grad()
-def read_as(lm: LanguageModel, generator: Generator, size: SupervisedSize, sample: Batch) -> None:
+def read_as(lm: LanguageModel, generator: Generator, size: SupervisedSize, sample: DialogueBatch) -> None:
     """Let the generator's reading directions start as those that read the most of the teacher's gradients.
 
     Random ones read r of `in` dimensions, and what they do not read can be no lesson.
@@ -151,7 +151,7 @@ def foreseen(generator: TokenGenerator, terms: Terms, valid: Tensor) -> Tensor:
     return ((wrong @ gram) * wrong).sum((1, 2)) / whole.clamp(min=1e-12)
 
 
-def answer_gradient(lm: LanguageModel, names: list[str], batch: Batch) -> dict[str, TokenFactors]:
+def answer_gradient(lm: LanguageModel, names: list[str], batch: DialogueBatch) -> dict[str, TokenFactors]:
     """Factors of the gradient of the NLL of each dialogue's answers (a sum over their tokens, nats), asked from a blank
     state, as if the prompt had never been.
 
@@ -183,7 +183,7 @@ TEACHERS = {
 
 
 def teacher(name: str):
-    """The one of `TEACHERS` of that name: (lm, names of maps, Batch) -> by map TokenFactors (B, T, ...).
+    """The one of `TEACHERS` of that name: (lm, names of maps, DialogueBatch) -> by map TokenFactors (B, T, ...).
 
     Raises:
         UserError: there is none.

@@ -14,20 +14,20 @@ from prosg_lib.config.sizes import Training
 from prosg_lib.deltas.applying import applied
 from prosg_lib.errors import UserError
 from prosg_lib.generators.token_wise import TokenGenerator
-from prosg_lib.tasks.dialogue import ANSWER, TEXT, Batch
+from prosg_lib.tasks.dialogue import ANSWER, TEXT, DialogueBatch
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training.objectives import generator_objective, lm_objective
 
 MAPS = ("att.output", "ffn.value")
 
 
-def batch_of(vocab: int, prompt: int = 20, rest: int = 30) -> Batch:
+def batch_of(vocab: int, prompt: int = 20, rest: int = 30) -> DialogueBatch:
     """Three dialogues of random tokens; two prompts are padded."""
     g = torch.Generator().manual_seed(3)
     ids = torch.randint(vocab, (3, prompt + rest), generator=g)
     kind = torch.where(torch.rand(3, rest, generator=g) < 0.3, ANSWER, TEXT)
     valid = torch.arange(prompt) >= torch.tensor([0, 4, 7])[:, None]
-    return Batch(ids[:, :prompt], valid, ids[:, prompt:], kind)
+    return DialogueBatch(ids[:, :prompt], valid, ids[:, prompt:], kind)
 
 
 def gradients(module: nn.Module, loss_of) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from prosg_lib.generators.true_gradient import (
     squared_norm,
     truncated,
 )
-from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Batch
+from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, DialogueBatch
 from prosg_lib.training.supervised import TEACHERS, answer_gradient, teacher
 
 NAMES = ["blocks.0.att.output", "blocks.2.ffn.key"]
@@ -45,7 +45,7 @@ def batch_of(lm, rows=4, prompt=9, rest=13):
     kind[0, 3] = COMPETING
     kind *= torch.arange(rest) < torch.tensor([13, 7, 9, 11])[:rows, None]
     valid = torch.arange(prompt) >= torch.tensor([0, 8, 1, 4])[:rows, None]
-    return Batch(ids[:, :prompt], valid, ids[:, prompt:], kind)
+    return DialogueBatch(ids[:, :prompt], valid, ids[:, prompt:], kind)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -9,7 +9,7 @@ import torch
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks import dialogue
-from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Dialogues, Fact, Shape, Verdict, collate, judge
+from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Dialogues, Fact, Shape, Verdict, dialogue_batch, judge
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 
@@ -355,7 +355,7 @@ def test_collate_pads_prompts_left_and_the_rest_right():
         *many("train", 2, facts=24, distance=7),
         *many("train", 1, facts=1, probes=1, distance=0),
     ]
-    batch = collate(data, items)
+    batch = dialogue_batch(data, items)
     assert batch.prompt.dtype == batch.rest.dtype == batch.kind.dtype == torch.int64
     for row, item in enumerate(items):
         valid = batch.prompt_valid[row]

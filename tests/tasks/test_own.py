@@ -8,7 +8,7 @@ import pytest
 
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
-from prosg_lib.tasks.dialogue import TEXT, Dialogues, Verdict, collate, judge
+from prosg_lib.tasks.dialogue import TEXT, Dialogues, Verdict, dialogue_batch, judge
 from prosg_lib.tasks.own import COLUMNS, read_items
 from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
@@ -84,7 +84,7 @@ def test_items_of_ones_own_make_a_batch(tmp_path):
     prose = ProseTokens.of(Prose("own", {"test": own_sentences("test")[:20]}), "test", tokenizer)
     data = Dialogues(tokenizer, prose, "test", 0)
     items = read(write(tmp_path, GOOD, row(body="", prompt="One sentence"), row(prompt="Two lines.\nOf text. ")))
-    batch = collate(data, items)
+    batch = dialogue_batch(data, items)
     assert batch.rest.shape[0] == 3
     assert all(data.encode_prompt(item) == tokenizer.encode(item.prompt) for item in items)
 

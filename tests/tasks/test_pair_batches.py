@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.pair_batches import PairDraw, collate, encoded
+from prosg_lib.tasks.pair_batches import PairDraw, encoded, pair_batch
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.text.padding import Rows, left_padded
 from prosg_lib.text.tokenizer import load_tokenizer
@@ -87,7 +87,7 @@ def test_rows_are_padded_on_the_left():
 
 def test_every_row_is_its_text(tokenizer):
     """Pairs of very different lengths: context, query with the answer, and all together, token for token."""
-    batch = collate([[pair] for pair in PAIRS], tokenizer)
+    batch = pair_batch([[pair] for pair in PAIRS], tokenizer)
     assert len(batch) == len(PAIRS)
     assert [told(batch, i, tokenizer) for i in range(len(PAIRS))] == [[line] for line in lines(PAIRS)]
     asked = [f"{pair.query} {pair.answer}\n" for pair in PAIRS]
@@ -103,7 +103,7 @@ def test_every_row_is_its_text(tokenizer):
 
 def test_the_answer_is_marked_to_the_token(tokenizer):
     """It ends the row, and covers the answer's tokens and the newline after them, nothing before and no padding."""
-    batch = collate([[pair] for pair in PAIRS], tokenizer)
+    batch = pair_batch([[pair] for pair in PAIRS], tokenizer)
     for pair, ids, answer in zip(PAIRS, batch.query.ids, batch.answer, strict=True):
         assert tokenizer.decode(ids[answer]) == f" {pair.answer}\n"
         assert answer[-int(answer.sum()) :].all()
@@ -116,18 +116,18 @@ def test_several_contexts_are_the_groups_own_in_an_order_of_the_seed(tokenizer):
     groups = [PAIRS[:3], PAIRS[2:5], PAIRS[3:6]]
     orders = set()
     for seed in range(40):
-        batch = collate(groups, tokenizer, seed)
+        batch = pair_batch(groups, tokenizer, seed)
         for number, group in enumerate(groups):
             found = told(batch, number, tokenizer)
             assert sorted(found) == sorted(lines(group))
             whole = f"{''.join(found)}{group[0].query} {group[0].answer}\n"
             assert kept(batch.prompted)[number] == list(tokenizer.encode(whole))
         orders.add(tuple(told(batch, 0, tokenizer)))
-        assert_same(batch, collate(groups, tokenizer, seed))
-        again = collate(groups[:0:-1], tokenizer, seed, [2, 1])
+        assert_same(batch, pair_batch(groups, tokenizer, seed))
+        again = pair_batch(groups[:0:-1], tokenizer, seed, [2, 1])
         assert [told(again, i, tokenizer) for i in (1, 0)] == [told(batch, i, tokenizer) for i in (1, 2)]
     assert orders == set(permutations(lines(groups[0])))
-    assert kept(batch.query) == kept(collate([[g[0]] for g in groups], tokenizer).query)
+    assert kept(batch.query) == kept(pair_batch([[g[0]] for g in groups], tokenizer).query)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +136,13 @@ def test_several_contexts_are_the_groups_own_in_an_order_of_the_seed(tokenizer):
 )
 def test_groups_of_unequal_size_are_refused(sizes, message, tokenizer):
     with pytest.raises(UserError, match=message):
-        collate([PAIRS[:n] for n in sizes], tokenizer)
+        pair_batch([PAIRS[:n] for n in sizes], tokenizer)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 6, 9])
 def test_pieces_of_a_batch_are_the_batch(size, tokenizer):
     """In their order, none larger than asked for, none empty, nothing padded anew."""
-    batch = collate([[a, b] for a, b in zip(PAIRS, reversed(PAIRS), strict=True)], tokenizer)
+    batch = pair_batch([[a, b] for a, b in zip(PAIRS, reversed(PAIRS), strict=True)], tokenizer)
     pieces = batch.split(size)
     assert [(piece.whole, piece.rows.start) for piece in pieces] == [(batch, i * size) for i in range(len(pieces))]
     assert [len(piece) for piece in pieces] == [size] * (6 // size) + [6 % size] * (6 % size > 0)
@@ -152,7 +152,7 @@ def test_pieces_of_a_batch_are_the_batch(size, tokenizer):
 
 def test_all_tensors_are_moved(tokenizer):
     """`to` leaves none behind; the meta device stands for another one. The batch itself stays where it is."""
-    batch = collate([[pair] for pair in PAIRS], tokenizer)
+    batch = pair_batch([[pair] for pair in PAIRS], tokenizer)
     for where in ("meta", "cpu"):
         moved = batch.to(torch.device(where))
         assert {field.name for field in fields(moved)} == {"context", "query", "prompted", "answer", "source", "first"}

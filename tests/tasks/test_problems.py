@@ -5,7 +5,7 @@ import random
 import pytest
 
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.problems import Problem, asked, collate, drawn, split_of, tokens
+from prosg_lib.tasks.problems import Problem, asked, drawn, problem_batch, split_of, tokens
 from prosg_lib.text.prose import SPLITS
 from prosg_lib.text.tokenizer import load_tokenizer
 
@@ -22,7 +22,7 @@ def test_memory_is_padded_on_the_left_and_the_rest_on_the_right():
     """So that every memory ends where the rest begins, and padding is never before what is judged."""
     short = Problem("a", {}, (1,), (5, 6), (1,), (9,))
     long = Problem("a", {}, (2, 3, 4), (7, 8, 9, 10), (0, 3), (9, 9))
-    batch = collate([short, long])
+    batch = problem_batch([short, long])
     assert batch.memory.ids.tolist() == [[0, 0, 1], [2, 3, 4]]
     assert batch.memory.valid.tolist() == [[False, False, True], [True] * 3]
     assert batch.rest.tolist() == [[5, 6, 0, 0], [7, 8, 9, 10]]

@@ -20,7 +20,7 @@ from torch import nn
 from prosg_lib import files
 from prosg_lib.config.sizes import Training
 from prosg_lib.errors import NotFinite, UserError
-from prosg_lib.tasks.dialogue import Batch
+from prosg_lib.tasks.dialogue import DialogueBatch
 from prosg_lib.training import loop as training
 from prosg_lib.training.loop import Diverged, Loss, fit, schedule
 
@@ -42,7 +42,7 @@ def module():
 def batch_of(step):
     """A step's data is a function of its number alone, as the data set's is."""
     ids = torch.randint(0, 6, (4, 5), generator=torch.Generator().manual_seed(step))
-    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), ids, torch.ones_like(ids))
+    return DialogueBatch(ids, torch.ones_like(ids, dtype=torch.bool), ids, torch.ones_like(ids))
 
 
 def loss_of(net):

@@ -10,13 +10,13 @@ from torch.testing import assert_close
 
 from prosg_lib.config.sizes import Training
 from prosg_lib.generators.token_wise import TokenGenerator
-from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Batch
+from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, DialogueBatch
 from prosg_lib.training.objectives import divergence, generator_objective, lm_objective, lottery, token_losses
 
 SIZES = Training(10, 5, 1e-3, (1,), (0,))
 
 
-def batch_of(lm, rows: int = 5, prompt: int = 6, rest: int = 12) -> Batch:
+def batch_of(lm, rows: int = 5, prompt: int = 6, rest: int = 12) -> DialogueBatch:
     """Dialogues of random tokens of several lengths; the last row alone asks about others."""
     g = torch.Generator().manual_seed(5)
     ids = torch.randint(lm.config.vocab, (rows, prompt + rest), generator=g)
@@ -24,7 +24,7 @@ def batch_of(lm, rows: int = 5, prompt: int = 6, rest: int = 12) -> Batch:
     kind[-1, 2:5] = COMPETING
     kind *= torch.arange(rest) < torch.tensor([12, 7, 9, 11, 8])[:, None]
     valid = torch.arange(prompt) >= torch.tensor([0, 3, 1, 2, 0])[:, None]
-    return Batch(ids[:, :prompt], valid, ids[:, prompt:], kind)
+    return DialogueBatch(ids[:, :prompt], valid, ids[:, prompt:], kind)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

@@ -13,7 +13,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generators.final_state import FinalStateGenerator
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.generators.true_gradient import agreement, prompt_gradient
-from prosg_lib.tasks.dialogue import ANSWER, TEXT, Batch
+from prosg_lib.tasks.dialogue import ANSWER, TEXT, DialogueBatch
 from prosg_lib.training.objectives import generator_objective
 from prosg_lib.training.supervised import TEACHERS, foreseen, read_as, steps_of, supervised_objective, unexplained
 
@@ -30,7 +30,7 @@ def batch_of(seed=0, rows=4, prompt=9, rest=8, words=12):
     kind = torch.full((rows, rest), TEXT)
     kind[:, 3:6] = ANSWER
     valid = torch.arange(prompt) >= torch.randint(4, (rows, 1), generator=g)
-    return Batch(ids[:, :prompt], valid, ids[:, prompt:], kind)
+    return DialogueBatch(ids[:, :prompt], valid, ids[:, prompt:], kind)
 
 
 def make(lm, trained=True, **more):

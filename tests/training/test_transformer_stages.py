@@ -7,7 +7,7 @@ from test_stages import TINY
 from prosg_lib import cli
 from prosg_lib.backbones.hub_transformer import LookingBack, new_llama
 from prosg_lib.config.profiles import PROFILES
-from prosg_lib.tasks.dialogue import Shape, collate
+from prosg_lib.tasks.dialogue import Shape, dialogue_batch
 from prosg_lib.training import stages
 from prosg_lib.training.objectives import lm_objective
 from prosg_lib.training.transformer_stages import checkpoint_name, dialogue_transformer
@@ -49,7 +49,7 @@ def test_training_looks_as_far_back_as_results_are_quoted():
 def test_fused_attention_trains_to_the_same():
     """The loss and its gradient are those of eager attention, padding included."""
     data = stages.dialogues("train", 0)
-    batch = collate(data, data.items(3, Shape(2, 0, 2, instructions=1)))
+    batch = dialogue_batch(data, data.items(3, Shape(2, 0, 2, instructions=1)))
     found = []
     for attention in ("eager", "sdpa"):
         torch.manual_seed(0)
