@@ -16,7 +16,7 @@ import torch
 
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.config.sizes import RWKV4Config
-from prosg_lib.deltas.low_rank import Factors, LowRankDelta, sizes
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta, map_shape
 
 GOALS = {"batch-1": 1.15, "batch-16": 1.25}
 SIZES = RWKV4Config(vocab=50277, width=768, layers=12, ffn=3072)
@@ -36,7 +36,7 @@ def model(device: torch.device) -> RWKV4:
 def deltas(lm: RWKV4, batch: int) -> LowRankDelta:
     """One change a sequence, strong enough to change what is said."""
     factors = {
-        name: Factors(*(torch.randn(batch, n, RANK, device=module.weight.device) / n**0.5 for n in sizes(module)))
+        name: Factors(*(torch.randn(batch, n, RANK, device=module.weight.device) / n**0.5 for n in map_shape(module)))
         for name, module in lm.editable().items()
         if name.endswith(MAPS)
     }

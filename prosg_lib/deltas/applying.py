@@ -1,57 +1,58 @@
-"""Applying a low-rank change while a model runs, without touching its weights: y = x W^T + scale (x V) U^T."""
+"""Apply a low-rank delta while a model runs, without writing its weights: y = x W^T + scale (x V) U^T."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from prosg_lib.deltas.low_rank import EditableModel, Factors, LowRankDelta, changed_maps
 from prosg_lib.errors import UserError
 
-if TYPE_CHECKING:
-    from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.deltas.low_rank import Factors, LowRankDelta, maps_of
 
+def applied(lm: EditableModel, delta: LowRankDelta | None) -> AbstractContextManager[None]:
+    """A context in which every map that the delta names computes y = x W^T + scale (x V) U^T.
 
-def applied(lm: LanguageModel, delta: LowRankDelta | None) -> AbstractContextManager[None]:
-    """While it lasts, y = x W^T + scale (x V) U^T in every map that the delta names; W itself is never written.
-
-    Checked and prepared here, once; what is returned may be entered again and again, as generation does at every step.
+    The delta is checked and prepared once, here. The context may be entered again and again, as generation does at
+    every step.
 
     Raises:
-        UserError: the delta was made for another model, or names a map that this one does not have.
+        UserError: the delta was made for another model, or names a map that this model does not have.
     """
-    return nullcontext() if delta is None else _Applied(maps_of(lm, delta), delta)
+    return nullcontext() if delta is None else _Applied(changed_maps(lm, delta), delta)
 
 
 class _Applied(AbstractContextManager):
     def __init__(self, maps: dict[str, nn.Module], delta: LowRankDelta):
-        self._adders = [(maps[name], _Adder(f, delta.scale, maps[name])) for name, f in delta.factors.items()]
+        self._hooks = [(maps[name], _AddDelta(f, delta.scale, maps[name])) for name, f in delta.factors.items()]
         self._handles = None
 
     def __enter__(self) -> None:
-        if self._handles is not None:  # so it is entered again and again
-            for _, adder in self._adders:
-                adder.lay_out()
-        self._handles = [module.register_forward_hook(adder) for module, adder in self._adders]
+        if self._handles is not None:  # entered a second time, so probably many more times
+            for _, hook in self._hooks:
+                hook.make_contiguous()
+        self._handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
 
     def __exit__(self, *error) -> None:
         for handle in self._handles:
             handle.remove()
 
 
-class _Adder:
-    """Adds scale (x V) U^T to what a linear map says, as a forward hook of it."""
+class _AddDelta:
+    """Forward hook of a linear map that adds scale (x V) U^T to its output."""
 
     def __init__(self, factors: Factors, scale: float, module: nn.Module):
         self.u, self.v = (t.to(module.weight.dtype).transpose(1, 2) for t in factors)  # (B, r, out), (B, r, in)
         self.scale = scale
 
-    def lay_out(self) -> None:
-        """Order the factors in memory as single tokens need them: a step takes a third of the time then, and the copy
-        takes as long as a few steps."""
+    def make_contiguous(self) -> None:
+        """Copy the factors into the order that single tokens read them in.
+
+        A decoding step then takes a third of the time; the copy itself costs as much as a few steps.
+        """
         self.u, self.v = self.u.contiguous(), self.v.contiguous()
 
     def __call__(self, module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
@@ -64,13 +65,13 @@ class _Adder:
 
 
 class LogitsOf(Protocol):
-    """A model that has taken something in, as a function."""
+    """A model with its context already taken in, as a function of the tokens that follow."""
 
     def __call__(self, ids: Tensor, valid: Tensor | None, last: int | None = None) -> Tensor:
-        """Logits (B, T, vocab) after token ids (B, T), `valid` where they are no padding; or of the `last` so many
-        positions alone, (B, last, vocab)."""
+        """Logits (B, T, vocab) for token ids (B, T), whose left padding is where `valid` is False; with `last`, only
+        those of so many final positions, (B, last, vocab)."""
 
 
-def with_delta(lm: LanguageModel, delta: LowRankDelta | None) -> LogitsOf:
-    """The model with a change, from a blank state."""
+def with_delta(lm: Callable[..., tuple[Tensor, object]], delta: LowRankDelta | None) -> LogitsOf:
+    """The model under a delta, reading from a blank state."""
     return lambda ids, valid, last=None: lm(ids, None, delta, valid, last)[0]

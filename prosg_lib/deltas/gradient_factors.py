@@ -1,25 +1,29 @@
-"""The gradient of a linear map as a sum over tokens, its spectrum, and its best approximation of rank r."""
+"""The gradient of a linear map as a sum over tokens, its spectrum, and its best approximation of rank r.
+
+The gradient of the weight is a sum of outer products, one per token: G = sum_t g_t x_t^T, with x_t the map's input and
+g_t the gradient at its output. Everything here works on these two factors and never forms G.
+
+Glossary of shapes: B batch, T tokens, r rank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prosg_lib.deltas.low_rank import EditableModel
 from prosg_lib.errors import UserError
-
-if TYPE_CHECKING:
-    from prosg_lib.backbones.base import LanguageModel
 
 
 @contextmanager
-def captured_inputs(lm: LanguageModel, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """While it lasts, what is read leaves the inputs x of the named maps, (B, T, in), in the dict it yields.
+def captured_inputs(lm: EditableModel, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the inputs x of the named maps, (B, T, in), in the dict that it yields.
 
-    T: all tokens read, one piece after the other, because some models read a batch in pieces.
+    T counts all tokens read while the context lasts; passes are concatenated, because some models read in pieces.
     """
     inputs: dict[str, Tensor] = {}
     maps = lm.editable()
@@ -39,11 +43,11 @@ def captured_inputs(lm: LanguageModel, names: list[str]) -> Iterator[dict[str, T
 
 
 @contextmanager
-def watched(lm: LanguageModel, names: Iterable[str]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """While it lasts, what is read leaves the inputs and outputs of the named maps in the dict it yields: name -> a
-    pair (B, T, in), (B, T, out) for each pass, of which there are several where a text is read in pieces.
+def captured_passes(lm: EditableModel, names: Iterable[str]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Collect inputs and outputs of the named maps in the dict that it yields: name -> a pair (B, T, in), (B, T, out)
+    for each forward pass, of which there are several where a text is read in pieces.
 
-    Outputs can be differentiated by, also where all weights are frozen.
+    The outputs are part of the graph even where all weights are frozen, so a loss can be differentiated by them.
     """
     passes: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
@@ -65,25 +69,25 @@ def watched(lm: LanguageModel, names: Iterable[str]) -> Iterator[dict[str, list[
 
 
 class TokenFactors(NamedTuple):
-    """A gradient as a sum over tokens, G = delta^T x: delta (..., tokens, out), x (..., tokens, in)."""
+    """A gradient as a sum over tokens, G = grad_output^T x: grad_output (..., T, out), x (..., T, in)."""
 
-    delta: Tensor
+    grad_output: Tensor
     x: Tensor
 
 
-def sequence_factors(lm: LanguageModel, names: list[str], loss_of: Callable[[], Tensor]) -> dict[str, TokenFactors]:
-    """Per-token factors of the weight gradient of each named map, from one backward pass, one row a sequence.
+def sequence_factors(lm: EditableModel, names: list[str], loss_of: Callable[[], Tensor]) -> dict[str, TokenFactors]:
+    """Per-token factors of the weight gradient of each named map, sequence by sequence, from one backward pass.
 
     Args:
         names: editable maps.
         loss_of: runs the model's forward pass and returns a scalar loss.
     Returns:
-        name -> TokenFactors, delta (B, T, out) and x (B, T, in), T being all tokens that were read. Where the loss is a
-        sum over sequences, a row's product delta.T @ x is the gradient of that sequence's own loss.
+        name -> TokenFactors (B, T, ...), T being all tokens that were read. Where the loss is a sum over sequences,
+        grad_output[b].T @ x[b] is the gradient of sequence b's own loss.
     """
-    with torch.enable_grad(), watched(lm, names) as passes:
+    with torch.enable_grad(), captured_passes(lm, names) as passes:
         loss = loss_of()
-    seen = {name: tuple(each) for name, each in passes.items()}  # blocks that are run again add to `passes`
+    seen = {name: tuple(each) for name, each in passes.items()}  # recomputed blocks add to `passes` in the backward
     grads = iter(torch.autograd.grad(loss, [out for name in names for _, out in seen[name]]))
     return {
         name: TokenFactors(
@@ -94,39 +98,38 @@ def sequence_factors(lm: LanguageModel, names: list[str], loss_of: Callable[[], 
     }
 
 
-def gradient_factors(lm: LanguageModel, names: list[str], loss_of: Callable[[], Tensor]) -> dict[str, TokenFactors]:
-    """As `sequence_factors`, of the whole batch at once: delta (B T, out), x (B T, in); delta.T @ x equals the
-    weight's gradient."""
+def gradient_factors(lm: EditableModel, names: list[str], loss_of: Callable[[], Tensor]) -> dict[str, TokenFactors]:
+    """`sequence_factors` of the whole batch at once, (B T, ...): grad_output.T @ x is the weight's gradient."""
     found = sequence_factors(lm, names, loss_of)
     return {name: TokenFactors(*(t.flatten(0, 1) for t in factors)) for name, factors in found.items()}
 
 
 def spectrum(factors: TokenFactors) -> Tensor:
-    """Singular values of G = delta^T x, largest first, (..., min(tokens, in, out)), without forming G."""
+    """Singular values of G, largest first, (..., min(T, in, out))."""
     return _thin_svd(factors)[1]
 
 
 def best_rank(factors: TokenFactors, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-`rank` approximation of G = delta^T x, without forming G (Eckart-Young).
+    """Best rank-`rank` approximation of G (Eckart-Young).
 
     Returns:
         U (..., out, rank), V (..., in, rank) with U V^T the truncated SVD of G.
     Raises:
-        UserError: rank is not in 1 .. min(tokens, out, in); the gradient has no more directions than that.
+        UserError: rank is not in 1 .. min(T, out, in); the gradient has no more directions than that.
     """
     u, s, v = _thin_svd(factors)
     if not 1 <= rank <= s.shape[-1]:
-        raise UserError(f"rank {rank} asked for, but this gradient has 1 to {s.shape[-1]} directions")
+        raise UserError(f"rank {rank} is not possible: this gradient has {s.shape[-1]} directions; choose 1 to that")
     root = s[..., None, :rank].sqrt()
     return u[..., :rank] * root, v[..., :rank] * root
 
 
 def _thin_svd(factors: TokenFactors) -> tuple[Tensor, Tensor, Tensor]:
-    """delta^T = Q_d R_d and x^T = Q_x R_x, so G = Q_d (R_d R_x^T) Q_x^T: the SVD of a core no larger than tokens."""
-    delta, x = factors
-    if delta.shape[-2] != x.shape[-2]:
-        raise UserError(f"{delta.shape[-2]} rows of delta but {x.shape[-2]} of x; one of each per token")
-    q_d, r_d = torch.linalg.qr(delta.mT)
+    """g^T = Q_g R_g and x^T = Q_x R_x, so G = Q_g (R_g R_x^T) Q_x^T: the SVD of a core of at most T x T."""
+    g, x = factors
+    if g.shape[-2] != x.shape[-2]:
+        raise UserError(f"{g.shape[-2]} rows of grad_output but {x.shape[-2]} of x; both need one row per token")
+    q_g, r_g = torch.linalg.qr(g.mT)
     q_x, r_x = torch.linalg.qr(x.mT)
-    u, s, vt = torch.linalg.svd(r_d @ r_x.mT, full_matrices=False)
-    return q_d @ u, s, q_x @ vt.mT
+    u, s, vt = torch.linalg.svd(r_g @ r_x.mT, full_matrices=False)
+    return q_g @ u, s, q_x @ vt.mT

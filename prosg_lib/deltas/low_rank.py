@@ -1,9 +1,6 @@
-"""Low-rank gradients, and low-rank changes of weights that are applied without touching the weights.
+"""LowRankDelta: a low-rank change of some linear maps, one per sequence of a batch.
 
-The gradient of a linear map's weight is a sum of outer products, one a token: G = sum_t delta_t x_t^T, with x_t the
-map's input and delta_t the gradient at its output. Everything here works on the two factors and never on G.
-
-Glossary of shapes: B batch, T tokens, r rank; U (B, out, r), V (B, in, r).
+Glossary of shapes: B batch, r rank; U (B, out, r), V (B, in, r).
 """
 
 from __future__ import annotations
@@ -12,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +18,21 @@ from prosg_lib import files
 from prosg_lib.deltas import peft
 from prosg_lib.errors import UserError
 
-if TYPE_CHECKING:
-    from prosg_lib.backbones.base import LanguageModel
+
+class EditableModel(Protocol):
+    """What a delta needs of a model. Every language model of `backbones` has it."""
+
+    tokenizer: object | None
+    peft_refuses: tuple[str, ...]  # endings of the maps that PEFT puts no adapter on
+
+    def editable(self) -> dict[str, nn.Linear]:
+        """The linear maps that a delta may change, by module name."""
+
+    def fingerprint(self) -> str:
+        """A hash of configuration and weights, which names the model."""
+
+    def hf_module_name(self, name: str) -> str:
+        """The name of an editable map in the model of `transformers` that computes the same."""
 
 
 class Factors(NamedTuple):
@@ -65,32 +75,30 @@ class LowRankDelta:
         """The changes of some sequences; rows may repeat. Shared factors stay shared."""
         return self._map(lambda t: t if t.shape[0] == 1 and self.batch > 1 else t[rows])
 
-    def detach(self) -> Self:
-        return self._map(Tensor.detach)
-
     def to(self, *args, **kwargs) -> Self:
+        """The same change on another device or in another precision, as `Tensor.to`."""
         return self._map(lambda t: t.to(*args, **kwargs))
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, factors={n: Factors(f(u), f(v)) for n, (u, v) in self.factors.items()})
 
     def __add__(self, other: Self) -> Self:
-        """Both changes at once: adds U where the reading directions V are the same, else concatenates ranks.
+        """Both changes at once: adds U where both read along the same V, otherwise concatenates ranks.
 
         Raises:
-            UserError: changes of different models, or of batches that do not fit.
+            UserError: the changes are of different models, or of batches that do not match.
         """
-        return self._with(other, add=True)
+        return self._joined(other, add=True)
 
     def __radd__(self, other: int) -> Self:
-        """For `sum`, which begins with 0."""
+        """For `sum`, which starts with 0."""
         return self if other == 0 else NotImplemented
 
-    def beside(self, other: Self) -> Self:
-        """The same change as the sum, always with concatenated ranks: U and V of each stay as they are."""
-        return self._with(other, add=False)
+    def concatenated(self, other: Self) -> Self:
+        """The same change as the sum, but always with concatenated ranks: U and V of each are kept."""
+        return self._joined(other, add=False)
 
-    def _with(self, other: Self, add: bool) -> Self:
+    def _joined(self, other: Self, add: bool) -> Self:
         if self.fingerprint != other.fingerprint:
             raise UserError(
                 f"cannot add a delta for model {other.fingerprint} to one for {self.fingerprint}; "
@@ -98,23 +106,19 @@ class LowRankDelta:
             )
         if len({1, self.batch, other.batch}) > 2:
             raise UserError(f"cannot add deltas of batch {self.batch} and {other.batch}; select() as many of each")
-        total = dict(self._scaled_into_u(self.scale).factors)
-        for name, (u, v) in other._scaled_into_u(other.scale).factors.items():
-            if name not in total:
+        total = {name: Factors(u * self.scale, v) for name, (u, v) in self.factors.items()}
+        for name, (u, v) in other.factors.items():
+            u = u * other.scale
+            mine = total.get(name)
+            if mine is None:
                 total[name] = Factors(u, v)
-            elif add and (total[name].V is v or (total[name].V.shape == v.shape and torch.equal(total[name].V, v))):
-                total[name] = Factors(total[name].U + u, v)
+            elif add and (mine.V is v or torch.equal(mine.V, v)):
+                total[name] = Factors(mine.U + u, v)
             else:
-                mine = total[name]
-                n = max(len(mine.U), len(mine.V), len(u), len(v))
-                both = (
-                    torch.cat([a.expand(n, -1, -1), b.expand(n, -1, -1)], 2) for a, b in zip(mine, (u, v), strict=True)
-                )
-                total[name] = Factors(*both)
+                n = max(map(len, (*mine, u, v)))
+                pairs = zip(mine, (u, v), strict=True)
+                total[name] = Factors(*(torch.cat([a.expand(n, -1, -1), b.expand(n, -1, -1)], 2) for a, b in pairs))
         return replace(self, factors=total, scale=1.0)
-
-    def _scaled_into_u(self, factor: float) -> Self:
-        return replace(self, factors={n: Factors(u * factor, v) for n, (u, v) in self.factors.items()}, scale=1.0)
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, atomically."""
@@ -126,7 +130,7 @@ class LowRankDelta:
         """Read what `save` wrote.
 
         Raises:
-            UserError: the file is missing, damaged or no delta.
+            UserError: the file is missing, damaged or not a delta.
         """
         tensors, meta = files.load_tensors(path)
         if meta.get("kind") != "delta":
@@ -136,97 +140,93 @@ class LowRankDelta:
             factors = {name: Factors(tensors[f"{name}.U"], tensors[f"{name}.V"]) for name in names}
             return cls(factors, meta["fingerprint"], meta["scale"])
         except KeyError as error:
-            raise UserError(f"{path} is no complete delta, it lacks {error}; save it again") from error
+            raise UserError(f"{path} is not a complete delta: {error} is missing; save it again") from error
 
     @torch.no_grad()
-    def merged(self, lm: LanguageModel) -> LanguageModel:
-        """A new model with the change in its weights, W + scale U V^T; `lm` stays as it is, and the two share nothing
-        but the tokenizer.
+    def merged(self, lm: EditableModel) -> EditableModel:
+        """A new model with the change in its weights, W + scale U V^T. `lm` is not changed; the two share only the
+        tokenizer.
 
         Raises:
-            UserError: the change is one of several sequences, which no weights can be, or another model's.
+            UserError: the delta has a change for each of several sequences, or was made for another model.
         """
-        maps_of(lm, self)  # only to check
+        changed_maps(lm, self)  # raises where they do not fit
         other = copy.deepcopy(lm, {id(lm.tokenizer): lm.tokenizer})
-        for name, (u, v) in self._only().items():
+        for name, (u, v) in self._single().items():
             module = other.editable()[name]
             wide = torch.promote_types(module.weight.dtype, torch.float32)
             change = self.scale * u.to(wide) @ v.to(wide).t()
             module.weight.copy_(module.weight.to(wide) + (change if isinstance(module, nn.Linear) else change.t()))
         return other
 
-    def save_peft(self, folder: str | Path, lm: LanguageModel, base_model: str | None = None) -> None:
-        """Write a LoRA adapter that `peft.PeftModel.from_pretrained(model, folder)` loads, atomically file by file.
+    def save_peft(self, folder: str | Path, lm: EditableModel, base_model: str | None = None) -> None:
+        """Write a LoRA adapter that `peft.PeftModel.from_pretrained(model, folder)` loads, each file atomically.
 
-        `model` is what computes the same as `lm` in `transformers`: for an RWKV-4 the one that `save_model` writes.
-        (Where its config.json has another `rescale_every` than 0, as RWKV's own have, it divides weights in place that
-        PEFT knows nothing of; load it with `rescale_every=0`.)
+        `model` is the one in `transformers` that computes the same as `lm`; for an RWKV-4, the one that `save_model`
+        writes. (If its config.json sets `rescale_every` above 0, as RWKV's own do, the model divides weights in place
+        without telling PEFT; load it with `rescale_every=0`.)
 
         Args:
-            base_model: the hub id or folder of that model, for the adapter's description; `AutoPeftModelForCausalLM`
-                needs it.
+            base_model: hub id or folder of that model, recorded in the adapter; `AutoPeftModelForCausalLM` needs it.
         Raises:
-            UserError: the change is one of several sequences, another model's, or of maps that PEFT refuses.
+            UserError: the delta has a change for each of several sequences, was made for another model, or changes
+                maps that PEFT refuses.
         """
-        maps = maps_of(lm, self)
+        maps = changed_maps(lm, self)
         refused = [name for name in maps if lm.peft_refuses and name.endswith(lm.peft_refuses)]
         if refused:
             raise UserError(
                 f"PEFT puts no adapter on {refused[0]} of a {type(lm).__name__} ({len(refused)} such maps here); "
-                "hand on merged(lm), or derive the change by a generator of other maps"
+                "save merged(lm) instead, or use a generator that changes other maps"
             )
-        changes = {lm.hf_module_name(name): (self.scale * u, v) for name, (u, v) in self._only().items()}
+        changes = {lm.hf_module_name(name): (self.scale * u, v) for name, (u, v) in self._single().items()}
         transposed = not all(isinstance(module, nn.Linear) for module in maps.values())
         peft.save(folder, changes, transposed, base_model)
 
     @classmethod
-    def load_peft(cls, folder: str | Path, lm: LanguageModel) -> Self:
-        """Read a LoRA adapter that `save_peft` or PEFT itself wrote, as a change of this model, of batch 1 and scale 1.
+    def load_peft(cls, folder: str | Path, lm: EditableModel) -> Self:
+        """Read a LoRA adapter that `save_peft` or PEFT wrote, as a delta of batch 1 and scale 1.
 
-        The folder does not say which weights the adapter is for; whether they are this model's is for you to know.
+        The folder does not identify the weights that the adapter was trained on; make sure that they are this model's.
 
         Raises:
             UserError: files are missing or damaged; the adapter is more than a low-rank change (DoRA, biases, modules
-                saved whole), or changes what this model has not.
+                saved whole), or does not fit this model.
         """
         own = {lm.hf_module_name(name): name for name in lm.editable()}
         found = peft.load(folder)
         unknown = found.keys() - own.keys()
         if unknown:
             raise UserError(
-                f"{folder} changes {', '.join(sorted(unknown))}, which is no map of this model that can be changed "
-                f"(those are {', '.join(own)})"
+                f"{folder} changes {', '.join(sorted(unknown))}, which this model does not let a delta change "
+                f"(it has {', '.join(own)})"
             )
         for name, (u, v) in found.items():
-            if (len(u), len(v)) != sizes(lm.editable()[own[name]]):
+            shape = map_shape(lm.editable()[own[name]])
+            if (len(u), len(v)) != shape:
                 raise UserError(
                     f"{folder} is for another model: there, {name} has {len(u)} outputs and {len(v)} inputs, "
-                    f"here {' and '.join(map(str, sizes(lm.editable()[own[name]])))}"
+                    f"here {shape[0]} and {shape[1]}"
                 )
         return cls({own[name]: Factors(u[None], v[None]) for name, (u, v) in found.items()}, lm.fingerprint())
 
-    def _only(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """U (out, r) and V (in, r) of every map, where there is one change and not several.
-
-        Raises:
-            UserError: there are several.
-        """
+    def _single(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """U (out, r) and V (in, r) of every map; a UserError if there is more than one change."""
         if self.batch != 1:
-            raise UserError(f"this delta is one of {self.batch} sequences, and weights hold one; select([i]) one first")
+            raise UserError(f"this delta has {self.batch} changes, and weights can take one; select([i]) it first")
         return {name: (u[0], v[0]) for name, (u, v) in self.factors.items()}
 
 
-def sizes(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a linear map; GPT-2's Conv1D keeps its weight transposed."""
+def map_shape(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear map; GPT-2's Conv1D stores its weight transposed."""
     return tuple(module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape))
 
 
-def maps_of(lm: LanguageModel, delta: LowRankDelta) -> dict[str, nn.Module]:
+def changed_maps(lm: EditableModel, delta: LowRankDelta) -> dict[str, nn.Module]:
     """The maps of the model that the delta changes, by name.
 
     Raises:
-        UserError: the delta was made for another model, names a map that this one does not have, or is of
-            whole numbers.
+        UserError: the delta was made for another model, names a map that this one does not have, or holds integers.
     """
     if delta.fingerprint != lm.fingerprint():
         raise UserError(
@@ -237,10 +237,10 @@ def maps_of(lm: LanguageModel, delta: LowRankDelta) -> dict[str, nn.Module]:
     unknown = delta.factors.keys() - maps.keys()
     if unknown:
         raise UserError(
-            f"the delta changes {', '.join(sorted(unknown))}, which this model has not (it has {', '.join(maps)})"
+            f"the delta changes {', '.join(sorted(unknown))}, which this model does not have (it has {', '.join(maps)})"
         )
-    for name, pair in delta.factors.items():
-        if not all(t.is_floating_point() for t in pair):  # a cast cut everything off behind the point
-            kinds = " and ".join(sorted({str(t.dtype) for t in pair}))
-            raise UserError(f"the delta's factors of {name} are {kinds}; a change of weights is of floating point")
+    for name, factors in delta.factors.items():
+        kinds = {str(t.dtype) for t in factors if not t.is_floating_point()}
+        if kinds:  # a cast has cut off all digits behind the point
+            raise UserError(f"the delta's factors of {name} are {' and '.join(kinds)}; cast them from a float delta")
     return {name: maps[name] for name in delta.factors}

@@ -26,7 +26,7 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.deltas.applying import LogitsOf, with_delta
 from prosg_lib.deltas.gradient_factors import captured_inputs
-from prosg_lib.deltas.low_rank import Factors, LowRankDelta, sizes
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta, map_shape
 from prosg_lib.errors import UserError
 from prosg_lib.text.padding import Rows
 
@@ -56,16 +56,14 @@ def edited_maps(lm: LanguageModel, endings: tuple[str, ...]) -> dict[str, nn.Lin
 
 
 def _directions(maps: dict[str, nn.Linear], rank: int) -> nn.ParameterDict:
-    """The reading directions V (in, r) of every map."""
+    """Random reading directions V (in, r) of every map."""
+    found = nn.ParameterDict()
     for name, module in maps.items():
-        if not 1 <= rank <= min(sizes(module)):
-            raise UserError(
-                f"rank {rank} asked for, but {name} is {tuple(sizes(module))}; a change of it has rank 1 to "
-                f"{min(sizes(module))}"
-            )
-    return nn.ParameterDict(
-        {key(name): nn.Parameter(torch.randn(sizes(m)[1], rank) / sizes(m)[1] ** 0.5) for name, m in maps.items()}
-    )
+        shape = map_shape(module)
+        if not 1 <= rank <= min(shape):
+            raise UserError(f"rank {rank} asked for, but {name} is {shape}; a change of it has rank 1 to {min(shape)}")
+        found[key(name)] = nn.Parameter(torch.randn(shape[1], rank) / shape[1] ** 0.5)
+    return found
 
 
 def key(name: str) -> str:
@@ -86,7 +84,7 @@ class Generator(nn.Module, ABC):
         maps = edited_maps(lm, endings)
         self.names = list(maps)
         self.V = _directions(maps, rank)
-        self.outs = {name: sizes(m)[0] for name, m in maps.items()}
+        self.outs = {name: map_shape(m)[0] for name, m in maps.items()}
         self.rank = rank
         self.fingerprint = lm.fingerprint()
 

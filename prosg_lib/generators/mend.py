@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.state import Normaliser
 from prosg_lib.deltas.gradient_factors import TokenFactors
-from prosg_lib.deltas.low_rank import sizes
+from prosg_lib.deltas.low_rank import map_shape
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator, key
 from prosg_lib.generators.true_gradient import prompt_gradient
@@ -75,7 +75,7 @@ class TransformedGradient(Generator):
         maps, self.lr = lm.editable(), lr
         self.blocks = nn.ModuleDict()
         for name in self.names:
-            size = sum(sizes(maps[name]))
+            size = sum(map_shape(maps[name]))
             self.blocks[key(name)] = nn.Sequential(_Residual(size, width), _Residual(size, width))
             self.register_buffer(f"{key(name)}_mean", torch.zeros(size))
             self.register_buffer(f"{key(name)}_std", torch.ones(size))
@@ -93,7 +93,7 @@ class TransformedGradient(Generator):
         """Collect the factors' statistics over the tokens of a batch of prompts; once, before training."""
         told = valid[:, :-1]
         for name, factors in prompt_gradient(lm, self.names, ids, valid)[0].items():
-            found = Normaliser.fit(torch.cat([factors.x[told], factors.delta[told]], -1))
+            found = Normaliser.fit(torch.cat([factors.x[told], factors.grad_output[told]], -1))
             self.get_buffer(f"{key(name)}_mean").copy_(found.mean)
             self.get_buffer(f"{key(name)}_std").copy_(found.std)
 
@@ -109,9 +109,9 @@ class TransformedGradient(Generator):
 
     def transformed(self, name: str, factors: TokenFactors) -> TokenFactors:
         """What the blocks make of a map's factors, (B, T, out) and (B, T, in); exactly those, before training."""
-        raw = torch.cat([factors.x, factors.delta], -1).to(self.pace.dtype)
+        raw = torch.cat([factors.x, factors.grad_output], -1).to(self.pace.dtype)
         mean, std = (self.get_buffer(f"{key(name)}_{part}") for part in ("mean", "std"))
         z = Normaliser(mean, std)(raw)
         changed = raw + std * (self.blocks[key(name)](z) - z)
-        x, delta = changed.split([factors.x.shape[-1], factors.delta.shape[-1]], -1)
+        x, delta = changed.split([factors.x.shape[-1], factors.grad_output.shape[-1]], -1)
         return TokenFactors(delta, x)

@@ -2,9 +2,9 @@
 
 - add: every prompt's delta on its own, from a blank state, and their sum. A generator's deltas share their reading
   directions V, so U is added, and the sum is as small as one of them; a prompt can be taken out again.
-- concatenate: the same deltas with their ranks side by side (`LowRankDelta.beside`). The change is the sum's, so it
-  knows neither more nor less, and is as many times as large; it is what is left where reading directions differ, as
-  those of gradient steps and of adapters do.
+- concatenate: the same deltas with their ranks side by side (`LowRankDelta.concatenated`). The change is the sum's,
+  so it knows neither more nor less, and is as many times as large; it is what is left where reading directions differ,
+  as those of gradient steps and of adapters do.
 - rederive: the user's line goes on (`tell`): it is read where it stood, with the state carried on, and one delta is
   derived of all of it (`written`). Nothing grows with the number of prompts, and none can be taken out.
 - ridge: the same deltas, combined so that under every prompt's keys the one change says what that prompt's own would:
@@ -115,7 +115,7 @@ def together(
     deltas = [each.select([i]) for i in range(len(texts))]
     if common is not None and len(texts) > 1:
         deltas.append(common.scaled(1 - len(texts)))
-    return sum(deltas) if way == "add" else functools.reduce(LowRankDelta.beside, deltas)
+    return sum(deltas) if way == "add" else functools.reduce(LowRankDelta.concatenated, deltas)
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ def change_squared_norm(change: Factors) -> Tensor:
 
 def inner_product(change: Factors, factors: TokenFactors) -> Tensor:
     """<U V^T, Delta^T X> of each row, (B,)."""
-    return ((factors.delta @ change.U) * (factors.x @ change.V)).sum((-2, -1))
+    return ((factors.grad_output @ change.U) * (factors.x @ change.V)).sum((-2, -1))
 
 
 def squared_error(change: Factors, factors: TokenFactors) -> Tensor:
@@ -73,10 +73,10 @@ def squared_error(change: Factors, factors: TokenFactors) -> Tensor:
     Raises:
         UserError: other numbers of outputs or inputs than the gradient's.
     """
-    if (change.U.shape[-2], change.V.shape[-2]) != (factors.delta.shape[-1], factors.x.shape[-1]):
+    if (change.U.shape[-2], change.V.shape[-2]) != (factors.grad_output.shape[-1], factors.x.shape[-1]):
         raise UserError(
             f"a change of {change.U.shape[-2]} x {change.V.shape[-2]} weights has no distance to a gradient of "
-            f"{factors.delta.shape[-1]} x {factors.x.shape[-1]}"
+            f"{factors.grad_output.shape[-1]} x {factors.x.shape[-1]}"
         )
     return change_squared_norm(change) - 2 * inner_product(change, factors) + squared_norm(factors)
 
@@ -100,7 +100,7 @@ def reading_directions(factors: TokenFactors, rank: int) -> Tensor:
     Raises:
         UserError: all prompts together have not so many directions.
     """
-    core = torch.linalg.qr(factors.delta.mT)[1] @ factors.x  # (B, min(T, out), in)
+    core = torch.linalg.qr(factors.grad_output.mT)[1] @ factors.x  # (B, min(T, out), in)
     core = core / core.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None]
     found = torch.linalg.svd(core.flatten(0, 1), full_matrices=False)[2]
     if not 1 <= rank <= len(found):
@@ -132,7 +132,7 @@ def agreement(delta: LowRankDelta, gradients: dict[str, TokenFactors]) -> pd.Dat
         energy = spectrum(factors).square()
         whole = energy.sum(-1).clamp(min=1e-30)
         lengths = (change_squared_norm(change).clamp(min=0) * whole).clamp(min=1e-30).sqrt()
-        along = TokenFactors(factors.delta, factors.x @ torch.linalg.qr(change.V)[0])
+        along = TokenFactors(factors.grad_output, factors.x @ torch.linalg.qr(change.V)[0])
         number, layer, kind = len(whole), *_place(name)
         tables.append(
             pd.DataFrame(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.second_order import LeanSecondDerivatives
-from prosg_lib.deltas.gradient_factors import TokenFactors, watched
+from prosg_lib.deltas.gradient_factors import TokenFactors, captured_passes
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.generators.base import key
 from prosg_lib.gradient_steps.one_step import in_turn
@@ -100,7 +100,7 @@ class MapStep(nn.Module):
         batch, n, _ = told.ids.shape
         ids, valid = (t.flatten(0, 1) for t in told)
         with LeanSecondDerivatives() if create_graph else nullcontext():
-            with _remembering(read.lm, memory), watched(read.lm, read.lm.editable()) as seen:
+            with _remembering(read.lm, memory), captured_passes(read.lm, read.lm.editable()) as seen:
                 hidden, logits = torch.func.functional_call(read, start, (ids[:, :-1], valid[:, :-1]))
             logits = _recalled(hidden, logits, memory)
             logits = logits if logits.requires_grad else logits.detach().requires_grad_()
@@ -142,7 +142,7 @@ def _recalled(hidden: Tensor, logits: Tensor, memory: Memory) -> Tensor:
 
 def _from(known: TokenFactors, x: Tensor) -> Tensor:
     """sum_t delta_t (x_t . x), (B, T', out) for x (B, T', in)."""
-    return (x @ known.x.transpose(1, 2)) @ known.delta
+    return (x @ known.x.transpose(1, 2)) @ known.grad_output
 
 
 def _both(first: Memory, second: Memory) -> Memory:

@@ -16,7 +16,7 @@ from torch import Tensor
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.deltas.applying import applied
-from prosg_lib.deltas.low_rank import Factors, LowRankDelta, sizes
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta, map_shape
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.generators.base import edited_maps
 from prosg_lib.gradient_steps.one_step import context_nll
@@ -68,7 +68,7 @@ def fine_tuned(
     maps, drawn = edited_maps(lm, endings), torch.Generator().manual_seed(0)
     start = {}
     for name, module in maps.items():
-        out, size = sizes(module)
+        out, size = map_shape(module)
         v = torch.randn(size, rank, generator=drawn).to(module.weight) / size**0.5
         start[f"{name}.U"] = module.weight.new_zeros(len(ids), out, rank)
         start[f"{name}.V"] = v.expand(len(ids), -1, -1).contiguous()

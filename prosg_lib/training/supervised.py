@@ -128,7 +128,7 @@ def unexplained(delta: LowRankDelta, true: dict[str, TokenFactors], steps: dict[
     errors = []
     for name, (u, v) in delta.factors.items():
         change = Factors(u.to(v.dtype) * (delta.scale / steps[name]), v)
-        factors = TokenFactors(-true[name].delta, true[name].x)
+        factors = TokenFactors(-true[name].grad_output, true[name].x)
         errors.append(squared_error(change, factors) / squared_norm(factors).clamp(min=1e-30))
     return torch.stack(errors)
 

@@ -16,7 +16,7 @@ from prosg_lib import files
 from prosg_lib.backbones.hub_families import Mamba2
 from prosg_lib.backbones.hub_transformer import CausalTransformer, TransformerConfig, new_llama
 from prosg_lib.backbones.loading import save_model
-from prosg_lib.deltas.low_rank import Factors, LowRankDelta, sizes
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta, map_shape
 from prosg_lib.errors import UserError
 
 pytestmark = [
@@ -60,7 +60,7 @@ def delta_for(lm, ranks=(3,), seed=0, batch=1):
     """On every map, of these ranks in turn."""
     g = torch.Generator().manual_seed(seed)
     factors = {
-        name: Factors(*(torch.randn(batch, n, ranks[i % len(ranks)], generator=g) / 4 for n in sizes(module)))
+        name: Factors(*(torch.randn(batch, n, ranks[i % len(ranks)], generator=g) / 4 for n in map_shape(module)))
         for i, (name, module) in enumerate(lm.editable().items())
     }
     return LowRankDelta(factors, lm.fingerprint(), scale=0.3)
@@ -104,7 +104,7 @@ def test_a_merged_model_has_the_change_in_its_weights(pair, kind):
 def test_merging_is_for_one_change_of_this_model(lm, make_lm):
     """Also into half precision, rounded once."""
     delta = delta_for(lm, batch=3)
-    with pytest.raises(UserError, match=r"one of 3 sequences, and weights hold one; select\(\[i\]\) one first"):
+    with pytest.raises(UserError, match=r"has 3 changes, and weights can take one; select\(\[i\]\)"):
         delta.merged(lm)
     with pytest.raises(UserError, match="made for model"):
         delta.select([0]).merged(make_lm(seed=1))
@@ -151,7 +151,7 @@ def test_a_folder_is_enough_for_peft(pair, tmp_path):
 
 def test_an_adapter_is_one_change_of_this_model(lm, make_lm, tmp_path):
     delta = delta_for(lm, batch=3)
-    with pytest.raises(UserError, match="one of 3 sequences"):
+    with pytest.raises(UserError, match="has 3 changes"):
         delta.save_peft(tmp_path, lm)
     with pytest.raises(UserError, match="made for model"):
         delta.select([0]).save_peft(tmp_path, make_lm(seed=1))
@@ -212,7 +212,7 @@ def test_we_load_what_peft_writes(pair, tmp_path, kind, config):
         ({"lora_bias": True}, "lora_bias = True"),
         ({"modules_to_save": ["ln_out"]}, r"modules_to_save = \['ln_out'\]"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
-        ({"target_modules": ["head"]}, "changes head, which is no map of this model that can be changed"),
+        ({"target_modules": ["head"]}, "changes head, which this model does not let a delta change"),
         (
             {"target_modules": ["key", "embeddings"]},
             r"base_model\.model\.rwkv\.embeddings\.lora_embedding_A, .*is too much or missing",
@@ -234,7 +234,7 @@ def test_other_models_and_damaged_folders_are_refused(lm, make_lm, tmp_path):
     delta_for(lm).save_peft(folder, lm)
     with pytest.raises(UserError, match=r"is for another model: there, .* has 16 outputs and 16 inputs, here 8 and 8"):
         LowRankDelta.load_peft(folder, make_lm(width=8))
-    with pytest.raises(UserError, match=r"changes rwkv\.blocks\.2\.attention\.key, .*no map of this model"):
+    with pytest.raises(UserError, match=r"changes rwkv\.blocks\.2\.attention\.key, .*does not let a delta change"):
         LowRankDelta.load_peft(folder, make_lm(layers=2))
     config = json.loads((folder / "adapter_config.json").read_text())
     files.write_json(folder / "adapter_config.json", config | {"peft_type": "PROMPT_TUNING"})

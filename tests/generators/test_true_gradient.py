@@ -35,7 +35,7 @@ def random_factors(rows=3, tokens=11, out=6, width=9, rank=4, shared=True):
 
 
 def dense(factors):
-    return factors.delta.mT @ factors.x
+    return factors.grad_output.mT @ factors.x
 
 
 def batch_of(lm, rows=4, prompt=9, rest=13):
@@ -83,7 +83,7 @@ def test_no_change_is_nearer_than_the_best_of_its_rank():
 def test_shared_reading_directions_read_the_most():
     """The leading eigenvectors of sum_b G_b^T G_b / ||G_b||^2, each prompt counting as much; no others read more."""
     _, factors = random_factors()
-    factors = TokenFactors(factors.delta * torch.tensor([1.0, 10.0, 0.1])[:, None, None], factors.x)
+    factors = TokenFactors(factors.grad_output * torch.tensor([1.0, 10.0, 0.1])[:, None, None], factors.x)
     unit = dense(factors) / dense(factors).flatten(1).norm(dim=1)[:, None, None]
     values = torch.linalg.eigvalsh((unit.mT @ unit).sum(0)).flip(0)
     for rank in (1, 4):
@@ -146,7 +146,7 @@ def test_a_step_down_a_teachers_gradient_lowers_its_loss(lm64, name):
     batch, step = batch_of(lm64), 1e-4
     factors = teacher(name)(lm64, NAMES, batch)
     delta = LowRankDelta(
-        {n: Factors(-step * f.delta.mT, f.x.mT) for n, f in factors.items()}, lm64.fingerprint()
+        {n: Factors(-step * f.grad_output.mT, f.x.mT) for n, f in factors.items()}, lm64.fingerprint()
     )  # of as many ranks as tokens
 
     def loss(change):
@@ -169,7 +169,7 @@ def test_agreement_is_the_cosine_of_the_matrices(lm64):
     factors = {}
     for name, true in gradients.items():
         v = torch.randn(1, true.x.shape[2], 3, generator=g, dtype=torch.float64)
-        noise = torch.randn(3, true.delta.shape[2], 3, generator=g, dtype=torch.float64)
+        noise = torch.randn(3, true.grad_output.shape[2], 3, generator=g, dtype=torch.float64)
         factors[name] = Factors(-dense(true) @ v + noise * dense(true).norm() * 0.1, v)
     table = agreement(LowRankDelta(factors, lm64.fingerprint(), 0.1), gradients)
     assert len(table) == 6
@@ -185,7 +185,7 @@ def test_agreement_is_the_cosine_of_the_matrices(lm64):
     }
     table = agreement(LowRankDelta(along, lm64.fingerprint()), gradients)
     assert_close(table.cosine.tolist(), table.reads.tolist(), rtol=1e-8, atol=1e-10)
-    best = {n: Factors(*best_rank(TokenFactors(-f.delta, f.x), 3)) for n, f in gradients.items()}
+    best = {n: Factors(*best_rank(TokenFactors(-f.grad_output, f.x), 3)) for n, f in gradients.items()}
     table = agreement(LowRankDelta(best, lm64.fingerprint()), gradients)
     assert_close(table.cosine.tolist(), table.best.tolist(), rtol=1e-8, atol=1e-10)
     nothing = {n: Factors(0 * u, v) for n, (u, v) in factors.items()}
@@ -195,10 +195,10 @@ def test_agreement_is_the_cosine_of_the_matrices(lm64):
 def test_what_cannot_be_compared_is_refused(lm64):
     change, factors = random_factors()
     with pytest.raises(UserError, match="6 x 9 weights has no distance to a gradient of 6 x 8"):
-        squared_error(change, TokenFactors(factors.delta, factors.x[..., :8]))
+        squared_error(change, TokenFactors(factors.grad_output, factors.x[..., :8]))
     with pytest.raises(UserError, match="unknown teacher 'nobody'; there are prompt, answers"):
         teacher("nobody")
-    with pytest.raises(UserError, match="rank 7 asked for"):
+    with pytest.raises(UserError, match="rank 7 is not possible"):
         truncated(factors, 7)
     with pytest.raises(UserError, match="10 reading directions asked for, but these gradients have 1 to 9"):
         reading_directions(factors, 10)

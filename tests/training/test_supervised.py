@@ -50,7 +50,7 @@ def test_the_share_left_unexplained_is_that_of_the_matrices(lm64):
     delta, _ = generator(lm64, batch.prompt, batch.prompt_valid)
     found, expected = unexplained(delta, true, steps), []
     for name, (u, v) in delta.factors.items():
-        wanted = -steps[name] * true[name].delta.mT @ true[name].x
+        wanted = -steps[name] * true[name].grad_output.mT @ true[name].x
         expected.append((delta.scale * u @ v.mT - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2)))
         size = wanted.square().sum((1, 2)).mean().sqrt()
         assert_close(size, 0.05 * lm64.editable()[name].weight.norm(), rtol=1e-8, atol=0)
