@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from prosg_lib.config import get_profile
 from prosg_lib.errors import Diverged, UserError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -29,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 where something was measured and found wrong (a claim, a notebook, a check); 2 for a mistake the user can
         put right; 130 after Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
-    options.words = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        options = _parser().parse_args(arguments)
+        options.words = sys.argv[1:] if arguments is None else list(arguments)
         return options.run(options)
     except UserError as error:
         # Of several processes all raise this one, with the same words; the first says them.
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "run the notebooks in order and compare their claims with the ledger",
         "Ends with exit code 1 where a notebook failed or a claim does not hold.",
     )
-    _add_sizes(reproduce, default="cpu")
+    _add_sizes(reproduce)
     reproduce.add_argument(
         "--notebook", action="append", default=[], metavar="NAME", help="only this one, e.g. 00_tour; repeatable"
     )
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     report = command("report", _report, "write the report again from what a run recorded, running nothing")
-    report.add_argument("--profile", default="cpu", help="which run (default: cpu)")
+    _add_profile(report)
 
     command("check", _check, "check that notebooks are clean and that quoted numbers are the ledger's")
 
@@ -125,14 +126,14 @@ def _add_evaluated(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--generator", metavar="NAME", help="shipped name or file (default: the model's own, if shipped)"
     )
-    parser.add_argument("--profile", default="cpu", help="sizes: smoke, cpu, gpu or paper (default: cpu)")
+    _add_profile(parser)
     parser.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="of the items (default: 0)")
     parser.add_argument("--items", type=_positive, metavar="N", help="a cell and seed (default: the profile's)")
 
 
 def _add_trained(whats) -> None:
     every = argparse.ArgumentParser(add_help=False)
-    _add_sizes(every, default="cpu")
+    _add_sizes(every)
     every.add_argument(
         "--at-once", type=_positive, metavar="N", help="hold so many examples in memory at a time, and add up gradients"
     )
@@ -185,8 +186,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _add_sizes(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--profile", default=default, help=f"smoke, cpu, gpu or paper (default: {default})")
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", type=get_profile, default="cpu", help="smoke, cpu, gpu or paper (default: cpu)")
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    _add_profile(parser)
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--retrain", action="store_true", help="train anew where a checkpoint would fit")
 

@@ -111,7 +111,7 @@ def test_options_reach_the_run(monkeypatch):
     line = "reproduce --profile gpu --seed 3 --retrain --notebook 00_a --notebook 01_b --param x=1=2 --update-expected"
     assert cli.main(line.split()) == 1
     assert seen == {
-        "profile": "gpu",
+        "profile": PROFILES["gpu"],
         "seed": 3,
         "retrain": True,
         "names": ["00_a", "01_b"],
@@ -128,8 +128,8 @@ def test_what_is_to_be_evaluated_reaches_the_suite(monkeypatch, capsys):
     assert cli.main(command.split()[1:]) == 0
     assert cli.main(["evaluate", "--model", "a", "--out", "my folder"]) == 0
     assert seen == [
-        ("a", "c", "gpu", [1, 2], 7, "b", {"command": command}),
-        ("a", None, "cpu", [0], None, "my folder", {"command": "prosg evaluate --model a --out 'my folder'"}),
+        ("a", "c", PROFILES["gpu"], [1, 2], 7, "b", {"command": command}),
+        ("a", None, PROFILES["cpu"], [0], None, "my folder", {"command": "prosg evaluate --model a --out 'my folder'"}),
     ]
     assert "written to my folder" in capsys.readouterr().out
 
@@ -164,24 +164,39 @@ WAY = "way --method weights-4 --task characters --task reversal --objective LG -
 @pytest.mark.parametrize(
     ("line", "module", "function", "arguments"),
     [
-        ("token", stages, "load_or_train", ("token", "cpu", 0, False, PLENTY)),
-        ("lm --profile gpu --seed 3 --retrain", stages, "load_or_train", ("lm", "gpu", 3, True, PLENTY)),
-        ("final --at-once 4 --recompute", stages, "load_or_train", ("final", "cpu", 0, False, Thrift(4, True))),
-        ("mend", stages, "load_or_train", ("mend", "cpu", 0, False, PLENTY)),
+        ("token", stages, "load_or_train", ("token", PROFILES["cpu"], 0, False, PLENTY)),
+        ("lm --profile gpu --seed 3 --retrain", stages, "load_or_train", ("lm", PROFILES["gpu"], 3, True, PLENTY)),
+        (
+            "final --at-once 4 --recompute",
+            stages,
+            "load_or_train",
+            ("final", PROFILES["cpu"], 0, False, Thrift(4, True)),
+        ),
+        ("mend", stages, "load_or_train", ("mend", PROFILES["cpu"], 0, False, PLENTY)),
         (
             "ablation --stage token --set rank=8 --set layers=0,1 --seed 2",
             ablations,
             "ablated",
-            (Ablation("token", rank=8, layers=(0, 1)), "cpu", 2, False, PLENTY),
+            (Ablation("token", rank=8, layers=(0, 1)), PROFILES["cpu"], 2, False, PLENTY),
         ),
-        ("pairs-recurrent --profile smoke", pair_stages, "pair_model", ("recurrent", "smoke", 0, False, PLENTY)),
-        ("pairs-transformer --seed 2", pair_stages, "pair_model", ("transformer", "cpu", 2, False, PLENTY)),
-        (f"{WAY} --backbone transformer", pair_stages, "pair_way", (SPEC, "transformer", "cpu", 0, False, PLENTY)),
+        (
+            "pairs-recurrent --profile smoke",
+            pair_stages,
+            "pair_model",
+            ("recurrent", PROFILES["smoke"], 0, False, PLENTY),
+        ),
+        ("pairs-transformer --seed 2", pair_stages, "pair_model", ("transformer", PROFILES["cpu"], 2, False, PLENTY)),
+        (
+            f"{WAY} --backbone transformer",
+            pair_stages,
+            "pair_way",
+            (SPEC, "transformer", PROFILES["cpu"], 0, False, PLENTY),
+        ),
         (
             "way --method token --task characters",
             pair_stages,
             "pair_way",
-            (WaySpec("token", ("characters",)), "recurrent", "cpu", 0, False, PLENTY),
+            (WaySpec("token", ("characters",)), "recurrent", PROFILES["cpu"], 0, False, PLENTY),
         ),
     ],
 )

@@ -215,12 +215,14 @@ PROFILES["paper"] = Profile(
 )
 
 
-def get_profile(name: str) -> Profile:
-    """The profile of that name.
+def get_profile(name: str | Profile) -> Profile:
+    """The profile of that name; a profile itself is returned as it is, so that a notebook's cell can run twice.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none of that name.
     """
+    if isinstance(name, Profile):
+        return name
     if name not in PROFILES:
         raise UserError(f"unknown profile {name!r}; there are {', '.join(PROFILES)}")
     return PROFILES[name]

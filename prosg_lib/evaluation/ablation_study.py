@@ -16,8 +16,7 @@ import pandas as pd
 from prosg_lib import files, paths, provenance
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.config.profiles import get_profile
-from prosg_lib.config.sizes import Profile
+from prosg_lib.config import Profile
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import recall
 from prosg_lib.generators.base import Generator
@@ -48,12 +47,12 @@ class Variant:
     spec: Ablation
     seed: int
 
-    def name(self, profile: str) -> str:
+    def name(self, profile: Profile) -> str:
         """Of its checkpoint and of its kept measurement."""
         return checkpoint_name(self.spec, profile, self.seed)
 
 
-def variants(profile: str, seed: int = 0) -> tuple[Variant, ...]:
+def variants(profile: Profile, seed: int = 0) -> tuple[Variant, ...]:
     """The study of a profile, the basis first.
 
     Args:
@@ -61,8 +60,7 @@ def variants(profile: str, seed: int = 0) -> tuple[Variant, ...]:
     Raises:
         UserError: unknown profile.
     """
-    sizes = get_profile(profile)
-    study, size, layers = sizes.study, sizes.token, range(sizes.model.layers)
+    study, size, layers = profile.study, profile.token, range(profile.model.layers)
     half = len(layers) // 2
     common = {"steps": study.steps, "batch": study.batch, "facts": study.facts, "distances": study.distances}
     token, final, supervised, mend = (Ablation(stage, **common) for stage in ("token", "final", "supervised", "mend"))
@@ -108,7 +106,7 @@ def variants(profile: str, seed: int = 0) -> tuple[Variant, ...]:
     return tuple(v for v in found if v.group in study.groups)
 
 
-def measured(profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> pd.DataFrame:
+def measured(profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> pd.DataFrame:
     """Recall of all variants: what is kept and fits is taken, what is missing is trained and measured, and kept.
 
     Args:
@@ -119,25 +117,24 @@ def measured(profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift 
         As `evaluate.measure`, method being the variant's label, and besides group and state (`BLANK` at distance 0, or
         `CARRIED`).
     Raises:
-        UserError: unknown profile; a kept file that is damaged; diverged training.
+        UserError: a kept file that is damaged; diverged training.
     """
     lm = stages.load_or_train("lm", profile, seed, retrain, thrift)
-    command = f"prosg train ablations --profile {profile} --seed {seed}"
+    command = f"prosg train ablations --profile {profile.name} --seed {seed}"
     found = [_kept_or_measured(v, profile, lm, retrain, thrift, command) for v in variants(profile, seed)]
     return pd.concat(found, ignore_index=True)
 
 
-def shipped(variant: Variant, profile: str) -> Path:
+def shipped(variant: Variant, profile: Profile) -> Path:
     """Where the repository keeps the measurement of a variant, if it does."""
     return paths.data_dir() / "ablations" / f"{variant.name(profile)}.json"
 
 
 def _kept_or_measured(
-    variant: Variant, profile: str, lm: LanguageModel, retrain: bool, thrift: Thrift, command: str
+    variant: Variant, profile: Profile, lm: LanguageModel, retrain: bool, thrift: Thrift, command: str
 ) -> pd.DataFrame:
-    sizes = get_profile(profile)
     plan = plan_of(variant.spec, profile, lm, variant.seed, thrift)
-    record = {"generator": plan.record, "measured": stages.plain(_measuring(sizes))}
+    record = {"generator": plan.record, "measured": stages.plain(_measuring(profile))}
     own = stages.kept(profile) / f"{variant.name(profile)}{stages.MEASURED}"
     for path in (own,) if retrain else (shipped(variant, profile), own):
         if path.is_file() and (kept := _read(path))["record"] == record:
@@ -145,7 +142,7 @@ def _kept_or_measured(
             distributed.say(f"{variant.label}: measured before, on {where}: same sizes, seed and data")
             return _labelled(pd.DataFrame(kept["rows"]), variant)
     generator = stages.obtain(plan, profile, retrain)
-    rows = _measure(lm, variant.spec.stage, generator, sizes)
+    rows = _measure(lm, variant.spec.stage, generator, profile)
     if distributed.first():
         facts = provenance.facts() | {"command": command}
         columns = {name: rows[name].tolist() for name in rows}
@@ -165,23 +162,23 @@ def _read(path: Path) -> dict:
     return kept
 
 
-def _measuring(sizes: Profile) -> dict:
-    own = {"prompts": sizes.study.prompts, "probes": sizes.evaluation.probes, "seeds": sizes.evaluation.seeds}
-    return own | {"split": SPLIT, "facts": sizes.evaluation.main_facts, "distances": _distances(sizes)}
+def _measuring(profile: Profile) -> dict:
+    own = {"prompts": profile.study.prompts, "probes": profile.evaluation.probes, "seeds": profile.evaluation.seeds}
+    return own | {"split": SPLIT, "facts": profile.evaluation.main_facts, "distances": _distances(profile)}
 
 
-def _distances(sizes: Profile) -> list[int]:
-    return [0, max(sizes.study.distances)]
+def _distances(profile: Profile) -> list[int]:
+    return [0, max(profile.study.distances)]
 
 
-def _measure(lm: LanguageModel, stage: str, generator: Generator, sizes: Profile) -> pd.DataFrame:
-    evaluation, found = sizes.evaluation, []
+def _measure(lm: LanguageModel, stage: str, generator: Generator, profile: Profile) -> pd.DataFrame:
+    evaluation, found = profile.evaluation, []
     facts, probes = evaluation.main_facts, min(evaluation.probes, evaluation.main_facts)
     for seed in evaluation.seeds:
         data = stages.dialogues(SPLIT, seed)
-        given = (lm, {stage: generator}, [stage], data, _distances(sizes), facts, sizes.study.prompts, probes)
+        given = (lm, {stage: generator}, [stage], data, _distances(profile), facts, profile.study.prompts, probes)
         found.append(recall.measure(*given).assign(state=CARRIED).fillna({"competing": 0.0}))
-        items = data.items(sizes.study.prompts, Shape(facts, 0, probes, instructions=2))
+        items = data.items(profile.study.prompts, Shape(facts, 0, probes, instructions=2))
         delta = generator.memorize(lm, [list(data.encode_prompt(item)) for item in items])
         alone = recall.recall_alone(lm, delta, data, items)
         shared = {"distance": 0, "facts": facts, "seed": seed, "state": BLANK, "asked": 0}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from prosg_lib import provenance
 from prosg_lib.backbones.base import LanguageModel, fingerprint
-from prosg_lib.config.profiles import get_profile
+from prosg_lib.config.sizes import Profile
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import predictions
 from prosg_lib.evaluation.predictions import Prediction
@@ -84,7 +84,7 @@ def _check_room(lm: LanguageModel, problems: Sequence[Problem]) -> None:
 def evaluate(
     model: str,
     generator: str | None,
-    profile: str,
+    profile: Profile,
     seeds: Sequence[int],
     items: int | None,
     out: str | Path,
@@ -100,7 +100,7 @@ def evaluate(
     Raises:
         UserError: something is not there, is damaged or does not fit; nothing is written then.
     """
-    items = get_profile(profile).forgetting.items if items is None else items
+    items = profile.forgetting.items if items is None else items
     folder = output_folder(out)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"a seed is there twice ({', '.join(map(str, seeds))}); name each once")
@@ -118,7 +118,7 @@ def measured(
     lm: LanguageModel,
     generator: Generator | None,
     named: Mapping[str, str | None],
-    profile: str,
+    profile: Profile,
     seeds: Sequence[int],
     items: int,
 ) -> tuple[dict, list[Prediction]]:
@@ -130,7 +130,7 @@ def measured(
     Raises:
         UserError: as `predicted`.
     """
-    cells, left_out = settings(get_profile(profile).forgetting, lm.config.vocab)
+    cells, left_out = settings(profile.forgetting, lm.config.vocab)
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
     prose = load_prose()
@@ -140,7 +140,9 @@ def measured(
     return {**described(lm, generator, profile, seeds, items), **about, **named, **provenance.facts()}, found
 
 
-def described(lm: LanguageModel, generator: Generator | None, profile: str, seeds: Sequence[int], items: int) -> dict:
+def described(
+    lm: LanguageModel, generator: Generator | None, profile: Profile, seeds: Sequence[int], items: int
+) -> dict:
     """The part of a header that says what is asked of what: two files with the same one have the same predictions, but
     for the prose around passkeys, and for rounding."""
     return {
@@ -148,8 +150,8 @@ def described(lm: LanguageModel, generator: Generator | None, profile: str, seed
         "fingerprint": lm.fingerprint(),
         "generator_fingerprint": None if generator is None else fingerprint(generator),
         "methods": list(methods_of(generator)),
-        "profile": profile,
-        "cells": stages.plain(get_profile(profile).forgetting.cells),
+        "profile": profile.name,
+        "cells": stages.plain(profile.forgetting.cells),
         "split": SPLIT,
         "seeds": list(seeds),
         "items": items,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prosg_lib import paths
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.config.profiles import get_profile
+from prosg_lib.config.sizes import Profile
 from prosg_lib.evaluation import forgetting, predictions
 from prosg_lib.evaluation.predictions import Prediction
 from prosg_lib.generators.base import Generator
@@ -27,13 +27,13 @@ SHOWN = {
 """What was asked -> its methods that are compared, and what they are called then. All read the same problems."""
 
 
-def names(profile: str) -> list[str]:
+def names(profile: Profile) -> list[str]:
     """Of all checkpoints of the study."""
     return [checkpoint_name(what, profile) for what in (*MODELS, *WAYS)]
 
 
 def measured(
-    profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
+    profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
 ) -> tuple[dict, list[Prediction]]:
     """What is kept and fits is taken; what is missing is trained and asked, and kept.
 
@@ -63,15 +63,15 @@ def measured(
     return found["token"][0] | {"methods": [m for shown in SHOWN.values() for m in shown.values()]}, rows
 
 
-def shipped(what: str, profile: str) -> Path:
+def shipped(what: str, profile: Profile) -> Path:
     """Where the repository keeps the predictions of a checkpoint, if it does."""
     return paths.data_dir() / "established" / f"{checkpoint_name(what, profile)}{stages.PREDICTED}"
 
 
 def _kept_or_asked(
-    what: str, lm: LanguageModel, generator: Generator | None, profile: str, seed: int, retrain: bool
+    what: str, lm: LanguageModel, generator: Generator | None, profile: Profile, seed: int, retrain: bool
 ) -> tuple[dict, list[Prediction]]:
-    items = get_profile(profile).forgetting.items
+    items = profile.forgetting.items
     wanted = stages.plain(forgetting.described(lm, generator, profile, (seed,), items))
     own = stages.kept(profile) / f"{checkpoint_name(what, profile)}{stages.PREDICTED}"
     for path in (own,) if retrain else (shipped(what, profile), own):
@@ -84,7 +84,7 @@ def _kept_or_asked(
     named = {
         "model": recurrent if generator else checkpoint_name(what, profile),
         "generator": checkpoint_name(what, profile) if generator else None,
-        "command": f"prosg train suite --profile {profile} --seed {seed}",
+        "command": f"prosg train suite --profile {profile.name} --seed {seed}",
     }
     header, rows = forgetting.measured(lm, generator, named, profile, (seed,), items)
     if distributed.first():

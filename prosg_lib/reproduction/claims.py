@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from prosg_lib import files, paths, provenance
-from prosg_lib.config.profiles import get_profile
+from prosg_lib.config import Profile
 from prosg_lib.errors import UserError
 from prosg_lib.text.prose import load_prose
 
@@ -60,15 +60,10 @@ class Context:
 _current: Context | None = None
 
 
-def begin(notebook: str, profile: str, seed: int) -> None:
-    """Starts a notebook's record; a second call starts it anew, so that a notebook can be run twice in one kernel.
-
-    Raises:
-        UserError: the profile is none of ours.
-    """
+def begin(notebook: str, profile: Profile, seed: int) -> None:
+    """Starts a notebook's record; a second call starts it anew, so that a notebook can be run twice in one kernel."""
     global _current
-    get_profile(profile)
-    _current = Context(notebook, profile, int(seed))
+    _current = Context(notebook, profile.name, int(seed))
 
 
 def current() -> Context:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from prosg_lib import files, paths
-from prosg_lib.config.profiles import get_profile
+from prosg_lib.config import Profile, get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.reproduction import claims, notebook_files, quotes, report
 
@@ -115,7 +115,7 @@ def _parse(notebook: str, name: str, text: str, default: Any) -> Any:
 
 
 def reproduce(
-    profile: str,
+    profile: Profile,
     *,
     seed: int = 0,
     retrain: bool = False,
@@ -138,15 +138,14 @@ def reproduce(
     Returns:
         0, or 1 where a notebook failed or a claim of those that ran does not hold.
     Raises:
-        UserError: unknown profile, notebook or parameter; nothing was run.
+        UserError: unknown notebook or parameter; nothing was run.
         KeyboardInterrupt: after the running notebook was stopped and the report written.
     """
-    get_profile(profile)
     places = places or Places.default()
     course = notebook_files.course(places.notebooks)
     selected = select(course, names)
-    arguments = bind(selected, {"profile": profile, "seed": seed, "retrain": retrain}, parameters or {})
-    run_dir = places.runs / profile
+    arguments = bind(selected, {"profile": profile.name, "seed": seed, "retrain": retrain}, parameters or {})
+    run_dir = places.runs / profile.name
     if retrain:
         from prosg_lib.training.stages import forget
 
@@ -172,9 +171,9 @@ def reproduce(
 
     ran = [path.stem for path in selected[: len(selected) if failed is None else failed + 1]]
     if update_expected and failed is None:
-        for written in claims.update(run_dir, profile, places.expected, ran):
+        for written in claims.update(run_dir, profile.name, places.expected, ran):
             print(f"ledger: {written}")
-        _keep_figures(profile, run_dir, places.figures, ran)
+        _keep_figures(profile.name, run_dir, places.figures, ran)
     ended = show(profile, places, only=ran)
     if failed is not None:
         name = selected[failed].stem
@@ -182,7 +181,7 @@ def reproduce(
         print(
             f"\n{name} failed: {record['error']}\n"
             f"Its executed copy and log: {_copy(run_dir, name)}, {_log(run_dir, name)}\n"
-            f"What was finished is kept. To go on: prosg reproduce --profile {profile}"
+            f"What was finished is kept. To go on: prosg reproduce --profile {profile.name}"
             + (f" --seed {seed}" if seed else "")
             + "".join(f" --param {name}={text}" for name, text in (parameters or {}).items())
             + rest
@@ -194,7 +193,7 @@ def reproduce(
     return ended
 
 
-def show(profile: str, places: Places | None = None, only: Sequence[str] | None = None) -> int:
+def show(profile: Profile, places: Places | None = None, only: Sequence[str] | None = None) -> int:
     """Writes the report of what runs/<profile> holds, and prints the claims, measured beside expected.
 
     Args:
@@ -202,13 +201,12 @@ def show(profile: str, places: Places | None = None, only: Sequence[str] | None 
     Returns:
         0, or 1 where a claim does not hold.
     Raises:
-        UserError: unknown profile, or nothing was run.
+        UserError: nothing was run.
     """
-    get_profile(profile)
     places = places or Places.default()
-    run_dir = places.runs / profile
+    run_dir = places.runs / profile.name
     names = [path.stem for path in notebook_files.course(places.notebooks)]
-    built = report.build(profile, run_dir, places.expected, names)
+    built = report.build(profile.name, run_dir, places.expected, names)
     page = report.write(built, run_dir)
     for name in names:
         rows = [row for row in built["claims"] if row["notebook"] == name]

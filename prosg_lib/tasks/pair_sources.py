@@ -6,8 +6,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from prosg_lib.config.profiles import get_profile
-from prosg_lib.config.sizes import TASKS, PairSizes
+from prosg_lib.config import TASKS, PairSizes, Profile
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pairs import Fitted, Pair, fitted
@@ -21,7 +20,7 @@ PEOPLE = TASKS[:2]
 """The tasks about made-up people; their data are always there."""
 
 
-def available(task: str, profile: str = "cpu") -> bool:
+def available(task: str, profile: Profile) -> bool:
     """Whether a profile has a task, and this machine its data; the two about made-up people are always there.
 
     Raises:
@@ -29,12 +28,12 @@ def available(task: str, profile: str = "cpu") -> bool:
     """
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
-    sizes = get_profile(profile).pairs
+    sizes = profile.pairs
     return task in sizes.tasks and (task in PEOPLE or bool(_sources(task, sizes)))
 
 
 @lru_cache(maxsize=32)
-def pairs_of(task: str, split: str, profile: str = "cpu", tokenizer: Tokenizer | None = None) -> Fitted:
+def pairs_of(task: str, split: str, profile: Profile, tokenizer: Tokenizer | None = None) -> Fitted:
     """A task's pairs that fit, and how many did not.
 
     SQuAD's questions and WikiText's passages are read from $PROSG_TEST_DATA (`xquad/xquad.en.json`, and the texts of
@@ -45,15 +44,15 @@ def pairs_of(task: str, split: str, profile: str = "cpu", tokenizer: Tokenizer |
     Raises:
         UserError: unknown task, or its data are not on this machine.
     """
-    sizes = get_profile(profile).pairs
+    sizes = profile.pairs
     if not available(task, profile):
         raise _missing(task, profile)
     return fitted(_pairs(task, split, sizes), tokenizer or load_tokenizer(), sizes.context, sizes.query)
 
 
-def _missing(task: str, profile: str) -> UserError:
-    if task not in get_profile(profile).pairs.tasks:
-        return UserError(f"{task} is no task of {profile}; take cpu or gpu")
+def _missing(task: str, profile: Profile) -> UserError:
+    if task not in profile.pairs.tasks:
+        return UserError(f"{task} is no task of {profile.name}; take cpu or gpu")
     return UserError(f"the data of {task} are not here; set PROSG_TEST_DATA to a folder with xquad/ or wikitext-2/")
 
 

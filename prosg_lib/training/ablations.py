@@ -12,8 +12,7 @@ from typing import Self
 from torch import nn
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.config.profiles import get_profile
-from prosg_lib.config.sizes import Training
+from prosg_lib.config.sizes import Profile, Training
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import edited_maps
 from prosg_lib.tasks.dialogue import data_hash
@@ -113,14 +112,14 @@ def _read(kind: str, text: str) -> bool | int | float | str:
     return text
 
 
-def checkpoint_name(spec: Ablation, profile: str, seed: int = 0) -> str:
+def checkpoint_name(spec: Ablation, profile: Profile, seed: int = 0) -> str:
     """`rwkv4-dialogue-token-rank8` is one of the cpu profile's."""
     return f"rwkv4-dialogue-{spec.name}" + (f"-seed{seed}" if seed else "") + stages.ending(profile)
 
 
 def ablated(
     spec: Ablation,
-    profile: str,
+    profile: Profile,
     seed: int = 0,
     retrain: bool = False,
     thrift: Thrift = PLENTY,
@@ -140,7 +139,7 @@ def ablated(
 
 
 def trainings(
-    profile: str,
+    profile: Profile,
     seed: int = 0,
     retrain: bool = False,
     thrift: Thrift = PLENTY,
@@ -161,11 +160,11 @@ def trainings(
         number: ablated(Ablation("token"), profile, seed + number, retrain, thrift, lm)
         if number
         else stages.load_or_train("token", profile, seed, retrain, thrift)
-        for number in get_profile(profile).evaluation.trainings
+        for number in profile.evaluation.trainings
     }
 
 
-def plan_of(spec: Ablation, profile: str, lm: LanguageModel, seed: int = 0, thrift: Thrift = PLENTY) -> stages.Plan:
+def plan_of(spec: Ablation, profile: Profile, lm: LanguageModel, seed: int = 0, thrift: Thrift = PLENTY) -> stages.Plan:
     """How to come by `ablated` for the profile's language model.
 
     Raises:
@@ -173,7 +172,7 @@ def plan_of(spec: Ablation, profile: str, lm: LanguageModel, seed: int = 0, thri
     """
     if spec.stage not in STAGES:
         raise UserError(f"unknown stage {spec.stage!r}; there are {', '.join(STAGES)}")
-    sizes = get_profile(profile)
+    sizes = profile
     size, training = stages.size_of(spec.stage, sizes), getattr(sizes, f"{spec.stage}_training")
     course, options, unknown = USUAL, {}, []
     own = {"final": ("features",), "token": ("label",), "supervised": ("label",)}.get(spec.stage, ())

@@ -15,6 +15,7 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub_transformer import load_transformer
 from prosg_lib.backbones.loading import load_model
 from prosg_lib.backbones.registry import LOADERS, loader
+from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator
 from prosg_lib.training import pair_stages, stages
@@ -77,4 +78,4 @@ def _of_pairs(path: Path, record: dict, lm: LanguageModel) -> Generator:
             f"{path.name} changes all weights of the model ({method}), and its step is no low-rank change; take one of "
             f"the methods {', '.join(_WAYS)}"
         )
-    return pair_stages.new_way(method, lm, record["stage"].partition(" ")[0], "cpu")
+    return pair_stages.new_way(method, lm, record["stage"].partition(" ")[0], get_profile("cpu"))

@@ -17,8 +17,7 @@ from torch import nn
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub_transformer import load_transformer, new_llama
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.config.profiles import get_profile
-from prosg_lib.config.sizes import TASKS, PairTraining
+from prosg_lib.config import PROFILES, TASKS, PairTraining, Profile
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import EVERY
 from prosg_lib.generators.final_state import FinalStateGenerator
@@ -49,11 +48,11 @@ ECHOES = 0.15
 recurrent model has learned it from the dialogues."""
 
 
-def _training_pairs(tasks: Iterable[str], profile: str, tokenizer: Tokenizer) -> dict[str, tuple[Pair, ...]]:
+def _training_pairs(tasks: Iterable[str], profile: Profile, tokenizer: Tokenizer) -> dict[str, tuple[Pair, ...]]:
     return {task: pairs_of(task, "train", profile, tokenizer).pairs for task in tasks if available(task, profile)}
 
 
-def _practice(backbone: str, profile: str) -> dict[str, tuple[Pair, ...]]:
+def _practice(backbone: str, profile: Profile) -> dict[str, tuple[Pair, ...]]:
     """What a model is pretrained on: tasks, and any sentence to be completed from its passage.
 
     The recurrent model has the people's tasks alone; one of this size learns no more. The reader has the sentences that
@@ -65,9 +64,9 @@ def _practice(backbone: str, profile: str) -> dict[str, tuple[Pair, ...]]:
     return found | _from_sources(copied, profile)
 
 
-def _from_sources(made: Callable[..., tuple[Pair, ...]], profile: str) -> dict[str, tuple[Pair, ...]]:
+def _from_sources(made: Callable[..., tuple[Pair, ...]], profile: Profile) -> dict[str, tuple[Pair, ...]]:
     """Pairs of every source of prose that is on this machine, as `copied` or `named` makes them."""
-    sizes = get_profile(profile).pairs
+    sizes = profile.pairs
     sources = _sources("wikitext", sizes) if "wikitext" in sizes.tasks and not sizes.hub else []
     return {
         f"{made.__name__} from {source.name}": fitted(
@@ -77,7 +76,7 @@ def _from_sources(made: Callable[..., tuple[Pair, ...]], profile: str) -> dict[s
     }
 
 
-def _lessons(spec: WaySpec, backbone: str, profile: str, tokenizer: Tokenizer) -> dict[str, tuple[Pair, ...]]:
+def _lessons(spec: WaySpec, backbone: str, profile: Profile, tokenizer: Tokenizer) -> dict[str, tuple[Pair, ...]]:
     """What a way is trained on; with the cloze goes practice, because its own pairs are few: any words, and after
     that names."""
     found = _training_pairs(spec.tasks, profile, tokenizer)
@@ -97,7 +96,7 @@ def _digest(tasks: Iterable[str]) -> str:
     """Names the training data of tasks, as far as every machine has them; a checkpoint's provenance tells the prose."""
     digest = hashlib.sha256()
     for task in sorted(set(tasks) & set(PEOPLE)):
-        for pair in pairs_of(task, "train").pairs:
+        for pair in pairs_of(task, "train", PROFILES["cpu"]).pairs:
             digest.update(f"{task}\n{pair.context}\n{pair.query}\n{pair.answer}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -107,13 +106,13 @@ def _plan(label, name, kind, record, new, work, training, seed, lm, thrift, held
     return stages.Plan(label, name, kind, stages.plain(record), new, work, training, seed, lm, thrift, held)
 
 
-def model_name(backbone: str, profile: str) -> str:
+def model_name(backbone: str, profile: Profile) -> str:
     """Of a checkpoint: `rwkv4-pairs` is the cpu profile's recurrent model."""
     return f"{_NAMES[backbone]}-pairs" + stages.ending(profile)
 
 
 def pair_model(
-    backbone: str, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
+    backbone: str, profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
 ) -> LanguageModel:
     """The language model that knows the tasks when it is given the context.
 
@@ -125,11 +124,13 @@ def pair_model(
         UserError: unknown backbone or profile, or one without a tokenizer; a reader where there is no prose; damaged
             checkpoint; diverged training.
     """
-    sizes = get_profile(profile).pairs
+    sizes = profile.pairs
     if backbone not in BACKBONES:
         return _pretrained(backbone)
     if backbone == "reader" and sizes.hub:
-        raise UserError(f"the reader learns from texts on this machine, and {profile} has the hub's; take transformer")
+        raise UserError(
+            f"the reader learns from texts on this machine, and {profile.name} has the hub's; take transformer"
+        )
     if backbone == "reader" and not available("wikitext", profile):
         raise _missing("wikitext", profile)
     before = _before(backbone, profile, seed, retrain, thrift)
@@ -156,7 +157,7 @@ def pair_model(
     return stages.obtain(plan, profile, retrain)
 
 
-def _before(backbone: str, profile: str, seed: int, retrain: bool, thrift: Thrift) -> LanguageModel | None:
+def _before(backbone: str, profile: Profile, seed: int, retrain: bool, thrift: Thrift) -> LanguageModel | None:
     """The model that one goes on from."""
     if backbone == "recurrent":
         return stages.load_or_train("lm", profile, seed, retrain, thrift)
@@ -230,18 +231,18 @@ _GENERATORS = {"token": TokenGenerator, "final": FinalStateGenerator}
 _MAPS = {"recurrent": ("att.output", "att.value", "ffn.key", "ffn.value")}
 
 
-def new_way(method: str, lm: LanguageModel, backbone: str, profile: str) -> nn.Module:
+def new_way(method: str, lm: LanguageModel, backbone: str, profile: Profile) -> nn.Module:
     """An untrained way; the step's start is the model itself.
 
     Raises:
         UserError: unknown method, or a rank that a matrix does not have.
     """
-    sizes, rank = get_profile(profile).pairs, _rank(method)
+    sizes, rank = profile.pairs, _rank(method)
     maps = _MAPS.get(backbone, EVERY)
     if method == "adapter":
         return AdapterStep(lm, sizes.rank, maps, sizes.adapter_lr)
     if method in _GENERATORS:
-        maps = get_profile(profile).final.maps if method == "final" else maps
+        maps = profile.final.maps if method == "final" else maps
         return _GENERATORS[method](lm, sizes.rank, 2 * lm.config.width, maps)
     if method == "maps":
         return MapStep(lm, sizes.maps_lr)
@@ -256,14 +257,14 @@ def _rank(method: str) -> int | None:
     return int(rank) if dash else None
 
 
-def way_name(spec: WaySpec, backbone: str, profile: str, seed: int = 0) -> str:
+def way_name(spec: WaySpec, backbone: str, profile: Profile, seed: int = 0) -> str:
     """Of a checkpoint: `llama-pairs-weights-characters-lc` is one of the cpu profile's ways."""
     model = _NAMES.get(backbone) or re.sub(r"\W+", "-", backbone).strip("-")
     return f"{model}-pairs-{spec.name}" + (f"-seed{seed}" if seed else "") + stages.ending(profile)
 
 
-def _training(spec: WaySpec, backbone: str, profile: str, fresh: nn.Module, tokenizer: Tokenizer) -> PairTraining:
-    sizes = get_profile(profile).pairs
+def _training(spec: WaySpec, backbone: str, profile: Profile, fresh: nn.Module, tokenizer: Tokenizer) -> PairTraining:
+    sizes = profile.pairs
     going_on = sizes.questions if spec.tasks == ("squad",) else sizes.maps_after
     training = {
         "adapter": sizes.recurrent_adapter if backbone == "recurrent" else sizes.adapter,
@@ -283,7 +284,7 @@ def _training(spec: WaySpec, backbone: str, profile: str, fresh: nn.Module, toke
 
 
 def pair_way(
-    spec: WaySpec, backbone: str, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
+    spec: WaySpec, backbone: str, profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
 ) -> nn.Module:
     """The trained way of a specification, for `pair_model(backbone, ...)`; loaded or trained.
 
@@ -293,7 +294,7 @@ def pair_way(
     Raises:
         UserError: unknown method, task, objective, backbone or profile; damaged checkpoint; diverged training.
     """
-    sizes = get_profile(profile).pairs
+    sizes = profile.pairs
     _rank(spec.method)  # what is unknown is said before the model is trained
     there = [task for task in (*spec.tasks, *spec.after) if available(task, profile)]
     if not set(there) & set(spec.tasks):

@@ -10,8 +10,7 @@ from dataclasses import asdict
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub_families import new_mamba2
-from prosg_lib.config.profiles import get_profile
-from prosg_lib.config.sizes import GeneratorSize, PretrainedSizes
+from prosg_lib.config.sizes import GeneratorSize, PretrainedSizes, Profile
 from prosg_lib.generators.base import EVERY
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
@@ -33,13 +32,13 @@ def dialogues_of(lm: LanguageModel, split: str, seed: int, rich: bool = False) -
     return stages.dialogues(split, seed, rich, lm.needed_tokenizer())
 
 
-def small_model(profile: str, seed: int = 0, retrain: bool = False) -> LanguageModel:
+def small_model(profile: Profile, seed: int = 0, retrain: bool = False) -> LanguageModel:
     """A small Mamba-2 of `transformers`, made and trained here on the dialogues: see `PretrainedSizes`.
 
     Raises:
         UserError: unknown profile; damaged checkpoint; diverged training.
     """
-    sizes = get_profile(profile).pretrained
+    sizes = profile.pretrained
     record = {
         "stage": "small",
         "seed": seed,
@@ -66,7 +65,7 @@ def new_small(sizes: PretrainedSizes) -> LanguageModel:
 def generator_for(
     lm: LanguageModel,
     source: str,
-    profile: str,
+    profile: Profile,
     seed: int = 0,
     retrain: bool = False,
     maps: tuple[str, ...] = EVERY,
@@ -81,7 +80,7 @@ def generator_for(
         UserError: unknown profile; no map ends so, or one is too small; no tokenizer; damaged checkpoint; diverged
             training.
     """
-    sizes = get_profile(profile).pretrained
+    sizes = profile.pretrained
     size = GeneratorSize(sizes.rank, 2 * lm.config.width, maps)
     record = {
         "stage": "token",

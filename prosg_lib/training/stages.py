@@ -22,7 +22,6 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.memory import keep_freed_memory
 from prosg_lib.backbones.recompute import recomputed
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.config.profiles import get_profile
 from prosg_lib.config.sizes import (
     AdapterSize,
     GeneratorSize,
@@ -56,14 +55,14 @@ def device() -> torch.device:
     return distributed.device()
 
 
-def checkpoint_name(stage: str, profile: str) -> str:
+def checkpoint_name(stage: str, profile: Profile) -> str:
     """`rwkv4-dialogue` is the cpu profile's language model, `rwkv4-dialogue-token` a generator for it."""
     return "rwkv4-dialogue" + ("" if stage == "lm" else f"-{stage}") + ending(profile)
 
 
-def ending(profile: str) -> str:
+def ending(profile: Profile) -> str:
     """Of a checkpoint's name; the cpu profile's have none."""
-    owner = get_profile(profile).models_of or profile
+    owner = profile.models_of or profile.name
     return "" if owner == "cpu" else f"-{owner}"
 
 
@@ -105,7 +104,9 @@ PLENTY = Thrift()
 """Memory enough."""
 
 
-def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> nn.Module:
+def load_or_train(
+    stage: str, profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
+) -> nn.Module:
     """The trained module of a stage, in evaluation mode; says in one line what it loaded and why, or trains.
 
     Args:
@@ -121,7 +122,7 @@ def load_or_train(stage: str, profile: str, seed: int = 0, retrain: bool = False
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage!r}; there are {', '.join(STAGES)}")
-    sizes = get_profile(profile)
+    sizes = profile
     if stage == "adapter":
         thrift.for_gradient_step(stage)
     lm = None if stage == "lm" else load_or_train("lm", profile, seed, retrain, thrift)
@@ -167,7 +168,7 @@ class Plan:
     held: int = 0
 
 
-def obtain(plan: Plan, profile: str, retrain: bool = False) -> nn.Module:
+def obtain(plan: Plan, profile: Profile, retrain: bool = False) -> nn.Module:
     """Load or train; see `load_or_train`. Of several processes all load, or all train.
 
     Returns:
@@ -202,16 +203,16 @@ def _say_once(text: str, kept_at: int) -> None:
     distributed.say(text)
 
 
-def kept(profile: str) -> Path:
+def kept(profile: Profile) -> Path:
     """Folder of what was trained here."""
-    return paths.runs_dir(profile) / "checkpoints"
+    return paths.runs_dir(profile.name) / "checkpoints"
 
 
 MEASURED, PREDICTED = ".measured.json", ".predictions.jsonl.gz"
 """Endings of files beside a checkpoint that have what was measured of it, or all that it said."""
 
 
-def forget(profile: str, names: Iterable[str] | None = None) -> None:
+def forget(profile: Profile, names: Iterable[str] | None = None) -> None:
     """Remove what was trained here, and what was measured of it, so that it is done anew.
 
     Trainings that were interrupted still go on.
@@ -219,7 +220,6 @@ def forget(profile: str, names: Iterable[str] | None = None) -> None:
     Args:
         names: of checkpoints; None: of all.
     """
-    get_profile(profile)
     for path in kept(profile).glob("*.safetensors"):
         if not path.name.endswith(".checkpoint.safetensors") and (names is None or path.stem in names):
             path.unlink(missing_ok=True)

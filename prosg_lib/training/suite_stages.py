@@ -16,8 +16,7 @@ from torch import nn
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub_transformer import new_llama
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.config.profiles import get_profile
-from prosg_lib.config.sizes import PairTraining
+from prosg_lib.config.sizes import PairTraining, Profile
 from prosg_lib.errors import UserError
 from prosg_lib.tasks import mqar
 from prosg_lib.tasks.problems import VERSION, Problem, problem_batch
@@ -38,7 +37,7 @@ WAYS = ("token", "adapter")
 """What writes the memory into the recurrent model's weights."""
 
 
-def checkpoint_name(what: str, profile: str) -> str:
+def checkpoint_name(what: str, profile: Profile) -> str:
     """`rwkv4-suite` is the cpu profile's recurrent model, `rwkv4-suite-token` the generator for it."""
     own = MODELS[what] if what in MODELS else f"{MODELS['recurrent']}-{what}"
     return own + stages.ending(profile)
@@ -77,13 +76,13 @@ class Draw:
         return problem_of(cell, self.material, self.seed, number, "train")
 
 
-def practice(profile: str, material: Material) -> dict[str, list[tuple[int, Setting]]]:
+def practice(profile: Profile, material: Material) -> dict[str, list[tuple[int, Setting]]]:
     """The cells that are trained on, by test, each with the tokens of a problem of it.
 
     Raises:
         UserError: none is short enough.
     """
-    sizes = get_profile(profile)
+    sizes = profile
     cells, _ = settings(sizes.suite.practice, material.tokenizer.vocab)
     short: dict[str, list[tuple[int, Setting]]] = {}
     for cell in cells:
@@ -92,18 +91,18 @@ def practice(profile: str, material: Material) -> dict[str, list[tuple[int, Sett
         if size <= sizes.suite.longest:
             short.setdefault(first.task, []).append((size, cell))
     if not short:
-        raise UserError(f"no test of profile {profile!r} has at most {sizes.suite.longest} tokens to train on")
+        raise UserError(f"no test of profile {profile.name!r} has at most {sizes.suite.longest} tokens to train on")
     return short
 
 
-def _draw(profile: str, training: PairTraining, seed: int) -> Draw:
+def _draw(profile: Profile, training: PairTraining, seed: int) -> Draw:
     tokenizer = load_tokenizer()
     material = Material(tokenizer, ProseTokens.of(load_prose(), "train", tokenizer))
-    return Draw(practice(profile, material), get_profile(profile).suite.longest, material, training, seed)
+    return Draw(practice(profile, material), profile.suite.longest, material, training, seed)
 
 
 def suite_model(
-    backbone: str, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
+    backbone: str, profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
 ) -> LanguageModel:
     """A language model that knows the tests when it has read the memory.
 
@@ -116,7 +115,7 @@ def suite_model(
     """
     if backbone not in MODELS:
         raise UserError(f"unknown backbone {backbone!r}; there are {', '.join(MODELS)}")
-    sizes = get_profile(profile)
+    sizes = profile
     training = getattr(sizes.suite, backbone)
     if backbone == "recurrent":
         before = stages.load_or_train("lm", profile, seed, retrain, thrift)
@@ -147,7 +146,9 @@ def suite_model(
     return stages.obtain(plan, profile, retrain)
 
 
-def suite_way(method: str, profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> nn.Module:
+def suite_way(
+    method: str, profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
+) -> nn.Module:
     """What writes a test's memory into the weights of the recurrent model: "token" or "adapter", of the profile's size.
 
     Raises:
@@ -158,7 +159,7 @@ def suite_way(method: str, profile: str, seed: int = 0, retrain: bool = False, t
         raise UserError(f"unknown method {method!r}; there are {', '.join(WAYS)}")
     if method == "adapter":
         thrift.for_gradient_step(method)
-    sizes = get_profile(profile)
+    sizes = profile
     lm = suite_model("recurrent", profile, seed, retrain, thrift)
     size, training = stages.size_of(method, sizes), getattr(sizes.suite, method)
     record = {"stage": method, "generator": asdict(size), "lm": lm.fingerprint()}
@@ -174,7 +175,7 @@ def suite_way(method: str, profile: str, seed: int = 0, retrain: bool = False, t
 
 
 def _plan(what, kind, profile, seed, record, new, work, thrift, lm=None) -> stages.Plan:
-    sizes = get_profile(profile)
+    sizes = profile
     label, training = f"suite {what}", getattr(sizes.suite, what)
     data = {
         "problems": VERSION,

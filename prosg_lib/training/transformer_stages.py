@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from prosg_lib.backbones.hub_transformer import CausalTransformer, LookingBack, new_llama
-from prosg_lib.config.profiles import get_profile
-from prosg_lib.config.sizes import PairTraining, Training
+from prosg_lib.config.sizes import PairTraining, Profile, Training
 from prosg_lib.tasks.dialogue import data_hash
 from prosg_lib.tasks.pair_batches import echoed
 from prosg_lib.text.tokenizer import load_tokenizer
@@ -22,12 +21,14 @@ from prosg_lib.training.pair_stages import ECHOES
 from prosg_lib.training.stages import PLENTY, Thrift
 
 
-def checkpoint_name(profile: str) -> str:
+def checkpoint_name(profile: Profile) -> str:
     """`llama-dialogue` is the cpu profile's."""
     return "llama-dialogue" + stages.ending(profile)
 
 
-def dialogue_transformer(profile: str, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> LookingBack:
+def dialogue_transformer(
+    profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
+) -> LookingBack:
     """A transformer of the recurrent model's width and layers, trained on the dialogues as that is.
 
     The first steps are random tokens said twice instead: on dialogues alone it learned in 700 steps of 32 what answers
@@ -40,7 +41,7 @@ def dialogue_transformer(profile: str, seed: int = 0, retrain: bool = False, thr
     Raises:
         UserError: unknown profile; damaged checkpoint; diverged training.
     """
-    sizes = get_profile(profile)
+    sizes = profile
     size, training = sizes.pairs.transformer_size, sizes.transformer_training
     record = {
         "stage": "transformer",

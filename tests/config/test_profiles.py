@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from prosg_lib.backbones.hub_transformer import new_llama
-from prosg_lib.config.profiles import PROFILES, get_profile
+from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import forgetting
 from prosg_lib.tasks.suite import Material, problem_of, settings
@@ -31,13 +31,13 @@ def trained(profile: str) -> dict:
 
 def test_gpu_asks_the_cpu_profiles_models_more_and_farther():
     """All that is trained has the same sizes and the same names; items and distances are at least as many."""
+    cpu, gpu = get_profile("cpu"), get_profile("gpu")
     assert trained("gpu") == trained("cpu")
     assert trained("paper") != trained("cpu")
     for stage in ("lm", "token"):
-        assert checkpoint_name(stage, "gpu") == checkpoint_name(stage, "cpu")
-    assert suite_stages.checkpoint_name("token", "gpu") == "rwkv4-suite-token"
-    assert model_name("reader", "gpu") == model_name("reader", "cpu") != model_name("reader", "paper")
-    cpu, gpu = get_profile("cpu"), get_profile("gpu")
+        assert checkpoint_name(stage, gpu) == checkpoint_name(stage, cpu)
+    assert suite_stages.checkpoint_name("token", gpu) == "rwkv4-suite-token"
+    assert model_name("reader", gpu) == model_name("reader", cpu) != model_name("reader", get_profile("paper"))
     assert cpu.evaluation.trainings == gpu.evaluation.trainings
     assert set(cpu.evaluation.distances) < set(gpu.evaluation.distances)
     assert gpu.evaluation.other_prompts > cpu.evaluation.other_prompts

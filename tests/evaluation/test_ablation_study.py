@@ -8,7 +8,7 @@ from pandas.testing import assert_frame_equal
 from test_ablations import TINY
 
 from prosg_lib import cli, files
-from prosg_lib.config.profiles import PROFILES
+from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.config.sizes import Evaluation, Study
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import ablation_study
@@ -26,13 +26,13 @@ SMALL = replace(
 def place(small_world, tmp_path):
     """An empty folder of checkpoints."""
     with small_world(SMALL, tmp_path):
-        yield stages.kept("tiny")
+        yield stages.kept(get_profile("tiny"))
 
 
 def test_a_variant_is_the_basis_in_all_but_its_own_choice():
     """In every profile: labels and checkpoints are each one's own; steps, batch, facts and distances are the same."""
-    for profile in PROFILES:
-        study, found = PROFILES[profile].study, variants(profile)
+    for profile in PROFILES.values():
+        study, found = profile.study, variants(profile)
         assert len({v.label for v in found}) == len({v.name(profile) for v in found}) == len(found)
         assert found[0].group == "basis"
         for variant in found:
@@ -44,7 +44,7 @@ def test_a_variant_is_the_basis_in_all_but_its_own_choice():
 
 def test_every_choice_of_the_study_is_in_the_large_profiles():
     """rank, width, maps, layers, what is seen of token and state, the course, and other seeds."""
-    for profile in ("cpu", "gpu", "paper"):
+    for profile in map(get_profile, ("cpu", "gpu", "paper")):
         changed = set().union(*(v.spec.changes for v in variants(profile)))
         assert {"rank", "width", "maps", "layers", "label", "alone", "blank", "locality", "features"} <= changed
         assert {v.seed for v in variants(profile, 5)} == {5, 6, 7}
@@ -56,49 +56,49 @@ def test_measured_once(place, monkeypatch, capsys):
     assert cli.main(["train", "ablations", "--profile", "tiny"]) == 0
     monkeypatch.setattr(stages, "fit", None)
     monkeypatch.setattr(ablation_study, "_measure", None)
-    first = measured("tiny")
+    first = measured(get_profile("tiny"))
     assert "rank 1: measured before" in capsys.readouterr().out
     assert set(first.method) == {"token-wise", "another seed (1)", "rank 1"}
     rows = first.groupby(["method", "state", "distance"]).size()
     assert (rows == 4).all()
     assert set(rows.index.droplevel(0)) == {(BLANK, 0), (CARRIED, 0), (CARRIED, 8)}
     assert first.recall.between(0, 1).all()
-    assert_frame_equal(measured("tiny"), first)
+    assert_frame_equal(measured(get_profile("tiny")), first)
 
 
 def test_what_was_measured_of_another_training_is_not_taken(place):
     """A file whose record is another's is measured anew; `stages.forget` removes it with the checkpoint."""
-    measured("tiny")
-    path = place / f"{variants('tiny')[0].name('tiny')}{stages.MEASURED}"
+    measured(get_profile("tiny"))
+    path = place / f"{variants(get_profile('tiny'))[0].name(get_profile('tiny'))}{stages.MEASURED}"
     kept = files.read_json(path)
     kept["record"]["generator"]["seed"], kept["rows"]["recall"] = 7, [9.0] * len(kept["rows"]["recall"])
     path.write_text(json.dumps(kept))
-    assert measured("tiny").recall.max() <= 1
+    assert measured(get_profile("tiny")).recall.max() <= 1
     assert files.read_json(path)["record"]["generator"]["seed"] == 0
-    stages.forget("tiny")
+    stages.forget(get_profile("tiny"))
     assert not path.exists()
 
 
 def test_shipped_measurements_are_taken_but_not_when_training_anew(place, monkeypatch, tmp_path):
     """What the repository keeps stands for a training, unless one is asked for."""
-    first = measured("tiny")
+    first = measured(get_profile("tiny"))
     monkeypatch.setattr(ablation_study.paths, "data_dir", lambda: tmp_path / "data")
-    for variant in variants("tiny"):
-        own = place / f"{variant.name('tiny')}{stages.MEASURED}"
-        files.write_bytes(ablation_study.shipped(variant, "tiny"), own.read_bytes())
+    for variant in variants(get_profile("tiny")):
+        own = place / f"{variant.name(get_profile('tiny'))}{stages.MEASURED}"
+        files.write_bytes(ablation_study.shipped(variant, get_profile("tiny")), own.read_bytes())
         own.unlink()
     asked = []
     monkeypatch.setattr(ablation_study, "_measure", lambda *given: asked.append(given[1]) or first.head(1))
-    assert_frame_equal(measured("tiny"), first)
+    assert_frame_equal(measured(get_profile("tiny")), first)
     assert not asked
-    measured("tiny", retrain=True)
-    assert len(asked) == len(variants("tiny"))
+    measured(get_profile("tiny"), retrain=True)
+    assert len(asked) == len(variants(get_profile("tiny")))
 
 
 @pytest.mark.parametrize("content", ["[]", '{"kind": "prosg ablation", "version": 2}', "{"])
 def test_a_damaged_file_is_named(place, content):
-    measured("tiny")
-    path = place / f"{variants('tiny')[0].name('tiny')}{stages.MEASURED}"
+    measured(get_profile("tiny"))
+    path = place / f"{variants(get_profile('tiny'))[0].name(get_profile('tiny'))}{stages.MEASURED}"
     path.write_text(content)
     with pytest.raises(UserError, match=path.name.replace("+", r"\+")):
-        measured("tiny")
+        measured(get_profile("tiny"))

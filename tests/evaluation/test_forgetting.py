@@ -10,8 +10,7 @@ from prosg_lib import cli
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub_transformer import TransformerConfig, new_llama
 from prosg_lib.backbones.state import RecurrentState
-from prosg_lib.config import profiles
-from prosg_lib.config.profiles import PROFILES
+from prosg_lib.config import PROFILES, get_profile, profiles
 from prosg_lib.config.sizes import Forgetting
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import forgetting, predictions
@@ -127,7 +126,7 @@ def test_who_copies_solves_all_four(small):
 
 def test_the_file_has_every_item_of_every_method(tmp_path, small):
     """All methods answer the same items, with the gold of the problems themselves; the header says what it was."""
-    evaluate("some", "its", "tiny", (0, 3), 2, tmp_path, "prosg evaluate")
+    evaluate("some", "its", get_profile("tiny"), (0, 3), 2, tmp_path, "prosg evaluate")
     header, found = predictions.read(tmp_path / FILE)
     assert header["methods"] == METHODS
     assert header["fingerprint"] == small.fingerprint()
@@ -151,7 +150,7 @@ def test_the_file_has_every_item_of_every_method(tmp_path, small):
 def test_again_is_the_same_and_without_a_generator_the_plain_model(tmp_path):
     """The same command writes the same predictions; the plain methods' do not depend on a generator."""
     for place, generator in (("a", "its"), ("b", "its"), ("c", None)):
-        evaluate("some", generator, "tiny", (0,), None, tmp_path / place, "")
+        evaluate("some", generator, get_profile("tiny"), (0,), None, tmp_path / place, "")
     a, b, c = (predictions.read(tmp_path / place / FILE) for place in "abc")
     assert a == b
     assert c[0]["methods"] == METHODS[:3]
@@ -168,7 +167,7 @@ def test_a_small_vocabulary_leaves_out_what_it_does_not_allow(tmp_path, small, m
     (reason,) = left_out
     assert "needs a vocabulary of more than 128" in reason
     monkeypatch.setitem(profiles.PROFILES, "tiny", replace(PROFILES["tiny"], forgetting=sizes))
-    evaluate("some", None, "tiny", (0,), 2, tmp_path, "")
+    evaluate("some", None, get_profile("tiny"), (0,), 2, tmp_path, "")
     assert predictions.read(tmp_path / FILE)[0]["left_out"] == left_out
     assert f"Left out: {reason}." in (tmp_path / "results.md").read_text(encoding="utf-8")
 
@@ -180,7 +179,7 @@ def test_a_model_with_too_few_places_is_told_so(tmp_path, monkeypatch, small, ca
     llama.model.config.max_position_embeddings = 80
     monkeypatch.setattr(forgetting, "choose_model", lambda name: llama)
     with pytest.raises(UserError, match=r"phonebook \(lines=3\) needs \d+ tokens .* this model reads 80"):
-        evaluate("some", None, "tiny", (0,), 2, tmp_path / "out", "")
+        evaluate("some", None, get_profile("tiny"), (0,), 2, tmp_path / "out", "")
     assert "pass" not in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -212,7 +211,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, line, sa
 
 def test_predictions_of_another_suite(tmp_path):
     """Are refused where it is none that is known."""
-    evaluate("some", None, "tiny", (0,), 2, tmp_path / "out", "")
+    evaluate("some", None, get_profile("tiny"), (0,), 2, tmp_path / "out", "")
     header, found = predictions.read(tmp_path / "out" / FILE)
     kept = {k: v for k, v in header.items() if k not in ("kind", "version", "rows")}
     predictions.write(tmp_path / "other.gz", kept | {"suite": "recall"}, found)

@@ -16,13 +16,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.reproduction import notebook_files as notebooks
 from prosg_lib.reproduction import report
 from prosg_lib.reproduction import run as reproduce
 
 PARAMETERS = 'profile = "smoke"\nseed = 0\nretrain = False\n'
-BEGIN = "from prosg_lib import claims\nclaims.begin({name!r}, profile=profile, seed=seed)"
+BEGIN = """from prosg_lib.config import get_profile
+from prosg_lib.reproduction import claims
+claims.begin({name!r}, profile=get_profile(profile), seed=seed)"""
 
 
 def write_notebook(folder, name, *cells, parameters=PARAMETERS, begin=True):
@@ -48,7 +51,7 @@ def run(root, *names, profile="smoke", **options):
     """Runs notebooks of a course; its exit code, what it printed, and the report."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = reproduce.reproduce(profile, names=names, places=places(root), **options)
+        code = reproduce.reproduce(get_profile(profile), names=names, places=places(root), **options)
     folder = root / "runs" / profile
     return SimpleNamespace(
         code=code,
@@ -207,7 +210,7 @@ def test_figures_have_a_sidecar_and_a_readable_size(finished):
 def test_report_is_written_again_from_the_records(finished, course, capsys):
     """`prosg report` runs nothing and ends the same way."""
     (finished.folder / "report.html").unlink()
-    assert reproduce.show("smoke", places(course)) == 1
+    assert reproduce.show(get_profile("smoke"), places(course)) == 1
     assert "recall" in capsys.readouterr().out
     assert (finished.folder / "report.html").read_text() == finished.page
 
@@ -350,7 +353,7 @@ def test_a_run_on_other_prose_is_judged_by_promises_alone(tmp_path, capsys):
     ledger["claims"]["gap"] |= {"kind": "at_least", "value": 0.9}
     path.write_text(json.dumps(ledger))
     capsys.readouterr()
-    assert reproduce.show("smoke", places(tmp_path)) == 0
+    assert reproduce.show(get_profile("smoke"), places(tmp_path)) == 0
     printed = capsys.readouterr().out
     assert re.search(r"recall +0\.5 +0\.8 ± 0\.05 +other prose", printed)
     assert re.search(r"gap +0\.95 +at least 0\.9 - 0\.05 +yes", printed)

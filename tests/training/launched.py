@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from prosg_lib import cli, files
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.config import profiles
-from prosg_lib.config.profiles import PROFILES
+from prosg_lib.config import PROFILES, get_profile, profiles
 from prosg_lib.config.sizes import Evaluation, GeneratorSize, PairTraining, RWKV4Config, Training
 from prosg_lib.errors import Diverged, NotFinite, UserError
 from prosg_lib.evaluation.pair_evaluation import answered
@@ -174,7 +173,7 @@ def main(folder: Path) -> None:
     profiles.PROFILES |= {"tiny": TINY, "broken": BROKEN}
     os.environ["PROSG_RUNS"] = str(folder / "runs")
     for name in ("first", "again"):
-        module = stages.load_or_train("token", "tiny")
+        module = stages.load_or_train("token", get_profile("tiny"))
         files.save_tensors(own / f"{name}.safetensors", module.state_dict(), {})
     for name in trainings():
         weights = trained(name, folder / "whole", at_once=AT_ONCE.get(name))

@@ -7,7 +7,7 @@ import torch
 
 from prosg_lib import files
 from prosg_lib.backbones.rwkv7 import RWKV7
-from prosg_lib.config.profiles import PROFILES
+from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.config.sizes import GeneratorSize, SupervisedSize, Training, TransformedSize
 from prosg_lib.errors import UserError
 from prosg_lib.generators.final_state import FinalStateGenerator
@@ -50,16 +50,16 @@ def place(small_world, tmp_path_factory):
 )
 def test_each_is_trained_kept_and_found_again(place, monkeypatch, capsys, spec, name):
     """Under its own name; loading it by file alone gives the same generator."""
-    first = ablated(spec, "tiny")
-    assert checkpoint_name(spec, "cpu") == name
+    first = ablated(spec, get_profile("tiny"))
+    assert checkpoint_name(spec, get_profile("cpu")) == name
     path = place / f"{name}-tiny.safetensors"
     record = files.load_tensors(path)[1]["record"]
     assert record["ablation"] == stages.plain(spec.changes)
     monkeypatch.setattr(stages, "fit", None)
     capsys.readouterr()
-    again = ablated(spec, "tiny")
+    again = ablated(spec, get_profile("tiny"))
     assert f"{spec.name}: loaded {path.name}" in capsys.readouterr().out
-    lm = stages.load_or_train("lm", "tiny")
+    lm = stages.load_or_train("lm", get_profile("tiny"))
     third = stages.load_generator(str(path), lm)
     one, two, three = (g.memorize(lm, ["My pet is a dog.\n"]) for g in (first, again, third))
     for name in one.factors:
@@ -69,19 +69,19 @@ def test_each_is_trained_kept_and_found_again(place, monkeypatch, capsys, spec, 
 
 def test_what_is_not_changed_is_the_profiles():
     """Rank, maps and layers are as asked for; without a change it is the profile's generator, bit for bit."""
-    usual, same = stages.load_or_train("token", "tiny"), ablated(Ablation("token"), "tiny")
+    usual, same = stages.load_or_train("token", get_profile("tiny")), ablated(Ablation("token"), get_profile("tiny"))
     assert all(torch.equal(a, b) for a, b in zip(usual.state_dict().values(), same.state_dict().values(), strict=True))
-    made = ablated(Ablation("token", rank=1, maps=("ffn.key",), layers=(1,)), "tiny")
+    made = ablated(Ablation("token", rank=1, maps=("ffn.key",), layers=(1,)), get_profile("tiny"))
     assert (made.rank, made.names) == (1, ["blocks.1.ffn.key"])
-    seeded = checkpoint_name(Ablation("token", rank=1), "smoke", 3)
+    seeded = checkpoint_name(Ablation("token", rank=1), get_profile("smoke"), 3)
     assert seeded == "rwkv4-dialogue-token-rank1-seed3-smoke"
 
 
 def test_a_generators_trainings(monkeypatch):
     """The profile's own first, then the same with other seeds, for the same model, each with its own checkpoint."""
     monkeypatch.setitem(PROFILES, "tiny", replace(TINY, evaluation=replace(TINY.evaluation, trainings=(0, 2))))
-    lm = stages.load_or_train("lm", "tiny")
-    found = ablations.trainings("tiny")
+    lm = stages.load_or_train("lm", get_profile("tiny"))
+    found = ablations.trainings(get_profile("tiny"))
     assert list(found) == [0, 2]
     assert found[0].checkpoint.name == "rwkv4-dialogue-token-tiny.safetensors"
     assert found[2].checkpoint.name == "rwkv4-dialogue-token-seed2-tiny.safetensors"
@@ -142,7 +142,7 @@ def test_from_texts():
 )
 def test_what_cannot_be_changed_is_refused(spec, said):
     with pytest.raises(UserError, match=said):
-        ablations.ablated(spec, "tiny")
+        ablations.ablated(spec, get_profile("tiny"))
 
 
 @pytest.mark.parametrize("family", ["rwkv7"])
@@ -156,10 +156,9 @@ def test_a_model_that_names_no_features(lm):
 def test_a_shorter_training_warms_up_in_a_sixth_of_its_steps(monkeypatch, steps, warmup):
     """And never for longer than the profile's."""
     long = replace(TINY, name="long", token_training=replace(FEW, steps=1200, warmup=30))
-    monkeypatch.setitem(PROFILES, "long", long)
-    lm = stages.load_or_train("lm", "tiny")
-    plan = ablations.plan_of(Ablation("token", steps=steps), "long", lm)
+    lm = stages.load_or_train("lm", get_profile("tiny"))
+    plan = ablations.plan_of(Ablation("token", steps=steps), long, lm)
     assert (plan.training.steps, plan.training.warmup) == (steps, warmup)
     assert plan.record["training"]["warmup"] == warmup
-    assert ablations.plan_of(Ablation("token"), "long", lm).training.warmup == 30
-    assert ablations.plan_of(Ablation("token", steps=steps, warmup=3), "long", lm).training.warmup == 3
+    assert ablations.plan_of(Ablation("token"), long, lm).training.warmup == 30
+    assert ablations.plan_of(Ablation("token", steps=steps, warmup=3), long, lm).training.warmup == 3

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from prosg_lib import files
 from prosg_lib.backbones.hub_transformer import CausalTransformer, TransformerConfig, new_llama
-from prosg_lib.config import profiles
-from prosg_lib.config.profiles import PROFILES
+from prosg_lib.config import PROFILES, get_profile, profiles
 from prosg_lib.config.sizes import TASKS, PairTraining
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import SCALE
@@ -70,9 +69,9 @@ def no_training(monkeypatch):
 
 @pytest.mark.parametrize("backbone", ["recurrent", "transformer"])
 def test_a_model_is_trained_once_and_then_found(place, backbone, monkeypatch):
-    first = pair_model(backbone, "tiny")
+    first = pair_model(backbone, get_profile("tiny"))
     monkeypatch.setattr(stages, "fit", None)  # a second training would fail
-    again = pair_model(backbone, "tiny")
+    again = pair_model(backbone, get_profile("tiny"))
     assert first.fingerprint() == again.fingerprint()
     assert not any(p.requires_grad for p in again.parameters())
     name = {"recurrent": "rwkv4-pairs-tiny", "transformer": "llama-pairs-tiny"}[backbone]
@@ -83,7 +82,7 @@ def test_a_model_is_trained_once_and_then_found(place, backbone, monkeypatch):
 
 def test_the_recurrent_model_goes_on_from_the_dialogues(place):
     """It has learned something else, but not from nothing."""
-    before, after = stages.load_or_train("lm", "tiny"), pair_model("recurrent", "tiny")
+    before, after = stages.load_or_train("lm", get_profile("tiny")), pair_model("recurrent", get_profile("tiny"))
     assert before.fingerprint() != after.fingerprint()
     for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
         assert (a - b).abs().max() < 0.1, name
@@ -98,9 +97,9 @@ def test_the_reader_goes_on_from_the_transformer_with_prose(place, tmp_path, mon
             (tmp_path / folder / f"{i}.txt").write_text(text)
     monkeypatch.setenv("PROSG_TEST_DATA", str(tmp_path))
     monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, pairs=replace(TINY.pairs, tasks=TASKS)))
-    before, seen = pair_model("transformer", "tiny"), []
+    before, seen = pair_model("transformer", get_profile("tiny")), []
     monkeypatch.setattr(stages, "fit", lambda name, module, draw, *rest, **named: seen.append((name, module, draw)))
-    after = pair_model("reader", "tiny", retrain=True)
+    after = pair_model("reader", get_profile("tiny"), retrain=True)
     name, module, draw = seen[-1]
     assert name == "llama-reader-pairs-tiny"
     assert module is not before
@@ -114,10 +113,10 @@ def test_the_reader_goes_on_from_the_transformer_with_prose(place, tmp_path, mon
 @pytest.mark.parametrize("method", METHODS)
 def test_every_way_is_trained_once_and_then_found(method, monkeypatch):
     spec = WaySpec(method, ("characters",))
-    first = pair_way(spec, "recurrent", "tiny")
+    first = pair_way(spec, "recurrent", get_profile("tiny"))
     monkeypatch.setattr(stages, "fit", None)
-    again = pair_way(spec, "recurrent", "tiny")
-    fresh = new_way(method, pair_model("recurrent", "tiny"), "recurrent", "tiny").state_dict()
+    again = pair_way(spec, "recurrent", get_profile("tiny"))
+    fresh = new_way(method, pair_model("recurrent", get_profile("tiny")), "recurrent", get_profile("tiny")).state_dict()
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in first.state_dict().items())
     assert any(not torch.equal(t.half().float(), again.state_dict()[name]) for name, t in fresh.items())
 
@@ -130,7 +129,7 @@ def test_another_specification_is_another_way(change, no_training):
     spec = WaySpec("adapter", ("characters",))
     assert replace(spec, **change).name != spec.name
     with pytest.raises(AssertionError, match="it trained"):
-        pair_way(replace(spec, **change), "recurrent", "tiny")
+        pair_way(replace(spec, **change), "recurrent", get_profile("tiny"))
 
 
 @pytest.mark.parametrize("task", PEOPLE)
@@ -138,7 +137,7 @@ def test_a_way_of_many_contexts_sees_all_of_them(task, monkeypatch):
     """Sixteen for every query, however long they are; and one step on all of them at once."""
     seen = []
     monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append(given))
-    pair_way(WaySpec("weights", (task,), contexts=16), "recurrent", "tiny")
+    pair_way(WaySpec("weights", (task,), contexts=16), "recurrent", get_profile("tiny"))
     _, way, draw, objective, *_ = seen[0]
     batches = [draw(step) for step in range(20)]
     assert {batch.context.ids.shape[1] for batch in batches} == {16}
@@ -155,14 +154,16 @@ def _no_step(weights):
 
 def test_one_task_after_another_starts_where_the_first_ended(monkeypatch):
     seen = []
-    pair_way(WaySpec("adapter", ("characters",)), "recurrent", "tiny")
+    pair_way(WaySpec("adapter", ("characters",)), "recurrent", get_profile("tiny"))
     monkeypatch.setattr(stages, "fit", lambda name, module, *rest, **named: seen.append(module.state_dict()))
     spec = WaySpec("adapter", ("reversal",), after=("characters",))
-    pair_way(spec, "recurrent", "tiny")
-    first = pair_way(WaySpec("adapter", ("characters",)), "recurrent", "tiny").state_dict()
+    pair_way(spec, "recurrent", get_profile("tiny"))
+    first = pair_way(WaySpec("adapter", ("characters",)), "recurrent", get_profile("tiny")).state_dict()
     assert all(torch.equal(t.cpu(), first[name].cpu()) for name, t in seen[0].items())
-    stages.forget("tiny", [way_name(WaySpec("adapter", ("characters",)), "recurrent", "tiny")])
-    again = pair_way(spec, "recurrent", "tiny").state_dict()  # what is there needs no first one any more
+    stages.forget(
+        get_profile("tiny"), [way_name(WaySpec("adapter", ("characters",)), "recurrent", get_profile("tiny"))]
+    )
+    again = pair_way(spec, "recurrent", get_profile("tiny")).state_dict()  # what is there needs no first one any more
     assert len(seen) == 1
     assert all(torch.equal(t.half().cpu(), again[name].half().cpu()) for name, t in seen[0].items())
 
@@ -180,15 +181,15 @@ def saved(tmp_path_factory):
 def test_a_model_of_transformers_is_taught_with_its_own_tokenizer(place, saved, no_training):
     """Without one that is said; with one, the model is taken as it is, and a way's checkpoint has the folder's name."""
     with pytest.raises(UserError, match=r"my-model has no tokenizer\.json"):
-        pair_model(str(saved), "tiny")
+        pair_model(str(saved), get_profile("tiny"))
     (saved / "tokenizer.json").write_text(load_tokenizer().to_json(), encoding="utf-8")
-    lm = pair_model(str(saved), "tiny")
+    lm = pair_model(str(saved), get_profile("tiny"))
     assert lm.config.width == 16
     assert not any(p.requires_grad for p in lm.parameters())
     with pytest.MonkeyPatch.context() as patch:
         seen = []
         patch.setattr(stages, "fit", lambda name, *rest, **named: seen.append((name, rest)))
-        pair_way(WaySpec("adapter", ("characters",)), str(saved), "tiny")
+        pair_way(WaySpec("adapter", ("characters",)), str(saved), get_profile("tiny"))
     assert seen[0][0].endswith("my-model-pairs-adapter-characters-lc-tiny")
 
 
@@ -199,7 +200,7 @@ def test_a_step_on_maps_learns_to_store_first(monkeypatch):
     monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, pairs=sizes))
     seen = []
     monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append((given, named)))
-    way = pair_way(WaySpec("maps", ("characters",)), "recurrent", "tiny")
+    way = pair_way(WaySpec("maps", ("characters",)), "recurrent", get_profile("tiny"))
     (_, _, draw, _, training, _, record), named = seen[0]
     assert (way.lr, training.steps) == (0.7, 8)
     assert (record["inner"]["lr"], record["echoes"], named["held"]) == (0.7, 6, 6)
@@ -231,7 +232,9 @@ def test_a_step_on_maps_goes_on_from_its_practice(monkeypatch):
             module.pace += 1.0
 
     monkeypatch.setattr(stages, "fit", fit)
-    way = pair_way(WaySpec("maps", ("reversal",), "LG", after=("characters",)), "recurrent", "tiny", seed=5)
+    way = pair_way(
+        WaySpec("maps", ("reversal",), "LG", after=("characters",)), "recurrent", get_profile("tiny"), seed=5
+    )
     assert seen == [
         ("rwkv4-pairs-maps-characters-lc-seed5-tiny", FEW.steps, "LC", TINY.pairs.echoes, True),
         ("rwkv4-pairs-maps-reversal-after-characters-lg-seed5-tiny", 5, "LG", 0, False),
@@ -243,7 +246,7 @@ def test_other_steps_do_not(monkeypatch):
     """Records of those that are shipped stay as they are."""
     seen = []
     monkeypatch.setattr(stages, "fit", lambda *given, **named: seen.append((given, named)))
-    pair_way(WaySpec("weights", ("characters",), "LG"), "recurrent", "tiny")
+    pair_way(WaySpec("weights", ("characters",), "LG"), "recurrent", get_profile("tiny"))
     (_, _, draw, _, _, _, record), named = seen[0]
     assert "echoes" not in record
     assert named["held"] == 0
@@ -256,7 +259,7 @@ def test_without_steps_there_are_those_of_an_epoch(monkeypatch):
     monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, pairs=replace(TINY.pairs, recurrent_adapter=epoch)))
     seen = []
     monkeypatch.setattr(stages, "fit", lambda name, module, draw, loss, sizes, *rest, **named: seen.append(sizes))
-    pair_way(WaySpec("adapter", PEOPLE), "recurrent", "tiny")
+    pair_way(WaySpec("adapter", PEOPLE), "recurrent", get_profile("tiny"))
     assert seen[0].steps == 625
 
 
@@ -274,33 +277,42 @@ def test_an_adapter_is_on_every_map_of_a_transformer_whatever_its_class():
     """GPT-2 calls them otherwise than Llama; the head is none of them."""
     sizes = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     lm = CausalTransformer(AutoModelForCausalLM.from_config(sizes))
-    ends = [name.rpartition("h.0.")[2] for name in new_way("adapter", lm, "some/model", "tiny").names]
+    ends = [name.rpartition("h.0.")[2] for name in new_way("adapter", lm, "some/model", get_profile("tiny")).names]
     assert ends == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 
 def test_smoke_leaves_out_what_it_has_no_time_for():
     with pytest.raises(UserError, match="wikitext is no task of tiny"):
-        pairs_of("wikitext", "test", "tiny")
-    assert pair_stages.available("characters", "tiny")
-    assert not pair_stages.available("wikitext", "tiny")
+        pairs_of("wikitext", "test", get_profile("tiny"))
+    assert pair_stages.available("characters", get_profile("tiny"))
+    assert not pair_stages.available("wikitext", get_profile("tiny"))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pair_model("no/such/folder", "tiny"), "no/such/folder could not be loaded"),
-        (lambda: pair_model("reader", "tiny"), "wikitext is no task of tiny; take cpu or gpu"),
-        (lambda: pair_model("reader", "paper"), "the reader learns from texts on this machine, and paper"),
-        (lambda: pair_model("reader", "cpu"), "the data of wikitext are not here; set PROSG_TEST_DATA"),
-        (lambda: pairs_of("riddles", "test"), "unknown task 'riddles'; there are characters, reversal"),
-        (lambda: pairs_of("squad", "test"), "the data of squad are not here; set PROSG_TEST_DATA"),
+        (lambda: pair_model("no/such/folder", get_profile("tiny")), "no/such/folder could not be loaded"),
+        (lambda: pair_model("reader", get_profile("tiny")), "wikitext is no task of tiny; take cpu or gpu"),
+        (lambda: pair_model("reader", get_profile("paper")), "the reader learns from texts on this machine, and paper"),
+        (lambda: pair_model("reader", get_profile("cpu")), "the data of wikitext are not here; set PROSG_TEST_DATA"),
         (
-            lambda: pair_way(WaySpec("magic", PEOPLE), "recurrent", "tiny"),
+            lambda: pairs_of("riddles", "test", PROFILES["cpu"]),
+            "unknown task 'riddles'; there are characters, reversal",
+        ),
+        (lambda: pairs_of("squad", "test", PROFILES["cpu"]), "the data of squad are not here; set PROSG_TEST_DATA"),
+        (
+            lambda: pair_way(WaySpec("magic", PEOPLE), "recurrent", get_profile("tiny")),
             "unknown method 'magic'; there are adapter, maps",
         ),
-        (lambda: pair_way(WaySpec("rank", PEOPLE), "recurrent", "tiny"), "unknown method 'rank'; there are adapter"),
-        (lambda: pair_way(WaySpec("weights-999", PEOPLE), "recurrent", "tiny"), "rank 999 asked for"),
-        (lambda: pair_way(WaySpec("adapter", PEOPLE, "LX"), "recurrent", "tiny"), "unknown objective 'LX'"),
+        (
+            lambda: pair_way(WaySpec("rank", PEOPLE), "recurrent", get_profile("tiny")),
+            "unknown method 'rank'; there are adapter",
+        ),
+        (lambda: pair_way(WaySpec("weights-999", PEOPLE), "recurrent", get_profile("tiny")), "rank 999 asked for"),
+        (
+            lambda: pair_way(WaySpec("adapter", PEOPLE, "LX"), "recurrent", get_profile("tiny")),
+            "unknown objective 'LX'",
+        ),
     ],
 )
 def test_what_is_unknown_is_said(call, message):

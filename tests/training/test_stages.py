@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from prosg_lib import files, paths
-from prosg_lib.config import profiles
-from prosg_lib.config.profiles import PROFILES
+from prosg_lib.config import PROFILES, get_profile, profiles
 from prosg_lib.config.sizes import (
     VOCAB,
     AdapterSize,
@@ -70,7 +69,7 @@ def trained(tmp_path_factory):
         patch.setenv("PROSG_RUNS", str(folder))
         patch.setitem(profiles.PROFILES, "tiny", TINY)
         for stage in stages.STAGES[1:]:
-            load_or_train(stage, "tiny")
+            load_or_train(stage, get_profile("tiny"))
     return folder / "tiny" / "checkpoints"
 
 
@@ -117,8 +116,10 @@ def test_training_keeps_checkpoint_log_and_provenance(trained):
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_fitting_checkpoint_is_loaded(place, no_training, capsys, stage):
     """Every stage; it says what and why; the module is ready for use, and frozen."""
-    module = load_or_train(stage, "tiny")
-    assert f"{stage}: loaded {stages.checkpoint_name(stage, 'tiny')}.safetensors" in capsys.readouterr().out
+    module = load_or_train(stage, get_profile("tiny"))
+    assert (
+        f"{stage}: loaded {stages.checkpoint_name(stage, get_profile('tiny'))}.safetensors" in capsys.readouterr().out
+    )
     assert not module.training
     assert not any(p.requires_grad for p in module.parameters())
     if stage == "lm":
@@ -127,7 +128,7 @@ def test_a_fitting_checkpoint_is_loaded(place, no_training, capsys, stage):
 
 def test_loading_again_gives_the_same(place, no_training):
     """Loading twice gives the same weights."""
-    assert same(load_or_train("token", "tiny"), load_or_train("token", "tiny"))
+    assert same(load_or_train("token", get_profile("tiny")), load_or_train("token", get_profile("tiny")))
 
 
 def test_shipped_checkpoint_comes_first(place, tmp_path, no_training, monkeypatch, capsys):
@@ -136,7 +137,7 @@ def test_shipped_checkpoint_comes_first(place, tmp_path, no_training, monkeypatc
     shipped.mkdir(parents=True)
     (place / LM).rename(shipped / LM)
     monkeypatch.setattr(paths, "data_dir", lambda: tmp_path / "data")
-    load_or_train("lm", "tiny")
+    load_or_train("lm", get_profile("tiny"))
     assert "lm: loaded" in capsys.readouterr().out
 
 
@@ -150,14 +151,14 @@ def test_shipped_checkpoint_comes_first(place, tmp_path, no_training, monkeypatc
 )
 def test_another_seed_or_size_trains_anew(place, monkeypatch, capsys, change, seed, why):
     """It says what differs, does not use the file, and replaces it in the end."""
-    old = load_or_train("lm", "tiny")
+    old = load_or_train("lm", get_profile("tiny"))
     monkeypatch.setitem(profiles.PROFILES, "tiny", replace(TINY, **change))
-    new = load_or_train("lm", "tiny", seed)
+    new = load_or_train("lm", get_profile("tiny"), seed)
     said = capsys.readouterr().out
     assert f"lm: {LM} was trained otherwise ({why}); not used" in said
     assert "lm: training, " in said
     assert not same(old, new)
-    load_or_train("lm", "tiny", seed)
+    load_or_train("lm", get_profile("tiny"), seed)
     assert f"lm: loaded {LM}" in capsys.readouterr().out
 
 
@@ -167,23 +168,23 @@ def test_another_seed_or_size_trains_anew(place, monkeypatch, capsys, change, se
 def test_another_recipe_or_data_trains_anew(place, monkeypatch, capsys, name, value):
     """The same sizes with other code or data are another model."""
     monkeypatch.setattr(stages, name, value)
-    load_or_train("lm", "tiny")
+    load_or_train("lm", get_profile("tiny"))
     assert f"trained otherwise ({'recipe' if name == 'RECIPE' else 'data'})" in capsys.readouterr().out
 
 
 def test_a_generator_belongs_to_its_model(place, monkeypatch, capsys):
     """With another language model the generator is trained anew."""
-    load_or_train("lm", "tiny", seed=1)
+    load_or_train("lm", get_profile("tiny"), seed=1)
     tensors, meta = files.load_tensors(place / LM)
     files.save_tensors(place / LM, tensors, meta | {"record": meta["record"] | {"seed": 0}})
-    load_or_train("token", "tiny")
+    load_or_train("token", get_profile("tiny"))
     assert "rwkv4-dialogue-token-tiny.safetensors was trained otherwise (lm); not used" in capsys.readouterr().out
 
 
 def test_what_was_forgotten_is_trained_anew(place, capsys):
     """Only that: the language model below a generator, trained here too, is still loaded."""
-    stages.forget("tiny", ("rwkv4-dialogue-static-tiny",))
-    load_or_train("static", "tiny", retrain=True)
+    stages.forget(get_profile("tiny"), ("rwkv4-dialogue-static-tiny",))
+    load_or_train("static", get_profile("tiny"), retrain=True)
     said = capsys.readouterr().out
     assert "lm: loaded" in said
     assert "static: training" in said
@@ -191,19 +192,19 @@ def test_what_was_forgotten_is_trained_anew(place, capsys):
 
 def test_the_same_seed_trains_the_same(place):
     """Training again gives the same bits, and what training returns is what loading gives, half precision and all."""
-    first = load_or_train("final", "tiny")
-    stages.forget("tiny", ("rwkv4-dialogue-final-tiny",))
-    again = load_or_train("final", "tiny", retrain=True)
+    first = load_or_train("final", get_profile("tiny"))
+    stages.forget(get_profile("tiny"), ("rwkv4-dialogue-final-tiny",))
+    again = load_or_train("final", get_profile("tiny"), retrain=True)
     assert same(first, again)
 
 
 @pytest.mark.parametrize("stage", ["lm", "static", "mend"])
 def test_less_memory_trains_the_same(place, stage):
     """One example at a time, with blocks that run again: the same weights, but for rounding."""
-    stages.forget("tiny")
-    whole = load_or_train(stage, "tiny").state_dict()
-    stages.forget("tiny")
-    pieces = load_or_train(stage, "tiny", thrift=Thrift(at_once=1, recompute=True)).state_dict()
+    stages.forget(get_profile("tiny"))
+    whole = load_or_train(stage, get_profile("tiny")).state_dict()
+    stages.forget(get_profile("tiny"))
+    pieces = load_or_train(stage, get_profile("tiny"), thrift=Thrift(at_once=1, recompute=True)).state_dict()
     tolerance = 1e-5 if stage == "lm" else 1e-3  # generators are kept in half precision
     torch.testing.assert_close(pieces, whole, rtol=tolerance, atol=tolerance)
 
@@ -217,10 +218,10 @@ def test_blocks_run_again_only_while_a_training_asks_for_it(place, monkeypatch):
 
     models, loader = [], stages.load_or_train
     monkeypatch.setattr(stages, "load_or_train", lambda *given: models.append(loader(*given)) or models[-1])
-    load_or_train("lm", "tiny")
+    load_or_train("lm", get_profile("tiny"))
     monkeypatch.setattr(stages, "fit", fit)
-    stages.forget("tiny", ("rwkv4-dialogue-token-tiny",))
-    loader("token", "tiny", thrift=Thrift(3, True))
+    stages.forget(get_profile("tiny"), ("rwkv4-dialogue-token-tiny",))
+    loader("token", get_profile("tiny"), thrift=Thrift(3, True))
     assert seen == [(3, list(models[-1].blocks))]
     assert not any("forward" in vars(block) for block in models[-1].blocks)
 
@@ -229,36 +230,34 @@ def test_damaged_checkpoint_is_no_reason_to_train_silently(place):
     """It is named, with its remedy."""
     (place / LM).write_bytes((place / LM).read_bytes()[:1000])
     with pytest.raises(UserError, match=r"rwkv4-dialogue-tiny\.safetensors .*cut short"):
-        load_or_train("lm", "tiny")
+        load_or_train("lm", get_profile("tiny"))
 
 
-def test_unknown_stage_and_profile(place):
-    """Both name what there is."""
+def test_unknown_stage(place):
+    """It names what there is."""
     with pytest.raises(UserError, match="unknown stage 'lora'; there are lm, token, final, static"):
-        load_or_train("lora", "tiny")
-    with pytest.raises(UserError, match="unknown profile 'huge'"):
-        load_or_train("lm", "huge")
+        load_or_train("lora", get_profile("tiny"))
 
 
 @pytest.mark.parametrize("stage", ["lm", "token", "final", "static", "adapter"])
 def test_what_is_shipped_still_loads(tmp_path, no_training, monkeypatch, capsys, stage):
     """The cpu profile's checkpoints have the records that training now would write, and the weights of their stage."""
     monkeypatch.setenv("PROSG_RUNS", str(tmp_path))
-    module = load_or_train(stage, "cpu")
-    name = stages.checkpoint_name(stage, "cpu")
+    module = load_or_train(stage, get_profile("cpu"))
+    name = stages.checkpoint_name(stage, get_profile("cpu"))
     assert f"{stage}: loaded {name}.safetensors" in capsys.readouterr().out
     if stage != "lm":
-        assert same(load_generator(name, load_or_train("lm", "cpu")), module)
+        assert same(load_generator(name, load_or_train("lm", get_profile("cpu"))), module)
 
 
 @pytest.mark.parametrize("stage", stages.STAGES[1:])
 def test_load_generator_of_a_file(place, stage):
     """A generator is rebuilt from its file alone, for its own model only."""
-    lm = load_or_train("lm", "tiny")
+    lm = load_or_train("lm", get_profile("tiny"))
     path = place / f"rwkv4-dialogue-{stage}-tiny.safetensors"
-    assert same(load_generator(str(path), lm), load_or_train(stage, "tiny"))
+    assert same(load_generator(str(path), lm), load_or_train(stage, get_profile("tiny")))
     with pytest.raises(UserError, match="a lm, not a generator"):
         load_generator(str(place / LM), lm)
-    other = load_or_train("lm", "tiny", seed=1)
+    other = load_or_train("lm", get_profile("tiny"), seed=1)
     with pytest.raises(UserError, match="was trained for model"):
         load_generator(str(path), other)

@@ -9,7 +9,7 @@ from test_stages import TINY
 from torch.testing import assert_close
 
 from prosg_lib import cli
-from prosg_lib.config import profiles
+from prosg_lib.config import get_profile, profiles
 from prosg_lib.config.sizes import Forgetting, PairTraining, SuiteSizes
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import forgetting
@@ -31,7 +31,7 @@ def place(small_world, tmp_path):
 
 
 def draw():
-    return suite_stages._draw("tiny", SMALL.suite.recurrent, 0)
+    return suite_stages._draw(get_profile("tiny"), SMALL.suite.recurrent, 0)
 
 
 def test_cells_are_the_short_ones_and_problems_those_of_training(monkeypatch):
@@ -45,7 +45,7 @@ def test_cells_are_the_short_ones_and_problems_those_of_training(monkeypatch):
             assert len(problem.memory) + len(problem.rest) == size <= SMALL.suite.longest
     shorter = replace(SMALL, suite=replace(SMALL.suite, longest=60))
     monkeypatch.setitem(profiles.PROFILES, "tiny", shorter)
-    assert "mqar" not in suite_stages.practice("tiny", material)
+    assert "mqar" not in suite_stages.practice(get_profile("tiny"), material)
     monkeypatch.setitem(profiles.PROFILES, "tiny", SMALL)
     held = {forgetting.problem_of(c, material, 0, n).memory for cs in cells.values() for _, c in cs for n in (0, 1)}
     for step in range(8):
@@ -117,25 +117,25 @@ def test_trained_once_and_then_loaded(monkeypatch, capsys):
         assert cli.main(["train", f"suite-{what}", "--profile", "tiny"]) == 0
     assert "suite adapter: training" in capsys.readouterr().out
     monkeypatch.setattr(stages, "fit", None)
-    lm = suite_model("recurrent", "tiny")
-    assert suite_model("transformer", "tiny").grows
+    lm = suite_model("recurrent", get_profile("tiny"))
+    assert suite_model("transformer", get_profile("tiny")).grows
     for what in ("token", "adapter"):
-        way = suite_way(what, "tiny")
-        path = stages.kept("tiny") / f"{checkpoint_name(what, 'tiny')}.safetensors"
+        way = suite_way(what, get_profile("tiny"))
+        path = stages.kept(get_profile("tiny")) / f"{checkpoint_name(what, get_profile('tiny'))}.safetensors"
         same = stages.load_generator(str(path), lm)
         for a, b in zip(way.parameters(), same.parameters(), strict=True):
             assert torch.equal(a, b)
-    assert checkpoint_name("transformer", "cpu") == "llama-suite"
-    assert checkpoint_name("token", "cpu") == "rwkv4-suite-token"
+    assert checkpoint_name("transformer", get_profile("cpu")) == "llama-suite"
+    assert checkpoint_name("token", get_profile("cpu")) == "rwkv4-suite-token"
 
 
 def test_what_is_not_there_is_refused(monkeypatch):
     with pytest.raises(UserError, match="unknown backbone 'rwkv5'; there are recurrent, transformer"):
-        suite_model("rwkv5", "tiny")
+        suite_model("rwkv5", get_profile("tiny"))
     with pytest.raises(UserError, match="unknown method 'final'; there are token, adapter"):
-        suite_way("final", "tiny")
+        suite_way("final", get_profile("tiny"))
     with pytest.raises(UserError, match="adapter needs second derivatives"):
-        suite_way("adapter", "tiny", thrift=stages.Thrift(recompute=True))
+        suite_way("adapter", get_profile("tiny"), thrift=stages.Thrift(recompute=True))
     monkeypatch.setitem(profiles.PROFILES, "tiny", replace(SMALL, suite=replace(SMALL.suite, longest=3)))
     with pytest.raises(UserError, match="no test of profile 'tiny' has at most 3 tokens"):
-        suite_model("recurrent", "tiny")
+        suite_model("recurrent", get_profile("tiny"))

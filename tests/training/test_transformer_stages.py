@@ -6,7 +6,7 @@ from test_stages import TINY
 
 from prosg_lib import cli
 from prosg_lib.backbones.hub_transformer import LookingBack, new_llama
-from prosg_lib.config.profiles import PROFILES
+from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.tasks.dialogue import Shape, dialogue_batch
 from prosg_lib.training import stages
 from prosg_lib.training.objectives import lm_objective
@@ -28,7 +28,7 @@ def test_trained_once_and_then_loaded(monkeypatch, capsys):
         raise AssertionError("it trained")
 
     monkeypatch.setattr(stages, "fit", refuse)
-    lm = dialogue_transformer("tiny")
+    lm = dialogue_transformer(get_profile("tiny"))
     assert "loaded llama-dialogue-tiny" in capsys.readouterr().out
     assert isinstance(lm, LookingBack)
     assert not lm.training
@@ -43,7 +43,7 @@ def test_training_looks_as_far_back_as_results_are_quoted():
         size = profile.pairs.transformer_size
         assert (size.width, size.layers) == (profile.model.width, profile.model.layers)
         assert name == "smoke" or max(profile.transformer_training.distances) >= 1024
-    assert checkpoint_name("cpu") == "llama-dialogue"
+    assert checkpoint_name(get_profile("cpu")) == "llama-dialogue"
 
 
 def test_fused_attention_trains_to_the_same():
