@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import RwkvConfig, RwkvForCausalLM
 
 from prosg_lib.backbones.memory import keep_freed_memory
-from prosg_lib.backbones.rwkv4 import RWKV4, to_hf
+from prosg_lib.backbones.rwkv4 import RWKV4
+from prosg_lib.backbones.rwkv_layouts import to_hf
 from prosg_lib.config.sizes import RWKV4Config
 
 GOALS = {"16x256": 3, "4x1024": 8}

@@ -21,7 +21,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.text.tokenizer import Tokenizer
 
 
-def listed(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
+def as_tuple(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
     """One token, several or none, as configurations of `transformers` have them, as a tuple."""
     return () if tokens is None else (tokens,) if isinstance(tokens, int) else tuple(tokens)
 
@@ -42,10 +42,10 @@ class LanguageModel(nn.Module, ABC):
     tokenizer: Tokenizer | None = None  # needed where texts go in or out
     ends: tuple[int, ...] = ()  # tokens that end a text, as the model's files say
     peft_refuses: tuple[str, ...] = ()  # endings of the maps that PEFT puts no adapter on
-    vmaps = True  # whether `torch.func.vmap` can run it with weights of each example's own
+    supports_vmap = True  # whether `torch.func.vmap` can run it with weights of each example's own
     state_feature_names: tuple[str, ...] = ()  # kinds of `state_features`, where each layer has D of each in this order
-    grows = False  # whether the state grows with the text: attention layers keep what they have read
-    recent: tuple[str, ...] = ()  # parts of names in a state: vectors that only say which tokens came last
+    state_grows = False  # whether the state grows with the text: attention layers keep what they have read
+    short_term: tuple[str, ...] = ()  # parts of names in a state: vectors that only say which tokens came last
 
     @abstractmethod
     def step_through(
@@ -88,7 +88,7 @@ class LanguageModel(nn.Module, ABC):
             UserError: it cannot, as it runs here; names the class and the remedy.
         """
 
-    def combined(self, states: Sequence[RecurrentState], weights: Sequence[float]) -> RecurrentState:
+    def combine_states(self, states: Sequence[RecurrentState], weights: Sequence[float]) -> RecurrentState:
         """The weighted sum of what states of the same batch hold; which tokens came last is the first one's.
 
         Here every tensor is summed as it is, which is right where a state is linear in what it holds (a matrix of
@@ -97,32 +97,32 @@ class LanguageModel(nn.Module, ABC):
         Raises:
             UserError: the state grows with the text, so that there is nothing to add up.
         """
-        self.check_fixed("added to another")
+        self.check_fixed_state("added to another")
         first = states[0].tensors
         sums = {
             name: sum(w * s.tensors[name] for s, w in zip(states, weights, strict=True))
             for name in first
-            if not any(part in name for part in self.recent)
+            if not any(part in name for part in self.short_term)
         }
         return RecurrentState(first | sums)
 
-    def lost(self, state: RecurrentState) -> RecurrentState:
+    def state_decay(self, state: RecurrentState) -> RecurrentState:
         """What of a state is gone one token later, for those who make up for it. Here: all of it, an upper bound; a
         backbone that forgets at a rate of its own, whatever the token, knows better."""
         return state
 
-    def tunable(self, state: RecurrentState) -> tuple[RecurrentState, tuple[str, ...]]:
+    def tunable_state(self, state: RecurrentState) -> tuple[RecurrentState, tuple[str, ...]]:
         """The same state in a form whose named tensors may be changed freely, each number on its own, and the names.
 
         Raises:
             UserError: the state grows with the text.
         """
-        self.check_fixed("tuned")
+        self.check_fixed_state("tuned")
         return state, tuple(name for name, t in state.tensors.items() if t.is_floating_point())
 
-    def check_fixed(self, what: str) -> None:
+    def check_fixed_state(self, what: str) -> None:
         """Raises a UserError where the state grows with the text, so that it cannot be `what`."""
-        if self.grows:
+        if self.state_grows:
             raise UserError(
                 f"the state of a {type(self).__name__} grows with the text, so it cannot be {what}; "
                 "take a model whose state has a fixed size"
@@ -198,7 +198,7 @@ class LanguageModel(nn.Module, ABC):
         top_k: int | None = None,
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
-        past_end: bool = False,
+        ignore_eos: bool = False,
     ) -> list[str] | list[list[int]]:
         """Continuations of a batch of prompts, the likeliest or drawn, in constant memory. Each ends at a stop string,
         where the model ends it, or after `max_new_tokens`; what has ended is not computed for long.
@@ -206,14 +206,14 @@ class LanguageModel(nn.Module, ABC):
         Args:
             prompts: texts or token ids, of any lengths.
             state, delta: as in `forward`; one per prompt. Never changed.
-            max_new_tokens, stop, temperature, top_k, top_p, seeds, past_end: see `generation.Decoding`.
+            max_new_tokens, stop, temperature, top_k, top_p, seeds, ignore_eos: see `generation.Decoding`.
         Returns:
             One text a prompt, without the prompt and without what ended it. Where the model has no tokenizer, which
             needs prompts of token ids and stop=None: one list of token ids a prompt.
         Raises:
             UserError: a value that cannot be meant; prompts, states, changes or seeds of different numbers.
         """
-        how = Decoding(max_new_tokens, stop, temperature, top_k, top_p, seeds, past_end)
+        how = Decoding(max_new_tokens, stop, temperature, top_k, top_p, seeds, ignore_eos)
         return generation.generate(self, prompts, state, delta, how)
 
     def stream(self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n", **drawing) -> Iterator[Tensor]:

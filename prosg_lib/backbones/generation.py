@@ -39,7 +39,7 @@ class Decoding:
         top_p: draw among the fewest likeliest tokens that have this probability together (nucleus sampling, Holtzman
             et al. 2020, section 3.1); 1: among all.
         seeds: one a prompt, which alone decides what is drawn for it; None: from torch's own generator.
-        past_end: go on where the model says that the text ends (`LanguageModel.end_tokens`), instead of ending there.
+        ignore_eos: go on where the model says that the text ends (`LanguageModel.end_tokens`), instead of ending there.
     Raises:
         UserError: a value that cannot be meant.
     """
@@ -50,7 +50,7 @@ class Decoding:
     top_k: int | None = None
     top_p: float = 1.0
     seeds: Sequence[int] | None = None
-    past_end: bool = False
+    ignore_eos: bool = False
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -158,7 +158,7 @@ def _steps(
     """Token by token: (B,), -1 where the text has ended; and the new piece of each text. Checks everything at once."""
     ids, valid = lm.encode_prompts(prompts)
     choose = _chooser(how, len(ids), ids.device)
-    ends = () if how.past_end else lm.end_tokens()
+    ends = () if how.ignore_eos else lm.end_tokens()
     change = applied(lm, delta)  # checks it
     return _loop(lm, ids, None if valid.all() else valid, state, delta, change, choose, how.max_new_tokens, ends, texts)
 

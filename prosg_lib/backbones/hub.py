@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prosg_lib.backbones.base import LanguageModel, listed
+from prosg_lib.backbones.base import LanguageModel, as_tuple
 from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.errors import UserError
 
@@ -27,7 +27,7 @@ class HubModel(LanguageModel):
         super().__init__()
         model.set_attn_implementation("eager")
         self.model = model
-        self.ends = listed(model.generation_config.eos_token_id)
+        self.ends = as_tuple(model.generation_config.eos_token_id)
         c = model.config
         self.config = TransformerConfig(
             c.model_type,

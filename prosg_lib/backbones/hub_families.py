@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from prosg_lib.backbones.hub_recurrent import Recurrent, read_along, too_old
+from prosg_lib.backbones.hub_recurrent import Recurrent, read_along, register, too_old
 from prosg_lib.backbones.linear_scan import linear_scan
-from prosg_lib.backbones.registry import register
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.errors import UserError
 
@@ -35,10 +34,10 @@ class Mamba(Recurrent):
     to differentiate. Its mixers are replaced by `selective`.
     """
 
-    reads_on = pads = True
+    continues_from_state = handles_padding = True
     kernels = ()
 
-    def mend(self):
+    def apply_workarounds(self):
         for block in self.model.backbone.layers:
             block.mixer.forward = MethodType(selective, block.mixer)
 
@@ -47,10 +46,10 @@ class Mamba(Recurrent):
 class Jamba(Recurrent):
     """Jamba (Lieber et al. 2024): Mamba's mixers, mended as there, some layers of attention, and experts."""
 
-    reads_on = pads = True
+    continues_from_state = handles_padding = True
     kernels = ()
 
-    def mend(self):
+    def apply_workarounds(self):
         for layer in self.model.model.layers:
             if hasattr(layer, "mamba"):
                 layer.mamba.forward = MethodType(selective, layer.mamba)
@@ -105,9 +104,9 @@ class Mamba2(Recurrent):
     runs kernels that have no second derivative.
     """
 
-    reads_on = pads = True
+    continues_from_state = handles_padding = True
 
-    def mend(self):
+    def apply_workarounds(self):
         limit = tuple(getattr(self.model.config, "time_step_limit", (0.0, float("inf"))))
         if limit != (0.0, float("inf")):
             raise UserError(
@@ -156,7 +155,7 @@ class QwenHybrid(Recurrent):
     kernels that have no second derivative.
     """
 
-    reads_on = pads = True
+    continues_from_state = handles_padding = True
 
 
 @register("recurrent_gemma")
@@ -168,10 +167,10 @@ class RecurrentGemma(Recurrent):
     `recurrent_block`. The part of the state that grows does so up to the window.
     """
 
-    reads_on = pads = True
+    continues_from_state = handles_padding = True
     kernels = ()
 
-    def mend(self):
+    def apply_workarounds(self):
         if "linear_attention" not in getattr(self.model.config, "layer_types", ()):  # before 5.23
             raise too_old("models of the class RecurrentGemma")
         for number, layer in enumerate(self.model.model.layers):
@@ -181,10 +180,10 @@ class RecurrentGemma(Recurrent):
                 block.forward = MethodType(recurrent_block, block)
                 block.rg_lru._rnn_scan = MethodType(_scan, block.rg_lru)
 
-    def one_pass(self, ids, state, valid):
+    def run_body(self, ids, state, valid):
         for layer in self.model.model.layers:
             layer.temporal_block.valid = valid  # the class hands its blocks a mask for attention only
-        return super().one_pass(ids, state, valid)
+        return super().run_body(ids, state, valid)
 
     def embed(self, ids):
         embedded = super().embed(ids)
@@ -232,14 +231,14 @@ class XLSTM(Recurrent):
     shuts the gates: nothing is written, nothing decays, before a blank state or behind any.
     """
 
-    reads_on = pads = True
+    continues_from_state = handles_padding = True
 
-    def mend(self):
+    def apply_workarounds(self):
         for block in self.model.backbone.blocks:
             backend = block.mlstm_layer.mlstm_backend
             block.mlstm_layer.mlstm_backend = Gated(backend, self.model.config.chunk_size)
 
-    def one_pass(self, ids, state, valid):
+    def run_body(self, ids, state, valid):
         x, after = self.embed(ids), {}
         for number, block in enumerate(self.model.backbone.blocks):
             names = [f"{number}.{part}" for part in ("matrix", "vector", "scale")]

@@ -1,8 +1,9 @@
 """Recurrent and hybrid classes of `transformers` behind the project's interface: what all adapters share.
 
-The library's classes keep their state in a cache that they write into, and many are right only the way that its own
-`generate` uses them: all of a text from a blank cache, then one token at a time. `Recurrent` reads states of any batch,
-cuts and padding with no more than that. Adapters (`families.py`) say what else their class does right, or mend it.
+These classes keep their state in a cache that they write into, and many are right only when used as the library's own
+`generate` does: a whole text from a blank cache, then one token at a time. With no more than that, `Recurrent` reads
+batches from any states, texts in pieces, and padding. An adapter (`hub_families.py`) declares what else its class gets
+right, or works around what it gets wrong.
 
 Glossary of shapes: B batch, T tokens, S columns of keys and values, D width.
 """
@@ -12,12 +13,10 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +26,36 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from prosg_lib.backbones.base import check_batch
-from prosg_lib.backbones.hub import HubModel, pretrained
+from prosg_lib.backbones.hub import HubModel
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.errors import UserError
 
 READS = 4
 """Directions that `state_features` reads a matrix of the state along: all of it would be millions of numbers."""
+
+ADAPTERS: dict[str, type[Recurrent]] = {}
+"""The adapter of each class, by the model_type in its config.json. `hub_families` registers the project's own."""
+
+
+def register(*kinds: str) -> Callable[[type[Recurrent]], type[Recurrent]]:
+    """Class decorator: `load_model` reads these model types with that adapter from now on. For instance::
+
+    import prosg_lib as prosg
+    from prosg_lib.backbones.hub_recurrent import Recurrent, register
+
+    @register("olmo_hybrid")
+    class OlmoHybrid(Recurrent):
+        continues_from_state = handles_padding = True  # what the class gets right; without this line slower, not wrong
+
+    lm = prosg.load_model("olmo-hybrid")  # a folder, or a hub id
+    lm.check()  # against the class itself, one sequence and one token at a time
+    """
+
+    def remember(adapter: type[Recurrent]) -> type[Recurrent]:
+        ADAPTERS.update(dict.fromkeys(kinds, adapter))
+        return adapter
+
+    return remember
 
 
 class Recurrent(HubModel):
@@ -45,42 +68,37 @@ class Recurrent(HubModel):
     Gradients go through the state, whatever is read from it, unless kernels are in the way (below).
 
     Attributes:
-        reads_on: whether the class is right for several tokens from a state. If not, it gets one at a time.
-        pads: whether the class, given an attention mask, is right for left padding before a blank state. If not, and
-            always from a state, a padded batch is read in as many passes as it has lengths.
+        continues_from_state: whether the class is right for several tokens from a state. If not, it gets one at a time.
+        handles_padding: whether the class, given an attention mask, is right for left padding before a blank state. If
+            not, and always from a state, a padded batch is read in as many passes as it has different lengths.
         kernels: packages whose kernels the class takes, where they are installed. For one token from a state they
             write the state without a gradient; they have no second derivative.
     """
 
-    vmaps = False  # the library's classes write into caches, and look at numbers
-    reads_on = False
-    pads = False
+    supports_vmap = False  # the library's classes write into caches, and look at numbers
+    continues_from_state = False
+    handles_padding = False
     kernels: tuple[str, ...] = ("causal_conv1d", "mamba_ssm", "fla")
-    recent = (".conv",)
+    short_term = (".conv",)
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         if not hasattr(DynamicCache, "get_recurrent_state"):
             raise too_old("recurrent models")
         self._takes = set(inspect.signature(model.base_model.forward).parameters)
-        self.mend()
+        self.apply_workarounds()
         self._check_read_out()
         self._whole = self._whole_maps()
-        self.grows = any(name.endswith("keys") for name in self.blank_state(1).tensors)
+        self.state_grows = any(name.endswith("keys") for name in self.blank_state(1).tensors)
 
-    @classmethod
-    def from_folder(cls, folder: Path) -> Self:
-        """The model that `save_pretrained` wrote there; raises what `hub.pretrained` does."""
-        return cls(pretrained(folder))
-
-    def mend(self) -> None:
+    def apply_workarounds(self) -> None:
         """Change what the wrapped model does wrong; for subclasses."""
 
     # Reading
 
     def step_through(self, ids, state=None, valid=None):
         check_batch(ids, state)
-        if valid is None or (state is None and self.pads):
+        if valid is None or (state is None and self.handles_padding):
             return self._read(ids, state, valid)
         hidden = []
         for piece, active in _stairs(valid):
@@ -91,22 +109,22 @@ class Recurrent(HubModel):
 
     def _read(self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None) -> tuple[Tensor, RecurrentState]:
         """All rows read all tokens, except for padding before a blank state."""
-        if state is None or self.reads_on:
-            return self.one_pass(ids, state, valid)
+        if state is None or self.continues_from_state:
+            return self.run_body(ids, state, valid)
         hidden = []
         for token in ids.split(1, 1):
-            out, state = self.one_pass(token, state, None)
+            out, state = self.run_body(token, state, None)
             hidden.append(out)
         return torch.cat(hidden, 1), state
 
-    def one_pass(
+    def run_body(
         self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None
     ) -> tuple[Tensor, RecurrentState]:
         """Final hidden states (B, T, D) and the state, from one run of the wrapped model's body.
 
         Args:
-            ids: (B, T); one token, or any number if `state` is None or the adapter `reads_on`.
-            valid: as in `forward`; given only if `state` is None and the adapter `pads`.
+            ids: (B, T); one token, or any number if `state` is None or the adapter `continues_from_state`.
+            valid: as in `forward`; given only if `state` is None and the adapter `handles_padding`.
         """
         cache = self._cache(state)
         where, seen = self._where(ids, state, valid, cache)
@@ -181,7 +199,7 @@ class Recurrent(HubModel):
         for number, row in enumerate(rows):
             state = None
             for place, token in enumerate(row, ids.shape[1] - len(row)):
-                hidden, state = self.one_pass(ids.new_tensor([[token]]), state, None)
+                hidden, state = self.run_body(ids.new_tensor([[token]]), state, None)
                 expected[number, place] = hidden[0, 0]
 
         def compare(what: str, hidden: Tensor, valid: Tensor) -> None:
@@ -190,11 +208,14 @@ class Recurrent(HubModel):
             if not gap < 1e-2:  # rounding is far below, and what is wrong far above
                 raise UserError(f"{type(self).__name__} is wrong by {gap:.1g} of the largest number for {what}")
 
-        compare("whole texts from a blank state; the class needs `mend`", self.step_through(ids[:1])[0], valid[:1])
+        whole, _ = self.step_through(ids[:1])
+        compare("whole texts from a blank state; the class needs `apply_workarounds`", whole, valid[:1])
         start, state = self.step_through(ids[:1, :3])
         rest, _ = self.step_through(ids[:1, 3:], state)
-        compare("several tokens from a state; leave `reads_on` False", torch.cat([start, rest], 1), valid[:1])
-        compare("padding before a blank state; leave `pads` False", self.step_through(ids, None, valid)[0], valid)
+        pieces = torch.cat([start, rest], 1)
+        compare("several tokens from a state; leave `continues_from_state` False", pieces, valid[:1])
+        padded, _ = self.step_through(ids, None, valid)
+        compare("padding before a blank state; leave `handles_padding` False", padded, valid)
 
     # The state
 
@@ -202,7 +223,7 @@ class Recurrent(HubModel):
     def blank_state(self, batch: int) -> RecurrentState:
         """The state before the first token."""
         weight = next(self.parameters())
-        _, state = self.one_pass(torch.zeros(batch, 1, dtype=torch.long, device=weight.device), None, None)
+        _, state = self.run_body(torch.zeros(batch, 1, dtype=torch.long, device=weight.device), None, None)
         tensors = {n: t[:, :, :0] if n.endswith(("keys", "values")) else t for n, t in state.tensors.items()}
         return RecurrentState({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
 

@@ -1,31 +1,28 @@
 """Causal transformers of `transformers` (GPT-2, Llama, Qwen3 and other classes) behind the recurrent models' interface.
 
-They look back at all that they have read, so their "state" is all of it, and grows. `CausalTransformer` runs everything
-again, which is simple and right, and slow for long texts: it is for the gradient step, whose texts are short. For long
-ones `LookingBack` keeps keys and values. Attention is eager, because fused attention cannot be differentiated twice.
+A transformer looks back at everything it has read, so its "state" is all of that, and grows. `CausalTransformer` runs
+all tokens again, which is simple and slow for long texts: it is for gradient steps, whose texts are short. For long
+texts, `CachedTransformer` keeps keys and values. Attention is eager, since fused attention has no second derivative.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.utils import cached_file
 
 from prosg_lib.backbones.base import LanguageModel, check_batch
-from prosg_lib.backbones.hub import HubModel, pretrained
+from prosg_lib.backbones.hub import HubModel
 from prosg_lib.backbones.hub_recurrent import Recurrent
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.config.sizes import TransformerConfig
-from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
+from prosg_lib.errors import UserError
 
 
 class CausalTransformer(HubModel):
     """A causal language model of `transformers`. `forward`, `generate`: see `LanguageModel`."""
 
-    grows = True
+    state_grows = True
 
     def step_through(self, ids, state=None, valid=None):
         time = ids.shape[1]
@@ -43,20 +40,42 @@ class CausalTransformer(HubModel):
         ).last_hidden_state
         return hidden[:, -time:], RecurrentState({"ids": ids, "valid": valid})
 
-    def looking_back(self) -> LookingBack:
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare a padded batch with each text alone, as the wrapped class itself reads it.
+
+        Raises:
+            UserError: they differ, or the class does not take padding and positions: it is not a plain transformer.
+        """
+        rows = [[1, 2, 3, 4, 5], [3, 1]]
+        try:
+            ids, valid = self.encode_prompts(rows)
+            hidden, _ = self.step_through(ids, None, valid)
+            alone = [self.model.base_model(ids[i : i + 1, -len(row) :]).last_hidden_state for i, row in enumerate(rows)]
+            gaps = [(many[-one.shape[1] :] - one[0]).abs().max() for many, one in zip(hidden, alone, strict=True)]
+            right = max(gaps) < 1e-2 * max(one.abs().max() for one in alone)  # rounding is far below
+        except Exception:  # a class of another kind fails in its own way
+            right = False
+        if not right:
+            raise UserError(
+                f"{type(self.model).__name__} does not read padded text as a plain transformer does, and has no "
+                "adapter here; README shows how to write one (Any recurrent model)"
+            )
+
+    def with_kv_cache(self) -> CachedTransformer:
         """The same model, its weights shared, with keys and values for a state: for long texts."""
-        lm = LookingBack(self.model)
+        lm = CachedTransformer(self.model)
         lm.tokenizer = self.tokenizer
         return lm.train(self.training)
 
 
-class LookingBack(Recurrent):
+class CachedTransformer(Recurrent):
     """A causal transformer with all keys and values so far as its state: what a recurrent model is compared with.
 
     It says what `CausalTransformer` says, has its fingerprint, and reads every token once.
     """
 
-    reads_on = pads = True
+    continues_from_state = handles_padding = True
     state_features = LanguageModel.state_features  # it has none of a fixed size
 
 
@@ -106,22 +125,3 @@ def _look_back(attention: nn.Module, rotary: nn.Module, heads: int, strength: fl
         bias[: heads * size] = value.repeat(heads)
     for linear in (attention.v_proj, attention.o_proj):
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-
-
-def load_transformer(source: str | Path) -> CausalTransformer:
-    """A pretrained causal transformer by hub id or folder, float32, with its tokenizer.json where there is one.
-
-    Raises:
-        UserError: the hub cannot be reached, or there is no such model.
-    """
-    lm = CausalTransformer(pretrained(source)).eval()
-    lm.tokenizer = _tokenizer(source)
-    return lm
-
-
-def _tokenizer(source: str | Path) -> Tokenizer | None:
-    try:
-        path = cached_file(source, "tokenizer.json")
-    except OSError:
-        return None
-    return load_tokenizer(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from prosg_lib.backbones.base import LanguageModel, check_batch
 from prosg_lib.backbones.state import RecurrentState
-from prosg_lib.errors import UserError
 
 BlockState = dict[str, Tensor]
 """One block's state: name -> (B, ...)."""
@@ -80,7 +78,7 @@ class RWKV(LanguageModel):
         block: (config, layer) -> the block.
     """
 
-    recent = ("shift",)
+    short_term = ("shift",)
 
     def __init__(self, config, block: Callable[..., nn.Module]):
         super().__init__()
@@ -123,42 +121,3 @@ class RWKV(LanguageModel):
             for name, module in self.named_modules()
             if isinstance(module, nn.Linear) and name.startswith("blocks.")
         }
-
-
-Model = TypeVar("Model", bound=RWKV)
-
-
-def filled(model: Model, layout: dict[str, Tensor], weights: dict[str, Tensor], kind: str) -> Model:
-    """The model with an author's weights instead of its own, in float32; the weights themselves are copied.
-
-    Args:
-        layout: the model's state dict as the author lays it out.
-        weights: of these names and shapes, but for dimensions of size 1.
-        kind: the generation, for messages.
-    Raises:
-        UserError: tensors are missing, foreign, of another shape, or quantised.
-    """
-    missing, foreign = layout.keys() - weights.keys(), weights.keys() - layout.keys()
-    if missing or foreign:
-        raise UserError(
-            f"these weights are not {kind}'s: {len(missing)} tensors missing ({', '.join(sorted(missing)[:3])}), "
-            f"{len(foreign)} unknown ({', '.join(sorted(foreign)[:3])})"
-        )
-    for name, tensor in weights.items():
-        if [n for n in tensor.shape if n > 1] != [n for n in layout[name].shape if n > 1]:
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(layout[name].shape)}")
-        if not tensor.is_floating_point():
-            raise UserError(f"{name} is {tensor.dtype}; quantised weights cannot be read, take the float16 file")
-    own = model.state_dict()
-    copied = {n: t.to("cpu", torch.float32, copy=True).reshape(own[n].shape) for n, t in weights.items()}
-    model.load_state_dict(copied, assign=True)
-    return model
-
-
-def layers_of(weights: dict[str, Tensor]) -> int:
-    """How many blocks these weights name.
-
-    Raises:
-        ValueError, IndexError: a name is not of the author's layout, or none names a block.
-    """
-    return 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))

@@ -10,7 +10,6 @@ Glossary of shapes: B batch, T time, D width, F feed-forward width, L layers.
 from __future__ import annotations
 
 import math
-import re
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,6 @@ from prosg_lib.backbones.rwkv import (
     RWKV,
     BlockState,
     ResidualBlock,
-    filled,
-    layers_of,
     lerps,
     shifted,
     squared_relu,
@@ -29,7 +26,6 @@ from prosg_lib.backbones.rwkv import (
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.backbones.wkv import BLANK, WKVState, wkv_chunked, wkv_recurrent
 from prosg_lib.config.sizes import RWKV4Config
-from prosg_lib.errors import UserError
 
 STATE_NAMES = ("att_shift", "ffn_shift", "num", "den", "m")
 
@@ -122,9 +118,9 @@ class RWKV4(RWKV):
         return x, after
 
     def hf_module_name(self, name):
-        return _hf_name(name)
+        return f"rwkv.{name}".replace(".att.", ".attention.").replace(".ffn.", ".feed_forward.")
 
-    def combined(self, states, weights):
+    def combine_states(self, states, weights):
         """Of the sums num e^m and den e^m that the state stands for, in the gauge of the largest one that counts."""
         counted = [(s.tensors, w) for s, w in zip(states, weights, strict=True) if w]
         m = torch.stack([s["m"] for s, _ in counted] or [torch.full_like(states[0].tensors["m"], BLANK)]).amax(0)
@@ -132,13 +128,13 @@ class RWKV4(RWKV):
         sums = {n: sum((w * s[n] * torch.exp(s["m"] - m) for s, w in counted), zero) for n in ("num", "den")}
         return RecurrentState(states[0].tensors | sums | {"m": m})
 
-    def lost(self, state):
+    def state_decay(self, state):
         """The sums decay by e^{-w} a token, w = e^{time_decay}: 1 - e^{-w} of them."""
         decay = torch.stack([block.att.time_decay for block in self.blocks]).exp()  # (L, D)
         share = -torch.expm1(-decay.to(state.tensors["num"]))
         return RecurrentState(state.tensors | {n: share * state.tensors[n] for n in ("num", "den")})
 
-    def tunable(self, state):
+    def tunable_state(self, state):
         """With den = 1, which stays so: num is what WKV would read then, and m the logarithm of its weight."""
         s = state.tensors
         size = torch.where(s["den"] > 0, s["den"], 1.0)
@@ -158,65 +154,6 @@ class RWKV4(RWKV):
             torch.where(seen, torch.log(den) + s["m"], 0.0),
         )
         return torch.cat(features, -1).flatten(1)  # (B, layers * 4 D)
-
-
-_HF_NAMES = (  # author's name -> transformers' name, applied in order
-    (r"^emb\.", "rwkv.embeddings."),
-    (r"^ln_out\.", "rwkv.ln_out."),
-    (r"^blocks\.(\d+)\.ln0\.", r"rwkv.blocks.\1.pre_ln."),
-    (r"^blocks\.(\d+)\.att\.", r"rwkv.blocks.\1.attention."),
-    (r"^blocks\.(\d+)\.ffn\.", r"rwkv.blocks.\1.feed_forward."),
-    (r"^blocks\.", "rwkv.blocks."),
-    (r"time_mix_k$", "time_mix_key"),
-    (r"time_mix_v$", "time_mix_value"),
-    (r"time_mix_r$", "time_mix_receptance"),
-)
-
-
-def _hf_name(name: str) -> str:
-    for pattern, replacement in _HF_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def config_of(weights: dict[str, Tensor]) -> RWKV4Config:
-    """The sizes, read off a state dict in the author's layout."""
-    try:
-        vocab, width = weights["emb.weight"].shape
-        return RWKV4Config(vocab, width, layers_of(weights), weights["blocks.0.ffn.key.weight"].shape[0])
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(
-            f"these weights are not RWKV-4's: {error}; expected names like emb.weight, blocks.0.att.time_decay"
-        ) from error
-
-
-def from_weights(weights: dict[str, Tensor]) -> RWKV4:
-    """A model out of a state dict in the author's .pth layout (time_mix_* may be (1, 1, D)), in float32."""
-    model = RWKV4(config_of(weights))
-    return filled(model, to_weights(model), weights, "RWKV-4")
-
-
-def from_hf(weights: dict[str, Tensor]) -> RWKV4:
-    """A model out of the state dict of `transformers.RwkvForCausalLM`."""
-    layers = {name.split(".")[2] for name in weights if name.startswith("rwkv.blocks.")}
-    if not layers:
-        raise UserError("these weights are not those of transformers' RwkvForCausalLM: no names like rwkv.blocks.0.…")
-    with torch.device("meta"):  # only for the names
-        names = {_hf_name(name): name for name in RWKV4(RWKV4Config(1, 1, len(layers), 1)).state_dict()}
-    return from_weights({names.get(name, name): tensor for name, tensor in weights.items()})
-
-
-def to_hf(model: RWKV4) -> dict[str, Tensor]:
-    """The state dict in the layout of `transformers.RwkvForCausalLM`, time_mix_* (1, 1, D)."""
-    return {
-        _hf_name(name): tensor[None, None] if "time_mix" in name else tensor
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def to_weights(model: RWKV4) -> dict[str, Tensor]:
-    """The state dict in the author's .pth layout, time_mix_* (1, 1, D)."""
-    return {n: t[None, None] if "time_mix" in n else t for n, t in model.state_dict().items()}
 
 
 def training_flops(config: RWKV4Config) -> float:

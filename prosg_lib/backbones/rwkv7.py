@@ -18,8 +18,6 @@ from prosg_lib.backbones.rwkv import (
     RWKV,
     BlockState,
     ResidualBlock,
-    filled,
-    layers_of,
     lerps,
     shifted,
     squared_relu,
@@ -203,57 +201,3 @@ class RWKV7(RWKV):
         length = torch.where(seen, length, 1.0)
         features = (s["att_shift"], s["ffn_shift"], (wkv / length).flatten(2), torch.log(length).flatten(2))
         return torch.cat(features, -1).flatten(1)  # (B, L (2 D + D N + H))
-
-
-def config_of(weights: dict[str, Tensor]) -> RWKV7Config:
-    """The sizes, read off a state dict in the author's layout."""
-    try:
-        vocab, width = weights["emb.weight"].shape
-        layers = layers_of(weights)
-        *_, _heads, head = weights["blocks.0.att.r_k"].shape
-        ffn, _ = weights["blocks.0.ffn.key.weight"].shape
-        ranks = [weights[f"blocks.0.att.{name}"].shape[1] for name in ("w1", "a1", "g1")]
-        value_rank = weights["blocks.1.att.v1"].shape[1] if layers > 1 else 0
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(
-            f"these weights are not RWKV-7's: {error}; expected names like emb.weight, blocks.0.att.r_k"
-        ) from error
-    decay_rank, rate_rank, gate_rank = ranks
-    return RWKV7Config(vocab, width, layers, ffn, head, decay_rank, rate_rank, value_rank, gate_rank)
-
-
-def from_weights(weights: dict[str, Tensor]) -> RWKV7:
-    """A model out of a state dict in the author's .pth layout, in float32.
-
-    The first layer may have v0, v1 and v2 or not; nothing uses them there, and they are left out.
-
-    Raises:
-        UserError: a tensor is missing, foreign, of a wrong shape, or quantised.
-    """
-    weights = {n: t for n, t in weights.items() if n not in _UNUSED}
-    with torch.device("meta"):  # every number of it will be replaced
-        model = RWKV7(config_of(weights))
-    return filled(model, to_weights(model), weights, "RWKV-7")
-
-
-_UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
-
-
-def to_weights(model: RWKV7) -> dict[str, Tensor]:
-    """The state dict in the author's .pth layout: r_k (H, N), the other vectors of a mix (1, 1, D)."""
-
-    def laid_out(name: str, tensor: Tensor) -> Tensor:
-        if name.endswith(".r_k"):
-            return tensor[0]
-        return tensor[None, None] if tensor.ndim == 1 and "ln" not in name else tensor
-
-    return {name: laid_out(name, tensor) for name, tensor in model.state_dict().items()}
-
-
-def training_flops(config: RWKV7Config) -> float:
-    """Floating point operations of training per token: 6 per weight of the linear and low-rank maps (forward 2,
-    backward 4), and as much for each of the four times that a token meets a number of the matrices."""
-    c = config
-    ranks = c.layers * (c.decay_rank + c.rate_rank + c.gate_rank) + (c.layers - 1) * c.value_rank
-    block = 4 * c.width**2 + 2 * c.width * c.ffn + 4 * c.width * c.head
-    return 6.0 * (c.layers * block + 2 * c.width * ranks + c.width * c.vocab)

@@ -18,7 +18,7 @@ class RecurrentState:
         tensors: name -> (B, ...), batch first. Which names there are is the backbone's affair. RWKV-4 has its five
             vectors a block: att_shift, ffn_shift, num, den, m, each (B, layers, D); RWKV-7 the two shifts and a matrix
             a head, wkv (B, layers, H, N, N); models of `transformers` have "3.conv", "3.state", ... by layer
-            (`backbones.hf.Recurrent`).
+            (`backbones.hub_recurrent.Recurrent`).
     """
 
     tensors: dict[str, Tensor]
@@ -28,7 +28,7 @@ class RecurrentState:
         return next(iter(self.tensors.values())).shape[0]
 
     def nbytes(self) -> int:
-        """Bytes of one sequence's state; the same however long the text was, unless the model `grows`: keys and values
+        """Bytes of one sequence's state; the same however long the text was, unless `state_grows`: keys and values
         of attention layers are counted as they are kept, with the padding to the longest text of the batch."""
         return sum(t[0].numel() * t.element_size() for t in self.tensors.values())
 

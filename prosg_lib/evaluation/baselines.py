@@ -154,7 +154,7 @@ class Between:
     other: RecurrentState
 
     def __call__(self, lm: LanguageModel, state: RecurrentState) -> RecurrentState:
-        return lm.combined([state, self.other], [self.own, self.share])
+        return lm.combine_states([state, self.other], [self.own, self.share])
 
     def select(self, rows: Sequence[int]) -> Self:
         return replace(self, other=self.other.select(list(rows)))
@@ -239,7 +239,7 @@ def start(method: str, lm: LanguageModel, generators: dict[str, Generator], prom
 def _baseline(lm: LanguageModel, prompts: list[list[int]], family: str, numbers: tuple[float, ...]) -> Start:
     """The start of one of `BASELINES`."""
     if family in _CHANGED:
-        lm.check_fixed(_CHANGED[family])
+        lm.check_fixed_state(_CHANGED[family])
     if family == "last":
         last = Last(*numbers, prompts)
         ids, valid = lm.encode_prompts(last.known([[]] * len(prompts), 0))
@@ -255,8 +255,8 @@ def _baseline(lm: LanguageModel, prompts: list[list[int]], family: str, numbers:
         return replace(base, between=Between(every, 1 - share, share, state))
     if family == "offset":
         (strength,) = numbers
-        made = lm.combined([state, lm.blank_state(len(prompts))], [1.0, -1.0])
-        return replace(base, between=Between(1, 1.0, strength, lm.lost(made)))
+        made = lm.combine_states([state, lm.blank_state(len(prompts))], [1.0, -1.0])
+        return replace(base, between=Between(1, 1.0, strength, lm.state_decay(made)))
     if family == "tuned":
         return replace(base, state=tuned_state(lm, ids, valid, state, *numbers))
     if family == "lora":

@@ -72,7 +72,7 @@ def _short(cell) -> str:
 def _check_room(lm: LanguageModel, problems: Sequence[Problem]) -> None:
     """A model that looks back at all it has read may have places for so many tokens and no more."""
     room = getattr(getattr(lm, "model", None), "config", None)
-    room = getattr(room, "max_position_embeddings", None) if lm.grows else None
+    room = getattr(room, "max_position_embeddings", None) if lm.state_grows else None
     need = max(2 * len(p.memory) + len(p.rest) for p in problems)
     if room and need > room:
         raise UserError(

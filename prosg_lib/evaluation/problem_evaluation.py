@@ -1,8 +1,8 @@
 """What a model says at the judged positions of problems: read on from them, without them, with them in its weights.
 
 One forward pass over the rest of a batch, and all methods get the same problems. A model whose state is of a fixed size
-reads the memory, and then the rest from that state; one that looks back at all it has read (`grows`) reads both in
-one pass. There, what is in its weights comes on top of what it still sees; the delta alone shows what the weights know.
+reads the memory, and then the rest from that state; one that looks back at all it has read (`state_grows`) reads both
+in one pass. There, what is in its weights comes on top of what it still sees; the delta alone shows what they know.
 
 Glossary of shapes: B problems, M tokens of memory, T tokens of the rest, D model width.
 """
@@ -129,7 +129,7 @@ def _read(
     Args:
         written: the start with the memories' delta, which is derived once for all methods that need it.
     """
-    if lm.grows and method in ("base", "repeated"):
+    if lm.state_grows and method in ("base", "repeated"):
         return _in_one_pass(lm, batch, memories if method == "base" else [2 * memory for memory in memories])
     begin = start(method, lm, {}, memories) if method in PLAIN else _with_delta(method, written)
     with applied(lm, begin.delta):

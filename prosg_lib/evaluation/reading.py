@@ -99,7 +99,7 @@ def _through(
     at: int,
 ) -> tuple[Tensor, RecurrentState]:
     """As `lm.step_through`, with the state changed where it is due; `at`: tokens that came before."""
-    every = between.every if between else _PIECE if lm.grows else ids.shape[1]
+    every = between.every if between else _PIECE if lm.state_grows else ids.shape[1]
     hidden, done = [], 0
     while done < ids.shape[1]:
         end = min(ids.shape[1], done + every - ((at + done) % every if between else 0))

@@ -161,7 +161,7 @@ def _ask(
     again = [ends[i] + (prompts[i] if begin.repeat else []) for i in range(len(items))]
     questions = [again[i] + list(data.encode_probe(p)[0]) for i, item in enumerate(items) for p in item.probes]
     texts = []
-    together = _AT_ONCE if lm.grows else len(owner)
+    together = _AT_ONCE if lm.state_grows else len(owner)
     for first in range(0, len(owner), together):
         rows = owner[first : first + together]
         asked, forked = begin.select(rows), None if state is None else state.select(rows)

@@ -40,7 +40,7 @@ def tuned_state(
         NotFinite: a loss or gradient is not finite.
     """
     _check_length(ids)
-    start, names = lm.tunable(state)
+    start, names = lm.tunable_state(state)
 
     def losses_of(leaves: dict[str, Tensor]) -> Tensor:
         return context_nll(lm, ids, valid, RecurrentState(start.tensors | leaves))

@@ -19,7 +19,7 @@ class WeightStep(nn.Module):
 
     Every example has weights of its own after the step, as many as the model has; where those of a batch would not fit
     in memory, train on a few examples at a time (`training.fit`, at_once). The examples of a batch are computed at once
-    where the model's class lets them (`LanguageModel.vmaps`), else one after the other.
+    where the model's class lets them (`LanguageModel.supports_vmap`), else one after the other.
 
     Attributes:
         moved: the start's difference to the model, by name of the weight: of its shape, or, of a given rank, as two
@@ -63,7 +63,7 @@ class WeightStep(nn.Module):
         """See `Way`; raises what `AdapterStep.delta` and `start` do."""
         if self.second_order and torch.is_grad_enabled():
             lm.check_second_order()
-        if not lm.vmaps and len(contexts.ids) > 1:
+        if not lm.supports_vmap and len(contexts.ids) > 1:
             alone = [self.after(lm, Rows(*(t[[i]] for t in contexts)), successive) for i in range(len(contexts.ids))]
             return lambda ids, valid, last=None: torch.cat(
                 [says(ids[[i]], valid[[i]], last) for i, says in enumerate(alone)]
@@ -86,7 +86,7 @@ class WeightStep(nn.Module):
 
 def _mapped(lm: LanguageModel, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function of one example's weights and tensors as one of a batch of them, or of a batch of one example."""
-    if lm.vmaps:
+    if lm.supports_vmap:
         return torch.func.vmap(f)
     return lambda weights, *tensors: f({n: w[0] for n, w in weights.items()}, *(t[0] for t in tensors))[None]
 

@@ -1,20 +1,15 @@
 """The model and the generator that a user names, of whatever kind: shipped, in a folder, or on the hub.
 
-`models.load_model` reads recurrent models, and `stages.load_generator` what was trained on dialogues; here attention
-models of others are read, too, and what was trained on pairs.
+`stages.load_generator` reads what was trained on dialogues; here what was trained on pairs is read, too.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from transformers.utils import cached_file
-
 from prosg_lib import files
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.backbones.hub_transformer import load_transformer
 from prosg_lib.backbones.loading import load_model
-from prosg_lib.backbones.registry import LOADERS, loader
 from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator
@@ -28,30 +23,11 @@ def choose_model(name: str) -> LanguageModel:
     """A model in evaluation mode, frozen, on the GPU where there is one.
 
     Args:
-        name: what `models.load_model` takes; or a folder or a hub id of a causal transformer.
+        name: as `load_model` takes it.
     Raises:
         UserError: there is nothing of that name, or it is damaged; see there.
     """
-    lm = load_transformer(name) if _is_transformer(name) else load_model(name)
-    return lm.to(stages.device()).eval().requires_grad_(False)
-
-
-def _is_transformer(name: str) -> bool:
-    """Whether a folder or a hub id is of a class that no recurrent adapter reads."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        config = path / "config.json"
-    elif path.exists() or path.is_absolute() or name.count("/") != 1:
-        return False
-    else:
-        try:
-            config = Path(cached_file(name, "config.json"))
-        except (OSError, ValueError):
-            return False  # `load_model` says what is wrong with it
-    found = files.read_json(config) if config.is_file() else {}
-    kind = found.get("model_type") if isinstance(found, dict) else None
-    loader("rwkv")  # registers the project's own adapters
-    return kind is not None and kind not in LOADERS
+    return load_model(name).to(stages.device()).eval().requires_grad_(False)
 
 
 def choose_generator(name: str, lm: LanguageModel) -> Generator:

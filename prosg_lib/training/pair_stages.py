@@ -15,7 +15,8 @@ from itertools import chain
 from torch import nn
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.backbones.hub_transformer import load_transformer, new_llama
+from prosg_lib.backbones.hub_transformer import new_llama
+from prosg_lib.backbones.loading import load_model
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.config import PROFILES, TASKS, PairTraining, Profile
 from prosg_lib.errors import UserError
@@ -177,9 +178,9 @@ def _turns(tasks: Iterable[str]) -> Iterator[tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def _pretrained(source: str) -> LanguageModel:
-    lm = load_transformer(source)
+    lm = load_model(source)
     if lm.tokenizer is None:
-        raise UserError(f"{source} has no tokenizer.json; pairs are text, so save the model's fast tokenizer beside it")
+        raise UserError(f"{source} has no tokenizer; pairs are text, so save the model's tokenizer beside it")
     return lm.to(stages.device()).requires_grad_(False)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from prosg_lib.backbones.hub_transformer import CausalTransformer, LookingBack, new_llama
+from prosg_lib.backbones.hub_transformer import CachedTransformer, CausalTransformer, new_llama
 from prosg_lib.config.sizes import PairTraining, Profile, Training
 from prosg_lib.tasks.dialogue import data_hash
 from prosg_lib.tasks.pair_batches import echoed
@@ -28,7 +28,7 @@ def checkpoint_name(profile: Profile) -> str:
 
 def dialogue_transformer(
     profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY
-) -> LookingBack:
+) -> CachedTransformer:
     """A transformer of the recurrent model's width and layers, trained on the dialogues as that is.
 
     The first steps are random tokens said twice instead: on dialogues alone it learned in 700 steps of 32 what answers
@@ -72,7 +72,7 @@ def dialogue_transformer(
         seed,
         thrift=thrift,
     )
-    return stages.obtain(plan, profile, retrain).looking_back()
+    return stages.obtain(plan, profile, retrain).with_kv_cache()
 
 
 def copying_first(

@@ -7,6 +7,7 @@ Add a family of your own to `FAMILIES`, and all of this holds for it, or says wh
 import copy
 import hashlib
 import inspect
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ import transformers
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from prosg_lib.backbones import hub_recurrent
 from prosg_lib.backbones import loading as models
-from prosg_lib.backbones import registry
 from prosg_lib.backbones.hub import HubModel
 from prosg_lib.backbones.hub_families import (
     XLSTM,
@@ -308,7 +309,7 @@ def test_going_on_twice_from_one_state_is_the_same_twice(case):
 def test_greedy_generation_is_the_argmax_of_the_whole_text(case):
     """Of a padded batch; each token is what the class, given all before it at once, says next."""
     lm = case.lm
-    steps = torch.stack(list(lm.stream(case.rows, max_new_tokens=5, stop=None, past_end=True)), 1).tolist()
+    steps = torch.stack(list(lm.stream(case.rows, max_new_tokens=5, stop=None, ignore_eos=True)), 1).tolist()
     assert len({tuple(row) for row in steps}) > 1
     for row, new in zip(case.rows, steps, strict=True):
         ids = torch.tensor([row + new], device=case.device)
@@ -320,7 +321,7 @@ def test_greedy_generation_is_the_argmax_of_the_whole_text(case):
 def test_texts_end_where_the_model_ends_them(case):
     """At what the class's generation would end them at; for the others of the batch nothing changes."""
     lm = case.make()
-    free = torch.stack(list(lm.stream(case.rows, max_new_tokens=6, stop=None, past_end=True)), 1).tolist()
+    free = torch.stack(list(lm.stream(case.rows, max_new_tokens=6, stop=None, ignore_eos=True)), 1).tolist()
     if isinstance(lm, HubModel):
         assert lm.ends == (1,)
     lm.ends = (free[0][1], free[1][3], free[2][1])
@@ -544,7 +545,7 @@ def test_bytes(case):
     one. `grows` says so."""
     lm = case.lm
     one, some, many = (lm.derive_state([row]).nbytes() for row in rows_of((1, 6, 41)))
-    if lm.grows:
+    if lm.state_grows:
         token = 4 * KEYS.get(case.name, 2 * 16)
         assert some - one == 5 * token
         assert many - some == token * (35 if case.name != "recurrent_gemma" else 1)
@@ -761,19 +762,19 @@ def test_claims_that_are_wrong_are_found():
     """Mamba's class is wrong for several tokens from a state, RecurrentGemma's for any; both as they come."""
 
     class Bold(Recurrent):
-        reads_on = True
+        continues_from_state = True
 
-    with pytest.raises(UserError, match=r"Bold is wrong by .* for several tokens from a state; leave `reads_on` False"):
+    with pytest.raises(UserError, match=r"Bold is wrong by .* for several tokens .*`continues_from_state` False"):
         Bold(library("Mamba", **MAMBA)).eval().check()
     Recurrent(library("Mamba", **MAMBA)).eval().check()
 
     class Padded(Recurrent):
-        pads = True
+        handles_padding = True
 
         def _where(self, ids, state, valid, cache):
             return {}, {}
 
-    with pytest.raises(UserError, match=r"Padded is wrong by .* for padding before a blank state; leave `pads` False"):
+    with pytest.raises(UserError, match=r"Padded is wrong by .* for padding .*`handles_padding` False"):
         Padded(library("Mamba", **MAMBA)).eval().check()
 
     class Capped(Recurrent):
@@ -788,14 +789,14 @@ def test_the_example_of_a_class_of_ones_own(tmp_path, monkeypatch):
     """The code that `register` shows, as it stands, on a class that the project does not know: right however it is
     batched, padded and cut, and with a change of the weights."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "LOADERS", dict(registry.LOADERS))
     sizes = HEADS | {n: v for n, v in DELTA_RULE.items() if n != "head_dim"} | {"linear_num_value_heads": 2}
     library("OlmoHybrid", **sizes).save_pretrained(tmp_path / "olmo-hybrid")
-    with pytest.raises(UserError, match="no recurrent model of type 'olmo_hybrid' is known; there are bamba, "):
+    with pytest.raises(UserError, match="OlmoHybridForCausalLM does not read padded text as a plain transformer does"):
         load_model("olmo-hybrid")
-    _, _, example = inspect.getdoc(registry.register).partition("::\n")
+    _, _, example = inspect.getdoc(hub_recurrent.register).partition("::\n")
     scope = {}
-    exec(compile(inspect.cleandoc(example), "registry.register", "exec"), scope)
+    with mock.patch.dict(hub_recurrent.ADAPTERS):
+        exec(compile(inspect.cleandoc(example), "hub_recurrent.register", "exec"), scope)
     lm = scope["lm"]
     rows = rows_of((5, 9))
     expected = [alone(lm, row) for row in rows]

@@ -197,7 +197,7 @@ def test_a_text_ends_at_the_models_end(ending, prompts):
     assert ["".join(row) for row in zip(*steps, strict=True)] == texts
     steps = torch.stack(list(lm.stream(prompts, None, delta, 30, None)), 1).tolist()
     assert steps == [row + [-1] * (30 - len(row)) for row in expected]
-    assert lm.generate(prompts, None, delta, 30, None, past_end=True) == [lm.tokenizer.decode(row) for row in free]
+    assert lm.generate(prompts, None, delta, 30, None, ignore_eos=True) == [lm.tokenizer.decode(row) for row in free]
     tokenizer, lm.tokenizer = lm.tokenizer, None
     assert lm.generate(prompts, None, delta, 30, None) == expected
     lm.tokenizer, ends, lm.ends = copy.copy(tokenizer), lm.ends, ()

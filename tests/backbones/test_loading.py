@@ -15,11 +15,11 @@ from transformers import AutoTokenizer, ByT5Tokenizer, Mamba2Config, Mamba2ForCa
 
 from prosg_lib import files, paths
 from prosg_lib.backbones import loading as models
-from prosg_lib.backbones import rwkv7
 from prosg_lib.backbones.hub_families import Mamba2
 from prosg_lib.backbones.hub_transformer import TransformerConfig, new_llama
 from prosg_lib.backbones.loading import load_model, save_model
-from prosg_lib.backbones.rwkv4 import RWKV4, to_hf, to_weights
+from prosg_lib.backbones.rwkv4 import RWKV4
+from prosg_lib.backbones.rwkv_layouts import to_author, to_hf
 from prosg_lib.errors import UserError
 from prosg_lib.text.tokenizer import Tokenizer
 from prosg_lib.text.world_tokenizer import WorldTokenizer
@@ -82,7 +82,7 @@ def test_a_world_tokenizer_goes_with_the_model(lm, tmp_path):
 
 @pytest.mark.parametrize("family", ["rwkv7"])
 def test_layouts_that_a_model_does_not_have(lm, tmp_path):
-    with pytest.raises(UserError, match="no class for a RWKV7; save it as 'prosg' or 'author'"):
+    with pytest.raises(UserError, match="no class for RWKV-7; save it in layout 'prosg' or 'author'"):
         save_model(lm, tmp_path / "folder", "transformers")
     assert not (tmp_path / "folder").exists()
     transformer = new_llama(TransformerConfig("llama", 50, 16, 1, 32, 2))
@@ -117,16 +117,14 @@ def test_we_load_folders_of_transformers(lm, tmp_path):
     assert again.tokenizer is None
 
 
-@pytest.mark.parametrize(
-    ("family", "name", "laid_out"), [("rwkv4", "ffn.time_mix_k", to_weights), ("rwkv7", "ffn.x_k", rwkv7.to_weights)]
-)
-def test_authors_file_is_a_plain_dict_of_tensors(lm, tmp_path, name, laid_out):
+@pytest.mark.parametrize(("family", "name"), [("rwkv4", "ffn.time_mix_k"), ("rwkv7", "ffn.x_k")])
+def test_authors_file_is_a_plain_dict_of_tensors(lm, tmp_path, name):
     save_model(lm, tmp_path / "m.pth", "author")
     weights = torch.load(tmp_path / "m.pth", weights_only=True)
     assert type(weights) is dict
     assert weights[f"blocks.1.{name}"].shape == (1, 1, 16)
-    assert weights.keys() == laid_out(lm).keys()
-    assert all(torch.equal(t, weights[n]) for n, t in laid_out(lm).items())
+    assert weights.keys() == to_author(lm).keys()
+    assert all(torch.equal(t, weights[n]) for n, t in to_author(lm).items())
 
 
 def test_shipped_names(lm, tmp_path, monkeypatch):
@@ -252,15 +250,15 @@ def test_foreign_files_are_refused(lm, tmp_path):
     with pytest.raises(UserError, match="tensors by name"):
         load_model(tmp_path / "run.pth")
     torch.save({"layers.0.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"these 1 tensors \(layers.0.weight\) are of no model that is known"):
+    with pytest.raises(UserError, match=r"these 1 tensors \(layers.0.weight\) belong to no known model"):
         load_model(tmp_path / "other.pth")
     torch.save({}, tmp_path / "empty.pth")
-    with pytest.raises(UserError, match="of no model that is known"):
+    with pytest.raises(UserError, match="belong to no known model"):
         load_model(tmp_path / "empty.pth")
-    torch.save(to_weights(lm) | {"blocks.0.att.ln_x.weight": torch.zeros(16)}, tmp_path / "more.pth")
-    with pytest.raises(UserError, match=r"not RWKV-4's: .* 1 unknown \(blocks.0.att.ln_x.weight\)"):
+    torch.save(to_author(lm) | {"blocks.0.att.ln_x.weight": torch.zeros(16)}, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"not a whole RWKV4: .* 1 unknown \(blocks.0.att.ln_x.weight\)"):
         load_model(tmp_path / "more.pth")
-    weights = {n.replace("time_first", "time_faaaa"): t for n, t in to_weights(lm).items()}
+    weights = {n.replace("time_first", "time_faaaa"): t for n, t in to_author(lm).items()}
     torch.save(weights, tmp_path / "rwkv5.pth")
     with pytest.raises(UserError, match=r"neither blocks.0.att.time_first \(RWKV4\) nor blocks.0.att.r_k \(RWKV7\)"):
         load_model(tmp_path / "rwkv5.pth")
@@ -274,9 +272,9 @@ def test_foreign_files_are_refused(lm, tmp_path):
 @pytest.mark.parametrize("family", ["rwkv7"])
 def test_rwkv7s_that_are_not_whole_are_refused(lm, tmp_path):
     """A tensor lost, one too many, one quantised: the file is recognised, and the fault is named."""
-    weights = rwkv7.to_weights(lm)
+    weights = to_author(lm)
     for change, message in (
-        ({}, r"not RWKV-7's: 1 tensors missing \(blocks.2.att.g2\), 0 unknown"),
+        ({}, r"not a whole RWKV7: 1 tensors missing \(blocks.2.att.g2\), 0 unknown"),
         ({"blocks.2.att.g2": weights["blocks.2.att.g2"], "x": torch.zeros(2)}, r"0 tensors missing \(\), 1 unknown"),
         ({"blocks.2.att.g2": torch.zeros(5, 16, dtype=torch.uint8)}, r"blocks.2.att.g2 is torch.uint8; quantised"),
     ):
@@ -286,7 +284,7 @@ def test_rwkv7s_that_are_not_whole_are_refused(lm, tmp_path):
 
 
 def test_foreign_folders_are_refused(lm, tmp_path):
-    with pytest.raises(UserError, match=r"config\.json does not exist"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         load_model(tmp_path)
     save_model(lm, tmp_path, "transformers")
     config = json.loads((tmp_path / "config.json").read_text())
@@ -296,9 +294,9 @@ def test_foreign_folders_are_refused(lm, tmp_path):
         return load_model(tmp_path)
 
     assert_same_weights(with_config({"auto_map": {"AutoModel": "evil.Model"}}), lm)  # names code; nobody reads it
-    with pytest.raises(UserError, match=r"of type 'llama' is known; there are .*, mamba, .*, rwkv, .*load_transformer"):
+    with pytest.raises(UserError, match="could not be loaded"):
         with_config({"model_type": "llama"})
-    with pytest.raises(UserError, match="no recurrent model of type None"):
+    with pytest.raises(UserError, match="could not be loaded"):
         with_config({"model_type": None})
     with pytest.raises(UserError, match=r"layer_norm_epsilon = 0\.001"):
         with_config({"layer_norm_epsilon": 1e-3})
@@ -306,7 +304,7 @@ def test_foreign_folders_are_refused(lm, tmp_path):
         with_config({"num_hidden_layers": 4})
     files.write_json(tmp_path / "config.json", config)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no model\.safetensors"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors"):
         load_model(tmp_path)
 
 
@@ -475,7 +473,7 @@ def test_code_in_a_folder_is_never_run(mamba2, tmp_path):
     files.write_json(tmp_path / "config.json", config | names)
     assert_same_weights(load_model(tmp_path), mamba2)
     files.write_json(tmp_path / "config.json", config | names | {"model_type": "evil"})
-    with pytest.raises(UserError, match="no recurrent model of type 'evil' is known"):
+    with pytest.raises(UserError, match="could not be loaded"):
         load_model(tmp_path)
     files.write_json(tmp_path / "config.json", config | names)
     files.write_json(

@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 HELD = """
 import ctypes, torch
-from prosg_lib.allocator import keep_freed_memory
+from prosg_lib.backbones.memory import keep_freed_memory
 if {kept}:
     assert keep_freed_memory()
 class Mallinfo2(ctypes.Structure):

@@ -49,7 +49,7 @@ def test_gpu_asks_the_cpu_profiles_models_more_and_farther():
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_transformer_has_places_for_every_established_test(profile):
     """Of the profile, with the memory read twice; one token more than it has places for is refused."""
-    lm, tokenizer = new_llama(get_profile("smoke").pairs.transformer_size).looking_back(), load_tokenizer()
+    lm, tokenizer = new_llama(get_profile("smoke").pairs.transformer_size).with_kv_cache(), load_tokenizer()
     material = Material(tokenizer, ProseTokens.of(load_prose(), "test", tokenizer))
     cells, _ = settings(get_profile(profile).forgetting, tokenizer.vocab)
     problems = [problem_of(cell, material, 0, number) for cell in cells for number in range(3)]

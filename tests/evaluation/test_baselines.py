@@ -174,19 +174,19 @@ def test_a_mix_of_states_far_apart_is_finite(lm, prompts):
     one = lm.derive_state(prompts)
     far = RecurrentState(one.tensors | {"m": one.tensors["m"] + 500.0})
     for weights, expected in (((0.5, 0.5), far), ((1.0, 0.0), one), ((0.0, 1.0), far)):
-        found = lm.combined([one, far], weights)
+        found = lm.combine_states([one, far], weights)
         assert all(torch.isfinite(t).all() for t in found.tensors.values())
         assert_close(found.tensors["m"], expected.tensors["m"])
         assert_close(found.tensors["num"] / found.tensors["den"], expected.tensors["num"] / expected.tensors["den"])
     blank = lm.blank_state(len(prompts))
-    same(lm.combined([one, blank], (1.0, -1.0)), one)
-    assert torch.equal(lm.combined([blank, blank], (1.0, 1.0)).tensors["den"], blank.tensors["den"])
+    same(lm.combine_states([one, blank], (1.0, -1.0)), one)
+    assert torch.equal(lm.combine_states([blank, blank], (1.0, 1.0)).tensors["den"], blank.tensors["den"])
 
 
 class Line:
     """A linear recurrence, s <- s / 2 + x, whose tokens are numbers: what is done to its state is known by heart."""
 
-    grows = False
+    state_grows = False
 
     def parameters(self):
         return iter([torch.zeros(1)])
@@ -199,7 +199,7 @@ class Line:
             seen.append(s)
         return torch.stack(seen, 1)[..., None], RecurrentState({"s": s})
 
-    def combined(self, states, weights):
+    def combine_states(self, states, weights):
         return RecurrentState({"s": sum(w * s.tensors["s"] for s, w in zip(states, weights, strict=True))})
 
 
@@ -265,7 +265,7 @@ def test_an_offset_follows_the_texts_that_go_on(lm, prompts, monkeypatch):
 def test_a_model_that_looks_back_has_no_state_to_mix(prompts):
     """Re-injection, offset and tuning need a state of a fixed size, and say so; re-reading works."""
     slow = new_llama(TransformerConfig("llama", 2048, width=16, layers=1, ffn=32, heads=2)).eval()
-    for lm in (slow, slow.looking_back()):
+    for lm in (slow, slow.with_kv_cache()):
         for name in ("reinject", "offset", "tuned"):
             with pytest.raises(UserError, match="grows with the text"):
                 start(name, lm, {}, prompts)

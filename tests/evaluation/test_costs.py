@@ -30,7 +30,7 @@ def generators(lm):
 @pytest.fixture
 def llama():
     torch.manual_seed(0)
-    return new_llama(TransformerConfig("llama", 2048, width=16, layers=2, ffn=32, heads=2)).eval().looking_back()
+    return new_llama(TransformerConfig("llama", 2048, width=16, layers=2, ffn=32, heads=2)).eval().with_kv_cache()
 
 
 def test_bytes_are_those_of_all_that_is_kept(lm, generators, llama):

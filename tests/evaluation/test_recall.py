@@ -247,7 +247,7 @@ def test_a_transformer_reads_prompt_text_and_question_as_one(data, kind, monkeyp
     for weight in lm.parameters():
         nn.init.normal_(weight, std=0.3)
     lm.tokenizer = data.tokenizer
-    whole, lm = lm, lm.looking_back() if kind == "keys and values" else lm
+    whole, lm = lm, lm.with_kv_cache() if kind == "keys and values" else lm
     monkeypatch.setattr(evaluate, "_AT_ONCE", 3)
     monkeypatch.setattr(reading, "_PIECE", 16)
     items = data.items(2, Shape(FACTS, 70, PROBES, instructions=1))

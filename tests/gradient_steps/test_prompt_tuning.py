@@ -84,7 +84,7 @@ def test_what_gives_no_gradient_is_said(lm, batch):
     state = lm.derive_state([[1]] * len(ids))
 
     class Cut(torch.nn.Module):
-        tunable, read_out = staticmethod(lm.tunable), staticmethod(lm.read_out)
+        tunable_state, read_out = staticmethod(lm.tunable_state), staticmethod(lm.read_out)
 
         def step_through(self, ids, state, valid):
             return lm.step_through(ids, state.detach(), valid)

@@ -52,14 +52,14 @@ def test_a_folder_is_read_by_what_it_holds(tmp_path):
     gpt = GPT2LMHeadModel(GPT2Config(**ends, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
     lm = choose_model(str(saved(gpt, tmp_path / "gpt")))
     assert isinstance(lm, CausalTransformer)
-    assert lm.grows
+    assert lm.state_grows
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(lm(ids)[0], gpt(ids).logits)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16, "state_size": 8, "n_groups": 1}
     mamba = Mamba2ForCausalLM(Mamba2Config(**ends, **sizes, chunk_size=8))
     lm = choose_model(str(saved(mamba, tmp_path / "mamba")))
     assert isinstance(lm, Mamba2)
-    assert not lm.grows
+    assert not lm.state_grows
 
 
 @pytest.mark.parametrize("name", ["nothing", "./nothing", "/nowhere/at-all"])

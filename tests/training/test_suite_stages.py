@@ -118,7 +118,7 @@ def test_trained_once_and_then_loaded(monkeypatch, capsys):
     assert "suite adapter: training" in capsys.readouterr().out
     monkeypatch.setattr(stages, "fit", None)
     lm = suite_model("recurrent", get_profile("tiny"))
-    assert suite_model("transformer", get_profile("tiny")).grows
+    assert suite_model("transformer", get_profile("tiny")).state_grows
     for what in ("token", "adapter"):
         way = suite_way(what, get_profile("tiny"))
         path = stages.kept(get_profile("tiny")) / f"{checkpoint_name(what, get_profile('tiny'))}.safetensors"

@@ -5,7 +5,7 @@ import torch
 from test_stages import TINY
 
 from prosg_lib import cli
-from prosg_lib.backbones.hub_transformer import LookingBack, new_llama
+from prosg_lib.backbones.hub_transformer import CachedTransformer, new_llama
 from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.tasks.dialogue import Shape, dialogue_batch
 from prosg_lib.training import stages
@@ -30,7 +30,7 @@ def test_trained_once_and_then_loaded(monkeypatch, capsys):
     monkeypatch.setattr(stages, "fit", refuse)
     lm = dialogue_transformer(get_profile("tiny"))
     assert "loaded llama-dialogue-tiny" in capsys.readouterr().out
-    assert isinstance(lm, LookingBack)
+    assert isinstance(lm, CachedTransformer)
     assert not lm.training
     assert isinstance(lm.generate(["User: My name is Ada.\n"], max_new_tokens=2)[0], str)
 
