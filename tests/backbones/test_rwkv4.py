@@ -82,11 +82,11 @@ def test_foreign_weights_are_refused(lm):
         from_author(weights | {"blocks.1.ffn.key.weight": weights["blocks.1.ffn.key.weight"].t()})
     with pytest.raises(UserError, match="quantised"):
         from_author(weights | {"head.weight": weights["head.weight"].to(torch.int8)})
-    with pytest.raises(UserError, match="belong to no known model|not a whole RWKV4"):
+    with pytest.raises(UserError, match=r"belong to no known model|not a whole RWKV4"):
         from_author({"model.embed_tokens.weight": torch.zeros(3, 3)})
     with pytest.raises(UserError, match="RwkvForCausalLM"):
         from_hf({"model.embed_tokens.weight": torch.zeros(3, 3)})
-    with pytest.raises(UserError, match="belong to no known model|not a whole RWKV4"):
+    with pytest.raises(UserError, match=r"belong to no known model|not a whole RWKV4"):
         from_hf({n: t for n, t in to_hf(lm).items() if "feed_forward.key" not in n})
 
 

@@ -132,11 +132,11 @@ def test_foreign_weights_are_refused(lm):
         with_change("head.weight", lambda t: t.to(torch.uint8))
     with pytest.raises(UserError, match=r"16 is no multiple of the head size 5"):
         with_change("blocks.0.att.r_k", lambda t: t.flatten()[:15].view(3, 5))
-    with pytest.raises(UserError, match="belong to no known model|not a whole RWKV7"):
+    with pytest.raises(UserError, match=r"belong to no known model|not a whole RWKV7"):
         with_change("blocks.0.att.r_k", torch.flatten)
-    with pytest.raises(UserError, match="belong to no known model|not a whole RWKV7"):
+    with pytest.raises(UserError, match=r"belong to no known model|not a whole RWKV7"):
         from_author({n: t for n, t in weights.items() if "blocks.0.att.w1" not in n})
-    with pytest.raises(UserError, match="belong to no known model|not a whole RWKV7"):
+    with pytest.raises(UserError, match=r"belong to no known model|not a whole RWKV7"):
         from_author({"model.embed_tokens.weight": torch.zeros(3, 3)})
 
 
