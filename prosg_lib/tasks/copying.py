@@ -1,14 +1,14 @@
-"""Copying: random words are read, and then said again.
+"""Copying: random words are read and then repeated.
 
 A problem, as text (4 words)::
 
     memory:  Text: lemon Oslo parrot violin
     rest:    The text once more: lemon Oslo parrot violin
 
-Every token of the second text is judged, those before it given, as in the memory bench of RWKV (2023: "repeat this
-text", the largest number of random words that is repeated without a mistake, and the largest with nine tenths right).
-That bench's wording is not known here; wording and words are our own. Copying separates recurrent models from
-attention also in "Repeat After Me" (Jelassi et al. 2024, arXiv 2402.01032).
+Every token of the second text is judged given those before it, as in RWKV's memory bench (2023: "repeat this text", the
+largest number of random words repeated without a mistake, and the largest with nine tenths right). That bench's wording
+is not known to us; wording and words are our own. Copying also separates recurrent models from attention in "Repeat
+After Me" (Jelassi et al. 2024, arXiv 2402.01032).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from prosg_lib.tasks.dialogue import words
-from prosg_lib.tasks.problems import Problem, asked, check_whole, drawn, tokens
+from prosg_lib.tasks.problems import Problem, check_whole, draw_content, encode_pieces, with_answer
 from prosg_lib.text.tokenizer import Tokenizer
 
 TASK = "copy"
@@ -25,7 +25,7 @@ TASK = "copy"
 
 @dataclass(frozen=True)
 class Copy:
-    """words: how many are to be repeated, 1 or more; drawn independently, so that one may come twice."""
+    """words: how many are to be repeated, at least 1; drawn independently, so a word may occur twice."""
 
     words: int
 
@@ -35,7 +35,7 @@ class Copy:
 
 @cache
 def pool() -> tuple[str, ...]:
-    """The words that are drawn from: those that the dialogues have as values, where they are one word."""
+    """The words that are drawn from: the values of the dialogues that are a single word."""
     values = {value for slot in words()["slots"].values() for value in slot["values"]}
     return tuple(sorted(value for value in values if value.isalpha()))
 
@@ -44,11 +44,10 @@ def problem(config: Copy, tokenizer: Tokenizer, split: str, seed: int, number: i
     """Problem `number` of a split and seed; no sequence of words is in two splits.
 
     Raises:
-        UserError: an unknown split, or a tokenizer that makes nothing of the words.
+        UserError: an unknown split, or a tokenizer that gives no tokens for the words.
     """
-    chosen = drawn(
-        lambda rng: tuple(rng.choices(pool(), k=config.words)), split, f"{TASK}/{config.words}/{seed}/{number}"
-    )
-    text = tokens(tokenizer, *(f" {word}" for word in chosen))
-    memory = (*tokens(tokenizer, "Text:"), *text, *tokenizer.encode("\n"))
-    return asked(TASK, {"words": config.words}, memory, tokens(tokenizer, "The text once more:"), text)
+    name = f"{TASK}/{config.words}/{seed}/{number}"
+    chosen = draw_content(lambda rng: tuple(rng.choices(pool(), k=config.words)), split, name)
+    text = encode_pieces(tokenizer, *(f" {word}" for word in chosen))
+    memory = (*encode_pieces(tokenizer, "Text:"), *text, *tokenizer.encode("\n"))
+    return with_answer(TASK, {"words": config.words}, memory, encode_pieces(tokenizer, "The text once more:"), text)

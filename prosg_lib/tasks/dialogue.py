@@ -1,18 +1,18 @@
 """The constructed data set: a prompt of facts and instructions, other text, then questions about the prompt.
 
-An item, as text (K = 3 facts, one instruction; the body is cut to exactly the distance asked for)::
+An item, as text (3 facts, one instruction; the body has exactly the requested number of tokens)::
 
     User: My home town is Oslo. You should know that my pet is a parrot ... Call me captain.     <- prompt
     Tom's home town is Rome. ... prose ... Q: What is Tom's home town? A: Rome.                   <- body, d tokens
     User: Tell me my home town.                                                                   <- probe
     Bot: Oslo, captain.
 
-`User` speaks in prompt and probes, where the instructions apply; the body has facts about other people that compete
-with the user's, questions about them, and prose. Splits differ in wording (each has frames of its own) and in values:
-every slot's 16 values fall in three classes, a prompt of the validation or test split holds three facts of its class,
-and no training prompt holds more than two, so that no three of them ever met in training.
+`User` speaks in prompt and probes, where the instructions apply. The body has prose, facts about other people that
+compete with the user's, and questions about them. Splits differ in wording (each has its own frames) and in
+combinations of values: a slot's 16 values fall into three classes; a validation or test prompt holds three facts of its
+split's class, and no training prompt holds more than two of them, so no such three ever occurred together in training.
 
-Everything follows from a seed; items are drawn by number, so any of them can be made again alone.
+Everything follows from a seed; an item is drawn by its number, so any one can be made again alone.
 """
 
 from __future__ import annotations
@@ -20,28 +20,46 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from prosg_lib import files
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
 from prosg_lib.tasks.examples import Examples
-from prosg_lib.text.prose import SPLITS, ProseTokens
+from prosg_lib.text.padding import left_padded, right_padded
+from prosg_lib.text.prose import ProseTokens, check_split
 from prosg_lib.text.tokenizer import Tokenizer
 
 VERSION = 1
-"""Goes up when the same seed would give other items; checkpoints of another version are not loaded."""
+"""Increased whenever the same seed would give different items; checkpoints of another version are not loaded."""
 
 TEXT, ANSWER, COMPETING = 1, 2, 3
-"""What a token counts as: text, a word of an answer about the prompt, or of one about other people; 0: padding."""
+"""Kinds of token: text, a word of an answer about the prompt, or of an answer about other people; 0 is padding."""
 
-_OWN_CLASS = 3  # facts of the split's own value class in a validation or test prompt
-_RECENT = 4  # a competing question is about one of the last so many competing facts
+CLASSES = ("common", "common", "validation", "test")
+"""A slot's values belong to these in turn: 8 are common, 4 each are kept from occurring together in training."""
+
+_OWN_CLASS = 3  # facts with values of the split's own class in a validation or test prompt
+_RECENT = 4  # a competing question is about one of this many latest competing facts
+
+
+# What is said
+
+
+@cache
+def words() -> dict:
+    """Slots, values, instructions, frames and names: `data/dialogue_words.json`."""
+    return files.read_json(data_dir() / "dialogue_words.json")
+
+
+@cache
+def asides() -> dict:
+    """Additional wording, for training only: `data/dialogue_asides.json`."""
+    return files.read_json(data_dir() / "dialogue_asides.json")
 
 
 @dataclass(frozen=True)
@@ -50,9 +68,123 @@ class Fact:
     value: str
 
 
+@cache
+def values_of(slot: str, kind: str) -> tuple[str, ...]:
+    """A slot's values of one class."""
+    return tuple(v for i, v in enumerate(words()["slots"][slot]["values"]) if CLASSES[i % len(CLASSES)] == kind)
+
+
+def draw_facts(count: int, split: str, rng: random.Random) -> tuple[Fact, ...]:
+    """Facts about different slots, with values from the classes that the split prescribes."""
+    slots = list(words()["slots"])
+    if not 1 <= count <= len(slots):
+        raise UserError(f"a prompt cannot hold {count} facts; choose 1 to {len(slots)}")
+    # Training has the held-out values too, but at most two of each class; the other splits have three of their own.
+    quota = {"test": 2, "validation": 2} if split == "train" else {split: _OWN_CLASS}
+    classes = [c for c, n in quota.items() for _ in range(n)]
+    if split == "train":
+        classes += ["common"] * max(0, 6 - len(classes))
+        rng.shuffle(classes)
+    classes = (classes + ["common"] * count)[:count]
+    rng.shuffle(classes)
+    return tuple(
+        Fact(slot, rng.choice(values_of(slot, kind)))
+        for slot, kind in zip(rng.sample(slots, count), classes, strict=True)
+    )
+
+
+def statement(fact: Fact, who: str | None, split: str, rng: random.Random) -> str:
+    """A sentence that states a fact about the user (who = None) or about somebody else."""
+    spec = words()["slots"][fact.slot]
+    verbs = spec["verbs"] if split == "train" else [spec["held_out_verbs"][split]]
+    if rng.random() < 0.3:
+        mine, theirs = rng.choice(verbs)
+        return f"I {mine} {fact.value}." if who is None else f"{who} {theirs} {fact.value}."
+    return rng.choice(words()["frames"]["statements"][split]).format_map(_gaps(fact, who))
+
+
+def question(fact: Fact, who: str | None, split: str, rng: random.Random) -> str:
+    """A question about the user (who = None) or about somebody else."""
+    return rng.choice(words()["frames"]["questions"][split]).format_map(_gaps(fact, who))
+
+
+def _gaps(fact: Fact, who: str | None) -> dict[str, str]:
+    """What fills the gaps of a frame."""
+    poss, capital = ("my", "My") if who is None else (f"{who}'s", f"{who}'s")
+    return {"poss": poss, "Poss": capital, "noun": words()["slots"][fact.slot]["noun"], "v": fact.value}
+
+
+def reworded(sentence: str, kind: str, fact: Fact, rng: random.Random) -> str:
+    """A statement or question about the user in other words: another frame, any slot's verb, an aside before or after.
+
+    A generator that sees few wordings learns them by heart, and writes nothing for a new one. The language model has
+    not seen these, so the generator meets what the model makes of unfamiliar wording. With the verb of another slot
+    ("I play the cloak.") only the value says what the fact is, as it does with a verb never seen.
+    """
+    draw = rng.random()
+    if kind == "statements" and draw < 0.2:
+        sentence = f"I {rng.choice(_verbs())} {fact.value}."
+    elif draw < 0.6:
+        sentence = rng.choice(asides()[kind]).format_map(_gaps(fact, None))
+    sentence = introduced(sentence, rng)
+    if kind == "statements" and rng.random() < 0.2:
+        sentence = f"{sentence.removesuffix('.')}, {rng.choice(asides()['after'])}."
+    return sentence
+
+
+@cache
+def _verbs() -> tuple[str, ...]:
+    """The training verbs of all slots."""
+    return tuple(verb[0] for spec in words()["slots"].values() for verb in spec["verbs"])
+
+
+def introduced(sentence: str, rng: random.Random) -> str:
+    """The sentence, three times in ten with an aside before it."""
+    if rng.random() >= 0.3:
+        return sentence
+    start = sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
+    return f"{rng.choice(asides()['before'])} {start}"
+
+
+# What an answer is worth
+
+
+def full_answer(value: str, instructions: Mapping[str, str]) -> str:
+    """`Well, Oslo, captain, over.`: the value, surrounded by the words of the instructions."""
+    parts = [instructions.get("opener"), value, instructions.get("address"), instructions.get("closer")]
+    return ", ".join(p for p in parts if p) + "."
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a generated answer got right: the value, and the share of the instructions (None if there are none)."""
+
+    recalled: bool
+    followed: float | None
+
+
+def judge(generated: str, value: str, instructions: Mapping[str, str]) -> Verdict:
+    """Compare a generated answer with the right value and the prompt's instructions (kind -> word).
+
+    Recall is an exact match: apart from instruction words, the answer must be the value and nothing else. An
+    instruction is followed if its word stands in its place: the opener first, the closer last, the address after the
+    value.
+    """
+    parts = generated.strip().removesuffix(".").split(", ")
+    known = {kind: {*spec["words"], instructions.get(kind)} for kind, spec in words()["instructions"].items()}
+    found = {"opener": parts.pop(0) if parts and parts[0] in known["opener"] else None}
+    for kind in ("closer", "address"):
+        found[kind] = parts.pop() if parts and parts[-1] in known[kind] else None
+    followed = [found[kind] == word for kind, word in instructions.items()]
+    return Verdict(", ".join(parts) == value, sum(followed) / len(followed) if followed else None)
+
+
+# Items
+
+
 @dataclass(frozen=True)
 class Probe:
-    """A question about one fact, and its answer in full: opener, value, address and closer as instructed."""
+    """A question about one fact, and its full answer: the value with the words of the instructions around it."""
 
     fact: Fact
     question: str
@@ -61,7 +193,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Item:
-    """One dialogue. body_kind says for every body token whether it is TEXT or a COMPETING answer."""
+    """One dialogue. body_kind is TEXT or COMPETING for every token of the body."""
 
     prompt: str
     facts: tuple[Fact, ...]
@@ -81,142 +213,19 @@ class Shape:
     instructions: int = 0
     prose: float = 0.5  # share of the body's units that are prose
 
-
-@lru_cache(maxsize=1)
-def words() -> dict:
-    """Slots, values, instructions, frames and names: `data/dialogue_words.json`."""
-    return json.loads((data_dir() / "dialogue_words.json").read_text(encoding="utf-8"))
-
-
-CLASSES = ("common", "common", "validation", "test")
-"""A slot's values belong to these in turn: 8 are common, 4 each are held out from meeting in training."""
-
-
-@cache
-def values_of(slot: str, kind: str) -> tuple[str, ...]:
-    """A slot's values of one class."""
-    return tuple(v for i, v in enumerate(words()["slots"][slot]["values"]) if CLASSES[i % len(CLASSES)] == kind)
-
-
-def draw_facts(count: int, split: str, rng: random.Random) -> tuple[Fact, ...]:
-    """Facts about different slots, their values drawn by class as the split demands."""
-    slots = list(words()["slots"])
-    if not 1 <= count <= len(slots):
-        raise UserError(f"{count} facts asked for; a prompt holds 1 to {len(slots)}")
-    # Training sees the held-out values too, two of each class at most; the other splits bring three of their own.
-    quota = {"test": 2, "validation": 2} if split == "train" else {split: _OWN_CLASS}
-    classes = [c for c, n in quota.items() for _ in range(n)]
-    if split == "train":
-        classes += ["common"] * max(0, 6 - len(classes))
-        rng.shuffle(classes)
-    classes = (classes + ["common"] * count)[:count]
-    rng.shuffle(classes)
-    facts = []
-    for slot, kind in zip(rng.sample(slots, count), classes, strict=True):
-        facts.append(Fact(slot, rng.choice(values_of(slot, kind))))
-    return tuple(facts)
-
-
-def statement(fact: Fact, who: str | None, split: str, rng: random.Random) -> str:
-    """A sentence that says the fact of the user (who = None) or of somebody else."""
-    spec = words()["slots"][fact.slot]
-    verbs = spec["verbs"] if split == "train" else [spec["held_out_verbs"][split]]
-    if rng.random() < 0.3:
-        verb = rng.choice(verbs)
-        return f"I {verb[0]} {fact.value}." if who is None else f"{who} {verb[1]} {fact.value}."
-    return rng.choice(words()["frames"]["statements"][split]).format_map(_names(fact, who))
-
-
-@lru_cache(maxsize=1)
-def asides() -> dict:
-    """More wording for training only: `data/dialogue_asides.json`."""
-    return json.loads((data_dir() / "dialogue_asides.json").read_text(encoding="utf-8"))
-
-
-def reworded(sentence: str, kind: str, fact: Fact, rng: random.Random) -> str:
-    """A sentence about the user in other words: another frame or any slot's verb, some with an aside before or behind.
-
-    A generator that has seen few wordings learns them by heart, and writes nothing for the next one; the language
-    model has not seen these, so that the generator meets what the model makes of unfamiliar wording. With the verb of
-    another slot ("I play the cloak.") the value alone says what is told, as it does with a verb never seen.
-    """
-    draw = rng.random()
-    if kind == "statements" and draw < 0.2:
-        sentence = f"I {rng.choice(_verbs())} {fact.value}."
-    elif draw < 0.6:
-        sentence = rng.choice(asides()[kind]).format_map(_names(fact, None))
-    sentence = introduced(sentence, rng)
-    if kind == "statements" and rng.random() < 0.2:
-        sentence = f"{sentence.removesuffix('.')}, {rng.choice(asides()['after'])}."
-    return sentence
-
-
-@cache
-def _verbs() -> tuple[str, ...]:
-    """The training verbs of all slots."""
-    return tuple(verb[0] for spec in words()["slots"].values() for verb in spec["verbs"])
-
-
-def introduced(sentence: str, rng: random.Random) -> str:
-    """Some sentences with an aside before them."""
-    if rng.random() >= 0.3:
-        return sentence
-    start = sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
-    return f"{rng.choice(asides()['before'])} {start}"
-
-
-def _names(fact: Fact, who: str | None) -> dict[str, str]:
-    mine = who is None
-    return {
-        "poss": "my" if mine else f"{who}'s",
-        "Poss": "My" if mine else f"{who}'s",
-        "noun": words()["slots"][fact.slot]["noun"],
-        "v": fact.value,
-    }
-
-
-def question(fact: Fact, who: str | None, split: str, rng: random.Random) -> str:
-    """A question about the user (who = None) or about somebody else."""
-    return rng.choice(words()["frames"]["questions"][split]).format_map(_names(fact, who))
-
-
-def full_answer(value: str, instructions: dict[str, str]) -> str:
-    """`Well, Oslo, captain, over.`: the value, with what the instructions ask for around it."""
-    parts = [instructions.get("opener"), value, instructions.get("address"), instructions.get("closer")]
-    return ", ".join(p for p in parts if p) + "."
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a generated answer got right: the value, and the share of the instructions (None where there are none)."""
-
-    recalled: bool
-    followed: float | None
-
-
-def judge(generated: str, value: str, instructions: Mapping[str, str]) -> Verdict:
-    """Compare a generated answer with the right value and the prompt's instructions, the word by kind.
-
-    Recall is an exact match: what the answer says besides instruction words must be the value and nothing else. An
-    instruction is followed where its word stands in its place: the opener first, the closer last, the address after
-    the value.
-    """
-    parts = generated.strip().removesuffix(".").split(", ")
-    spoken = {kind: {*spec["words"], instructions.get(kind)} for kind, spec in words()["instructions"].items()}
-    opener = parts.pop(0) if parts and parts[0] in spoken["opener"] else None
-    closer = parts.pop() if parts and parts[-1] in spoken["closer"] else None
-    address = parts.pop() if parts and parts[-1] in spoken["address"] else None
-    said = {"opener": opener, "address": address, "closer": closer}
-    followed = [said[kind] == word for kind, word in instructions.items()]
-    return Verdict(", ".join(parts) == value, sum(followed) / len(followed) if followed else None)
+    @property
+    def name(self) -> str:
+        """Enters the seed of every item, so its characters must never change."""
+        sizes = f"facts={self.facts}, distance={self.distance}, probes={self.probes}"
+        return f"Shape({sizes}, instructions={self.instructions}, prose={self.prose})"
 
 
 @dataclass(frozen=True)
 class Dialogues:
     """The data set of one split and seed. Items are a pure function of (seed, split, number, shape).
 
-    rich: word prompts and questions in more ways (`reworded`), and count the punctuation of answers as part of them;
-        for the training of generators. A changed model is to keep the form of its answers, which the plain one has.
+    rich: word prompts and questions in more ways (`reworded`), and count an answer's punctuation as part of it; for the
+        training of generators. A model with a delta must keep the form of its answers, which the plain one has.
     """
 
     tokenizer: Tokenizer
@@ -226,47 +235,46 @@ class Dialogues:
     rich: bool = False
 
     def __post_init__(self):
-        if self.split not in SPLITS:
-            raise UserError(f"unknown split {self.split!r}; there are {', '.join(SPLITS)}")
+        check_split(self.split)
         if self.rich and self.split != "train":
-            raise UserError(f"the {self.split} split has no richer form; it is for training")
+            raise UserError(f"the {self.split} split has no rich form; rich wording is for training")
 
     def item(self, number: int, shape: Shape) -> Item:
         """Item `number` of this shape.
 
         Raises:
-            UserError: a shape that cannot be made (no facts, a negative distance, more probes than facts).
+            UserError: an impossible shape (no facts, a negative distance, more probes than facts).
         """
         if shape.distance < 0 or not 0 < shape.probes <= shape.facts:
-            raise UserError(f"no item has {shape}: the distance is 0 or more, and probes are 1 to the number of facts")
-        rng = random.Random(f"{VERSION}/{self.seed}/{self.split}/{number}/{shape}")
+            raise UserError(f"no item is {shape.name}; the distance is at least 0, and probes are 1 to facts")
+        rng = random.Random(f"{VERSION}/{self.seed}/{self.split}/{number}/{shape.name}")
         facts = draw_facts(shape.facts, self.split, rng)
         table = words()["instructions"]
         kinds = rng.sample(sorted(table), min(shape.instructions, len(table)))
         instructions = {kind: rng.choice(table[kind]["words"]) for kind in sorted(kinds)}
-        sentences = [self._said(statement, "statements", f, rng) for f in facts]
+        sentences = [self._worded(statement, "statements", f, rng) for f in facts]
         for kind, word in instructions.items():
-            said = rng.choice(table[kind][self.split])
+            frame = rng.choice(table[kind][self.split])
             if self.rich:
-                said = introduced(rng.choice(asides()["instructions"][kind]) if rng.random() < 0.5 else said, rng)
-            sentences.insert(rng.randrange(len(sentences) + 1), said.format(v=word))
-        body, kind = self._body(shape, rng)
+                frame = introduced(rng.choice(asides()["instructions"][kind]) if rng.random() < 0.5 else frame, rng)
+            sentences.insert(rng.randrange(len(sentences) + 1), frame.format(v=word))
+        body, body_kind = self._body(shape, rng)
         probes = tuple(
-            Probe(f, self._said(question, "questions", f, rng), full_answer(f.value, instructions))
+            Probe(f, self._worded(question, "questions", f, rng), full_answer(f.value, instructions))
             for f in rng.sample(facts, shape.probes)
         )
-        return Item("User: " + " ".join(sentences) + "\n", facts, instructions, tuple(body), tuple(kind), probes)
-
-    def _said(self, sentence, kind: str, fact: Fact, rng: random.Random) -> str:
-        plain = sentence(fact, None, self.split, rng)
-        return reworded(plain, kind, fact, rng) if self.rich else plain
+        return Item("User: " + " ".join(sentences) + "\n", facts, instructions, tuple(body), tuple(body_kind), probes)
 
     def items(self, count: int, shape: Shape, start: int = 0) -> list[Item]:
         return [self.item(start + i, shape) for i in range(count)]
 
+    def _worded(self, sentence: Callable[..., str], kind: str, fact: Fact, rng: random.Random) -> str:
+        plain = sentence(fact, None, self.split, rng)
+        return reworded(plain, kind, fact, rng) if self.rich else plain
+
     def _body(self, shape: Shape, rng: random.Random) -> tuple[list[int], list[int]]:
-        """`shape.distance` tokens of competing facts, questions about them, and prose, ending in whole lines."""
-        encode, ids, kind = self.tokenizer.encode, [], []
+        """`shape.distance` tokens of competing facts, questions about them, and prose, ending with a whole line."""
+        encode, ids, kinds = self.tokenizer.encode, [], []
         recent: list[tuple[str, Fact]] = []
         slots = [s for s in words()["slots"] if s != "name"]
         while True:
@@ -288,18 +296,14 @@ class Dialogues:
             if len(ids) + len(unit) + len(answer) > shape.distance:
                 break
             ids += [*unit, *answer]
-            kind += [TEXT] * len(unit) + [TEXT if t in self._marks else COMPETING for t in answer]
+            kinds += [TEXT] * len(unit) + [TEXT if t in self._punctuation else COMPETING for t in answer]
         short = shape.distance - len(ids)
         if short:
             ids += [*self.prose.passage(short, rng)[:-1], *encode("\n")]
-            kind += [TEXT] * short
-        return ids, kind
+            kinds += [TEXT] * short
+        return ids, kinds
 
-    def encode_probe(self, probe: Probe) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Token ids of the question, up to and with `Bot:`, and of the answer, with its end of line."""
-        encode = self.tokenizer.encode
-        question = encode("User: " + probe.question + "\n") + encode("Bot:")
-        return question, encode(" " + probe.answer) + encode("\n")
+    # Tokens. Texts are encoded in pieces that the tokenizer remembers; the ids are those of the whole text.
 
     def encode_prompt(self, item: Item) -> tuple[int, ...]:
         encode = self.tokenizer.encode
@@ -308,19 +312,25 @@ class Dialogues:
         ids = [t for p in pieces[:-1] for t in encode(p + ".")]
         return (*ids, *encode(pieces[-1]), *encode("\n"))
 
+    def encode_probe(self, probe: Probe) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids of the question, up to and including `Bot:`, and of the answer with its end of line."""
+        encode = self.tokenizer.encode
+        question = encode("User: " + probe.question + "\n") + encode("Bot:")
+        return question, encode(" " + probe.answer) + encode("\n")
+
     def probes_of(self, item: Item) -> tuple[list[int], list[int]]:
-        """All probes with their answers, one after the other: ids, and the kind of each."""
-        ids, kind = [], []
-        marks = frozenset() if self.rich else self._marks
+        """All probes with their answers, one after the other: token ids, and the kind of each token."""
+        ids, kinds = [], []
+        text = frozenset() if self.rich else self._punctuation
         for probe in item.probes:
             question, answer = self.encode_probe(probe)
             ids += [*question, *answer]
-            kind += [TEXT] * len(question) + [TEXT if t in marks else ANSWER for t in answer]
-        return ids, kind
+            kinds += [TEXT] * len(question) + [TEXT if t in text else ANSWER for t in answer]
+        return ids, kinds
 
     @cached_property
-    def _marks(self) -> frozenset[int]:
-        """Punctuation, the same in every answer: not what a language model's answers are weighed by."""
+    def _punctuation(self) -> frozenset[int]:
+        """Tokens that are the same in every answer, and do not count as words of a language model's answer."""
         return frozenset(t for mark in (",", ".", "\n") for t in self.tokenizer.encode(mark))
 
 
@@ -329,8 +339,10 @@ class DialogueBatch(Examples):
     """Dialogues as tensors: the prompt, left-padded, and what follows it, right-padded.
 
     Attributes:
-        prompt: (B, P), with prompt_valid (B, P).
-        rest: body and probes, (B, T), with kind (B, T): 0 padding, TEXT, ANSWER, COMPETING.
+        prompt: (B, P).
+        prompt_valid: (B, P), False at the padding.
+        rest: body and probes, (B, T).
+        kind: (B, T), TEXT, ANSWER or COMPETING; 0 at the padding.
     """
 
     prompt: Tensor
@@ -341,29 +353,17 @@ class DialogueBatch(Examples):
 
 def dialogue_batch(data: Dialogues, items: list[Item]) -> DialogueBatch:
     """Items -> one batch."""
-    prompts = [data.encode_prompt(item) for item in items]
+    prompts = left_padded([data.encode_prompt(item) for item in items])
     rests, kinds = [], []
     for item in items:
         ids, kind = data.probes_of(item)
         rests.append([*item.body, *ids])
         kinds.append([*item.body_kind, *kind])
-    return DialogueBatch(
-        _padded(prompts, left=True),
-        _padded([[1] * len(p) for p in prompts], left=True).bool(),
-        _padded(rests),
-        _padded(kinds),
-    )
-
-
-def _padded(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
-    table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for line, row in zip(table, rows, strict=True):
-        line[slice(len(line) - len(row), None) if left else slice(len(row))] = row
-    return torch.from_numpy(table)
+    return DialogueBatch(*prompts, right_padded(rests), right_padded(kinds))
 
 
 def to_row(data: Dialogues, item: Item) -> dict:
-    """An item as a JSON object of plain texts: the columns of a user's own file (`tasks.own`)."""
+    """An item as a JSON object of plain texts, in the columns of a user's own file (`tasks.own`)."""
     return {
         "split": data.split,
         "prompt": item.prompt.removesuffix("\n"),
@@ -374,9 +374,9 @@ def to_row(data: Dialogues, item: Item) -> dict:
 
 
 def data_hash(tokenizer: Tokenizer, rich: bool = False) -> str:
-    """Names the data that a checkpoint was trained on, apart from the prose: tokenizer, words and the drawing of items.
+    """Identifies the data of a checkpoint, except for the prose: tokenizer, words, and how items are drawn.
 
-    The prose between is the user's (a folder, WikiText, or our own), so it is recorded and not part of the hash.
+    The prose in the bodies is the user's (a folder, WikiText, or our own), so it is recorded and not part of the hash.
     """
     digest = hashlib.sha256(f"{VERSION}".encode())
     digest.update(tokenizer.signature().encode())

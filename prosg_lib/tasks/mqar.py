@@ -1,19 +1,19 @@
 """Multi-query associative recall: keys with their values, and then, among random tokens, the keys again.
 
-A problem as token ids (length 16, 3 pairs, a vocabulary of 20; the model should say 17 at the first 4, and so on)::
+A problem as token ids (length 16, 3 pairs, a vocabulary of 20; the right prediction at the first 4 is 17, and so on)::
 
     memory:  4 17 9 12 2 15
     rest:    4 13 2 0 6 19 9 3 11 5
     judged:  ^    ^        ^            gold: 17, 15, 12
 
 The distribution is that of MQAR in "Zoology" (Arora et al. 2023, arXiv 2312.04927) as its authors published it, token
-for token. Keys are different numbers of 1 .. vocab/2 - 1, values different ones of vocab/2 .. vocab - 1, and all pairs
-stand in front. Each key comes once more, an even number of places behind the pairs: 2 g, with g drawn without
-replacement (keys in their order, each from the gaps left) from 0 .. space - 1 with weight (g + 1)^(power - 1), space
-being half the places. All other places are uniform over the whole vocabulary; so what stands behind a repeated key is
-random, too, and only the model's prediction at the key is judged.
+for token. Keys are different numbers from 1 to vocab/2 - 1, values different numbers from vocab/2 to vocab - 1, and all
+pairs come first. Each key occurs once more, an even number of places after the pairs: 2 g, with g drawn without
+replacement (key by key, from the gaps that are left) from 0 to space - 1 with weight (g + 1)^(power - 1), where space
+is half the number of places. All other places are uniform over the whole vocabulary; what follows a repeated key is
+therefore random too, and only the model's prediction at the key is judged.
 
-Drawn without any global random state; the published numbers themselves are another generator's.
+No global random state is used; the random numbers are not those of the published generator.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from functools import lru_cache
 import numpy as np
 
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.problems import Problem, check_whole, drawn
+from prosg_lib.tasks.problems import Problem, check_whole, draw_content
 
 TASK = "mqar"
 VOCAB = 8192
-"""Of the published test."""
+"""Vocabulary of the published test."""
 
 GRID = ((64, 4), (128, 8), (256, 16), (512, 64))
 """(length, pairs) of the paper's evaluation."""
@@ -41,10 +41,10 @@ class Mqar:
 
     Attributes:
         length: tokens of memory and rest together, even.
-        pairs: keys with a value each; four tokens of the length are needed for each.
-        vocab: token ids below this number are used. The published test has 8,192; for a model with fewer tokens take
-            what it has (`fitting`), which keeps the two halves and everything else.
-        power: of the gaps' law; 1 is uniform.
+        pairs: number of keys, each with a value; every pair needs four tokens of the length.
+        vocab: token ids are below this number: 8,192 as published, or fewer for a model with fewer tokens (`fitting`),
+            with the same two halves.
+        power: exponent of the gaps' distribution; 1 is uniform.
     """
 
     length: int
@@ -58,29 +58,34 @@ class Mqar:
         check_whole("MQAR's vocabulary", self.vocab, 4)
         if self.length % 2 or 4 * self.pairs > self.length:
             raise UserError(
-                f"MQAR of {self.length} tokens with {self.pairs} pairs cannot be made; the length is even, and at "
-                "least four times the pairs"
+                f"MQAR cannot have {self.length} tokens with {self.pairs} pairs; the length must be even, and at "
+                "least four times the number of pairs"
             )
         if self.vocab <= self.length or self.pairs > self.vocab // 2 - 1:
             raise UserError(
                 f"MQAR of {self.length} tokens needs a vocabulary of more than {self.length}, and {self.pairs} "
-                f"different keys in its lower half, but it has {self.vocab}; take a shorter one, or a larger vocabulary"
+                f"different keys in its lower half, but it has {self.vocab}; use a shorter one, or a larger vocabulary"
             )
         if not 0 < self.power <= 1:
-            raise UserError(f"MQAR's power is {self.power}; it is above 0 and at most 1")
+            raise UserError(f"MQAR's power is {self.power}; it must be above 0 and at most 1")
+
+    @property
+    def name(self) -> str:
+        """Enters the seed of every problem, so its characters must never change."""
+        return f"Mqar(length={self.length}, pairs={self.pairs}, vocab={self.vocab}, power={self.power})"
 
 
 def fitting(length: int, pairs: int, vocab: int) -> Mqar:
     """The published test, with as many of its 8,192 tokens as a model's vocabulary has.
 
     Raises:
-        UserError: that is not enough for the length.
+        UserError: the vocabulary is too small for the length.
     """
     return Mqar(length, pairs, min(VOCAB, vocab))
 
 
 def gap_weights(config: Mqar) -> np.ndarray:
-    """Probabilities of the first key's gap, (space,); the later keys' are the same without the gaps taken."""
+    """Probabilities of the first key's gap, (space,); those of later keys are the same without the gaps taken."""
     return _gap_weights((config.length - 2 * config.pairs) // 2, config.power)
 
 
@@ -106,11 +111,11 @@ def problem(config: Mqar, split: str, seed: int, number: int) -> Problem:
         fill = rng.integers(config.vocab, size=config.length - 2 * config.pairs)
         return tuple(tuple(part.tolist()) for part in (keys, values, gaps, fill))
 
-    keys, values, gaps, rest = drawn(draw, split, f"{TASK}/{config}/{seed}/{number}")
-    rest, where = list(rest), [2 * gap for gap in gaps]
-    for key, place in zip(keys, where, strict=True):
+    keys, values, gaps, rest = draw_content(draw, split, f"{TASK}/{config.name}/{seed}/{number}")
+    rest, places = list(rest), [2 * gap for gap in gaps]
+    for key, place in zip(keys, places, strict=True):
         rest[place] = key
     memory = tuple(token for pair in zip(keys, values, strict=True) for token in pair)
-    judged, gold = zip(*sorted(zip(where, values, strict=True)), strict=True)
+    judged, gold = zip(*sorted(zip(places, values, strict=True)), strict=True)
     cell = {"length": config.length, "pairs": config.pairs}
     return Problem(TASK, cell, memory, tuple(rest), judged, gold)

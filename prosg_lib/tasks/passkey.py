@@ -1,4 +1,4 @@
-"""Passkey: a number somewhere in a long text, and then the question for it.
+"""Passkey: a number somewhere in a long text, and then a question for it.
 
 A problem, as text (depth 0.5)::
 
@@ -7,11 +7,11 @@ A problem, as text (depth 0.5)::
              A tired soldier had never forgotten the frozen ...
     rest:    What is the pass key? The pass key is 48213
 
-The text is prose of the split, cut to exactly the length asked for; the key stands at a relative depth in it, 0 being
-its beginning and 1 its end. All of the text is what is to be remembered: nothing says beforehand which part of it
-matters. The number alone is judged, and all of it has to be right. The test is that of "Landmark Attention" (Mohtashami
-and Jaggi 2023, arXiv 2305.16300), read as a map of length and depth as in "Stuffed Mamba" (Chen et al. 2024, arXiv
-2410.07145) and RULER (Hsieh et al. 2024, arXiv 2404.06654), with wording of our own.
+The text is prose of the split, cut to exactly the requested length; the key stands at a relative depth in it, from 0 at
+its beginning to 1 at its end. All of the text is to be remembered: nothing says beforehand which part of it matters.
+Only the number is judged, and all of it must be right. The test of "Landmark Attention" (Mohtashami and Jaggi 2023,
+arXiv 2305.16300), read as a map of length and depth as in "Stuffed Mamba" (Chen et al. 2024, arXiv 2410.07145) and
+RULER (Hsieh et al. 2024, arXiv 2404.06654), with wording of our own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import random
 from dataclasses import dataclass
 
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.problems import VERSION, Problem, asked, check_whole, drawn, tokens
+from prosg_lib.tasks.problems import VERSION, Problem, check_whole, draw_content, encode_pieces, with_answer
 from prosg_lib.text.prose import ProseTokens
 from prosg_lib.text.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ TASK = "passkey"
 
 @dataclass(frozen=True)
 class Passkey:
-    """length: tokens of the text with the key in it; depth: share of the filler that stands before the key."""
+    """length: tokens of the text including the key; depth: share of the filler that stands before the key."""
 
     length: int
     depth: float
@@ -37,7 +37,7 @@ class Passkey:
     def __post_init__(self):
         check_whole("the length of a passkey's text", self.length, 1)
         if not 0 <= self.depth <= 1:
-            raise UserError(f"a passkey at depth {self.depth} was asked for; depths are 0 (begin) to 1 (end)")
+            raise UserError(f"a passkey cannot stand at depth {self.depth}; depths are 0 (beginning) to 1 (end)")
 
 
 def problem(config: Passkey, tokenizer: Tokenizer, prose: ProseTokens, split: str, seed: int, number: int) -> Problem:
@@ -46,20 +46,20 @@ def problem(config: Passkey, tokenizer: Tokenizer, prose: ProseTokens, split: st
     Args:
         prose: of the same split and tokenizer.
     Raises:
-        UserError: an unknown split, a length in which the key does not fit, or prose that is shorter.
+        UserError: an unknown split, a length too small for the key, or prose that is shorter.
     """
     name = f"{TASK}/{config.length}/{config.depth}/{seed}/{number}"
-    key = drawn(lambda rng: rng.randrange(10_000, 100_000), split, name)
-    answer = tokens(tokenizer, f" {key}")
-    needle = (*tokens(tokenizer, "\n", "The pass key is"), *answer, *tokens(tokenizer, ".", "\n"))
+    key = draw_content(lambda rng: rng.randrange(10_000, 100_000), split, name)
+    answer = encode_pieces(tokenizer, f" {key}")
+    needle = (*encode_pieces(tokenizer, "\n", "The pass key is"), *answer, *encode_pieces(tokenizer, ".", "\n"))
     room = config.length - len(needle)
     if room < 0:
         raise UserError(
-            f"a passkey's text of {config.length} tokens was asked for, but the sentence with the key alone has "
-            f"{len(needle)}; ask for a longer text"
+            f"a passkey's text cannot have {config.length} tokens: the sentence with the key alone has {len(needle)}; "
+            "choose a longer text"
         )
     filler = prose.passage(room, random.Random(f"{VERSION}/{name}/{split}/filler"))
     before = round(config.depth * room)
     memory = (*filler[:before], *needle, *filler[before:])
-    question = tokens(tokenizer, "What is the pass key?", " The pass key is")
-    return asked(TASK, {"length": config.length, "depth": config.depth}, memory, question, answer)
+    question = encode_pieces(tokenizer, "What is the pass key?", " The pass key is")
+    return with_answer(TASK, {"length": config.length, "depth": config.depth}, memory, question, answer)

@@ -10,7 +10,7 @@ A problem, as text (4 lines)::
              Mara Quill: 402-118-7735
              Ruth Hale: 115-903-4418
 
-Only the last number is judged, and all of it has to be right. The test of "Repeat After Me" (Jelassi et al. 2024, arXiv
+Only the last number is judged, and all of it must be right. The test of "Repeat After Me" (Jelassi et al. 2024, arXiv
 2402.01032, section 4), with names of our own (`tasks.people`).
 """
 
@@ -20,8 +20,8 @@ import random
 from dataclasses import dataclass
 
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.people import FIRST_NAMES, LAST_NAMES
-from prosg_lib.tasks.problems import Problem, asked, check_whole, drawn, tokens
+from prosg_lib.tasks.people import full_name, name_count
+from prosg_lib.tasks.problems import Problem, check_whole, draw_content, encode_pieces, with_answer
 from prosg_lib.text.tokenizer import Tokenizer
 
 TASK = "phonebook"
@@ -30,37 +30,33 @@ _LARGEST = 10_000  # lines; there are more than twice as many names
 
 @dataclass(frozen=True)
 class Phonebook:
-    """lines: of the book, 3 to 10,000: two are the examples, and another one is asked about."""
+    """lines: of the book, 3 to 10,000; two are the examples, and a third is the question."""
 
     lines: int
 
     def __post_init__(self):
         check_whole("the number of lines of a phone book", self.lines, 3)
         if self.lines > _LARGEST:
-            raise UserError(f"a phone book of {self.lines} lines was asked for; there are names for {_LARGEST}")
+            raise UserError(f"a phone book cannot have {self.lines} lines; the largest has {_LARGEST}")
 
 
 def problem(config: Phonebook, tokenizer: Tokenizer, split: str, seed: int, number: int) -> Problem:
-    """Problem `number` of a split and seed; no book is in two splits, though names are, and no name twice in a book.
+    """Problem `number` of a split and seed. Names differ within a book; no book is in two splits, though names are.
 
     Raises:
-        UserError: an unknown split, or a tokenizer that makes nothing of the text.
+        UserError: an unknown split, or a tokenizer that gives no tokens for the text.
     """
 
     def draw(rng: random.Random) -> tuple[tuple[tuple[str, str], ...], tuple[int, ...]]:
-        people = rng.sample(range(len(FIRST_NAMES) * len(LAST_NAMES)), config.lines)
         book = tuple(
-            (
-                f"{FIRST_NAMES[who // len(LAST_NAMES)]} {LAST_NAMES[who % len(LAST_NAMES)]}",
-                f"{rng.randrange(100, 1000)}-{rng.randrange(1000):03d}-{rng.randrange(10000):04d}",
-            )
-            for who in people
+            (full_name(who), f"{rng.randrange(100, 1000)}-{rng.randrange(1000):03d}-{rng.randrange(10000):04d}")
+            for who in rng.sample(range(name_count()), config.lines)
         )
         return book, tuple(rng.sample(range(config.lines), 3))
 
-    book, (*examples, wanted) = drawn(draw, split, f"{TASK}/{config.lines}/{seed}/{number}")
-    lines = [tokens(tokenizer, f"{name}:", f" {phone}", "\n") for name, phone in book]
+    book, (*examples, wanted) = draw_content(draw, split, f"{TASK}/{config.lines}/{seed}/{number}")
+    lines = [encode_pieces(tokenizer, f"{name}:", f" {phone}", "\n") for name, phone in book]
     name, phone = book[wanted]
-    question = [*(i for n in examples for i in lines[n]), *tokens(tokenizer, f"{name}:")]
+    question = [*(i for n in examples for i in lines[n]), *encode_pieces(tokenizer, f"{name}:")]
     memory = [i for line in lines for i in line]
-    return asked(TASK, {"lines": config.lines}, memory, question, tokens(tokenizer, f" {phone}"))
+    return with_answer(TASK, {"lines": config.lines}, memory, question, encode_pieces(tokenizer, f" {phone}"))

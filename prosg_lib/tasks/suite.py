@@ -1,4 +1,4 @@
-"""The suite of established memory tests: its cells, and the problems of each."""
+"""The suite of established memory tests: its cells (settings of a test), and the problems of each cell."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from prosg_lib.text.tokenizer import Tokenizer
 
 SPLIT = "test"
 
-
 Setting = Copy | Mqar | Phonebook | Passkey
 
 
 @dataclass(frozen=True)
 class Material:
-    """What problems are made of: a model's tokenizer, and prose of the split in its tokens."""
+    """What problems are made from: a model's tokenizer, and prose of the split in its tokens."""
 
     tokenizer: Tokenizer
     prose: ProseTokens
 
 
 def settings(sizes: Forgetting, vocab: int) -> tuple[list[Setting], list[str]]:
-    """All cells of the suite for a model with so many tokens; and of those left out, why.
+    """All cells of the suite for a model with this many tokens, and the reasons why others are left out.
 
     MQAR's published vocabulary of 8,192 becomes the model's where that is smaller (`tasks.mqar.fitting`); a length that
     such a vocabulary does not allow is left out.
@@ -48,7 +47,7 @@ def settings(sizes: Forgetting, vocab: int) -> tuple[list[Setting], list[str]]:
 
 
 def problem_of(setting: Setting, material: Material, seed: int, number: int, split: str = SPLIT) -> Problem:
-    """Problem `number` of a cell, split and seed; the material's prose is to be that split's."""
+    """Problem `number` of a cell, split and seed; the material's prose must be of that split."""
     match setting:
         case Copy():
             return copying.problem(setting, material.tokenizer, split, seed, number)

@@ -1,7 +1,7 @@
-"""Prose: what a dialogue is interrupted by, and what perplexity is measured on.
+"""Prose: the text between a prompt and its questions, and the text that perplexity is measured on.
 
 Three sources: a folder of .txt files (one paragraph a line, or hard-wrapped with blank lines between paragraphs),
-WikiText through `datasets`, or, where neither is there, sentences of our own making. A book is never in two splits.
+WikiText through `datasets`, or made-up sentences of our own. A book is never in two splits.
 """
 
 from __future__ import annotations
@@ -17,40 +17,41 @@ from pathlib import Path
 
 import numpy as np
 
+from prosg_lib import files
 from prosg_lib.errors import UserError
+from prosg_lib.paths import data_dir
 from prosg_lib.text.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 _OWN_SENTENCES = {"train": 20_000, "validation": 3_000, "test": 3_000}
+_PARTS = ("person", "act", "thing", "circumstance")
+_SHORTEST = 40  # characters of a paragraph; shorter ones are mostly headings
+_WRAPPED = 100  # a file whose lines are all shorter than this is hard-wrapped
 
 
 def check_split(split: str) -> None:
-    """Says so where there is no split of this name.
-
-    Raises:
-        UserError: it is none of `SPLITS`.
-    """
+    """Raise a UserError unless there is a split of this name."""
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
 
 
 def split_titles(titles: Iterable[str]) -> dict[str, list[str]]:
-    """Titles by split: a tenth, at least one, each to validation and test. The order depends on the titles alone."""
+    """Titles by split: a tenth, at least one, each for validation and test. The order depends on the titles alone."""
     order = sorted(set(titles), key=lambda title: hashlib.sha256(title.encode()).hexdigest())
-    held = max(1, len(order) // 10)
-    return dict(zip(SPLITS, (order[2 * held :], order[:held], order[held : 2 * held]), strict=True))
+    tenth = max(1, len(order) // 10)
+    return dict(zip(SPLITS, (order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth]), strict=True))
 
 
 @dataclass(frozen=True)
 class Prose:
-    """Paragraphs by split, and where they come from."""
+    """Paragraphs by split, and the name of their source."""
 
     source: str
     paragraphs: dict[str, list[str]]
 
     @property
     def sha256(self) -> str:
-        """Names the text: equal exactly where every split's paragraphs are."""
+        """Identifies the text: equal if and only if the paragraphs of every split are."""
         text = json.dumps([self.paragraphs[split] for split in SPLITS], ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -60,13 +61,12 @@ def load_prose(source: str = "auto") -> Prose:
 
     Args:
         source: "own"; "wikitext" (hub id Salesforce/wikitext, wikitext-2-raw-v1); a folder of .txt files; or "auto":
-            the folder `books` in $PROSG_TEST_DATA if that is set, else WikiText where an earlier load left it on this
-            machine, else our own sentences. "auto" never uses the network.
+            the folder `books` in $PROSG_TEST_DATA if that is set, and otherwise our own sentences.
     Raises:
-        UserError: the folder is missing or holds no text, or WikiText cannot be had.
+        UserError: the folder is missing or holds no text, or WikiText cannot be loaded.
     """
     if source == "auto":
-        source = str(books_folder() or ("wikitext" if _cached_wikitext() else "own"))
+        source = str(books_folder() or "own")
     if source == "own":
         return Prose("own sentences", {split: own_sentences(split) for split in SPLITS})
     if source == "wikitext":
@@ -75,10 +75,10 @@ def load_prose(source: str = "auto") -> Prose:
 
 
 def books_folder() -> Path | None:
-    """The folder `books` in $PROSG_TEST_DATA; None where that is not set.
+    """The folder `books` in $PROSG_TEST_DATA; None if the variable is not set.
 
     Raises:
-        UserError: it is set, and there is no such folder.
+        UserError: it is set, but there is no such folder.
     """
     root = os.environ.get("PROSG_TEST_DATA")
     if not root:
@@ -92,7 +92,7 @@ def books_folder() -> Path | None:
 
 
 def books_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The .txt files of a folder by split: a tenth, at least one, each to validation and test.
+    """The .txt files of a folder by split: a tenth, at least one, each for validation and test.
 
     The order depends on the titles (file names) alone. With fewer than three files every split has all of them, and
     the paragraphs are divided instead.
@@ -127,18 +127,14 @@ def _folder(folder: Path) -> Prose:
 
 
 def _refuse_copies(texts: dict[Path, list[str]]) -> None:
-    """The same book under two names could be in two splits."""
+    """Refuse the same book under two names, which could be in two splits."""
     seen: dict[tuple[str, ...], Path] = {}
     for path, lines in texts.items():
         if not lines:
-            raise UserError(f"{path} has no paragraph of {_SHORTEST} characters or more; take it out of the folder")
+            raise UserError(f"{path} has no paragraph of {_SHORTEST} characters or more; remove it from the folder")
         twin = seen.setdefault(tuple(lines), path)
         if twin is not path:
-            raise UserError(f"{twin} and {path.name} hold the same text; take one of them out of the folder")
-
-
-_SHORTEST = 40  # characters of a paragraph; shorter ones are headings and the like
-_WRAPPED = 100  # a file whose lines are all shorter than this is hard-wrapped
+            raise UserError(f"{twin} and {path.name} hold the same text; remove one of them from the folder")
 
 
 def _paragraphs(path: Path) -> list[str]:
@@ -146,7 +142,7 @@ def _paragraphs(path: Path) -> list[str]:
 
 
 def text_lines(path: Path) -> list[str]:
-    """The paragraphs of a plain-text file, headings and other short ones among them, white space made even.
+    """The paragraphs of a plain-text file, including headings, with single spaces between words.
 
     Raises:
         UserError: the file is missing, cannot be read, or is not UTF-8.
@@ -154,9 +150,9 @@ def text_lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it or take it out") from error
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8 or remove it") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); name a file of plain text") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a file of plain text") from error
     lines = [" ".join(raw.split()) for raw in text.splitlines()]
     if "" in lines and max(map(len, lines)) < _WRAPPED:
         lines = [" ".join(block) for filled, block in groupby(lines, key=bool) if filled]
@@ -164,120 +160,46 @@ def text_lines(path: Path) -> list[str]:
 
 
 def _wikitext() -> Prose:
-    """WikiText from the local cache, or else from the hub."""
-    from datasets import Dataset, load_dataset
+    """WikiText through `datasets`: from its cache, or else from the hub."""
+    from datasets import load_dataset
 
-    if cached := _cached_wikitext():
-        try:
-            data = {s: Dataset.from_file(str(file)) for s, file in cached.items()}
-        except Exception as error:
-            folder = cached["train"].parent
-            raise UserError(f"the WikiText in {folder} cannot be read ({error}); remove that folder") from error
-    else:
-        try:
-            data = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
-        except Exception as error:
-            raise UserError(
-                f"WikiText cannot be loaded ({type(error).__name__}); "
-                "without a network use a folder of .txt files or, where prose is asked for, prose='own'"
-            ) from error
+    try:
+        data = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+    except Exception as error:
+        raise UserError(
+            f"WikiText cannot be loaded ({type(error).__name__}); "
+            "without a network use a folder of .txt files or, for prose, prose='own'"
+        ) from error
     lines = {s: [" ".join(x.split()) for x in data[s]["text"]] for s in SPLITS}
     return Prose("wikitext-2", {s: [x for x in lines[s] if len(x) >= _SHORTEST] for s in SPLITS})
 
 
-def _cached_wikitext() -> dict[str, Path]:
-    """The files by split that `datasets` left in its cache, the newest; empty where there are none.
-
-    Looked up by hand: `datasets` itself asks the hub first, and takes seconds to import.
-    """
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(home, "datasets")).expanduser()
-    folders = list(cache.glob("Salesforce___wikitext/wikitext-2-raw-v1/*/*"))
-    for folder in sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True):
-        files = {split: folder / f"wikitext-{split}.arrow" for split in SPLITS}
-        if all(file.is_file() for file in files.values()):
-            return files
-    return {}
-
-
-_WHO = [
-    "the old miller",
-    "a young painter",
-    "the ferryman",
-    "her grandmother",
-    "the schoolmaster",
-    "a tired soldier",
-    "the baker's son",
-    "the widow",
-    "a stranger",
-    "the night watchman",
-    "the clockmaker",
-    "a small girl",
-    "the captain's wife",
-    "the gardener",
-    "two brothers",
-]
-_DID = [
-    "walked slowly past",
-    "waited a long time near",
-    "spoke quietly about",
-    "had never forgotten",
-    "looked out over",
-    "came back to",
-    "wrote a letter about",
-    "stood alone before",
-    "dreamed again of",
-    "was afraid of",
-    "ran all the way to",
-    "told nobody about",
-]
-_WHAT = [
-    "the frozen river",
-    "the empty station",
-    "a house on the hill",
-    "the harbour at dawn",
-    "the burning mill",
-    "the narrow bridge",
-    "that summer evening",
-    "the road to the village",
-    "an open window",
-    "the dark orchard",
-    "the church tower",
-    "a broken gate",
-]
-_HOW = [
-    "while the rain went on",
-    "before the lamps were lit",
-    "as if nothing had happened",
-    "and the dog followed",
-    "with a heavy heart",
-    "long after the others had gone",
-    "because the winter was near",
-    "without saying a word",
-    "and then the wind turned",
-    "though it was already late",
-]
-
-
 def own_sentences(split: str) -> list[str]:
-    """Paragraphs of three to five made-up sentences, from a seed that depends on the split alone."""
-    rng = random.Random(f"own prose, {split}")
-    sentences = [
-        f"{rng.choice(_WHO)} {rng.choice(_DID)} {rng.choice(_WHAT)}, {rng.choice(_HOW)}."
-        for _ in range(_OWN_SENTENCES[split])
-    ]
-    sentences = [s[0].upper() + s[1:] for s in sentences]
-    paragraphs, i = [], 0
-    while i < len(sentences):
-        n = rng.randint(3, 5)
-        paragraphs.append(" ".join(sentences[i : i + n]))
-        i += n
+    """Paragraphs of three to five made-up sentences, from the word lists in `data/own_sentences.json`.
+
+    The seed depends on the split alone: 20,000 sentences for training, 3,000 each for validation and test.
+    """
+    rng, lists = random.Random(f"own prose, {split}"), files.read_json(data_dir() / "own_sentences.json")
+    sentences = []
+    for _ in range(_OWN_SENTENCES[split]):
+        person, act, thing, circumstance = (rng.choice(lists[part]) for part in _PARTS)
+        sentences.append(f"{person[0].upper()}{person[1:]} {act} {thing}, {circumstance}.")
+    paragraphs, start = [], 0
+    while start < len(sentences):
+        size = rng.randint(3, 5)
+        paragraphs.append(" ".join(sentences[start : start + size]))
+        start += size
     return paragraphs
 
 
 @dataclass(frozen=True)
 class ProseTokens:
-    """One split as a line of token ids with the places where a paragraph starts."""
+    """One split as one sequence of token ids.
+
+    Attributes:
+        ids: all tokens, (N,) int32.
+        starts: positions at which a paragraph starts, ascending.
+    """
 
     ids: np.ndarray
     starts: np.ndarray
@@ -293,30 +215,31 @@ class ProseTokens:
         return cls(np.concatenate([np.array(x, dtype=np.int32) for x in lines]), starts)
 
     def passage(self, length: int, rng: random.Random) -> list[int]:
-        """`length` tokens from the start of a random paragraph on, over paragraphs' ends where they are short."""
+        """`length` tokens from the start of a random paragraph; continues into the next paragraphs if it is short.
+
+        Raises:
+            UserError: the prose is shorter.
+        """
         last = len(self.ids) - length
         if last < 0:
-            raise UserError(
-                f"this prose has {len(self.ids)} tokens; a passage of {length} was asked for; add more text"
-            )
-        start = int(self.starts[rng.randrange(len(self.starts))])
-        start = min(start, last)
+            raise UserError(f"this prose has only {len(self.ids)} tokens, fewer than {length}; add more text")
+        start = min(int(self.starts[rng.randrange(len(self.starts))]), last)
         return self.ids[start : start + length].tolist()
 
     def passages(self, count: int, length: int, rng: random.Random) -> np.ndarray:
-        """`count` passages in the text's order, (count, length), each from a paragraph's start on: a systematic sample.
+        """A systematic sample of `count` passages, (count, length), in the text's order; each starts a paragraph.
 
-        They begin at equal distances, the first at a random place; no two have a token in common.
+        They start at equal distances, the first at a random place, and do not overlap.
 
         Raises:
-            UserError: there is not text enough between one beginning and the next.
+            UserError: there is too little text between one start and the next.
         """
         places = (np.arange(count) + rng.random()) / count * len(self.ids)
         starts = self.starts[np.searchsorted(self.starts, places, side="right") - 1]
         starts = np.minimum(starts, len(self.ids) - length)
         if starts[0] < 0 or (np.diff(starts) < length).any():
             raise UserError(
-                f"this prose has {len(self.ids)} tokens; {count} passages of {length} that share none were asked for; "
-                "add more text, or ask for fewer"
+                f"this prose has only {len(self.ids)} tokens, too few for {count} separate passages of {length}; "
+                "add more text, or take fewer"
             )
         return self.ids[starts[:, None] + np.arange(length)]

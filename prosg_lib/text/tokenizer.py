@@ -67,7 +67,9 @@ class Tokenizer:
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"no tokenizer at {path}; `prosg data build` makes the project's own") from None
+            raise UserError(
+                f"no tokenizer at {path}; restore it from the repository, or give the path of a tokenizer.json"
+            ) from None
         except Exception as error:  # the tokenizers library raises bare Exception for malformed JSON
             raise UserError(f"{path} is not a tokenizer file: {error}") from error
 

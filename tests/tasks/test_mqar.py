@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prosg_lib.errors import UserError
 from prosg_lib.tasks.mqar import GRID, VOCAB, Mqar, fitting, gap_weights, problem
-from prosg_lib.text.prose import SPLITS
 
 SMALL = Mqar(length=48, pairs=4, vocab=60)
 SPACE = (48 - 2 * 4) // 2
@@ -110,17 +108,6 @@ def test_keys_and_values_go_together_by_chance(drawn):
     assert stats.chi2_contingency(table).pvalue > LIKELY
 
 
-def test_a_problem_is_its_seeds_and_splits_differ():
-    """Again the same, and another with another number, seed or split; the law of the gaps is not used up."""
-    before = gap_weights(SMALL).copy()
-    first = problem(SMALL, "test", 0, 3)
-    assert problem(SMALL, "test", 0, 3) == first
-    others = [problem(SMALL, "test", 0, 4), problem(SMALL, "test", 1, 3)]
-    others += [problem(SMALL, split, 0, 3) for split in SPLITS if split != "test"]
-    assert all(other.rest != first.rest for other in others)
-    np.testing.assert_array_equal(gap_weights(SMALL), before)
-
-
 def test_global_random_state_takes_no_part():
     """Whatever it is, it stays, and the problem is the same."""
     np.random.seed(0)  # noqa: NPY002 - it is what must not matter
@@ -137,20 +124,3 @@ def test_a_smaller_models_vocabulary():
     assert fitting(64, 4, 50_000).vocab == 8192
     found = problem(fitting(64, 4, 70), "test", 0, 0)
     assert max(*found.memory, *found.rest) < 70
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ((63, 4), "the length is even"),
-        ((64, 17), "at least four times the pairs"),
-        ((64, 0), "number of pairs is 0"),
-        ((64, 4, 64), "a vocabulary of more than 64"),
-        ((64, 4, 100, 0.0), "power is 0.0"),
-        ((64, 4, 8192.0), "vocabulary is 8192.0"),
-    ],
-)
-def test_what_cannot_be_made_is_refused(settings, said):
-    """Before anything is drawn, and by name."""
-    with pytest.raises(UserError, match=said):
-        Mqar(*settings)

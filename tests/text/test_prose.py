@@ -1,6 +1,5 @@
-"""Prose: where it comes from, how it is split, and what is said when it cannot be had."""
+"""Prose: its sources, how it is split, and the errors when it is missing."""
 
-import os
 import random
 import shutil
 import socket
@@ -33,20 +32,6 @@ def write_books(folder, count, paragraphs=12):
     for b in range(count):
         lines = [f"This is paragraph number {i} of the long book number {b}, and no other." for i in range(paragraphs)]
         (folder / f"book-{b}.txt").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
-def write_cached_wikitext(cache, text):
-    """Files as `datasets` leaves them after it has loaded WikiText once."""
-    from datasets import Dataset
-
-    folder = cache / "Salesforce___wikitext" / "wikitext-2-raw-v1" / "0.0.0" / "b08601e04326"
-    folder.mkdir(parents=True)
-    for split in SPLITS:
-        Dataset.from_dict({"text": ["", f" = {split} = \n", f" {text} {split} .\n"]}).save_to_disk(cache / "saved")
-        (file,) = (cache / "saved").glob("*.arrow")
-        shutil.move(file, folder / f"wikitext-{split}.arrow")
-        shutil.rmtree(cache / "saved")
     return folder
 
 
@@ -188,24 +173,6 @@ def test_auto_names_a_missing_folder(bare, monkeypatch):
         load_prose()
 
 
-def test_auto_takes_cached_wikitext_next(bare):
-    """Read from the cache's files; a newer folder that is incomplete does not count."""
-    folder = write_cached_wikitext(bare / "cache", "The quick brown fox jumps over the lazy dog of")
-    unfinished = folder.parent / "unfinished"
-    unfinished.mkdir()
-    os.utime(unfinished, (2e9, 2e9))
-    loaded = load_prose()
-    assert loaded.source == "wikitext-2"
-    assert loaded.paragraphs["test"] == ["The quick brown fox jumps over the lazy dog of test ."]
-
-
-def test_damaged_cache_is_named(bare):
-    folder = write_cached_wikitext(bare / "cache", "The quick brown fox jumps over the lazy dog of")
-    (folder / "wikitext-test.arrow").write_bytes(b"not arrow")
-    with pytest.raises(UserError, match=r"b08601e04326 cannot be read .*remove that folder"):
-        load_prose()
-
-
 def test_auto_falls_back_to_our_own(bare):
     assert load_prose().source == "own sentences"
 
@@ -245,18 +212,20 @@ def test_passages_are_spread_and_share_nothing():
     assert np.array_equal(tokens.passages(1, len(whole), random.Random(0))[0], tokens.ids)
 
 
-def test_too_little_prose_is_said():
-    tokenizer = load_tokenizer()
-    tokens = ProseTokens.of(Prose("own", {"test": ["Short."]}), "test", tokenizer)
-    with pytest.raises(UserError, match="a passage of 500 was asked for"):
-        tokens.passage(500, random.Random(0))
-    for count, length in ((1, 500), (3, 2)):
-        with pytest.raises(UserError, match=f"{count} passages of {length} that share none"):
-            tokens.passages(count, length, random.Random(0))
-    with pytest.raises(UserError, match=r"the test split of this prose .* is empty"):
-        ProseTokens.of(Prose("own", {"test": []}), "test", tokenizer)
-    with pytest.raises(UserError, match="unknown split 'dev'"):
-        ProseTokens.of(Prose("own", {"test": ["Short."]}), "dev", tokenizer)
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda p: p("test").passage(500, random.Random(0)), "only 5 tokens, fewer than 500; add more text"),
+        (lambda p: p("test").passages(1, 500, random.Random(0)), "too few for 1 separate passages of 500"),
+        (lambda p: p("test").passages(3, 2, random.Random(0)), "too few for 3 separate passages of 2"),
+        (lambda p: p("validation"), r"the validation split of this prose .* is empty"),
+        (lambda p: p("dev"), "unknown split 'dev'"),
+    ],
+)
+def test_too_little_prose(use, message):
+    short = Prose("own", {"test": ["Short."], "validation": []})
+    with pytest.raises(UserError, match=message):
+        use(lambda split: ProseTokens.of(short, split, load_tokenizer()))
 
 
 def test_shortest_paragraph_is_the_same_for_every_source(tmp_path):
