@@ -18,7 +18,7 @@ from prosg_lib.backbones.loading import load_model
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
-from prosg_lib.generators.several_prompts import tell, written
+from prosg_lib.generators.several_prompts import append_prompt, delta_of_prompts
 from prosg_lib.generators.token_wise import Memory, TokenGenerator
 from prosg_lib.training.stages import load_generator, own_generator
 
@@ -74,9 +74,9 @@ class Chat:
         """
         if self.generator is None:
             raise UserError(f"nothing can be remembered: {_NO_GENERATOR}")
-        self._memory = tell(self.lm, self.generator, text, self._memory)
-        self._heard = tell(self.lm, self.generator, text, self._heard)
-        self._change = written(self.lm, self.generator, self._memory)
+        self._memory = append_prompt(self.lm, self.generator, text, self._memory)
+        self._heard = append_prompt(self.lm, self.generator, text, self._heard)
+        self._change = delta_of_prompts(self.lm, self.generator, self._memory)
         self._go_on(f"User: {text.strip()}\n")
         self._remembered = (self._remembered or (self._read,))[0], self._read
 
@@ -91,7 +91,7 @@ class Chat:
         if self._heard is None:
             raise UserError("there is nothing to refresh the memory with; say something first")
         self._memory, self._fresh = self._heard, self._read
-        self._change = written(self.lm, self.generator, self._memory)
+        self._change = delta_of_prompts(self.lm, self.generator, self._memory)
 
     def answer(self, text: str) -> Iterator[str]:
         """The model's answer, in pieces as they come; the conversation goes on behind it when all of them were taken.
@@ -109,7 +109,7 @@ class Chat:
         self._asked = question, self._plain
         self._go_on(f"{question}{said}\n")
         if self.generator is not None:
-            self._heard = tell(self.lm, self.generator, text, self._heard)
+            self._heard = append_prompt(self.lm, self.generator, text, self._heard)
             if self._every is not None and self._read - self._fresh >= self._every:
                 self.refresh()
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from prosg_lib import chat, cli
 from prosg_lib.chat import Chat, converse
 from prosg_lib.errors import UserError
-from prosg_lib.generators.several_prompts import tell, written
+from prosg_lib.generators.several_prompts import append_prompt, delta_of_prompts
 from prosg_lib.generators.token_wise import TokenGenerator
 
 TOKENS = 12
@@ -85,13 +85,18 @@ def test_what_is_remembered_adds_up(lm, generator):
     one.remember(PROMPT)
     say(one, QUESTIONS[1])
     one.remember("My pet is a parrot.")
-    first = tell(lm, generator, "My pet is a parrot.", tell(lm, generator, PROMPT))
-    assert_same(one.delta, written(lm, generator, first))
+    first = append_prompt(lm, generator, "My pet is a parrot.", append_prompt(lm, generator, PROMPT))
+    assert_same(one.delta, delta_of_prompts(lm, generator, first))
     far = one.far()
     assert far[0] > far[1] == 0
     one.refresh()
-    said = tell(lm, generator, "My pet is a parrot.", tell(lm, generator, QUESTIONS[1], tell(lm, generator, PROMPT)))
-    assert_same(one.delta, written(lm, generator, said))
+    said = append_prompt(
+        lm,
+        generator,
+        "My pet is a parrot.",
+        append_prompt(lm, generator, QUESTIONS[1], append_prompt(lm, generator, PROMPT)),
+    )
+    assert_same(one.delta, delta_of_prompts(lm, generator, said))
     one.scale = 0.0
     (plain,) = lm.generate([f"User: {QUESTIONS[0]}\nBot:"], one._state, max_new_tokens=TOKENS)
     assert say(one, QUESTIONS[0]) == plain
@@ -111,7 +116,7 @@ def test_memory_is_refreshed_after_so_many_tokens(lm, generator):
     assert one.delta is None
     one = Chat(lm, generator, refresh=1)
     say(one, QUESTIONS[0])
-    assert_same(one.delta, written(lm, generator, tell(lm, generator, QUESTIONS[0])))
+    assert_same(one.delta, delta_of_prompts(lm, generator, append_prompt(lm, generator, QUESTIONS[0])))
     with pytest.raises(UserError, match="refresh is 0"):
         Chat(lm, generator, refresh=0)
 

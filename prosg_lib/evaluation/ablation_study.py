@@ -15,7 +15,6 @@ import pandas as pd
 
 from prosg_lib import files, paths, provenance
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.config import Profile
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import recall
@@ -93,7 +92,6 @@ def variants(profile: Profile, seed: int = 0) -> tuple[Variant, ...]:
         "V2, directions alone": replace(supervised, lessons=0.0),
         "V2, taught by answers": supervised,
         "V2, taught by prompts": replace(supervised, teacher="prompt"),
-        "V2, with foresight": replace(supervised, foresight=0.1),
         "V3": mend,
         "V3, smaller steps": replace(mend, step=0.01),
         "V3, larger steps": replace(mend, step=1.0),
@@ -101,8 +99,6 @@ def variants(profile: Profile, seed: int = 0) -> tuple[Variant, ...]:
     }
     found += [Variant("way", label, spec, seed) for label, spec in ways.items()]
     found.append(Variant("state", "final state, all", final, seed))
-    for name in RWKV4.state_feature_names:
-        found.append(Variant("state", f"its {name} alone", replace(final, features=(name,)), seed))
     return tuple(v for v in found if v.group in study.groups)
 
 

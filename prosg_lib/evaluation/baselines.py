@@ -18,7 +18,7 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
-from prosg_lib.generators.base import EVERY, Generator
+from prosg_lib.generators.base import ALL_MAPS, Generator
 from prosg_lib.gradient_steps.prompt_tuning import fine_tuned, tuned_state
 
 METHODS = {
@@ -45,7 +45,7 @@ BASELINES = {
 }
 """What a user would try instead. Numbers may be left out from the right (`every`, `lora-40`): see `DEFAULTS`."""
 
-LORA_RANK, LORA_MAPS = 8, EVERY
+LORA_RANK, LORA_MAPS = 8, ALL_MAPS
 """Of the LoRA adapters: PEFT's own rank, on every linear map of the blocks."""
 
 

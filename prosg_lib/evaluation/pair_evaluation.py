@@ -21,7 +21,7 @@ from torch import Tensor
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.evaluation.statistics import Estimate, drawn_trainings, resampled
-from prosg_lib.gradient_steps.one_step import Way, answering
+from prosg_lib.gradient_steps.one_step import Method, adapted
 from prosg_lib.tasks.pair_batches import PairBatch, encoded, pair_batch
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.text.padding import Rows
@@ -33,7 +33,7 @@ from prosg_lib.training.pair_objectives import hidden_of
 @torch.no_grad()
 def answered(
     lm: LanguageModel,
-    ways: Mapping[str, Way | Sequence[Way]],
+    ways: Mapping[str, Method | Sequence[Method]],
     pairs: Sequence[Pair],
     tokenizer: Tokenizer,
     contexts: int = 1,
@@ -109,7 +109,7 @@ def _others(groups: list[list[Pair]]) -> list[list[Pair]]:
 
 def _of_batch(
     lm: LanguageModel,
-    ways: Mapping[str, Way | Sequence[Way]],
+    ways: Mapping[str, Method | Sequence[Method]],
     batch: PairBatch,
     wrong: Rows,
     successive: bool,
@@ -121,18 +121,18 @@ def _of_batch(
         says = lm.read_out(hidden_of(lm, batch.prompted)[:, -batch.answers :])
         yield "prompted", _right(_finite("prompted", says), batch)
     if "none" not in known:
-        yield "none", _right(answering(None, lm, batch.context)(*query), batch)
+        yield "none", _right(adapted(None, lm, batch.context)(*query), batch)
     for name, trained in ways.items():
         asked = [(name, batch.context)] + ([(f"wrong {name}", wrong)] if name in controls else [])
         for ending, way in _trainings(trained):
             for label, contexts in asked:
                 if label + ending in known:
                     continue
-                says = answering(way, lm, contexts, successive)(*query)
+                says = adapted(way, lm, contexts, successive)(*query)
                 yield label + ending, _right(_finite(label + ending, says), batch)
 
 
-def _trainings(trained: Way | Sequence[Way]) -> list[tuple[str, Way]]:
+def _trainings(trained: Method | Sequence[Method]) -> list[tuple[str, Method]]:
     """The ends of the columns' names, and what is measured there."""
     return [(f" #{i}", way) for i, way in enumerate(trained)] if isinstance(trained, Sequence) else [("", trained)]
 

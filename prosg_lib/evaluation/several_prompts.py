@@ -12,7 +12,7 @@ from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation.recall import recall_alone
 from prosg_lib.generators.base import Generator
-from prosg_lib.generators.several_prompts import RIDGE, WAYS, together
+from prosg_lib.generators.several_prompts import METHODS, joint_delta
 from prosg_lib.tasks.dialogue import Dialogues, Item, Shape
 
 
@@ -39,9 +39,8 @@ def compare(
     counts: Iterable[int] = (1, 2, 4, 8),
     facts: int = 3,
     items: int = 32,
-    ways: Iterable[str] = WAYS,
+    methods: Iterable[str] = METHODS,
     common: LowRankDelta | None = None,
-    ridge: float = RIDGE,
 ) -> pd.DataFrame:
     """Recall of everything that several prompts said, from a blank state, their one delta alone in the weights.
 
@@ -50,19 +49,20 @@ def compare(
         counts: numbers of prompts in one memory.
         facts: a prompt; every one is asked about.
         items: memories of each number of prompts.
-        ways: of `WAYS`; common, ridge: as in `together`.
+        methods: of `METHODS`.
+        common: as in `joint_delta`.
     Returns:
-        One row a way, number of prompts and memory: way, prompts, item, recall (share of the questions answered right),
-        asked (their number), rank and bytes of the delta.
+        One row per method, number of prompts and memory: method, prompts, item, recall (share of the questions answered
+        right), asked (their number), rank and bytes of the delta.
     """
     rows = []
     for count in counts:
         for number, item in enumerate(data.items(items, Shape(count * facts, 0, count * facts))):
-            for way in ways:
-                delta = together(way, lm, generator, told_in(item, count), common, ridge)
+            for method in methods:
+                delta = joint_delta(method, lm, generator, told_in(item, count), common)
                 rows.append(
                     {
-                        "way": way,
+                        "method": method,
                         "prompts": count,
                         "item": number,
                         "recall": float(recall_alone(lm, delta, data, [item])[0]),

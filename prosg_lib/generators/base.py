@@ -1,22 +1,21 @@
 """The synthetic gradient: from what a recurrent model makes of a prompt to a low-rank change of its weights.
 
-After the abstract of ProSG (arXiv 2311.01981); its base model, rank, layers and losses are not public, so all of them
-here are our reading. Two generators, both forward only, both without effect before training (last layer zero):
+After the abstract of ProSG (arXiv 2311.01981). Its base model, rank, layers and losses are not public, so all of these
+are our reading. Two generators run the model forward only, and have no effect before training (last layer zero):
 
-- `FinalStateGenerator`: U from the state after the prompt alone. The most literal reading; it cannot know what the
-  state has forgotten already.
-- `TokenGenerator`: the true gradient is G = sum_t delta_t x_t^T. Predict delta_t from the hidden state at t, token t
-  and the next prompt token (the label; conditional DNI, Jaderberg et al. 2016, section 2), read the real inputs x_t
-  along r learned directions V shared by all prompts, and add a predicted part: U = sum_t delta_t (V^T x_t + K z_t)^T,
-  z_t being what delta_t is predicted from, too. A sum over tokens, so that it streams and adds.
+- `FinalStateGenerator`: U from the state after the prompt alone. This is the most literal reading; it cannot know what
+  the state has already forgotten.
+- `TokenGenerator`: U as a sum over the prompt's tokens, like the true gradient G = sum_t g_t x_t^T, with g_t predicted.
 
-`StaticDelta` is their control: a change of the same size, trained alike, blind to the prompt.
+`TransformedGradient` (MEND) starts from the true gradient and does need a backward pass. `StaticDelta` is the control:
+a change of the same size, trained in the same way, that ignores the prompt.
 
-Glossary of shapes: B batch, T prompt tokens, D model width, H hidden width, r rank, F state features.
+Glossary of shapes: B batch, T prompt tokens, r rank.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -31,22 +30,20 @@ from prosg_lib.errors import UserError
 from prosg_lib.text.padding import Rows
 
 SCALE = 0.1
-"""Of the synthetic gradient, as in DNI: sums over a hundred tokens would otherwise break the model at first."""
-
+"""Scale of every generated delta, as in DNI: early in training, a sum over a hundred tokens would break the model."""
 
 DROPOUT = 0.1
-"""Of what a generator reads, while it trains: without it, the wording of the training prompts is learned by heart."""
+"""On a generator's inputs during training; without it, it memorizes the wording of the training prompts."""
 
-
-EVERY = ("",)
-"""Endings that every editable map of a model has, whatever its class calls them."""
+ALL_MAPS = ("",)
+"""Name endings that match every editable map, whatever the model calls them."""
 
 
 def edited_maps(lm: LanguageModel, endings: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The editable maps of every block whose name ends so, e.g. "att.output".
+    """The editable maps of every block whose names end in one of these, e.g. "att.output".
 
     Raises:
-        UserError: no map ends so.
+        UserError: an ending matches no map.
     """
     maps = lm.editable()
     for ending in endings:
@@ -55,20 +52,18 @@ def edited_maps(lm: LanguageModel, endings: tuple[str, ...]) -> dict[str, nn.Lin
     return {name: module for name, module in maps.items() if name.endswith(endings)}
 
 
-def _directions(maps: dict[str, nn.Linear], rank: int) -> nn.ParameterDict:
-    """Random reading directions V (in, r) of every map."""
-    found = nn.ParameterDict()
-    for name, module in maps.items():
-        shape = map_shape(module)
-        if not 1 <= rank <= min(shape):
-            raise UserError(f"rank {rank} asked for, but {name} is {shape}; a change of it has rank 1 to {min(shape)}")
-        found[key(name)] = nn.Parameter(torch.randn(shape[1], rank) / shape[1] ** 0.5)
-    return found
-
-
-def key(name: str) -> str:
-    """A module's name as one of a parameter dictionary, which allows no dots."""
+def parameter_key(name: str) -> str:
+    """A module's name as a key of a parameter dictionary, which allows no dots."""
     return name.replace(".", "_")
+
+
+def step_size_group(log_step_sizes: nn.Parameter) -> dict:
+    """Optimiser group of learned step sizes, kept as logarithms; see `training.loop.groups_of`.
+
+    They learn 30 times as fast, so that a training step that moves a weight by 0.001 moves a step size by 3 %. Their
+    gradient is not clipped, and does not count towards the norm by which the others are clipped.
+    """
+    return {"params": [log_step_sizes], "weight_decay": 0.0, "factor": 30.0, "clip": math.inf}
 
 
 class Generator(nn.Module, ABC):
@@ -76,70 +71,76 @@ class Generator(nn.Module, ABC):
 
     Attributes:
         names: the maps that are changed.
-        V: the reading directions, shared by all prompts.
+        V: their reading directions (in, r), learned and shared by all prompts.
+        out_sizes: their numbers of outputs, by name.
+        fingerprint: of the model that the generator is for.
     """
 
     def __init__(self, lm: LanguageModel, rank: int, endings: tuple[str, ...]):
         super().__init__()
         maps = edited_maps(lm, endings)
-        self.names = list(maps)
-        self.V = _directions(maps, rank)
-        self.outs = {name: map_shape(m)[0] for name, m in maps.items()}
-        self.rank = rank
-        self.fingerprint = lm.fingerprint()
+        self.names, self.rank, self.fingerprint = list(maps), rank, lm.fingerprint()
+        self.out_sizes = {name: map_shape(m)[0] for name, m in maps.items()}
+        self.V = nn.ParameterDict()
+        for name, module in maps.items():
+            shape = map_shape(module)
+            if not 1 <= rank <= min(shape):
+                raise UserError(
+                    f"rank {rank} asked for, but {name} is {shape}; a change of it has rank 1 to {min(shape)}"
+                )
+            self.V[parameter_key(name)] = nn.Parameter(torch.randn(shape[1], rank) / shape[1] ** 0.5)
 
     def _delta(self, u: dict[str, Tensor]) -> LowRankDelta:
-        return LowRankDelta({n: Factors(u[n], self.V[key(n)][None]) for n in self.names}, self.fingerprint, SCALE)
+        factors = {name: Factors(u[name], self.V[parameter_key(name)][None]) for name in self.names}
+        return LowRankDelta(factors, self.fingerprint, SCALE)
 
     def fit_normaliser(self, lm: LanguageModel, ids: Tensor, valid: Tensor) -> None:
-        """Collect the statistics that it needs over a batch of prompts, once, before training; as a rule none."""
+        """Collect statistics over a batch of prompts, once, before training. Most generators need none."""
 
     @abstractmethod
     def forward(
         self, lm: LanguageModel, ids: Tensor, valid: Tensor | None = None
     ) -> tuple[LowRankDelta, RecurrentState]:
-        """The change for each prompt of a left-padded batch (B, T), and the state after the prompt.
+        """The delta for each prompt, and the state after it.
 
-        The model itself is only run forward and gets no gradient; the change has one for the generator's parameters.
-        """
-
-    @torch.no_grad()
-    def keys_of(self, lm: LanguageModel, ids: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
-        """By map the keys under which a change of this generator is looked up by a prompt's own tokens, V^T x_t.
+        The delta has a gradient for the generator's parameters; the model's weights get none.
 
         Args:
             ids: (B, T), left-padded where `valid` (B, T) is False.
-        Returns:
-            map -> (B, T, r), zero at padding.
         """
+
+    @torch.no_grad()
+    def prompt_keys(self, lm: LanguageModel, ids: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """The keys k_t = V^T x_t under which a prompt's tokens look up a delta: map -> (B, T, r), zero at padding."""
         with captured_inputs(lm, self.names) as inputs:
             lm.step_through(ids, None, valid)
-        told = 1.0 if valid is None else valid[..., None]
-        return {name: inputs[name] @ self.V[key(name)] * told for name in self.names}
+        mask = 1.0 if valid is None else valid[..., None]
+        return {name: inputs[name] @ self.V[parameter_key(name)] * mask for name in self.names}
 
-    def after(self, lm: LanguageModel, contexts: Rows, successive: bool) -> LogitsOf:
-        """The model after its contexts, (B, 1, C): see `gradient_step.Way`.
+    def adapt(self, lm: LanguageModel, contexts: Rows, successive: bool) -> LogitsOf:
+        """The model under the delta of each example's context, (B, 1, C); see `gradient_steps.one_step.Method`.
 
         Raises:
-            UserError: more than one context an example.
+            UserError: there is more than one context per example.
         """
         if contexts.ids.shape[1] > 1:
-            raise UserError("a generator takes one prompt an example; join the contexts to one text")
+            raise UserError("a generator takes one prompt per example; join the contexts into one text")
         return with_delta(lm, self(lm, contexts.ids[:, 0], contexts.valid[:, 0])[0])
 
     @torch.no_grad()
     def memorize(self, lm: LanguageModel, prompts: list[str] | list[list[int]]) -> LowRankDelta:
-        """One change per prompt, forward only.
+        """One delta per prompt.
 
         Raises:
             UserError: a prompt is empty, or the generator was trained for another model.
         """
-        self.check(lm)
+        self.check_model(lm)
         self.eval()  # no dropout
         ids, valid = lm.encode_prompts(prompts)
         return self(lm, ids, None if valid.all() else valid)[0]
 
-    def check(self, lm: LanguageModel) -> None:
+    def check_model(self, lm: LanguageModel) -> None:
+        """Raises a UserError if the generator was trained for another model."""
         if self.fingerprint != lm.fingerprint():
             raise UserError(
                 f"this generator was trained for model {self.fingerprint}, not for this one ({lm.fingerprint()})"

@@ -8,41 +8,19 @@ from torch import Tensor, nn
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.state import Normaliser
-from prosg_lib.errors import UserError
-from prosg_lib.generators.base import DROPOUT, Generator, key
-
-
-def _chosen(lm: LanguageModel, kinds: tuple[str, ...]) -> Tensor:
-    """1 at the state features of these kinds, 0 at the others, (F,)."""
-    names = lm.state_feature_names
-    unknown = [kind for kind in kinds if kind not in names]
-    if unknown or not kinds:
-        raise UserError(
-            f"no kind of state feature {', '.join(unknown) or 'chosen'}; a {type(lm).__name__} names "
-            f"{', '.join(names) or 'none'}"
-        )
-    of_layer = torch.tensor([float(name in kinds) for name in names]).repeat_interleave(lm.config.width)
-    return of_layer.repeat(lm.config.layers)
+from prosg_lib.generators.base import DROPOUT, Generator, parameter_key
 
 
 class FinalStateGenerator(Generator):
-    """U from the final state: normalised features -> residual trunk -> one head a map.
+    """Normalised features of the final state (B, F) -> residual trunk (B, width) -> one head per map, U (B, out, r).
 
-    Args:
-        features: kinds of state features that it sees (`LanguageModel.state_feature_names`); the others are 0 to it.
-            None: all.
+    Attributes:
+        mean, std: statistics of the features, (F,); `fit_normaliser` collects them.
+        heads: one linear layer per map, zero before training.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        rank: int,
-        width: int,
-        endings: tuple[str, ...],
-        features: tuple[str, ...] | None = None,
-    ):
+    def __init__(self, lm: LanguageModel, rank: int, width: int, endings: tuple[str, ...]):
         super().__init__(lm, rank, endings)
-        self.register_buffer("seen", None if features is None else _chosen(lm, features), persistent=False)
         size = lm.state_features(lm.blank_state(1)).shape[1]
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
@@ -52,7 +30,9 @@ class FinalStateGenerator(Generator):
             for _ in range(2)
         )
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleDict({key(n): nn.Linear(width, out * rank) for n, out in self.outs.items()})
+        self.heads = nn.ModuleDict(
+            {parameter_key(n): nn.Linear(width, out * rank) for n, out in self.out_sizes.items()}
+        )
         for head in self.heads.values():
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
@@ -69,10 +49,9 @@ class FinalStateGenerator(Generator):
         with torch.no_grad():
             _, state = lm.step_through(ids, None, valid)
             features = Normaliser(self.mean, self.std)(lm.state_features(state))
-            features = features if self.seen is None else features * self.seen
         h = self.inner(F.dropout(features, DROPOUT, self.training))
         for layer in self.trunk:
             h = h + layer(h)
         h = self.norm(h)
-        u = {name: self.heads[key(name)](h).view(-1, out, self.rank) for name, out in self.outs.items()}
+        u = {name: self.heads[parameter_key(name)](h).view(-1, out, self.rank) for name, out in self.out_sizes.items()}
         return self._delta(u), state

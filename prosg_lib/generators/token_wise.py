@@ -1,4 +1,22 @@
-"""The token-wise generator: the synthetic gradient, token by token."""
+"""The token-wise generator: the synthetic gradient as a sum over the prompt's tokens.
+
+The true gradient of a linear map's weight is G = sum_t g_t x_t^T, with x_t the map's input and g_t the gradient at its
+output. The generator keeps this form. It predicts each g_t, as W z_t, from the model's hidden state h_t, the token's
+embedding e_t and that of its label, the next token (conditional DNI, Jaderberg et al. 2016, section 2); it reads the
+real x_t along r learned directions V, and adds a predicted part K z_t:
+
+    z_t = mlp([h_t; e_t; e_{t+1}])
+    U   = sum_t g_t (V^T x_t + K z_t)^T  =  W sum_t z_t (V^T x_t + K z_t)^T,    g_t = W z_t.
+
+The map then answers an input x with scale U V^T x: g_t is what token t writes, k_t = V^T x_t + K z_t is the key it is
+written under, and V^T x looks it up. Statement and question are worded differently, so their V^T x differ; K z_t can
+bring the keys closer.
+
+The second sum is the memory: all that has to be kept of a prompt, whatever its length. Being a sum, it streams (a
+prompt can be read in pieces) and adds (of two prompts, deltas sum to one of the same rank).
+
+Glossary of shapes: B batch, T tokens, D model width, H hidden width of the generator, r rank.
+"""
 
 from __future__ import annotations
 
@@ -14,152 +32,141 @@ from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.deltas.gradient_factors import captured_inputs
 from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
-from prosg_lib.generators.base import DROPOUT, Generator, key
+from prosg_lib.generators.base import DROPOUT, Generator, parameter_key
 
 
-class Terms(NamedTuple):
-    """A prompt's tokens as the sum over them has them: what is written, under which key, and what comes after them.
+class LastToken(NamedTuple):
+    """The last token read so far. It joins the sum when its label comes.
 
     Attributes:
-        z: (B, T', H), zero at padding; T' = T - 1 tokens with a label, or T with one that was pending.
-        keys: map -> V^T x_t + K z_t, (B, T', r).
-        state, pending: as in `Memory`.
+        features: hidden state and embedding, (B, 2 D).
+        reads: map -> V^T x, (B, r).
     """
 
-    z: Tensor
-    keys: dict[str, Tensor]
-    state: RecurrentState
-    pending: tuple[Tensor, dict[str, Tensor]]
+    features: Tensor
+    reads: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """A prompt absorbed so far, of a size that does not grow with it.
+    """What is kept of a prompt read so far; its size does not depend on the prompt's length.
 
     Attributes:
-        sums: map -> (B, H, r), sum over tokens of z_t (V^T x_t + K z_t)^T; the delta is linear in it.
+        sums: map -> sum_t z_t k_t^T over the tokens with a label, (B, H, r).
         state: the model's state after the last token.
-        pending: the last token's hidden state and embedding (B, 2 D) and reads V^T x (B, r) a map; its label is not
-            known yet.
-        length: tokens absorbed.
+        last: the last token, which has no label yet.
+        length: number of tokens read.
     """
 
     sums: dict[str, Tensor]
     state: RecurrentState
-    pending: tuple[Tensor, dict[str, Tensor]]
+    last: LastToken
     length: int
 
 
 class TokenGenerator(Generator):
-    """The synthetic gradient token by token: delta_t predicted from (hidden state at t, token t, next token).
+    """U = sum_t g_t (V^T x_t + K z_t)^T, with g_t = W z_t; see above.
 
-    A fact can be written where the text says what it is about: before its value ("my pet is a" -> parrot), or, where
-    only the value tells that ("I brought home a parrot."), at the value itself, which is then token t and no label.
-
-    V^T x_t is the key that the fact is written under, and V^T x at the question the one that it is looked up by. They
-    are alike only as far as statement and question are; K z_t brings them closer where they are not.
+    A fact can be written before its value, where the text says what it is about ("my pet is a" -> parrot). Where only
+    the value tells ("I brought home a parrot."), it is written at the value itself, which is then token t.
 
     Args:
-        label: whether it sees the next token; without it (DNI instead of cDNI) that input is 0, and nothing else is
-            another.
-        foresight: whether it has a head that predicts z_{t+1} from z_t, and by it the next token's delta: DNI's
-            auxiliary task, which `supervised` trains; a change of the weights never uses it.
+        rank, width: r and H.
+        endings: of the names of the maps that are changed.
+        label: whether it sees the next token. Without it (DNI instead of cDNI) that input is zero.
+
+    Attributes:
+        mlp: makes z_t; heads: W, by map; keys: K, by map. W and K are zero before training.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        rank: int,
-        width: int,
-        endings: tuple[str, ...],
-        label: bool = True,
-        foresight: bool = False,
-    ):
+    def __init__(self, lm: LanguageModel, rank: int, width: int, endings: tuple[str, ...], label: bool = True):
         super().__init__(lm, rank, endings)
         self.label = label
-        size = lm.config.width
+        inputs = 3 * lm.config.width
         self.mlp = nn.Sequential(
-            nn.Dropout(DROPOUT), nn.Linear(3 * size, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+            nn.Dropout(DROPOUT), nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
         )
-        self.heads = nn.ModuleDict({key(n): nn.Linear(width, out, bias=False) for n, out in self.outs.items()})
-        self.keys = nn.ModuleDict({key(n): nn.Linear(width, rank, bias=False) for n in self.outs})
-        for start in (*self.heads.values(), *self.keys.values()):
-            nn.init.zeros_(start.weight)
-        if foresight:
-            self.ahead = nn.Linear(width, width)
+        self.heads = nn.ModuleDict(
+            {parameter_key(n): nn.Linear(width, out, False) for n, out in self.out_sizes.items()}
+        )
+        self.keys = nn.ModuleDict({parameter_key(n): nn.Linear(width, rank, False) for n in self.names})
+        for layer in (*self.heads.values(), *self.keys.values()):
+            nn.init.zeros_(layer.weight)
 
     def forward(self, lm, ids, valid=None):
-        memory = self.absorb(lm, ids, valid=valid)
+        memory = self.update(lm, ids, valid=valid)
         return self.delta_of(memory), memory.state
 
-    @torch.no_grad()
-    def keys_of(self, lm, ids, valid=None):
-        """Those that it writes under, V^T x_t + K z_t, (B, T - 1, r): nearer to a question's than the prompt's own."""
-        keys = self.terms(lm, ids, valid=valid).keys
-        return keys if valid is None else {name: k * valid[:, :-1, None] for name, k in keys.items()}
+    def delta_of(self, memory: Memory) -> LowRankDelta:
+        """U = W sum_t z_t k_t^T of every map."""
+        return self._delta({name: self.heads[parameter_key(name)].weight @ memory.sums[name] for name in self.names})
 
-    def absorb(
+    def update(
         self, lm: LanguageModel, ids: Tensor, memory: Memory | None = None, valid: Tensor | None = None
     ) -> Memory:
-        """Take in (more of) a prompt, (B, T); pieces of any lengths add up to the whole.
+        """The memory after (more of) a prompt. Pieces of any lengths give the memory of the whole.
 
         Args:
-            memory: what was absorbed before; None: nothing. Cannot be combined with padding (`valid`).
+            ids: (B, T), left-padded where `valid` (B, T) is False.
+            memory: of what was read before, never changed; None for nothing. It rules out padding.
+        Raises:
+            UserError: there is both a memory and padding.
         """
-        return self.summed(self.terms(lm, ids, memory, valid), ids.shape[1], memory)
+        z, keys, state, last = self._terms(lm, ids, memory, valid)
+        sums = {name: z.transpose(1, 2) @ k for name, k in keys.items()}
+        if memory is None:
+            return Memory(sums, state, last, ids.shape[1])
+        sums = {name: memory.sums[name] + new for name, new in sums.items()}
+        return Memory(sums, state, last, memory.length + ids.shape[1])
 
-    def terms(self, lm: LanguageModel, ids: Tensor, memory: Memory | None = None, valid: Tensor | None = None) -> Terms:
-        """The tokens' terms of the sum; as in `absorb`."""
+    def _terms(
+        self, lm: LanguageModel, ids: Tensor, memory: Memory | None, valid: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], RecurrentState, LastToken]:
+        """z_t (B, T', H), zero at padding, and by map the keys k_t (B, T', r), of the tokens that have a label; state
+        and last token. T' is T - 1, or T where a memory's last token now gets its label."""
         if memory is not None and valid is not None:
-            raise UserError("a prompt that goes on cannot be padded in between; absorb pieces of equal length")
+            raise UserError("a prompt that is continued cannot be padded in between; give pieces of equal length")
         with torch.no_grad(), captured_inputs(lm, self.names) as inputs:
             hidden, state = lm.step_through(ids, None if memory is None else memory.state, valid)
-            label = lm.embed(ids)
-            seen = torch.cat([hidden, label], -1)
-        reads = {name: inputs[name].detach() @ self.V[key(name)] for name in self.names}  # V^T x_t, (B, T, r)
-        pending = seen[:, -1], {name: read[:, -1] for name, read in reads.items()}
-        here, after = seen[:, :-1], label[:, 1:]
-        reads = {name: read[:, :-1] for name, read in reads.items()}
+            embedded = lm.embed(ids)
+            features = torch.cat([hidden, embedded], -1)
+        labels = embedded[:, 1:] if memory is None else embedded
+        reads = {name: inputs[name].detach() @ self.V[parameter_key(name)] for name in self.names}  # V^T x_t
         if memory is not None:
-            here = torch.cat([memory.pending[0][:, None], here], 1)
-            after = label
-            reads = {name: torch.cat([memory.pending[1][name][:, None], read], 1) for name, read in reads.items()}
-        after = after if self.label else torch.zeros_like(after)
-        z = self.mlp(torch.cat([here, after], -1))  # (B, T - 1, H), or T with a pending token
+            features = torch.cat([memory.last.features[:, None], features], 1)
+            reads = {name: torch.cat([memory.last.reads[name][:, None], read], 1) for name, read in reads.items()}
+        last = LastToken(features[:, -1], {name: read[:, -1] for name, read in reads.items()})
+        z = self.mlp(torch.cat([features[:, :-1], labels if self.label else torch.zeros_like(labels)], -1))
         if valid is not None:
             z = z * valid[:, :-1, None]
-        keys = {name: read + self.keys[key(name)](z) for name, read in reads.items()}
-        return Terms(z, keys, state, pending)
-
-    def summed(self, terms: Terms, length: int, memory: Memory | None = None) -> Memory:
-        """The terms of `length` more tokens added to a memory."""
-        sums = {name: terms.z.transpose(1, 2) @ keys for name, keys in terms.keys.items()}
-        if memory is not None:
-            sums = {name: memory.sums[name] + new for name, new in sums.items()}
-        return Memory(sums, terms.state, terms.pending, length + (memory.length if memory else 0))
+        keys = {name: read[:, :-1] + self.keys[parameter_key(name)](z) for name, read in reads.items()}
+        return z, keys, state, last
 
     @torch.no_grad()
-    def remember(
+    def read_text(
         self, lm: LanguageModel, text: str | Sequence[int], memory: Memory | None = None, chunk: int = 256
     ) -> Memory:
-        """Take in one text of any length, or more of one, `chunk` tokens at a time: nothing here grows with its length.
+        """The memory after one text of any length, or after more of one, read `chunk` tokens at a time.
 
-        `delta_of` makes the change of what it returns. See `memories` for several prompts in one memory.
+        `delta_of` makes its delta. See `several_prompts` for several prompts in one memory.
 
         Args:
             text: or its token ids.
-            memory: what was taken in before; None: nothing. Never changed.
+            memory: of what was read before, never changed; None for nothing.
         Raises:
             UserError: the text is empty, a chunk has no token, or the generator was trained for another model.
         """
         if chunk < 1:
-            raise UserError(f"chunk is {chunk}; a text is taken in by at least 1 token at a time")
-        self.check(lm)
+            raise UserError(f"chunk is {chunk}; read at least 1 token at a time")
+        self.check_model(lm)
         self.eval()  # no dropout
         for piece in lm.encode_prompts([text])[0].split(chunk, 1):
-            memory = self.absorb(lm, piece, memory)
+            memory = self.update(lm, piece, memory)
         return memory
 
-    def delta_of(self, memory: Memory) -> LowRankDelta:
-        """U = sum_t delta_t (V^T x_t + K z_t)^T with delta_t = W z_t, taken as W (sum_t z_t (V^T x_t + K z_t)^T)."""
-        return self._delta({name: self.heads[key(name)].weight @ memory.sums[name] for name in self.names})
+    @torch.no_grad()
+    def prompt_keys(self, lm, ids, valid=None):
+        """The keys that a prompt is written under, k_t = V^T x_t + K z_t, (B, T - 1, r), zero at padding: they are
+        nearer to a question's than V^T x_t alone."""
+        _, keys, _, _ = self._terms(lm, ids, None, valid)
+        return keys if valid is None else {name: k * valid[:, :-1, None] for name, k in keys.items()}

@@ -1,13 +1,14 @@
-"""The true gradient of what a prompt says, and how near a low-rank change is to it; no matrix is ever formed.
+"""The true gradient of a prompt's own loss, and how close a low-rank change is to it; no matrix is formed.
 
-Of each map's weight the gradient is G = sum_t delta_t x_t^T = Delta^T X, and a change is s U V^T. What is compared is
+The gradient of a map's weight is G = sum_t g_t x_t^T = Gamma^T X, and a change of it is U V^T. Their distance is
 
-    ||U V^T - Delta^T X||_F^2 = tr(U^T U V^T V) - 2 tr((Delta U)^T (X V)) + sum_ij (Delta Delta^T)_ij (X X^T)_ij,
+    ||U V^T - Gamma^T X||_F^2
+        = tr(U^T U V^T V) - 2 tr((Gamma U)^T (X V)) + sum_ij (Gamma Gamma^T)_ij (X X^T)_ij,
 
-where only matrices of r x r, T x r and T x T are made. (In DNI, Jaderberg et al. 2016, arXiv 1608.05343, the gradient
-is an activation's, and its squared error needs no such care; that it is a weight's, in factors, is our reading.)
+which needs products of r x r, T x r and T x T only. (DNI, Jaderberg et al. 2016, arXiv 1608.05343, compares gradients
+of activations, where this is not needed; comparing those of weights, in factors, is our reading.)
 
-Glossary of shapes: B prompts, T tokens, r rank; Delta (B, T, out), X (B, T, in); U (B, out, r), V (B or 1, in, r).
+Glossary of shapes: B prompts, T tokens, r rank; Gamma (B, T, out), X (B, T, in); U (B, out, r), V (B or 1, in, r).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.state import RecurrentState
-from prosg_lib.deltas.gradient_factors import TokenFactors, best_rank, sequence_factors, spectrum
+from prosg_lib.deltas.gradient_factors import TokenFactors, sequence_factors, spectrum
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
 
@@ -29,76 +30,57 @@ from prosg_lib.errors import UserError
 def prompt_gradient(
     lm: LanguageModel, names: list[str], ids: Tensor, valid: Tensor | None = None
 ) -> tuple[dict[str, TokenFactors], RecurrentState]:
-    """Factors of the gradient of each prompt's own NLL (a sum over its tokens, nats), and the state after the prompt.
+    """Factors of the gradient of each prompt's own NLL (summed over its tokens, nats), and the state after the prompt.
 
     Args:
-        names: of the maps; ids: (B, T), left-padded where `valid` (B, T) is False.
+        names: of the maps.
+        ids: (B, T), left-padded where `valid` (B, T) is False.
     Returns:
-        By map Delta and X of the tokens that have a next one, (B, T - 1, ...), Delta zero at padding.
+        map -> Gamma and X of the tokens that have a next one, (B, T - 1, ...); Gamma is zero at padding.
     """
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    after = []
+    states = []
 
     def loss() -> Tensor:
         hidden, state = lm.step_through(ids, None, valid)
-        after.append(state.detach())
+        states.append(state.detach())
         losses = F.cross_entropy(lm.read_out(hidden[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
         return (losses * valid[:, :-1]).sum()
 
-    found = sequence_factors(lm, names, loss)
-    told = valid[:, :-1, None]
-    return {n: TokenFactors(delta[:, :-1] * told, x[:, :-1]) for n, (delta, x) in found.items()}, after[0]
+    found, mask = sequence_factors(lm, names, loss), valid[:, :-1, None]
+    return {n: TokenFactors(g[:, :-1] * mask, x[:, :-1]) for n, (g, x) in found.items()}, states[0]
 
 
 def squared_norm(factors: TokenFactors) -> Tensor:
-    """||Delta^T X||_F^2 of each row, (B,)."""
-    delta, x = factors
-    return ((delta @ delta.mT) * (x @ x.mT)).sum((-2, -1))
+    """||G||_F^2 of each prompt, (B,)."""
+    g, x = factors
+    return ((g @ g.mT) * (x @ x.mT)).sum((-2, -1))
 
 
 def change_squared_norm(change: Factors) -> Tensor:
-    """||U V^T||_F^2 of each row, (B,)."""
+    """||U V^T||_F^2 of each prompt, (B,)."""
     u, v = change
     return ((u.mT @ u) * (v.mT @ v)).sum((-2, -1))
 
 
 def inner_product(change: Factors, factors: TokenFactors) -> Tensor:
-    """<U V^T, Delta^T X> of each row, (B,)."""
+    """<U V^T, G> of each prompt, (B,)."""
     return ((factors.grad_output @ change.U) * (factors.x @ change.V)).sum((-2, -1))
 
 
 def squared_error(change: Factors, factors: TokenFactors) -> Tensor:
-    """||U V^T - Delta^T X||_F^2 of each row, (B,); differentiable in U and V.
-
-    Raises:
-        UserError: other numbers of outputs or inputs than the gradient's.
-    """
-    if (change.U.shape[-2], change.V.shape[-2]) != (factors.grad_output.shape[-1], factors.x.shape[-1]):
-        raise UserError(
-            f"a change of {change.U.shape[-2]} x {change.V.shape[-2]} weights has no distance to a gradient of "
-            f"{factors.grad_output.shape[-1]} x {factors.x.shape[-1]}"
-        )
+    """||U V^T - G||_F^2 of each prompt, (B,); differentiable in U and V."""
     return change_squared_norm(change) - 2 * inner_product(change, factors) + squared_norm(factors)
 
 
-def truncated(factors: TokenFactors, rank: int) -> TokenFactors:
-    """The best rank-`rank` part of a gradient, in the form of one of `rank` tokens (`best_rank`).
-
-    Raises:
-        UserError: the gradient has not so many directions.
-    """
-    u, v = best_rank(factors, rank)
-    return TokenFactors(u.mT, v.mT)
-
-
 def reading_directions(factors: TokenFactors, rank: int) -> Tensor:
-    """The `rank` directions, shared by all prompts, that read the most of their gradients, (in, rank), orthonormal.
+    """The `rank` orthonormal directions, shared by all prompts, that read the most of their gradients, (in, rank).
 
-    They maximise the mean of ||G V||_F^2 / ||G||_F^2: the leading right singular vectors of the R_b X_b / ||G_b||_F,
-    one below the other, where Delta_b^T = Q_b R_b, so that no G is formed.
+    They maximise the mean of ||G V||_F^2 / ||G||_F^2: the leading right singular vectors of all R_b X_b / ||G_b||_F,
+    stacked, with Gamma_b^T = Q_b R_b. No G is formed.
 
     Raises:
-        UserError: all prompts together have not so many directions.
+        UserError: the gradients of all prompts together have fewer directions.
     """
     core = torch.linalg.qr(factors.grad_output.mT)[1] @ factors.x  # (B, min(T, out), in)
     core = core / core.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None]
@@ -110,51 +92,37 @@ def reading_directions(factors: TokenFactors, rank: int) -> Tensor:
 
 @torch.no_grad()
 def agreement(delta: LowRankDelta, gradients: dict[str, TokenFactors]) -> pd.DataFrame:
-    """How near each prompt's change is to a step down its true gradient, by map.
+    """How close each prompt's change is to a step down its true gradient, by map.
 
     Args:
-        delta: one change a prompt; gradients: by map (`TEACHERS`), of the same B prompts.
+        delta: one change per prompt.
+        gradients: map -> the gradients of the same B prompts.
     Returns:
-        One row a map and prompt: prompt, map, layer, kind (the map's name in its layer), cosine (of U V^T and -G, 0
-        where one of them is 0), best (the largest cosine that any change of that rank can have, Eckart-Young), reads
-        (the largest with the change's own reading directions, ||G V (V^T V)^-1/2||_F / ||G||_F).
+        One row per map and prompt: prompt, map, layer (-1 where the name has no number), kind (the map's name within
+        its layer), cosine (of U V^T and -G, 0 where either is 0), best (the largest cosine that any change of that rank
+        can have, Eckart-Young), reads (the largest with this V, ||G V (V^T V)^-1/2||_F / ||G||_F).
     Raises:
         UserError: a gradient is missing, or of another number of prompts.
     """
     missing = delta.factors.keys() - gradients.keys()
     if missing:
-        raise UserError(f"the change has maps without a gradient to compare with: {', '.join(sorted(missing))}")
+        raise UserError(f"there is no gradient to compare with for these maps: {', '.join(sorted(missing))}")
     tables = []
     for name, change in delta.factors.items():
         factors, rank = gradients[name], change.U.shape[-1]
         if len(factors.x) != delta.batch:
             raise UserError(f"{delta.batch} changes but the gradients of {len(factors.x)} prompts; give one each")
         energy = spectrum(factors).square()
-        whole = energy.sum(-1).clamp(min=1e-30)
-        lengths = (change_squared_norm(change).clamp(min=0) * whole).clamp(min=1e-30).sqrt()
+        total = energy.sum(-1).clamp(min=1e-30)
+        lengths = (change_squared_norm(change).clamp(min=0) * total).clamp(min=1e-30).sqrt()
         along = TokenFactors(factors.grad_output, factors.x @ torch.linalg.qr(change.V)[0])
-        number, layer, kind = len(whole), *_place(name)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "prompt": range(number),
-                    "map": name,
-                    "layer": layer,
-                    "kind": kind,
-                    "cosine": _list(-inner_product(change, factors) / lengths),
-                    "best": _list((energy[:, :rank].sum(-1) / whole).sqrt()),
-                    "reads": _list((squared_norm(along) / whole).clamp(min=0).sqrt()),
-                }
-            )
-        )
+        columns = {
+            "cosine": -inner_product(change, factors) / lengths,
+            "best": (energy[:, :rank].sum(-1) / total).sqrt(),
+            "reads": (squared_norm(along) / total).clamp(min=0).sqrt(),
+        }
+        numbered = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+        layer, kind = (int(numbered[1]), numbered[2]) if numbered else (-1, name)
+        place = {"prompt": range(len(total)), "map": name, "layer": layer, "kind": kind}
+        tables.append(pd.DataFrame(place | {n: c.double().cpu().tolist() for n, c in columns.items()}))
     return pd.concat(tables, ignore_index=True)
-
-
-def _list(values: Tensor) -> list[float]:
-    return values.double().cpu().tolist()
-
-
-def _place(name: str) -> tuple[int, str]:
-    """Number of a map's layer, and its name there; -1 where the name has no number."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-    return (int(found[1]), found[2]) if found else (-1, name)

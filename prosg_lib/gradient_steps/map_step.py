@@ -1,25 +1,25 @@
 """One gradient step on every linear map of a model and on its readout, kept as the tokens' factors.
 
-The gradient of a map's weight is sum_t delta_t x_t^T over the context's tokens, x_t the map's input and delta_t the
-loss's gradient at its output. So after one SGD step the map is
+The gradient of a map's weight is sum_t g_t x_t^T over the context's tokens, with x_t the map's input and g_t the loss's
+gradient at its output. So after one SGD step the map computes
 
-    W' x = W x - rate sum_t delta_t (x_t . x),
+    W' x = W x - eta sum_t g_t (x_t . x),
 
-which is linear attention from the query to the context: inputs are keys, and -delta_t are values. No changed weight is
-ever formed; a step costs what its tokens cost, and long contexts are learned in minutes. That the inner step can be
-read so: Irie, Csordas, Schmidhuber 2022 (arXiv 2202.05798). Beyond the paper's plain step (`WeightStep`), every map has
-a learning rate of its own that is trained with the start (as in Meta-SGD, Li et al. 2017, arXiv 1707.09835), and the
-inner loss is a sum over tokens, so that the rates do not depend on a context's length. Norms, biases and the input
-embedding do not take part in the step.
+which is linear attention from the query to the context: the inputs x_t are keys, and -eta g_t are values (Irie,
+Csordas, Schmidhuber 2022, arXiv 2202.05798). No changed weight is ever formed, a step costs what its tokens cost, and
+long contexts can be trained on in minutes. Two things go beyond the paper's plain step (`WeightStep`): every map has
+its own learning rate, trained with the start (as in Meta-SGD, Li et al. 2017, arXiv 1707.09835); and the inner loss is
+a sum over tokens, so that the rates do not depend on a context's length. Norms, biases and the input embedding take no
+step.
 
-Glossary of shapes: B batch, n contexts each, C tokens of a context, T tokens that are remembered.
+Glossary of shapes: B batch, n contexts per example, T context tokens, all of an example's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,35 +27,47 @@ from torch import Tensor, nn
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.second_order import LeanSecondDerivatives
-from prosg_lib.deltas.gradient_factors import TokenFactors, captured_passes
-from prosg_lib.errors import NotFinite, UserError
-from prosg_lib.generators.base import key
-from prosg_lib.gradient_steps.one_step import in_turn
+from prosg_lib.deltas.gradient_factors import captured_passes
+from prosg_lib.generators.base import parameter_key, step_size_group
+from prosg_lib.gradient_steps.one_step import check_finite, contexts_of_steps
+from prosg_lib.gradient_steps.weight_step import check_start
 from prosg_lib.text.padding import Rows
 
-Memory = Mapping[str, TokenFactors]
-"""By map: what the step adds to it, delta (B, T, out), the rate and the sign in it, and x (B, T, in)."""
+
+class KeysValues(NamedTuple):
+    """One map's step: keys x_t (B, T, in), values -eta g_t (B, T, out)."""
+
+    keys: Tensor
+    values: Tensor
+
+    def attend(self, x: Tensor) -> Tensor:
+        """What the step adds to the map's output, (B, T', out) for inputs x (B, T', in)."""
+        return (x @ self.keys.transpose(1, 2)) @ self.values
+
+
+Step = Mapping[str, KeysValues]
+"""By map what the steps taken so far add to it; empty before the first."""
 
 _READOUT = "readout"
-_FASTER = 30.0
-"""An outer step that moves a weight by 0.001 moves a rate by 3 %."""
 
 
 class MapStep(nn.Module):
-    """One gradient step on all linear maps and the readout, from a start that is trained, at rates that are, too.
+    """One gradient step on all linear maps and the readout; start and learning rates are trained.
 
     Args:
-        lr: every map's rate before the training, for a loss that is a sum over tokens.
+        lr: every map's rate before training, for a loss summed over tokens.
 
     Attributes:
-        moved: the start's difference to the model, by name of the weight.
+        moved: the start's difference from the model, by name of the weight.
         pace: logarithms of the maps' rates over `lr`, (maps + 1,), the readout's last.
     """
 
     def __init__(self, lm: LanguageModel, lr: float):
         super().__init__()
         self.fingerprint, self.lr = lm.fingerprint(), lr
-        self.moved = nn.ParameterDict({key(n): nn.Parameter(torch.zeros_like(w)) for n, w in lm.named_parameters()})
+        self.moved = nn.ParameterDict(
+            {parameter_key(n): nn.Parameter(torch.zeros_like(w)) for n, w in lm.named_parameters()}
+        )
         self.pace = nn.Parameter(torch.zeros(len(lm.editable()) + 1))
 
     def rates(self, lm: LanguageModel) -> dict[str, Tensor]:
@@ -63,68 +75,65 @@ class MapStep(nn.Module):
         return dict(zip([*lm.editable(), _READOUT], self.lr * torch.exp(self.pace), strict=True))
 
     def optimiser_groups(self) -> list[dict]:
-        """See `training.groups_of`. The rates' gradient is not clipped, and does not count where the weights' is."""
-        return [
-            {"params": [*self.moved.parameters()], "weight_decay": 0.0},
-            {"params": [self.pace], "weight_decay": 0.0, "factor": _FASTER, "clip": math.inf},
-        ]
+        """See `training.loop.groups_of`."""
+        return [{"params": [*self.moved.parameters()], "weight_decay": 0.0}, step_size_group(self.pace)]
 
-    def after(self, lm: LanguageModel, contexts: Rows, successive: bool):
-        """The model after a step on its contexts, (B, n, C); see `gradient_step.answering`.
+    def adapt(self, lm: LanguageModel, contexts: Rows, successive: bool):
+        """The model after a step on its contexts, (B, n, C); see `one_step.adapted`.
 
         Raises:
-            UserError: it was made for another model, or this one has no second derivative here.
+            UserError: the start was trained for another model, or this model has no second derivatives as it runs here.
             NotFinite: a context's loss is not finite.
         """
-        if self.fingerprint != lm.fingerprint():
-            raise UserError(f"this start is for model {self.fingerprint}, not for this one ({lm.fingerprint()})")
-        start = {f"lm.{n}": w.detach() + self.moved[key(n)] for n, w in lm.named_parameters()}
-        read = _Read(lm)
-        memory: Memory = {}
-        training = torch.is_grad_enabled()
+        check_start(self.fingerprint, lm)
+        start = {f"lm.{n}": w.detach() + self.moved[parameter_key(n)] for n, w in lm.named_parameters()}
+        model, step, training = _HiddenAndLogits(lm), {}, torch.is_grad_enabled()
         if training:
             lm.check_second_order()
-        for told in in_turn(contexts, successive):
+        for each in contexts_of_steps(contexts, successive):
             with torch.enable_grad():
-                learned = self._learned(read, start, memory, told, create_graph=training)
-            memory = _both(memory, learned)
+                step = self._taken(model, start, step, each, create_graph=training)
 
         def logits_of(ids, valid, last=None):
-            with _remembering(lm, memory):
-                return _recalled(*torch.func.functional_call(read, start, (ids, valid, last)), memory)
+            with _applied(lm, step):
+                hidden, logits = torch.func.functional_call(model, start, (ids, valid, last))
+            return logits + step[_READOUT].attend(hidden)
 
         return logits_of
 
-    def _learned(self, read: _Read, start: dict, memory: Memory, told: Rows, create_graph: bool) -> Memory:
-        """What a step on contexts (B, n, C) adds to each map: one on the mean of their losses."""
-        batch, n, _ = told.ids.shape
-        ids, valid = (t.flatten(0, 1) for t in told)
+    def _taken(
+        self, model: _HiddenAndLogits, start: dict[str, Tensor], step: Step, contexts: Rows, create_graph: bool
+    ) -> Step:
+        """The steps so far and one more, on the mean loss of contexts (B, n, C)."""
+        batch, n, _ = contexts.ids.shape
+        ids, valid = (t.flatten(0, 1) for t in contexts)
         with LeanSecondDerivatives() if create_graph else nullcontext():
-            with _remembering(read.lm, memory), captured_passes(read.lm, read.lm.editable()) as seen:
-                hidden, logits = torch.func.functional_call(read, start, (ids[:, :-1], valid[:, :-1]))
-            logits = _recalled(hidden, logits, memory)
+            with _applied(model.lm, step), captured_passes(model.lm, model.lm.editable()) as passes:
+                hidden, logits = torch.func.functional_call(model, start, (ids[:, :-1], valid[:, :-1]))
+            if step:
+                logits = logits + step[_READOUT].attend(hidden)
             logits = logits if logits.requires_grad else logits.detach().requires_grad_()
-            seen[_READOUT] = [(hidden, logits)]
+            passes[_READOUT] = [(hidden, logits)]
             losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             loss = (losses * (valid[:, 1:] & valid[:, :-1])).sum() / n
-        if not torch.isfinite(loss):
-            raise NotFinite(f"the loss of the context is {loss.item()} before the step; look at both of them")
-        outs = [out for passes in seen.values() for _, out in passes]
-        slopes = iter(torch.autograd.grad(loss, outs, create_graph=create_graph))
-        rates, learned = self.rates(read.lm), {}
-        for name, passes in seen.items():
-            x, slope = _joined([x for x, _ in passes]), _joined([next(slopes) for _ in passes])
-            learned[name] = TokenFactors(*(t.reshape(batch, -1, t.shape[-1]) for t in (-rates[name] * slope, x)))
-        return learned
+        check_finite(loss)
+        outputs = [out for each in passes.values() for _, out in each]
+        gradients = iter(torch.autograd.grad(loss, outputs, create_graph=create_graph))
+        rates, result = self.rates(model.lm), {}
+        for name, each in passes.items():
+            x, g = _concatenated([x for x, _ in each]), _concatenated([next(gradients) for _ in each])
+            new = KeysValues(*(t.reshape(batch, -1, t.shape[-1]) for t in (x, -rates[name] * g)))
+            result[name] = KeysValues(*(torch.cat(p, 1) for p in zip(step[name], new, strict=True))) if step else new
+        return result
 
 
-def _joined(pieces: list[Tensor]) -> Tensor:
-    """Pieces of time (B, T, ...) as one; a copy, which takes memory, only where there are several."""
+def _concatenated(pieces: list[Tensor]) -> Tensor:
+    """Pieces of time (B, T, ...) as one, copied only where there are several."""
     return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
 
 
-class _Read(nn.Module):
-    """A model as a function of its weights: final hidden states and logits, of all positions or of the last ones."""
+class _HiddenAndLogits(nn.Module):
+    """The model as one module call: final hidden states and logits, of all positions or the last ones."""
 
     def __init__(self, lm: LanguageModel):
         super().__init__()
@@ -136,26 +145,12 @@ class _Read(nn.Module):
         return hidden, self.lm.read_out(hidden)
 
 
-def _recalled(hidden: Tensor, logits: Tensor, memory: Memory) -> Tensor:
-    return logits + _from(memory[_READOUT], hidden) if memory else logits
-
-
-def _from(known: TokenFactors, x: Tensor) -> Tensor:
-    """sum_t delta_t (x_t . x), (B, T', out) for x (B, T', in)."""
-    return (x @ known.x.transpose(1, 2)) @ known.grad_output
-
-
-def _both(first: Memory, second: Memory) -> Memory:
-    return {n: TokenFactors(*(torch.cat(p, 1) for p in zip(first[n], second[n], strict=True))) for n in first} or second
-
-
 @contextmanager
-def _remembering(lm: LanguageModel, memory: Memory) -> Iterator[None]:
-    """While it lasts, every map says what it remembers, too."""
-    maps = lm.editable() if memory else {}
+def _applied(lm: LanguageModel, step: Step) -> Iterator[None]:
+    """A context in which every map, but not the readout, adds its step to its output."""
     handles = [
-        module.register_forward_hook(lambda module, args, out, name=name: out + _from(memory[name], args[0]))
-        for name, module in maps.items()
+        module.register_forward_hook(lambda module, args, out, name=name: out + step[name].attend(args[0]))
+        for name, module in (lm.editable() if step else {}).items()
     ]
     try:
         yield

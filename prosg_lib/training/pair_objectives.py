@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
-from prosg_lib.gradient_steps.one_step import Way, answering
+from prosg_lib.gradient_steps.one_step import Method, adapted
 from prosg_lib.tasks.pair_batches import PairBatch
 from prosg_lib.text.padding import Rows
 from prosg_lib.training.loop import Loss
@@ -54,7 +54,7 @@ def _predicted(batch: PairBatch) -> dict[str, Tensor]:
 
 
 def pair_objective(
-    lm: LanguageModel, way: Way, objective: str, everywhere: bool = False, successive: bool = False, echoes: int = 0
+    lm: LanguageModel, way: Method, objective: str, everywhere: bool = False, successive: bool = False, echoes: int = 0
 ) -> Callable[[int, PairBatch], Loss]:
     """The outer loss of a way to take contexts in; the model itself stays as it is.
 
@@ -79,7 +79,7 @@ def pair_objective(
             where, last = batch.answer[:, -batch.answers :], batch.answers
         targets = batch.query.ids[:, -last:]
         share = (where / where.sum(1, keepdim=True) / len(batch.whole))[where]
-        says = answering(way, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1], last)
+        says = adapted(way, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1], last)
         student = F.log_softmax(says[where].float(), -1)
         gold = (F.nll_loss(student, targets[where], reduction="none") * share).sum()
         if objective == "LG" or step < echoes:

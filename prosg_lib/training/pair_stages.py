@@ -20,7 +20,7 @@ from prosg_lib.backbones.loading import load_model
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.config import PROFILES, TASKS, PairTraining, Profile
 from prosg_lib.errors import UserError
-from prosg_lib.generators.base import EVERY
+from prosg_lib.generators.base import ALL_MAPS
 from prosg_lib.generators.final_state import FinalStateGenerator
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
@@ -239,7 +239,7 @@ def new_way(method: str, lm: LanguageModel, backbone: str, profile: Profile) -> 
         UserError: unknown method, or a rank that a matrix does not have.
     """
     sizes, rank = profile.pairs, _rank(method)
-    maps = _MAPS.get(backbone, EVERY)
+    maps = _MAPS.get(backbone, ALL_MAPS)
     if method == "adapter":
         return AdapterStep(lm, sizes.rank, maps, sizes.adapter_lr)
     if method in _GENERATORS:

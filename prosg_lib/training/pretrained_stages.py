@@ -11,7 +11,7 @@ from dataclasses import asdict
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub_families import new_mamba2
 from prosg_lib.config.sizes import GeneratorSize, PretrainedSizes, Profile
-from prosg_lib.generators.base import EVERY
+from prosg_lib.generators.base import ALL_MAPS
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.tasks.dialogue import Dialogues, data_hash
 from prosg_lib.text.tokenizer import load_tokenizer
@@ -68,7 +68,7 @@ def generator_for(
     profile: Profile,
     seed: int = 0,
     retrain: bool = False,
-    maps: tuple[str, ...] = EVERY,
+    maps: tuple[str, ...] = ALL_MAPS,
 ) -> TokenGenerator:
     """A token-wise generator for a model, trained on the dialogues; the model itself stays as it is.
 

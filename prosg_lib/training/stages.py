@@ -261,7 +261,7 @@ _KINDS: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
     "adapter": (AdapterSize, lambda s, lm: AdapterStep(lm, s.rank, s.maps, s.lr)),
     "supervised": (
         SupervisedSize,
-        lambda s, lm, **more: TokenGenerator(lm, s.rank, s.width, s.maps, foresight=s.foresight > 0, **more),
+        lambda s, lm, **more: TokenGenerator(lm, s.rank, s.width, s.maps, **more),
     ),
     "mend": (TransformedSize, lambda s, lm: TransformedGradient(lm, s.rank, s.width, s.maps, s.step)),
 }

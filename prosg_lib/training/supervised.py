@@ -1,12 +1,12 @@
 """The supervised synthetic gradient: a generator is first taught to predict true gradients, then end to end.
 
 After decoupled neural interfaces (DNI, Jaderberg et al. 2016, arXiv 1608.05343, section 2): squared error to the true
-gradient, a last layer of zeros, conditioning on the label, and the auxiliary task to predict the next token's synthetic
-gradient as well. Regression alone shrinks what it predicts towards the mean, so it is the beginning of the training and
-not all of it: the later steps are those of every generator (`objectives.generator_objective`), on the same dialogues as
-without the beginning. Whose gradient is predicted, `true_gradient.TEACHERS`, and how it is scaled is our reading.
+gradient, a last layer of zeros, and conditioning on the label. Regression alone shrinks what it predicts towards the
+mean, so it is only the beginning of the training: the later steps are those of every generator
+(`objectives.generator_objective`), on the same dialogues as without the beginning. Whose gradient is predicted,
+`TEACHERS`, and how it is scaled is our reading.
 
-Glossary of shapes: B dialogues, T' tokens that write, H hidden width of the generator.
+Glossary of shapes: B dialogues, T tokens.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from prosg_lib.config.sizes import SupervisedSize, Training
 from prosg_lib.deltas.gradient_factors import TokenFactors, sequence_factors
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
-from prosg_lib.generators.base import Generator, key
-from prosg_lib.generators.token_wise import Terms, TokenGenerator
+from prosg_lib.generators.base import Generator, parameter_key
 from prosg_lib.generators.true_gradient import (
     prompt_gradient,
     reading_directions,
     squared_error,
     squared_norm,
-    truncated,
 )
 from prosg_lib.tasks.dialogue import ANSWER, DialogueBatch
 from prosg_lib.training.loop import Loss
@@ -55,18 +53,15 @@ def supervised_objective(
     Args:
         sizes: of the whole training; `size.lessons` of its steps are lessons.
         sample: dialogues by which c is chosen, once.
-        generator: of any kind, but with a head that looks ahead if `size.foresight` is above 0.
+        generator: of any kind.
     Raises:
-        UserError: unknown teacher, a share of lessons that is none, or no head that looks ahead.
+        UserError: unknown teacher, or a share of lessons that is none.
     """
-    if not 0 <= size.lessons <= 1 or size.strength <= 0 or size.foresight < 0:
+    if not 0 <= size.lessons <= 1 or size.strength <= 0:
         raise UserError(
             f"lessons are a share of the steps, {size.lessons} is none; or a strength of {size.strength}, which has to "
-            f"be above 0, or a foresight of {size.foresight}, which must not be below"
+            "be above 0"
         )
-    looks_ahead = size.foresight > 0
-    if looks_ahead and not hasattr(generator, "ahead"):
-        raise UserError(f"this {type(generator).__name__} has no head that looks ahead; make one with foresight=True")
     gradient_of = teacher(size.teacher)
     lessons = int(size.lessons * sizes.steps)
     end_to_end = generator_objective(lm, generator, sizes, seed, autocast, course)
@@ -79,20 +74,9 @@ def supervised_objective(
         with autocast_on(batch.rest.device, autocast):
             true = gradient_of(lm, generator.names, batch)
             true = {name: TokenFactors(*(t.to(kind) for t in factors)) for name, factors in true.items()}
-            terms = None
-            if looks_ahead:
-                terms = generator.terms(lm, batch.prompt, valid=batch.prompt_valid)
-                delta = generator.delta_of(generator.summed(terms, batch.prompt.shape[1]))
-            else:
-                delta, _ = generator(lm, batch.prompt, batch.prompt_valid)
-        if size.rank_of_teacher is not None:
-            true = {name: truncated(factors, size.rank_of_teacher) for name, factors in true.items()}
-        share = len(batch) / len(batch.whole)
-        parts = {"gradient": unexplained(delta, true, steps).mean() * share}
-        if terms is None:
-            return Loss(parts["gradient"], parts)
-        parts["foresight"] = foreseen(generator, terms, batch.prompt_valid).mean() * share
-        return Loss(parts["gradient"] + size.foresight * parts["foresight"], parts)
+            delta, _ = generator(lm, batch.prompt, batch.prompt_valid)
+        loss = unexplained(delta, true, steps).mean() * (len(batch) / len(batch.whole))
+        return Loss(loss, {"gradient": loss})
 
     return loss_of
 
@@ -107,7 +91,7 @@ def read_as(lm: LanguageModel, generator: Generator, size: SupervisedSize, sampl
         UserError: unknown teacher, or too few dialogues for so many directions.
     """
     for name, factors in teacher(size.teacher)(lm, generator.names, sample).items():
-        generator.V[key(name)].copy_(reading_directions(factors, generator.rank))
+        generator.V[parameter_key(name)].copy_(reading_directions(factors, generator.rank))
 
 
 def steps_of(lm: LanguageModel, gradients: dict[str, TokenFactors], strength: float) -> dict[str, float]:
@@ -131,24 +115,6 @@ def unexplained(delta: LowRankDelta, true: dict[str, TokenFactors], steps: dict[
         factors = TokenFactors(-true[name].grad_output, true[name].x)
         errors.append(squared_error(change, factors) / squared_norm(factors).clamp(min=1e-30))
     return torch.stack(errors)
-
-
-def foreseen(generator: TokenGenerator, terms: Terms, valid: Tensor) -> Tensor:
-    """Relative squared error of the next token's synthetic gradient, as each token predicts it, (B,).
-
-    delta_{t+1} = W z_{t+1} is predicted as W A z_t, for all maps at once: ||W (A z_t - z_{t+1})||^2 needs W^T W alone,
-    (H, H). What is predicted, and W, get no gradient from it, as in DNI.
-
-    Args:
-        valid: (B, T), where the prompts are no padding.
-    """
-    gram = sum(w.t() @ w for w in (generator.heads[key(name)].weight.detach() for name in generator.names))
-    z = terms.z.to(gram.dtype)
-    here, after = z[:, :-1], z[:, 1:].detach()
-    written = valid[:, :-2]  # the last token has no label, and the one before it none to foresee
-    wrong = (generator.ahead(here) - after) * written[..., None]
-    whole = (((after * written[..., None]) @ gram) * after).sum((1, 2))
-    return ((wrong @ gram) * wrong).sum((1, 2)) / whole.clamp(min=1e-12)
 
 
 def answer_gradient(lm: LanguageModel, names: list[str], batch: DialogueBatch) -> dict[str, TokenFactors]:

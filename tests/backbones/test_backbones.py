@@ -38,12 +38,12 @@ from prosg_lib.config.sizes import RWKV4Config
 from prosg_lib.deltas.gradient_factors import captured_inputs, gradient_factors
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
-from prosg_lib.generators.base import EVERY
+from prosg_lib.generators.base import ALL_MAPS
 from prosg_lib.generators.final_state import FinalStateGenerator
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.gradient_steps.map_step import MapStep
-from prosg_lib.gradient_steps.one_step import answering
+from prosg_lib.gradient_steps.one_step import adapted
 from prosg_lib.gradient_steps.weight_step import WeightStep
 from prosg_lib.text.padding import Rows, left_padded
 
@@ -674,7 +674,7 @@ def nll(logits, rows):
 
 def outer_slopes(way, lm, contexts, query):
     """Logits of the queries after the step, and the gradient of the parameters by them, held against random numbers."""
-    says = answering(way, lm, contexts)(query, torch.ones_like(query).bool())
+    says = adapted(way, lm, contexts)(query, torch.ones_like(query).bool())
     along = torch.randn(says.shape, generator=torch.Generator().manual_seed(2)).to(says.device)
     return says, torch.autograd.grad((says * along).sum() / along.numel(), list(way.parameters()))
 
@@ -684,9 +684,9 @@ def learns(way, lm, rows, contexts):
     told = contexts.ids[:, 0], contexts.valid[:, 0]
     with torch.no_grad():
         way.lr, lr = 0.0, way.lr
-        before = nll(answering(way, lm, contexts)(*told), rows)
+        before = nll(adapted(way, lm, contexts)(*told), rows)
         way.lr = lr
-        return nll(answering(way, lm, contexts)(*told), rows) < before - 1e-3
+        return nll(adapted(way, lm, contexts)(*told), rows) < before - 1e-3
 
 
 def test_a_gradient_step_in_an_adapter(case):
@@ -694,7 +694,7 @@ def test_a_gradient_step_in_an_adapter(case):
     lm = case.make()
     rows, contexts, query = told_and_asked(case.device)
     torch.manual_seed(1)
-    way = AdapterStep(lm, 2, EVERY, 1.0).to(case.device)
+    way = AdapterStep(lm, 2, ALL_MAPS, 1.0).to(case.device)
     for u in way.U.parameters():
         torch.nn.init.normal_(u, std=0.01)
     assert learns(way, lm, rows, contexts)
@@ -705,7 +705,7 @@ def test_a_gradient_step_in_an_adapter(case):
         for step in (1e-3, -2e-3):
             for p, s in zip(way.parameters(), slopes, strict=True):
                 p.add_(s, alpha=step / length.item())
-            says = answering(way, lm, contexts)(query, torch.ones_like(query).bool())
+            says = adapted(way, lm, contexts)(query, torch.ones_like(query).bool())
             along = torch.randn(says.shape, generator=torch.Generator().manual_seed(2)).to(says.device)
             values.append((says * along).double().mean())
     assert_close((values[0] - values[1]) / 2e-3, length.double(), rtol=0.02, atol=0)
@@ -743,11 +743,11 @@ def test_a_class_without_a_second_derivative_is_said(monkeypatch):
     lm = FAMILIES["mamba2"]().requires_grad_(False)
     _, contexts, query = told_and_asked("cpu")
     monkeypatch.setattr(lm, "_installed", lambda: ["mamba_ssm"])
-    for way in (AdapterStep(lm, 2, EVERY, 1.0), WeightStep(lm, None, 1e-3), MapStep(lm, 1e-3)):
+    for way in (AdapterStep(lm, 2, ALL_MAPS, 1.0), WeightStep(lm, None, 1e-3), MapStep(lm, 1e-3)):
         with pytest.raises(UserError, match="a Mamba2 has no second derivative with the kernels of mamba_ssm; uninst"):
-            answering(way, lm, contexts)
-    for way in (AdapterStep(lm, 2, EVERY, 1.0, second_order=False), WeightStep(lm, None, 1e-3, second_order=False)):
-        assert torch.isfinite(answering(way, lm, contexts)(query, torch.ones_like(query).bool())).all()
+            adapted(way, lm, contexts)
+    for way in (AdapterStep(lm, 2, ALL_MAPS, 1.0, second_order=False), WeightStep(lm, None, 1e-3, second_order=False)):
+        assert torch.isfinite(adapted(way, lm, contexts)(query, torch.ones_like(query).bool())).all()
 
 
 # Classes of one's own

@@ -46,7 +46,7 @@ def test_every_choice_of_the_study_is_in_the_large_profiles():
     """rank, width, maps, layers, what is seen of token and state, the course, and other seeds."""
     for profile in map(get_profile, ("cpu", "gpu", "paper")):
         changed = set().union(*(v.spec.changes for v in variants(profile)))
-        assert {"rank", "width", "maps", "layers", "label", "alone", "blank", "locality", "features"} <= changed
+        assert {"rank", "width", "maps", "layers", "label", "alone", "blank", "locality"} <= changed
         assert {v.seed for v in variants(profile, 5)} == {5, 6, 7}
 
 

@@ -1,4 +1,4 @@
-"""Generators: nothing at the start, rank at most r, the token-wise one streams and adds, the model stays frozen."""
+"""Generators: no effect before training, rank at most r; the token-wise one streams and adds; the model is frozen."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_only_the_static_delta_ignores_the_prompt(lm, prompts, kind):
 
 
 def test_token_wise_is_the_sum_of_its_terms(lm64):
-    """scale U V^T = scale sum_t delta_t (V (V^T x_t + K z_t))^T, token by token, from a plain pass."""
+    """scale U V^T = scale sum_t g_t (V (V^T x_t + K z_t))^T, token by token, from a plain pass."""
     lm, ids = lm64, ids_of(1, 6)
     generator = make("token", lm)
     delta = generator.memorize(lm, ids.tolist())
@@ -115,12 +115,12 @@ def test_token_wise_is_the_sum_of_its_terms(lm64):
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [(1,) * 45, (44, 1), (1, 44), (7, 31, 2, 5), (32, 13)])
 def test_token_wise_streams(lm, sizes):
-    """A prompt absorbed in pieces of any size gives the delta and the state of the whole."""
+    """A prompt read in pieces of any size gives the delta and the state of the whole."""
     generator, ids = make("token", lm), ids_of(2, 45)
-    whole = generator.absorb(lm, ids)
+    whole = generator.update(lm, ids)
     memory = None
     for piece in ids.split(list(sizes), 1):
-        memory = generator.absorb(lm, piece, memory)
+        memory = generator.update(lm, piece, memory)
     assert memory.length == whole.length == 45
     assert_same(generator.delta_of(memory), generator.delta_of(whole))
     assert_close(lm.state_features(memory.state), lm.state_features(whole.state), rtol=1e-5, atol=1e-5)
@@ -136,11 +136,11 @@ def test_token_wise_adds(lm):
     assert total.rank == 3
     for name in total.factors:
         assert_close(full(total, name), full(first, name) + full(second, name), rtol=1e-5, atol=1e-6)
-    prefix = generator.absorb(lm, ids[:, :11])
-    whole = generator.absorb(lm, ids[:, 11:], prefix)
+    prefix = generator.update(lm, ids[:, :11])
+    whole = generator.update(lm, ids[:, 11:], prefix)
     for name in generator.names:
         rest = whole.sums[name] - prefix.sums[name]
-        assert_close(prefix.sums[name] + rest, generator.absorb(lm, ids).sums[name], rtol=1e-4, atol=1e-4)
+        assert_close(prefix.sums[name] + rest, generator.update(lm, ids).sums[name], rtol=1e-4, atol=1e-4)
         assert rest.norm() > 0.1 * whole.sums[name].norm()
 
 
@@ -149,21 +149,15 @@ def test_memory_does_not_grow(lm):
     generator = make("token", lm)
 
     def size(memory):
-        seen, reads = memory.pending
-        tensors = [*memory.sums.values(), *memory.state.tensors.values(), seen, *reads.values()]
+        last = memory.last
+        tensors = [*memory.sums.values(), *memory.state.tensors.values(), last.features, *last.reads.values()]
         return sum(t.numel() for t in tensors)
 
-    short, long = generator.absorb(lm, ids_of(1, 2)), generator.absorb(lm, ids_of(1, 300))
-    # sums: 9 maps of 24 x 3; state: 5 x 3 x 16; pending: 2 x 16 and 9 maps of 3
+    short, long = generator.update(lm, ids_of(1, 2)), generator.update(lm, ids_of(1, 300))
+    # sums: 9 maps of 24 x 3; state: 5 x 3 x 16; last token: 2 x 16 and 9 maps of 3
     assert size(short) == size(long) == 9 * 24 * 3 + 5 * 3 * 16 + 2 * 16 + 9 * 3
     deltas = [generator.delta_of(m).nbytes() for m in (short, long)]
     assert deltas[0] == deltas[1] == 3 * 3 * 4 * (16 + 16 + 32 + 16 + 16 + 32)
-
-
-def test_a_continued_prompt_cannot_be_padded(lm):
-    generator = make("token", lm)
-    with pytest.raises(UserError, match="equal length"):
-        generator.absorb(lm, ids_of(1, 3), generator.absorb(lm, ids_of(1, 3)), torch.ones(1, 3, dtype=torch.bool))
 
 
 @every_family
@@ -214,14 +208,28 @@ def test_another_model_is_refused(lm, make_lm, prompts, kind):
         other(ids_of(1, 4), delta=delta)
 
 
-def test_sizes_that_cannot_be_meant_are_refused(lm):
-    for rank in (0, 10_000):
-        with pytest.raises(UserError, match=rf"rank {rank} asked for, but .* a change of it has rank 1 to \d+"):
-            TokenGenerator(lm, rank, 8, ENDINGS)
-    with pytest.raises(UserError, match=r"no linear map \.\.\.att\.gate"):
-        FinalStateGenerator(lm, 1, 8, ("att.output", "att.gate"))
-    with pytest.raises(UserError, match="prompt 0 is empty"):
-        make("token", lm).memorize(lm, [""])
+def padded_continuation(lm, prompts):
+    generator, valid = make("token", lm), torch.ones(1, 3, dtype=torch.bool)
+    generator.update(lm, ids_of(1, 3), generator.update(lm, ids_of(1, 3)), valid)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda lm, prompts: TokenGenerator(lm, 0, 8, ENDINGS), r"rank 0 asked for, but .* has rank 1 to \d+"),
+        (lambda lm, prompts: TokenGenerator(lm, 10_000, 8, ENDINGS), "rank 10000 asked for"),
+        (
+            lambda lm, prompts: FinalStateGenerator(lm, 1, 8, ("att.output", "att.gate")),
+            r"no linear map \.\.\.att\.gate",
+        ),
+        (lambda lm, prompts: make("token", lm).memorize(lm, [""]), "prompt 0 is empty"),
+        (lambda lm, prompts: make("token", lm).read_text(lm, "My pet", chunk=0), "chunk is 0"),
+        (padded_continuation, "equal length"),
+    ],
+)
+def test_mistakes_are_explained(lm, prompts, mistake, message):
+    with pytest.raises(UserError, match=message):
+        mistake(lm, prompts)
 
 
 @every_family

@@ -1,4 +1,4 @@
-"""Several prompts in one memory: each way is what it says, and with the shipped generator knows what they said."""
+"""One delta for several prompts: each method computes what its equation says."""
 
 from dataclasses import replace
 
@@ -7,18 +7,20 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import prosg_lib as prosg
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
-from prosg_lib.evaluation.several_prompts import compare, told_in
-from prosg_lib.generators import several_prompts as memories
 from prosg_lib.generators.base import Generator
 from prosg_lib.generators.final_state import FinalStateGenerator
-from prosg_lib.generators.several_prompts import WAYS, combined, common_part, tell, together, written
+from prosg_lib.generators.several_prompts import (
+    METHODS,
+    RIDGE,
+    append_prompt,
+    common_part,
+    delta_of_prompts,
+    joint_delta,
+    ridge_delta,
+)
 from prosg_lib.generators.token_wise import TokenGenerator
-from prosg_lib.tasks.dialogue import Dialogues, Shape
-from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
-from prosg_lib.text.tokenizer import load_tokenizer
 
 TEXTS = ["My home town is Oslo. My pet is a parrot.", "I play the flute.", "My favourite colour is blue."]
 
@@ -30,12 +32,6 @@ def generator(lm):
     for p in nn.ModuleList([made.heads, made.keys]).parameters():
         nn.init.normal_(p, std=0.1)
     return made.eval()
-
-
-def dialogues(split):
-    tokenizer = load_tokenizer()
-    prose = ProseTokens.of(Prose("own", {split: own_sentences(split)}), split, tokenizer)
-    return Dialogues(tokenizer, prose, split, 0)
 
 
 def full(delta, name):
@@ -55,7 +51,7 @@ def deltas_of(lm, generator, texts):
 
 def test_to_add_and_to_concatenate_is_the_same_change(lm, generator):
     """The sum of the prompts' own deltas, of the rank of one or of all of them."""
-    added, beside = (together(way, lm, generator, TEXTS) for way in ("add", "concatenate"))
+    added, beside = (joint_delta(method, lm, generator, TEXTS) for method in ("add", "concatenate"))
     expected = sum(deltas_of(lm, generator, TEXTS))
     assert_same(added, expected)
     assert_same(beside, expected)
@@ -70,11 +66,11 @@ def test_the_common_part_is_counted_once(lm, generator):
     common = common_part(lm, generator, few)
     first, second = deltas_of(lm, generator, few)
     assert_same(common, (first + second).scaled(0.5))
-    for way, rank in (("add", 3), ("concatenate", 12)):
-        found = together(way, lm, generator, TEXTS, common)
+    for method, rank in (("add", 3), ("concatenate", 12)):
+        found = joint_delta(method, lm, generator, TEXTS, common)
         assert_same(found, sum(deltas_of(lm, generator, TEXTS)) + common.scaled(-2.0))
         assert found.rank == rank
-        assert_same(together(way, lm, generator, TEXTS[:1], common), *deltas_of(lm, generator, TEXTS[:1]))
+        assert_same(joint_delta(method, lm, generator, TEXTS[:1], common), *deltas_of(lm, generator, TEXTS[:1]))
 
 
 def random_changes(rows, rank=4, out=6, width=9, dtype=torch.float64):
@@ -98,7 +94,7 @@ def test_a_ridge_solves_the_normal_equations_of_the_weights():
     weight = 0.2 * torch.trace(squares) / 4  # the mean eigenvalue of the r that are not 0
     changes = u @ v.mT
     wanted = (changes @ (x.mT @ x)).sum(0) @ torch.linalg.inv(squares + weight * torch.eye(9, dtype=torch.float64))
-    found = combined(each, {"a": keys}, 0.2)
+    found = ridge_delta(each, {"a": keys}, 0.2)
     assert_close(full(found, "a")[0], 0.1 * wanted, rtol=1e-9, atol=1e-12)
     assert (found.batch, found.rank) == (1, 4)
 
@@ -106,7 +102,7 @@ def test_a_ridge_solves_the_normal_equations_of_the_weights():
 def test_a_ridge_is_the_least_squares_minimum():
     """No other U has less of sum ||U k - U_i k||^2 + e^lambda ||U||^2: its slope is zero there."""
     each, keys = random_changes(3), torch.randn(3, 5, 4, dtype=torch.float64)
-    u = combined(each, {"a": keys}, 0.3).factors["a"].U.requires_grad_()
+    u = ridge_delta(each, {"a": keys}, 0.3).factors["a"].U.requires_grad_()
     weight = 0.3 * (keys.mT @ keys).sum(0).diagonal().mean()
     says = keys @ u.mT - keys @ each.factors["a"].U.mT
     slope = torch.autograd.grad(says.square().sum() + weight * u.square().sum(), u)[0]
@@ -118,25 +114,25 @@ def test_prompts_whose_keys_are_orthogonal_do_not_disturb_each_other():
     changes that also answer to other keys."""
     each, basis = random_changes(2), torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
     keys = torch.stack([basis[:2], basis[2:]])  # (prompts, tokens, r)
-    found = combined(each, {"a": keys}, 1e-12).factors["a"].U[0]
+    found = ridge_delta(each, {"a": keys}, 1e-12).factors["a"].U[0]
     own = each.factors["a"].U
     for i in range(2):
         assert_close(keys[i] @ found.t(), keys[i] @ own[i].t(), rtol=1e-8, atol=1e-8)
         assert (keys[i] @ own.sum(0).t() - keys[i] @ own[i].t()).abs().max() > 0.1
 
 
-def test_ridges_limits():
+def test_limits_of_the_ridge():
     """One prompt keeps its change; one told twice keeps it once; with lambda to infinity nothing is left, and it goes
     there as sum_i U_i A_i / e^lambda."""
     each = random_changes(2)
     twice = each.select([0, 0])
     keys = torch.randn(2, 7, 4, dtype=torch.float64)
-    assert_close(combined(each.select([0]), {"a": keys[:1]}, 1e-12).factors["a"].U, each.factors["a"].U[:1])
+    assert_close(ridge_delta(each.select([0]), {"a": keys[:1]}, 1e-12).factors["a"].U, each.factors["a"].U[:1])
     same = {"a": keys[:1].expand(2, -1, -1)}
-    assert_close(combined(twice, same, 1e-12).factors["a"].U, each.factors["a"].U[:1])
+    assert_close(ridge_delta(twice, same, 1e-12).factors["a"].U, each.factors["a"].U[:1])
     squares = keys.mT @ keys
     weight = 1e9 * squares.sum(0).diagonal().mean()
-    found = combined(each, {"a": keys}, 1e9).factors["a"].U[0]
+    found = ridge_delta(each, {"a": keys}, 1e9).factors["a"].U[0]
     assert_close(found * weight, (each.factors["a"].U @ squares).sum(0), rtol=1e-7, atol=1e-9)
     assert found.abs().max() < 1e-6
 
@@ -144,29 +140,28 @@ def test_ridges_limits():
 def test_keys_are_the_ones_written_under(lm, generator, prompts):
     """The token-wise generator's have its K z_t, and none at padding; every other's are the inputs read along V."""
     ids, valid = lm.encode_prompts(prompts)
-    found = generator.keys_of(lm, ids, valid)
-    plain = Generator.keys_of(generator, lm, ids, valid)
+    found = generator.prompt_keys(lm, ids, valid)
+    plain = Generator.prompt_keys(generator, lm, ids, valid)
     final = FinalStateGenerator(lm, 3, 8, ("att.output", "ffn.key")).eval()
     final.V = generator.V
     for name in generator.names:
-        assert_close(final.keys_of(lm, ids, valid)[name], plain[name])
+        assert_close(final.prompt_keys(lm, ids, valid)[name], plain[name])
         assert (found[name] - plain[name][:, :-1]).abs().max() > 1e-3
         assert not found[name][~valid[:, :-1]].any()
         assert not plain[name][~valid].any()
     for row, prompt in enumerate(prompts):
-        alone = generator.keys_of(lm, torch.tensor([prompt]))
+        alone = generator.prompt_keys(lm, torch.tensor([prompt]))
         for name in generator.names:
             assert_close(found[name][row][valid[row, :-1]], alone[name][0], rtol=1e-4, atol=1e-5)
 
 
-def test_together_by_ridge(lm, generator):
-    """As small as one prompt's change; of one prompt nearly that; of all, what the equations say of their own keys."""
-    found = together("ridge", lm, generator, TEXTS)
+def test_ridge_with_a_generator(lm, generator):
+    """As small as one prompt's delta, and what the equations say of all prompts' own keys."""
+    found = joint_delta("ridge", lm, generator, TEXTS)
     each = generator.memorize(lm, [f"User: {text}\n" for text in TEXTS])
-    keys = generator.keys_of(lm, *lm.encode_prompts([f"User: {text}\n" for text in TEXTS]))
-    assert_same(found, combined(each, keys, memories.RIDGE))
+    keys = generator.prompt_keys(lm, *lm.encode_prompts([f"User: {text}\n" for text in TEXTS]))
+    assert_same(found, ridge_delta(each, keys, RIDGE))
     assert found.nbytes() == each.nbytes()
-    assert_same(together("ridge", lm, generator, TEXTS[:1], ridge=1e-9), *deltas_of(lm, generator, TEXTS[:1]))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
@@ -174,86 +169,39 @@ def test_to_re_derive_is_to_read_one_line(lm, generator, chunk):
     """Prompt after prompt, in pieces of any size, is what one prompt that says all of it is; the memory stays small,
     and one that was gone on from is as it was."""
     (whole,) = deltas_of(lm, generator, [" ".join(TEXTS)])
-    assert_same(together("rederive", lm, generator, TEXTS), whole)
+    assert_same(joint_delta("rederive", lm, generator, TEXTS), whole)
     line = f"User: {' '.join(TEXTS)}\n"
-    memory = generator.remember(lm, line, chunk=chunk)
+    memory = generator.read_text(lm, line, chunk=chunk)
     assert memory.length == len(lm.tokenizer.encode(line))
     assert_same(generator.delta_of(memory), whole)
-    first = tell(lm, generator, TEXTS[0])
-    before = written(lm, generator, first)
-    more = tell(lm, generator, f"  {TEXTS[1]}\n", first)
-    assert_same(written(lm, generator, first), before)
-    assert_same(written(lm, generator, more), *deltas_of(lm, generator, [" ".join(TEXTS[:2])]))
+    first = append_prompt(lm, generator, TEXTS[0])
+    before = delta_of_prompts(lm, generator, first)
+    more = append_prompt(lm, generator, f"  {TEXTS[1]}\n", first)
+    assert_same(delta_of_prompts(lm, generator, first), before)
+    assert_same(delta_of_prompts(lm, generator, more), *deltas_of(lm, generator, [" ".join(TEXTS[:2])]))
     assert sum(t.numel() for t in more.sums.values()) == sum(t.numel() for t in first.sums.values())
 
 
-def test_a_prompt_as_several():
-    """All sentences, in their order, as many in each."""
-    item = dialogues("test").item(3, Shape(12, 0, 12))
-    for prompts in (1, 2, 3, 4, 12):
-        texts = told_in(item, prompts)
-        assert f"User: {' '.join(texts)}\n" == item.prompt
-        for i, text in enumerate(texts):
-            told = item.facts[i * 12 // prompts : (i + 1) * 12 // prompts]
-            assert all(fact.value in text for fact in told)
-            assert text.count(".") == len(told)
-    with pytest.raises(UserError, match="are not to be told in 5 prompts"):
-        told_in(item, 5)
-    with pytest.raises(UserError, match="2 instructions"):
-        told_in(dialogues("test").item(0, Shape(3, 0, 3, instructions=2)), 1)
+def own_directions(lm, generator):
+    ridge_delta(LowRankDelta({"a": Factors(torch.ones(2, 3, 1), torch.ones(2, 3, 1))}, ""), {})
 
 
-def test_compare_asks_about_everything(lm, generator, monkeypatch):
-    """One row a way, number and memory; the delta that is measured is the way's, and every fact is asked about."""
-    data, common = dialogues("validation"), common_part(lm, generator, TEXTS)
-    measured = []
-
-    def fake(model, delta, told, items):
-        assert (model, told) == (lm, data)
-        measured.append((delta, items[0]))
-        return [len(measured) / 100]
-
-    monkeypatch.setattr(memories, "recall_alone", fake)
-    frame = compare(lm, generator, data, counts=(1, 4), facts=2, items=3, common=common)
-    assert len(frame) == len(measured) == len(WAYS) * 2 * 3
-    assert frame.recall.tolist() == [n / 100 for n in range(1, 25)]
-    for row, (delta, item) in zip(frame.itertuples(), measured, strict=True):
-        assert item == data.item(row.item, Shape(2 * row.prompts, 0, 2 * row.prompts))
-        assert row.asked == len(item.facts) == 2 * row.prompts
-        assert (row.rank, row.bytes) == (delta.rank, delta.nbytes())
-        assert_same(delta, together(row.way, lm, generator, told_in(item, row.prompts), common))
+def another_kind(lm, generator):
+    joint_delta("rederive", lm, FinalStateGenerator(lm, 2, 8, ("att.output",)), TEXTS)
 
 
-def test_shipped_generator_keeps_several_prompts():
-    """Of six facts in two prompts nearly all are known by each way, but for sums that have the common part twice; a
-    ridge needs no estimate of that part."""
-    lm = prosg.load_model("rwkv4-dialogue")
-    generator = prosg.load_generator("rwkv4-dialogue-token", lm)
-    common = common_part(lm, generator, [told_in(i, 1)[0] for i in dialogues("train").items(32, Shape(1, 0, 1))])
-    data = dialogues("validation")
-    kept = compare(lm, generator, data, counts=(2,), items=3, common=common).groupby("way").recall.mean()
-    assert set(kept.index) == set(WAYS)
-    assert kept.min() > 0.8
-    assert compare(lm, generator, data, counts=(2,), items=3, ways=["add"]).recall.mean() < 0.5
-
-
-def test_what_cannot_be_remembered_is_refused(lm, make_lm, generator):
-    with pytest.raises(UserError, match="unknown way 'sum'"):
-        together("sum", lm, generator, TEXTS)
-    with pytest.raises(UserError, match="a ridge of 0"):
-        together("ridge", lm, generator, TEXTS, ridge=0)
-    with pytest.raises(UserError, match="do not share their reading directions"):
-        combined(LowRankDelta({"a": Factors(torch.ones(2, 3, 1), torch.ones(2, 3, 1))}, ""), {})
-    for way in WAYS:
-        with pytest.raises(UserError, match="no texts"):
-            together(way, lm, generator, [])
-    with pytest.raises(UserError, match="no texts to take a mean of"):
-        common_part(lm, generator, [])
-    with pytest.raises(UserError, match="nothing to remember"):
-        tell(lm, generator, " \n")
-    with pytest.raises(UserError, match="chunk is 0"):
-        generator.remember(lm, "My pet", chunk=0)
-    with pytest.raises(UserError, match="trained for model"):
-        generator.remember(make_lm(seed=1), "My pet")
-    with pytest.raises(UserError, match="a FinalStateGenerator reads every prompt from the beginning"):
-        together("rederive", lm, FinalStateGenerator(lm, 2, 8, ("att.output",)), TEXTS)
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda lm, g: joint_delta("sum", lm, g, TEXTS), "unknown method 'sum'"),
+        *((lambda lm, g, method=method: joint_delta(method, lm, g, []), "no texts") for method in METHODS),
+        (lambda lm, g: common_part(lm, g, []), "no texts to average over"),
+        (lambda lm, g: append_prompt(lm, g, " \n"), "nothing to remember"),
+        (lambda lm, g: ridge_delta(random_changes(1), {}, 0), "ridge is 0; it must be above 0"),
+        (own_directions, "do not share their reading directions"),
+        (another_kind, "a FinalStateGenerator cannot continue"),
+    ],
+)
+def test_mistakes_are_explained(lm, generator, mistake, message):
+    with pytest.raises(UserError, match=message):
+        mistake(lm, generator)

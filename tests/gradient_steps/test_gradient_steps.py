@@ -15,9 +15,9 @@ from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.config.sizes import RWKV4Config
 from prosg_lib.deltas.applying import applied
 from prosg_lib.errors import NotFinite, UserError
-from prosg_lib.generators.base import SCALE, key
+from prosg_lib.generators.base import SCALE, parameter_key
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
-from prosg_lib.gradient_steps.one_step import answering, context_nll, gradient_step, gradient_steps
+from prosg_lib.gradient_steps.one_step import adapted, context_nll, gradient_step, gradient_steps
 from prosg_lib.gradient_steps.weight_step import WeightStep
 from prosg_lib.text.padding import Rows, left_padded
 
@@ -296,7 +296,7 @@ def by_hand(lm, way, contexts, successive):
     if isinstance(way, WeightStep):
         start, merged = {n: t if t.requires_grad else t.requires_grad_() for n, t in way.start(lm).items()}, dict
     else:
-        start = {(n, kind): getattr(way, kind)[key(n)] for n in way.names for kind in "UV"}
+        start = {(n, kind): getattr(way, kind)[parameter_key(n)] for n in way.names for kind in "UV"}
 
         def merged(now):
             maps, full_names = lm.editable(), {module: n for n, module in lm.named_modules()}
@@ -324,17 +324,17 @@ def assert_steps_are_by_hand(lm, way, n, successive, rtol, atol):
     respect to the start."""
     contexts, rows = padded(3, n)
     ids, valid = (t[:, 0] for t in padded(3, 1, seed=3)[0])
-    found = answering(way, lm, contexts, successive)(ids, valid)
+    found = adapted(way, lm, contexts, successive)(ids, valid)
     expected = torch.zeros_like(found)
     for i, told in enumerate(rows):
         weights = by_hand(lm, way, told, successive)
         says = torch.func.functional_call(lm, weights, (ids[i : i + 1, valid[i]],))[0]
         expected = expected + torch.nn.functional.pad(says, (0, 0, len(ids[i]) - says.shape[1], 0, i, 2 - i))
     assert_close(found[valid], expected[valid], rtol=rtol, atol=atol)
-    before = answering(None, lm, contexts)(ids, valid)
+    before = adapted(None, lm, contexts)(ids, valid)
     assert (found - before)[valid].abs().max() > 0.1
     for who, says in ((way, found), (None, before)):
-        assert_close(answering(who, lm, contexts, successive)(ids, valid, 2), says[:, -2:], rtol=rtol, atol=atol)
+        assert_close(adapted(who, lm, contexts, successive)(ids, valid, 2), says[:, -2:], rtol=rtol, atol=atol)
 
     torch.manual_seed(5)
     along = torch.randn_like(found) * valid[..., None]
@@ -358,12 +358,12 @@ def test_the_order_and_number_of_steps_matter(lm, kind):
     contexts, _ = padded(2, 2)
     other, query = Rows(*(t.flip(1) for t in contexts)), ids_of(2, 6, seed=8)
     says = [
-        answering(kind(lm), lm, told, successive)(query, torch.ones_like(query).bool())
+        adapted(kind(lm), lm, told, successive)(query, torch.ones_like(query).bool())
         for told, successive in ((contexts, False), (contexts, True), (other, True))
     ]
     for a, b in ((0, 1), (1, 2), (0, 2)):
         assert (says[a] - says[b]).abs().max() > 1e-4
-    at_once = answering(kind(lm), lm, other, False)(query, torch.ones_like(query).bool())
+    at_once = adapted(kind(lm), lm, other, False)(query, torch.ones_like(query).bool())
     assert_close(at_once, says[0], rtol=1e-10, atol=1e-10)
 
 
@@ -412,7 +412,7 @@ def test_outer_gradient_of_a_step_on_all_weights(lm, rank):
     contexts, query = padded(3, 1)[0], ids_of(3, 7, seed=5)
 
     def loss_of():
-        says = way.after(lm, contexts, False)(query[:, :-1], torch.ones_like(query[:, 1:]).bool())
+        says = way.adapt(lm, contexts, False)(query[:, :-1], torch.ones_like(query[:, 1:]).bool())
         return cross_entropy(says.flatten(0, 1), query[:, 1:].flatten())
 
     assert_slopes_are_measured(list(way.parameters()), loss_of, h=3e-6)  # short steps: relu(k)^2 has kinks
@@ -423,7 +423,7 @@ def test_first_order_of_a_step_on_all_weights(lm, rank):
     """It differs from the exact outer gradient, while the step itself is the same, to rounding."""
     contexts, query = padded(3, 1)[0], ids_of(3, 7, seed=5)
     ways = [full(lm, rank=rank), full(lm, second_order=False, rank=rank)]
-    says = [way.after(lm, contexts, False)(query, torch.ones_like(query).bool()) for way in ways]
+    says = [way.adapt(lm, contexts, False)(query, torch.ones_like(query).bool()) for way in ways]
     assert_close(*says, rtol=1e-14, atol=1e-14)
     exact, first = (
         torch.autograd.grad(cross_entropy(s[:, :-1].flatten(0, 1), query[:, 1:].flatten()), list(way.parameters()))
@@ -458,7 +458,7 @@ def test_a_context_of_one_token_is_one_clear_error(lm, kind):
     """There is nothing after it that a step could learn."""
     one = Rows(ids_of(2, 1)[:, None], torch.ones(2, 1, 1, dtype=torch.bool))
     with pytest.raises(UserError, match="one token"):
-        answering(kind(lm), lm, one)
+        adapted(kind(lm), lm, one)
 
 
 @pytest.mark.parametrize("rank", [17, 0])

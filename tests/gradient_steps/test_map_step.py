@@ -12,9 +12,9 @@ from prosg_lib.backbones.hub_transformer import CausalTransformer
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.config.sizes import RWKV4Config
 from prosg_lib.errors import UserError
-from prosg_lib.generators.base import key
+from prosg_lib.generators.base import parameter_key
 from prosg_lib.gradient_steps.map_step import MapStep
-from prosg_lib.gradient_steps.one_step import answering
+from prosg_lib.gradient_steps.one_step import adapted
 from prosg_lib.text.padding import Rows, left_padded
 from prosg_lib.training.loop import groups_of
 
@@ -65,7 +65,7 @@ def by_hand(lm, way, contexts, successive):
     named = {id(p): name for name, p in lm.named_parameters()}
     rates = {named[id(module.weight)]: way.rates(lm)[name] for name, module in lm.editable().items()}
     rates[head_of(lm)] = way.rates(lm)["readout"]
-    weights = {name: w + way.moved[key(name)] for name, w in lm.named_parameters()}
+    weights = {name: w + way.moved[parameter_key(name)] for name, w in lm.named_parameters()}
     for told in [[c] for c in contexts] if successive else [contexts]:
         losses = []
         for ids in torch.tensor(told[0]), *map(torch.tensor, told[1:]):
@@ -88,18 +88,18 @@ def test_factors_do_what_whole_weights_do(lm, kind, n, successive):
     way = way_of(lm)
     contexts, told = rows_of(3, n)
     (ids, valid), query = (t[:, 0] for t in rows_of(3, 1, seed=3)[0]), rows_of(3, 1, seed=3)[1]
-    found = answering(way, lm, contexts, successive)(ids, valid)
+    found = adapted(way, lm, contexts, successive)(ids, valid)
     expected = [
         torch.func.functional_call(lm, by_hand(lm, way, told[i], successive), (torch.tensor(query[i]),))[0][0]
         for i in range(3)
     ]
-    before = answering(way_of(lm, lr=0.0), lm, contexts)(ids, valid)
+    before = adapted(way_of(lm, lr=0.0), lm, contexts)(ids, valid)
     assert (found - before)[valid].abs().max() > 0.1
     parameters = list(way.parameters())
     torch.manual_seed(5)
     along = torch.randn(int(valid.sum()), 50, dtype=torch.float64)
     assert_close(found[valid], torch.cat(expected), **close)
-    assert_close(answering(way, lm, contexts, successive)(ids, valid, 2), found[:, -2:], **close)
+    assert_close(adapted(way, lm, contexts, successive)(ids, valid, 2), found[:, -2:], **close)
     grads, same = (torch.autograd.grad((s * along).sum(), parameters) for s in (found[valid], torch.cat(expected)))
     assert_close(grads, same, **close)
     assert min(g.norm() for g in grads) > 1e-3
@@ -118,7 +118,7 @@ def test_a_text_that_is_read_in_pieces_is_learned_whole(lm, monkeypatch):
 
     for step_through in (whole, in_pieces):
         monkeypatch.setattr(lm, "step_through", step_through)
-        says = answering(way, lm, contexts)(ids, valid)[valid]
+        says = adapted(way, lm, contexts)(ids, valid)[valid]
         found.append([says, *torch.autograd.grad(says.square().sum(), list(way.parameters()))])
     assert_close(*found)
 
@@ -130,9 +130,9 @@ def test_without_training_it_is_the_models_own_step(lm):
     assert len(way.rates(lm)) == len(lm.editable()) + 1
     contexts, (ids, valid) = rows_of(2, 1)[0], (t[:, 0] for t in rows_of(2, 1, seed=3)[0])
     with torch.no_grad():
-        still = answering(MapStep(lm, 0.0).double(), lm, contexts)(ids, valid)
-        moved = answering(way.requires_grad_(False), lm, contexts)(ids, valid)
-    assert_close(still[valid], answering(None, lm, contexts)(ids, valid)[valid])
+        still = adapted(MapStep(lm, 0.0).double(), lm, contexts)(ids, valid)
+        moved = adapted(way.requires_grad_(False), lm, contexts)(ids, valid)
+    assert_close(still[valid], adapted(None, lm, contexts)(ids, valid)[valid])
     assert not torch.allclose(still[valid], moved[valid])
 
 
@@ -153,4 +153,4 @@ def test_another_models_start_is_refused(lm):
     torch.manual_seed(7)
     other = scrambled(RWKV4(RWKV4Config(vocab=50, width=16, layers=2, ffn=32)))
     with pytest.raises(UserError, match="this start is for model"):
-        answering(MapStep(lm, 0.02), other, rows_of(2, 1)[0])
+        adapted(MapStep(lm, 0.02), other, rows_of(2, 1)[0])

@@ -10,7 +10,7 @@ from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.deltas.applying import applied
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.evaluation.baselines import start
-from prosg_lib.generators.base import EVERY
+from prosg_lib.generators.base import ALL_MAPS
 from prosg_lib.gradient_steps.one_step import context_nll
 from prosg_lib.gradient_steps.prompt_tuning import fine_tuned, tuned_state
 
@@ -45,7 +45,7 @@ def test_lora_makes_its_prompt_likelier_and_leaves_the_weights(lm, batch):
     weights = lm.fingerprint()
     with torch.no_grad():
         before = context_nll(lm, ids, valid)
-    delta = fine_tuned(lm, ids, valid, 10, 0.01, 4, EVERY)
+    delta = fine_tuned(lm, ids, valid, 10, 0.01, 4, ALL_MAPS)
     with torch.no_grad():
         with applied(lm, delta):
             assert (context_nll(lm, ids, valid) < before).all()
@@ -58,7 +58,7 @@ def test_lora_makes_its_prompt_likelier_and_leaves_the_weights(lm, batch):
 def test_no_steps_change_nothing(lm, batch):
     """Without steps the adapter is a change of zero, and the state the same."""
     ids, valid = batch
-    assert all(not f.U.any() for f in fine_tuned(lm, ids, valid, 0, 0.1, 2, EVERY).factors.values())
+    assert all(not f.U.any() for f in fine_tuned(lm, ids, valid, 0, 0.1, 2, ALL_MAPS).factors.values())
     state = lm.derive_state([[1, 2, 3]])
     found = tuned_state(lm, ids[:1], valid[:1], state, 0, 0.1)
     assert_close(found.tensors["num"] / found.tensors["den"], state.tensors["num"] / state.tensors["den"])

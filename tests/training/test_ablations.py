@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from prosg_lib import files
-from prosg_lib.backbones.rwkv7 import RWKV7
 from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.config.sizes import GeneratorSize, SupervisedSize, Training, TransformedSize
 from prosg_lib.errors import UserError
-from prosg_lib.generators.final_state import FinalStateGenerator
 from prosg_lib.training import ablations, stages
 from prosg_lib.training.ablations import Ablation, ablated, checkpoint_name
 
@@ -91,30 +89,6 @@ def test_a_generators_trainings(monkeypatch):
     assert all(p.evaluation.trainings[0] == 0 for p in PROFILES.values())
 
 
-@pytest.mark.parametrize("features", [("ratio",), ("att_shift", "weight")])
-def test_a_final_state_generator_sees_the_chosen_features_alone(lm64, features):
-    """The other channels of every layer may be anything."""
-    torch.manual_seed(0)
-    generator = FinalStateGenerator(lm64, 2, 8, MAPS, features).double().eval()
-    for head in generator.heads.values():
-        torch.nn.init.normal_(head.weight)
-    kinds = lm64.state_features(lm64.derive_state([[1, 2, 3]])).view(3, 4, 16)
-    names = lm64.state_feature_names
-
-    def first_u(changed):
-        noisy = kinds.clone()
-        noisy[:, names.index(changed)] += 1.0
-        lm64.state_features = lambda state: noisy.view(1, -1)
-        try:
-            return generator.memorize(lm64, [[1, 2, 3]]).factors["blocks.0.ffn.key"].U
-        finally:
-            del lm64.state_features
-
-    plain = generator.memorize(lm64, [[1, 2, 3]]).factors["blocks.0.ffn.key"].U
-    for name in names:
-        assert torch.equal(first_u(name), plain) == (name not in features)
-
-
 def test_from_texts():
     """As the command line gives them."""
     texts = ["rank=8", "layers=0,1", "features=ratio,weight", "label=false", "lr=1e-3", "teacher=prompt"]
@@ -135,7 +109,6 @@ def test_from_texts():
         (Ablation("final", label=False, teacher="prompt"), "a final generator has no label, teacher"),
         (Ablation("token", layers=(7,)), "no such map in layer 7"),
         (Ablation("token", maps=("att.gate",)), "no linear map"),
-        (Ablation("final", features=("pp",)), r"no kind of state feature pp; a RWKV4 names att_shift, ffn_shift"),
         (Ablation("token", blank=1.5), "shares are 0 to 1"),
         (Ablation("token", rank=1000), "rank 1000 asked for"),
     ],
@@ -143,13 +116,6 @@ def test_from_texts():
 def test_what_cannot_be_changed_is_refused(spec, said):
     with pytest.raises(UserError, match=said):
         ablations.ablated(spec, get_profile("tiny"))
-
-
-@pytest.mark.parametrize("family", ["rwkv7"])
-def test_a_model_that_names_no_features(lm):
-    assert isinstance(lm, RWKV7)
-    with pytest.raises(UserError, match="a RWKV7 names none"):
-        FinalStateGenerator(lm, 2, 8, ("att.output",), ("ratio",))
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(6, 1), (60, 10), (600, 30)])

@@ -81,7 +81,7 @@ def by_hand(lm, way, found, everywhere=False, successive=False):
     for contexts, ids, answer in found:
         told = Rows(*(t[None] for t in left_padded(contexts)))
         row = torch.tensor([ids])
-        student = way.after(lm, told, successive)(row[:, :-1], torch.ones_like(row[:, :-1]).bool())[0].log_softmax(-1)
+        student = way.adapt(lm, told, successive)(row[:, :-1], torch.ones_like(row[:, :-1]).bool())[0].log_softmax(-1)
         before = [*chain(*contexts)]
         teacher = lm(torch.tensor([before + ids[:-1]]))[0][0, len(before) :].log_softmax(-1)
         first = 1 if everywhere else len(ids) - answer
@@ -135,7 +135,7 @@ def test_everywhere_means_the_querys_positions_too(lm):
     """One example alone, of a query of seven tokens and an answer of one: seven predictions instead of one."""
     batch, way = batch_of(examples(1)[3:4]), adapter(lm)
     ids, valid = (t[:, batch.query.valid[0]] for t in batch.query)
-    says = way.after(lm, batch.context, False)(ids[:, :-1], valid[:, :-1])[0].log_softmax(-1)
+    says = way.adapt(lm, batch.context, False)(ids[:, :-1], valid[:, :-1])[0].log_softmax(-1)
     losses = -says[torch.arange(7), ids[0, 1:]]
     assert_close(pair_objective(lm, way, "LG", True)(0, batch).total.double(), losses.mean(), rtol=1e-5, atol=0)
     assert_close(pair_objective(lm, way, "LG")(0, batch).total.double(), losses[6], rtol=1e-5, atol=0)

@@ -15,7 +15,7 @@ from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.generators.true_gradient import agreement, prompt_gradient
 from prosg_lib.tasks.dialogue import ANSWER, TEXT, DialogueBatch
 from prosg_lib.training.objectives import generator_objective
-from prosg_lib.training.supervised import TEACHERS, foreseen, read_as, steps_of, supervised_objective, unexplained
+from prosg_lib.training.supervised import TEACHERS, read_as, steps_of, supervised_objective, unexplained
 
 MAPS = ("att.output", "ffn.key")
 SIZES = Training(10, 4, 1e-3, (1,), (0,))
@@ -91,12 +91,11 @@ def test_lessons_are_learned_for_other_prompts(lm, name):
     assert error() < before - 0.02
 
 
-@pytest.mark.parametrize("foresight", [0.0, 0.5])
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_batch_in_parts_is_the_batch(lm64, foresight, size):
+def test_a_batch_in_parts_is_the_batch(lm64, size):
     """Loss, what the log says of it, and gradients."""
-    generator, batch = make(lm64, foresight=foresight > 0), batch_of()
-    loss_of = supervised_objective(lm64, generator, SIZES, 0, replace(SIZE, foresight=foresight), batch_of(1))
+    generator, batch = make(lm64), batch_of()
+    loss_of = supervised_objective(lm64, generator, SIZES, 0, SIZE, batch_of(1))
 
     def taken(parts):
         losses = [loss_of(0, part) for part in parts]
@@ -105,50 +104,20 @@ def test_a_batch_in_parts_is_the_batch(lm64, foresight, size):
         return named, total, torch.autograd.grad(total, list(generator.parameters()), allow_unused=True)
 
     found, expected = taken(batch.split(size)), taken([batch])
-    assert expected[0].keys() == ({"gradient", "foresight"} if foresight else {"gradient"})
     assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_padding_is_not_learned_from(lm64):
-    """The error of a prompt is the same alone, without its padding; the foresight's, too."""
-    generator, batch = make(lm64, foresight=True), batch_of()
+    """The error of a prompt is the same alone, without its padding."""
+    generator, batch = make(lm64), batch_of()
     true, _ = prompt_gradient(lm64, generator.names, batch.prompt, batch.prompt_valid)
     steps = steps_of(lm64, true, 0.05)
-    terms = generator.terms(lm64, batch.prompt, valid=batch.prompt_valid)
     errors = unexplained(generator(lm64, batch.prompt, batch.prompt_valid)[0], true, steps)
-    ahead = foreseen(generator, terms, batch.prompt_valid)
     assert (~batch.prompt_valid).any()
     for row in range(len(batch)):
         ids = batch.prompt[[row]][:, batch.prompt_valid[row]]
         alone, _ = prompt_gradient(lm64, generator.names, ids)
         assert_close(unexplained(generator(lm64, ids)[0], alone, steps)[:, 0], errors[:, row], rtol=1e-8, atol=1e-10)
-        one = foreseen(generator, generator.terms(lm64, ids), torch.ones_like(ids, dtype=torch.bool))
-        assert_close(one[0], ahead[row], rtol=1e-8, atol=1e-10)
-
-
-def test_foresight_is_the_next_tokens_synthetic_gradient(lm64):
-    """sum ||W (A z_t - z_{t+1})||^2 / sum ||W z_{t+1}||^2, with all maps' W in one; W and z_{t+1} are given."""
-    generator, ids = make(lm64, foresight=True), batch_of().prompt
-    terms = generator.terms(lm64, ids)
-    found = foreseen(generator, terms, torch.ones_like(ids, dtype=torch.bool))
-    heads = torch.cat([head.weight for head in generator.heads.values()])
-    wanted = terms.z[:, 1:] @ heads.t()
-    said = generator.ahead(terms.z[:, :-1]) @ heads.t()
-    expected = (said - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))
-    assert_close(found, expected, rtol=1e-9, atol=1e-10)
-    slopes = torch.autograd.grad(found.sum(), list(generator.heads.parameters()), allow_unused=True)
-    assert all(slope is None for slope in slopes)
-
-
-def test_only_the_best_directions_of_the_teacher(lm64):
-    """With all of them the lesson is the same; with one it is another."""
-    generator, batch = make(lm64), batch_of()
-    losses = {}
-    for rank in (None, 7, 1):
-        size = replace(SIZE, rank_of_teacher=rank)
-        losses[rank] = supervised_objective(lm64, generator, SIZES, 0, size, batch)(0, batch).total.item()
-    assert losses[None] == pytest.approx(losses[7], rel=1e-8)
-    assert abs(losses[1] - losses[None]) > 1e-6
 
 
 def test_after_the_lessons_it_is_trained_as_every_generator(lm64):
@@ -199,7 +168,6 @@ def test_a_final_state_generator_takes_lessons_too(lm64):
         ({"teacher": "nobody"}, "unknown teacher 'nobody'"),
         ({"lessons": 1.5}, "lessons are a share of the steps"),
         ({"strength": 0.0}, "a strength of 0.0"),
-        ({"foresight": 0.1}, "no head that looks ahead"),
     ],
 )
 def test_lessons_that_cannot_be_meant_are_refused(lm, change, said):
@@ -209,11 +177,11 @@ def test_lessons_that_cannot_be_meant_are_refused(lm, change, said):
 
 def test_in_half_precision_the_lesson_is_nearly_the_same(lm):
     """Under autocast, as on a GPU: what is compared is compared in the generator's own precision."""
-    size, batch = replace(SIZE, foresight=0.5, rank_of_teacher=2), batch_of()
+    batch = batch_of()
     losses = {}
     for autocast in (False, True):
-        generator = make(lm, foresight=True)
-        loss = supervised_objective(lm, generator, SIZES, 0, size, batch_of(1), autocast)(0, batch)
+        generator = make(lm)
+        loss = supervised_objective(lm, generator, SIZES, 0, SIZE, batch_of(1), autocast)(0, batch)
         loss.total.backward()
         assert generator.heads["blocks_0_ffn_key"].weight.grad.isfinite().all()
         losses[autocast] = loss.total.item()

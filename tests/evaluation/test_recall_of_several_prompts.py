@@ -1,0 +1,83 @@
+"""Recall of several prompts in one delta: which facts are asked, and what the shipped generator still knows."""
+
+import pytest
+import torch
+from torch import nn
+
+import prosg_lib as prosg
+from prosg_lib.errors import UserError
+from prosg_lib.evaluation import several_prompts
+from prosg_lib.evaluation.several_prompts import compare, told_in
+from prosg_lib.generators.several_prompts import METHODS, common_part, joint_delta
+from prosg_lib.generators.token_wise import TokenGenerator
+from prosg_lib.tasks.dialogue import Dialogues, Shape
+from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
+from prosg_lib.text.tokenizer import load_tokenizer
+
+TEXTS = ["My home town is Oslo. My pet is a parrot.", "I play the flute.", "My favourite colour is blue."]
+
+
+@pytest.fixture
+def generator(lm):
+    torch.manual_seed(0)
+    made = TokenGenerator(lm, 3, 24, ("att.output", "ffn.key"))
+    for p in nn.ModuleList([made.heads, made.keys]).parameters():
+        nn.init.normal_(p, std=0.1)
+    return made.eval()
+
+
+def dialogues(split):
+    tokenizer = load_tokenizer()
+    prose = ProseTokens.of(Prose("own", {split: own_sentences(split)}), split, tokenizer)
+    return Dialogues(tokenizer, prose, split, 0)
+
+
+def test_a_prompt_as_several():
+    """All sentences, in their order, as many in each."""
+    item = dialogues("test").item(3, Shape(12, 0, 12))
+    for prompts in (1, 2, 3, 4, 12):
+        texts = told_in(item, prompts)
+        assert f"User: {' '.join(texts)}\n" == item.prompt
+        for i, text in enumerate(texts):
+            told = item.facts[i * 12 // prompts : (i + 1) * 12 // prompts]
+            assert all(fact.value in text for fact in told)
+            assert text.count(".") == len(told)
+    with pytest.raises(UserError, match="are not to be told in 5 prompts"):
+        told_in(item, 5)
+    with pytest.raises(UserError, match="2 instructions"):
+        told_in(dialogues("test").item(0, Shape(3, 0, 3, instructions=2)), 1)
+
+
+def test_compare_asks_about_everything(lm, generator, monkeypatch):
+    """One row per method, number and memory; the method's own delta is measured, and every fact is asked about."""
+    data, common = dialogues("validation"), common_part(lm, generator, TEXTS)
+    measured = []
+
+    def fake(model, delta, told, items):
+        assert (model, told) == (lm, data)
+        measured.append((delta, items[0]))
+        return [len(measured) / 100]
+
+    monkeypatch.setattr(several_prompts, "recall_alone", fake)
+    frame = compare(lm, generator, data, counts=(1, 4), facts=2, items=3, common=common)
+    assert len(frame) == len(measured) == len(METHODS) * 2 * 3
+    assert frame.recall.tolist() == [n / 100 for n in range(1, 25)]
+    for row, (delta, item) in zip(frame.itertuples(), measured, strict=True):
+        assert item == data.item(row.item, Shape(2 * row.prompts, 0, 2 * row.prompts))
+        assert row.asked == len(item.facts) == 2 * row.prompts
+        assert (row.rank, row.bytes) == (delta.rank, delta.nbytes())
+        expected = joint_delta(row.method, lm, generator, told_in(item, row.prompts), common)
+        assert torch.equal(delta.factors["blocks.0.ffn.key"].U, expected.factors["blocks.0.ffn.key"].U)
+
+
+def test_shipped_generator_keeps_several_prompts():
+    """Of six facts in two prompts nearly all are known by each method, but for sums that have the common part twice; a
+    ridge needs no estimate of that part."""
+    lm = prosg.load_model("rwkv4-dialogue")
+    generator = prosg.load_generator("rwkv4-dialogue-token", lm)
+    common = common_part(lm, generator, [told_in(i, 1)[0] for i in dialogues("train").items(32, Shape(1, 0, 1))])
+    data = dialogues("validation")
+    kept = compare(lm, generator, data, counts=(2,), items=3, common=common).groupby("method").recall.mean()
+    assert set(kept.index) == set(METHODS)
+    assert kept.min() > 0.8
+    assert compare(lm, generator, data, counts=(2,), items=3, methods=["add"]).recall.mean() < 0.5
