@@ -1,47 +1,46 @@
-"""Named numbers: what a notebook measured, and what was expected of it.
+"""Measurements: named numbers that a notebook records, and what the reference run measured.
 
-A notebook records; the ledger (`expected/<notebook>.<profile>.json`) holds for every claim
+The ledger, `expected/<notebook>.<profile>.json`, keeps for every name what the reference run measured, and how far
+another run may be from it. That follows from the number's own spread:
 
-    value      the bar: the number to meet, or for an ordering the name of the claim to reach
-    tolerance  how far from the bar still counts as met
-    kind       exact      measured = value, up to the last bits
-               absolute   |measured - value| <= tolerance
-               relative   |measured - value| <= tolerance * |value|
-               at_least   measured >= value - tolerance
-               at_most    measured <= value + tolerance
-               ordering   measured >= (measured value of the claim named by `value`) - tolerance
-    reference  what the reference run measured; the number that texts quote
+    {"reference": 0.86, "spread": 0.012}    |measured - reference| <= max(3 spread, 0.01 max(1, |reference|))
+    {"reference": 0.32, "tolerance": 0.02}  |measured - reference| <= tolerance, which the notebook states
+    {"reference": 10240, "exact": true}     measured = reference: a count, a size, an identity
+    {"reference": 18.4, "shown": true}      not judged: a time or a peak of memory, which says more of the machine
 
-The text between prompt and question is whatever prose a machine has, and numbers depend on it: `absolute` and
-`relative` claims, which ask for the reference run's numbers, are judged only in a run on that run's prose. Promises
-(`at_least`, `at_most`, `ordering`) and counts (`exact`) are always judged, but for those that the ledger marks as
-`own_data`: they are about data that other machines need not have, and may be missing there.
+`spread` is a standard error, over items or over seeds. The same checkpoints asked the same items give the same numbers,
+but for rounding; with other items (another `--seed`) two runs differ by sqrt(2) spreads, and 3 spreads are exceeded
+once in 30 numbers. The floor, one hundredth, is for arithmetic: another processor adds in another order, and now and
+then a greedily chosen word flips. Always the ledger's spread decides, so noisy data does not pass more easily.
+
+The reference run reads what every clone has, the project's own prose. What the same numbers are where the books of
+`data/DATASHEET.md` are there is a second column, `"books": {...}`; a run that reads those books is judged by it.
+Bars that were promised are not here but in `promises.py`.
 """
 
-import html
+import hashlib
 import math
+import numbers
 import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prosg_lib import files, paths, provenance
-from prosg_lib.config import Profile
 from prosg_lib.errors import UserError
-from prosg_lib.text.prose import load_prose
 
-KINDS = ("exact", "absolute", "relative", "at_least", "at_most", "ordering")
-DEFAULT_KIND = "absolute"
-DEFAULT_TOLERANCE = (
-    0.05  # five points of a recall or a rate, which most claims are; others are set by hand in the ledger
-)
-OF_THE_PROSE = ("absolute", "relative")
-BENCHMARK = "benchmark"  # stands where a ledger's file has a profile, if a benchmark wrote it
-ON_GPU = "-cuda"  # behind the benchmark's name, if it ran on a GPU: beside what a CPU measured, not in its place
-UNEXPECTED = "unexpected"  # the kind shown for a claim that no ledger knows; a claim nobody checks is no claim
+if TYPE_CHECKING:  # pandas takes half a second, and whoever checks quotes does not need it
+    import pandas as pd
+
+    from prosg_lib.config import Profile
+
+SPREADS = 3.0
+FLOOR = 0.01
+BENCHMARK = "benchmark"  # stands in place of a profile in a ledger that a benchmark wrote
+ON_GPU = "-cuda"  # suffix of a benchmark's name where it ran on a GPU, so that it does not replace the CPU's ledger
 
 Row = dict[str, Any]
 
@@ -53,14 +52,14 @@ class Context:
     notebook: str
     profile: str
     seed: int
-    values: dict[str, float] = field(default_factory=dict)
+    values: dict[str, Row] = field(default_factory=dict)
     finished: bool = False
 
 
 _current: Context | None = None
 
 
-def begin(notebook: str, profile: Profile, seed: int) -> None:
+def begin(notebook: str, profile: "Profile", seed: int) -> None:
     """Starts a notebook's record; a second call starts it anew, so that a notebook can be run twice in one kernel."""
     global _current
     _current = Context(notebook, profile.name, int(seed))
@@ -77,11 +76,25 @@ def current() -> Context:
     return _current
 
 
-def record(name: str, value: float) -> None:
+def record(
+    name: str,
+    value: Any,
+    *,
+    spread: float | None = None,
+    tolerance: float | None = None,
+    shown: bool = False,
+    source: str | None = None,
+) -> None:
     """Records one number under a name such as `recall/prosg@512`.
 
     Args:
-        value: a finite real number; a tensor or array of one element will do.
+        value: a finite number. An integer or a truth value is exact. An `Estimate` (value, low, high) brings its own
+            spread, half of its 95 % interval over 1.96. A tensor or array of one element will do.
+        spread: standard error of the value over items or seeds; where a float has neither spread nor tolerance, the
+            floor alone decides.
+        tolerance: for a deterministic number: how far another machine's arithmetic may take it.
+        shown: it is shown and not judged (a time, a peak of memory).
+        source: the shipped file from which the number was read again instead of measured.
     Raises:
         UserError: no record was begun or it is finished already, the name is taken or not one word, or the value is
             not a finite number.
@@ -94,25 +107,50 @@ def record(name: str, value: float) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[^\s<>]+", name) or "--" in name:
         raise UserError(f"{name!r} cannot name a claim: use one word without blanks, '<', '>' and '--'.")
     if name in context.values:
+        raise UserError(f"Claim {name!r} is recorded already; choose another name, or {again}.")
+    if hasattr(value, "low"):
+        value, spread = value.value, (value.high - value.low) / 2 / 1.96 if spread is None else spread
+    elements = value.numel() if hasattr(value, "numel") else getattr(value, "size", None)
+    plain = value.item() if elements == 1 else value
+    if not isinstance(plain, numbers.Real):
+        raise UserError(f"Claim {name!r} is no number but {value!r}; record a float.")
+    entry: Row = {"value": float(plain)}
+    if shown:
+        entry["shown"] = True
+    elif tolerance is not None:
+        entry["tolerance"] = float(tolerance)
+    elif isinstance(plain, numbers.Integral) and spread is None:
+        entry["exact"] = True
+    else:
+        entry["spread"] = float(spread or 0.0)
+    if not all(math.isfinite(number) for number in entry.values()):
         raise UserError(
-            f"Claim {name!r} is recorded already ({context.values[name]:.6g}); choose another name, or {again}."
+            f"Claim {name!r} is {value} with a spread of {spread}; both have to be finite numbers, so look at what "
+            "they were computed from."
         )
-    try:
-        if isinstance(value, str):
-            raise TypeError("a text")
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"Claim {name!r} is no number but {value!r}; record a float.") from error
-    if not math.isfinite(number):
-        raise UserError(
-            f"Claim {name!r} is {number}; a claim is a finite number, so look at what it was computed from."
-        )
-    context.values[name] = number
+    context.values[name] = entry | ({"source": source} if source else {})
+
+
+def share_error(share: float, answers: int) -> float:
+    """Standard error of a share of independent answers, above 0 for shares of 0 and 1 as well (Agresti, Coull 1998)."""
+    adjusted = (share * answers + 2) / (answers + 4)
+    return math.sqrt(adjusted * (1 - adjusted) / (answers + 4))
 
 
 def measured_path(run_dir: Path, notebook: str) -> Path:
     """Where `finish` writes, in `run_dir` = runs/<profile>."""
     return Path(run_dir) / "claims" / f"{notebook}.json"
+
+
+def books_digest() -> str | None:
+    """Names the books that notebooks read; None without $PROSG_TEST_DATA, where they read the project's own prose."""
+    root = os.environ.get("PROSG_TEST_DATA")
+    if not root:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted((Path(root).expanduser() / "books").glob("*.txt")):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def finish() -> None:
@@ -124,8 +162,7 @@ def finish() -> None:
     context = current()
     if context.finished:
         raise UserError("claims.finish() ran already; run the notebook again from the cell with claims.begin.")
-    prose = load_prose()
-    record = {
+    found = {
         "notebook": context.notebook,
         "profile": context.profile,
         "seed": context.seed,
@@ -133,12 +170,15 @@ def finish() -> None:
         "run_id": os.environ.get("PROSG_RUN_ID"),
         "finished": time.time(),
         **provenance.facts(),
-        "prose": {"source": prose.source, "sha256": prose.sha256},
+        "books": books_digest(),
         "claims": context.values,
     }
-    files.write_json(measured_path(paths.runs_dir(context.profile), context.notebook), record)
+    files.write_json(measured_path(paths.runs_dir(context.profile), context.notebook), found)
     context.finished = True
-    show(judge(record, context.notebook, context.profile))
+    show(judge(found, context.notebook, context.profile))
+
+
+# The ledger
 
 
 def ledger_path(notebook: str, profile: str, expected_dir: Path | None = None) -> Path:
@@ -147,7 +187,7 @@ def ledger_path(notebook: str, profile: str, expected_dir: Path | None = None) -
 
 
 def expected(notebook: str, profile: str, expected_dir: Path | None = None) -> dict[str, Any]:
-    """One file of the ledger: notebook, profile, seeds, device, versions, prose, claims.
+    """One file of the ledger: notebook, profile, own and books (seed, device, versions), claims.
 
     Raises:
         UserError: it is missing or malformed; names the file and the claim.
@@ -156,44 +196,22 @@ def expected(notebook: str, profile: str, expected_dir: Path | None = None) -> d
     ledger = files.read_json(path)
     if not isinstance(ledger, dict) or not isinstance(ledger.get("claims"), dict):
         raise UserError(f"{path} has no object 'claims'; restore it or write it anew with --update-expected.")
-    if "prose" in ledger and not isinstance((ledger["prose"] or {}).get("sha256"), str):
-        raise UserError(f"{path}: 'prose' has no text 'sha256'; restore it or write it anew with --update-expected.")
     for name, entry in ledger["claims"].items():
-        _check_entry(path, name, entry, ledger["claims"])
+        if not isinstance(entry, dict) or ("reference" not in entry and "reference" not in entry.get("books", {})):
+            raise UserError(f"{path}, claim {name!r} has no reference; restore it or write it anew.")
     return ledger
 
 
-def expected_claims(notebook: str, profile: str, expected_dir: Path | None = None) -> dict[str, Any]:
+def expected_claims(notebook: str, profile: str, expected_dir: Path | None = None) -> dict[str, Row]:
     """The ledger's claims for a notebook and profile; none where it has no file for them."""
     if not ledger_path(notebook, profile, expected_dir).is_file():
         return {}
     return expected(notebook, profile, expected_dir)["claims"]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_entry(path: Path, name: str, entry: Any, entries: Mapping[str, Any]) -> None:
-    where = f"{path}, claim {name!r}"
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: not an object with value, tolerance, kind and reference.")
-    kind, value, tolerance = (entry.get(key) for key in ("kind", "value", "tolerance"))
-    if kind not in KINDS:
-        raise UserError(f"{where}: unknown kind {kind!r}; one of {', '.join(KINDS)}.")
-    if not _is_number(tolerance) or tolerance < 0:
-        raise UserError(f"{where}: the tolerance is {tolerance!r}; a number from 0 up.")
-    if kind == "ordering":
-        if value not in entries or value == name:
-            raise UserError(
-                f"{where}: an ordering's value is the name of another claim of the same file, not {value!r}."
-            )
-    elif not _is_number(value):
-        raise UserError(f"{where}: the value is {value!r}; a number for the kind {kind!r}.")
-    if not isinstance(entry.get("own_data", False), bool):
-        raise UserError(f"{where}: own_data is {entry['own_data']!r}; true or false.")
-    if "reference" in entry and not _is_number(entry["reference"]):
-        raise UserError(f"{where}: the reference is {entry['reference']!r}; a number.")
+def reference(entry: Row) -> Row:
+    """What texts quote of a claim: the reference run's own prose, or the books where a claim needs them."""
+    return entry if "reference" in entry else entry["books"]
 
 
 def judge(found: Mapping[str, Any] | None, notebook: str, profile: str, expected_dir: Path | None = None) -> list[Row]:
@@ -202,147 +220,100 @@ def judge(found: Mapping[str, Any] | None, notebook: str, profile: str, expected
     Args:
         found: what `finish` wrote; None: nothing, so that nothing holds.
     """
-    ledger = expected(notebook, profile, expected_dir) if ledger_path(notebook, profile, expected_dir).is_file() else {}
-    prose = [side["prose"]["sha256"] for side in (found or {}, ledger) if side.get("prose")]
-    return compare(found["claims"] if found else {}, ledger.get("claims", {}), same_prose=len(set(prose)) < 2)
+    if not ledger_path(notebook, profile, expected_dir).is_file():
+        return compare(found["claims"] if found else {}, {})
+    ledger = expected(notebook, profile, expected_dir)
+    if found and found["books"] and found["books"] == ledger.get("books", {}).get("digest"):
+        column = {name: entry.get("books", entry) for name, entry in ledger["claims"].items()}
+    else:
+        column = {name: entry for name, entry in ledger["claims"].items() if "reference" in entry}
+    return compare(found["claims"] if found else {}, column)
 
 
-def compare(
-    measured: Mapping[str, float], expected: Mapping[str, Mapping[str, Any]], same_prose: bool = True
-) -> list[Row]:
-    """Measured numbers against the ledger's.
+def compare(measured: Mapping[str, Row], expected: Mapping[str, Row]) -> list[Row]:
+    """Measured numbers against one column of the ledger.
 
-    Args:
-        measured: claim name -> number.
-        expected: claim name -> {"value", "tolerance", "kind"}.
-        same_prose: both are of the same prose.
     Returns:
-        One row a claim, measured ones first in their order: name, value (None: not measured), expected (the number to
-        meet, None where there is none), tolerance, kind, holds; an ordering has `than`, the other claim's name, too.
-        What was expected but not measured does not hold, nor does what was measured but not expected. holds is None
-        where a claim cannot be judged, because it depends on the prose, which is another.
+        One row a claim, measured ones first in their order: name, value (None: not measured), source, expected (None:
+        not in the ledger), tolerance (None: not judged), holds (None: not judged). What was expected and not measured
+        does not hold, nor does what was measured and is not in the ledger: a number that nobody checks is no claim.
     """
     rows = []
     for name in [*measured, *(name for name in expected if name not in measured)]:
-        value, entry = measured.get(name), expected.get(name)
-        if entry is None:
-            rows.append(
-                {"name": name, "value": value, "expected": None, "tolerance": None, "kind": UNEXPECTED, "holds": False}
-            )
-            continue
-        kind, tolerance, bar = entry["kind"], entry["tolerance"], entry["value"]
-        row: Row = {"name": name, "value": value, "expected": bar, "tolerance": tolerance, "kind": kind}
-        if kind == "ordering":
-            row["than"], bar = bar, measured.get(bar)
-            row["expected"] = bar
-        row["holds"] = value is not None and bar is not None and _holds(kind, value, bar, tolerance)
-        if not same_prose and (entry.get("own_data", False) or (value is not None and kind in OF_THE_PROSE)):
-            row["holds"] = None
+        entry, found = expected.get(name), measured.get(name, {})
+        row: Row = {"name": name, "value": found.get("value"), "source": found.get("source"), "expected": None}
+        row |= {"tolerance": None, "holds": False}
+        if entry is not None:
+            row |= {"expected": entry["reference"], "tolerance": allowed(entry)}
+            if row["value"] is not None:
+                row["holds"] = None if row["tolerance"] is None else _near(row)
         rows.append(row)
     return rows
 
 
-def _holds(kind: str, value: float, bar: float, tolerance: float) -> bool:
-    rounding = 1e-12 * max(1.0, abs(bar))  # so that 0.97 +- 0.01 holds 0.98, whatever binary fractions make of it
-    if kind == "exact":
-        return abs(value - bar) <= rounding
-    if kind == "absolute":
-        return abs(value - bar) <= tolerance + rounding
-    if kind == "relative":
-        return abs(value - bar) <= tolerance * abs(bar) + rounding
-    if kind == "at_most":
-        return value <= bar + tolerance + rounding
-    if kind in ("at_least", "ordering"):
-        return value >= bar - tolerance - rounding
-    raise UserError(f"Unknown kind of claim {kind!r}; one of {', '.join(KINDS)}.")
+def allowed(entry: Row) -> float | None:
+    """How far another run may be from an entry's reference; None: as far as it likes."""
+    if "shown" in entry:
+        return None
+    if "spread" in entry:
+        return max(SPREADS * entry["spread"], FLOOR * max(1.0, abs(entry["reference"])))
+    return entry.get("tolerance", 0.0)
 
 
-def bar_text(row: Row) -> str:
-    """What a row asks for, in words: `0.97 ± 0.05`, `at least 0.8`, `at least none@512 (0.12)`."""
-    kind, bar, tolerance = row["kind"], row["expected"], row["tolerance"]
-    if kind == UNEXPECTED:
-        return "not in the ledger"
-    number = _number_text(bar)
-    if kind == "exact":
-        return f"exactly {number}"
-    if kind == "absolute":
-        return f"{number} ± {tolerance:g}"
-    if kind == "relative":
-        return f"{number} ± {100 * tolerance:g} %"
-    sign, slack = ("+", f" + {tolerance:g}") if kind == "at_most" else ("-", f" - {tolerance:g}")
-    slack = slack if tolerance else ""
-    if kind == "ordering":
-        return f"at least {row['than']} ({number}){slack}"
-    return f"at {'most' if sign == '+' else 'least'} {number}{slack}"
+def _near(row: Row) -> bool:
+    rounding = 1e-12 * max(1.0, abs(row["expected"]))  # so that 0.98 is within 0.01 of 0.97, binary fractions or not
+    return abs(row["value"] - row["expected"]) <= row["tolerance"] + rounding
 
 
-def value_text(row: Row) -> str:
-    """The measured number of a row, to be read."""
-    return _number_text(row["value"])
-
-
-def _number_text(value: float | None) -> str:
-    """Counts, of bytes for instance, in full; anything else to four digits."""
+def number_text(value: float | None) -> str:
+    """A number to be read: counts, of bytes for instance, in full; anything else to four digits."""
     if value is None:
         return "not measured"
     return f"{int(value):,}" if abs(value) >= 1000 and float(value).is_integer() else f"{value:.4g}"
 
 
-HOLDS = {True: "yes", False: "NO", None: "other prose"}
-"""What a table says of a row; None: it cannot be judged on this prose."""
+def expected_text(row: Row) -> str:
+    """What a row asks for, in words: `0.97 ± 0.036`, `exactly 10,240`."""
+    if row["expected"] is None:
+        return "not in the ledger"
+    text = number_text(row["expected"])
+    if row["tolerance"] is None:
+        return f"{text} (not judged)"
+    return f"{text} ± {row['tolerance']:.2g}" if row["tolerance"] else f"exactly {text}"
 
 
-def table_text(rows: Sequence[Row]) -> str:
-    """The rows as lines of plain text, for a terminal."""
-    head = ("claim", "measured", "expected", "holds")
-    cells = [(row["name"], value_text(row), bar_text(row), HOLDS[row["holds"]]) for row in rows]
-    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
-    lines = [head, tuple("-" * width for width in widths), *cells]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+def table(rows: Sequence[Row]) -> "pd.DataFrame":
+    """Rows of `compare` in words: claim, measured, expected, holds."""
+    import pandas as pd
 
-
-def table_html(rows: Sequence[Row]) -> str:
-    """The rows as an HTML table; whether a claim holds is said in words, not by colour alone."""
-    head = "".join(f'<th scope="col">{word}</th>' for word in ("claim", "measured", "expected", "holds"))
-    body = "".join(
-        f'<tr><th scope="row"><code>{html.escape(row["name"])}</code></th>'
-        f"<td>{value_text(row)}</td><td>{html.escape(bar_text(row))}</td>"
-        f"<td>{'<strong>no</strong>' if row['holds'] is False else HOLDS[row['holds']]}</td></tr>"
+    holds = {True: "yes", False: "NO", None: "–"}
+    lines = [
+        {
+            "claim": row["name"],
+            "measured": number_text(row["value"]) + (f" (re-read from {row['source']})" if row["source"] else ""),
+            "expected": expected_text(row),
+            "holds": holds[row["holds"]],
+        }
         for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-class _Table:
-    """Shown as a table by Jupyter, as text anywhere else."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows
-
-    def __repr__(self) -> str:
-        return table_text(self.rows)
-
-    def _repr_html_(self) -> str:
-        return table_html(self.rows)
+    ]
+    return pd.DataFrame(lines, columns=["claim", "measured", "expected", "holds"])
 
 
 def show(rows: Sequence[Row]) -> None:
     """Displays rows of `compare` in a notebook, or prints them."""
+    import pandas as pd
     from IPython.display import display
 
-    display(_Table(rows))
+    with pd.option_context("display.max_rows", None, "display.max_colwidth", None, "display.width", 200):
+        display(table(rows).set_index("claim"))
 
 
 def update(
     run_dir: Path, profile: str, expected_dir: Path | None = None, notebooks: Iterable[str] | None = None
 ) -> list[Path]:
-    """Writes the ledger from a finished run: refreshes every `reference`, the seeds, device, versions and prose.
+    """Writes the ledger from a finished run: its column (own prose, or the books) with what the run measured.
 
-    Entries that exist keep their kind, value and tolerance, so a bar is never loosened here, and stay where the run did
-    not measure them. New ones get kind "absolute", the measured value and a tolerance of 0.05 (`DEFAULT_TOLERANCE`);
-    edit the file where another kind or bar is meant.
+    What a notebook no longer records is dropped from that column. Promises are in another file, which is not touched.
 
     Args:
         run_dir: runs/<profile>.
@@ -358,28 +329,44 @@ def update(
         raise UserError(f"{folder} holds no claims; run `prosg reproduce --profile {profile}` first.")
     written = []
     for notebook in names:
-        measured = files.read_json(measured_path(run_dir, notebook))
-        if measured["profile"] != profile:
+        found = files.read_json(measured_path(run_dir, notebook))
+        if found["profile"] != profile:
             raise UserError(
-                f"{measured_path(run_dir, notebook)} is of the profile {measured['profile']!r}, not {profile!r}; "
+                f"{measured_path(run_dir, notebook)} is of the profile {found['profile']!r}, not {profile!r}; "
                 "name the profile that was run."
             )
-        entries = expected_claims(notebook, profile, expected_dir)
-        for name, value in measured["claims"].items():
-            default = {"value": value, "tolerance": DEFAULT_TOLERANCE, "kind": DEFAULT_KIND}
-            entries[name] = {**entries.get(name, default), "reference": value}
         path = ledger_path(notebook, profile, expected_dir)
-        files.write_json(
-            path,
-            {
-                "notebook": notebook,
-                "profile": profile,
-                "seeds": [measured["seed"]],
-                "device": measured["device"],
-                "versions": measured["versions"],
-                "prose": measured["prose"],
-                "claims": entries,
-            },
-        )
+        ledger = expected(notebook, profile, expected_dir) if path.is_file() else {"claims": {}}
+        facts = {key: found[key] for key in ("seed", "device", "versions")}
+        new = {name: {"reference": entry["value"]} | _without_value(entry) for name, entry in found["claims"].items()}
+        own, books = _columns(ledger["claims"])
+        if found["books"]:
+            books, facts["digest"] = new, found["books"]
+        else:
+            own = new
+        ledger = {
+            "notebook": notebook,
+            "profile": profile,
+            "own": ledger.get("own"),
+            "books": ledger.get("books"),
+            "books" if found["books"] else "own": facts,
+            "claims": {name: _joined(own.get(name), books.get(name)) for name in [*own, *(books.keys() - own.keys())]},
+        }
+        files.write_json(path, {key: value for key, value in ledger.items() if value is not None})
         written.append(path)
     return written
+
+
+def _without_value(entry: Row) -> Row:
+    return {key: entry[key] for key in entry if key != "value"}
+
+
+def _columns(entries: Mapping[str, Row]) -> tuple[dict[str, Row], dict[str, Row]]:
+    """Own prose and books, each name -> entry; a number that the books do not change is in both."""
+    own = {name: {k: v for k, v in entry.items() if k != "books"} for name, entry in entries.items()}
+    books = {name: entry.get("books", own[name]) for name, entry in entries.items()}
+    return {name: entry for name, entry in own.items() if entry}, books
+
+
+def _joined(own: Row | None, books: Row | None) -> Row:
+    return own if books in (None, own) else (own or {}) | {"books": books}

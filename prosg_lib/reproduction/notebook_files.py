@@ -1,7 +1,7 @@
 """The course's notebooks as files: which there are, what they take, whether they are clean; and running one of them.
 
-`python -m prosg_lib.reproduction.notebook_files SOURCE TARGET PARAMETERS` executes one notebook; `reproduce` starts it
-as a process of its own, so that a kernel that takes its process along does not take the run along.
+`python -m prosg_lib.reproduction.notebook_files SOURCE TARGET PARAMETERS` executes one notebook; `run` starts it as a
+process of its own, so that the notebook's time and peak memory are that process's.
 """
 
 import ast
@@ -13,19 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prosg_lib import files
 from prosg_lib.errors import UserError
-
-# jsonschema, beneath nbformat, imports rfc3987_syntax where it is installed, which takes four seconds in every process,
-# for a kind of address that no notebook holds. It does without where the import fails, so for this moment it does.
-_ABSENT = {} if "rfc3987_syntax" in sys.modules else {"rfc3987_syntax": None}
-sys.modules.update(_ABSENT)
-import nbformat  # noqa: E402
-
-for _name in _ABSENT:
-    del sys.modules[_name]
 
 PARAMETERS_TAG = "parameters"
 REQUIRED_PARAMETERS = ("profile", "seed")
+
+KERNEL_START_S = 300
+CELL_S = 12 * 3600
+"""The longest that a cell may take: more than any training of a shipped profile takes on two cores, or a download."""
 
 
 def course(folder: Path) -> list[Path]:
@@ -40,20 +36,17 @@ def course(folder: Path) -> list[Path]:
     return found
 
 
-def read(path: Path) -> nbformat.NotebookNode:
-    """One notebook.
+def cells(path: Path) -> list[dict[str, Any]]:
+    """A notebook's cells, each source as one text.
 
     Raises:
         UserError: it is missing or no notebook.
     """
+    found = files.read_json(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of ids that are there twice; `problems` says it
-            return nbformat.read(path, as_version=nbformat.NO_CONVERT)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no notebook ({str(error).splitlines()[0]:.100}); restore it.") from error
+        return [{**cell, "source": "".join(cell["source"])} for cell in found["cells"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a valid notebook ({error} is missing in it); restore it.") from error
 
 
 def tags(cell: Mapping[str, Any]) -> list[str]:
@@ -67,24 +60,14 @@ def parameters(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not exactly one such cell, or something else than `name = literal` in it.
     """
-    cells = [cell for cell in read(path)["cells"] if cell["cell_type"] == "code" and PARAMETERS_TAG in tags(cell)]
-    if len(cells) != 1:
-        raise UserError(f"{path.name} has {len(cells)} code cells tagged '{PARAMETERS_TAG}'; give it exactly one.")
-    found: dict[str, Any] = {}
+    tagged = [cell for cell in cells(path) if cell["cell_type"] == "code" and PARAMETERS_TAG in tags(cell)]
+    if len(tagged) != 1:
+        raise UserError(f"{path.name} has {len(tagged)} code cells tagged '{PARAMETERS_TAG}'; give it exactly one.")
     try:
-        for statement in ast.parse(cells[0]["source"]).body:
-            if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-                target = statement.targets[0]
-            elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-                target = statement.target
-            else:
-                raise ValueError(f"line {statement.lineno} is no assignment")
-            if not isinstance(target, ast.Name):
-                raise ValueError(f"line {statement.lineno} assigns to no plain name")
-            found[target.id] = ast.literal_eval(statement.value)
-    except (SyntaxError, ValueError) as error:
+        statements = ast.parse(tagged[0]["source"]).body
+        return {statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements}
+    except (SyntaxError, ValueError, AttributeError) as error:
         raise UserError(f"{path.name}, parameters cell: {error}; write one `name = literal` a line.") from error
-    return found
 
 
 def problems(path: Path) -> list[str]:
@@ -93,10 +76,14 @@ def problems(path: Path) -> list[str]:
     Clean is: valid, kernelspec python3, no outputs and execution counts, one parameters cell that has profile and seed,
     and ids that stay, so that a change shows as a change of the cells it touches.
     """
+    import nbformat  # a second and more, and only needed here
+
+    notebook = files.read_json(path)
+    ids = [cell.get("id") for cell in notebook.get("cells", [])]
     try:
-        notebook = read(path)
-        nbformat.validate(notebook)
-    except (UserError, nbformat.ValidationError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of ids that are missing or there twice, which it repairs
+            nbformat.validate(notebook)
+    except nbformat.ValidationError as error:
         return [f"{path.name}: not a valid notebook: {str(error).splitlines()[0]}"]
     found = []
     kernel = notebook["metadata"].get("kernelspec", {})
@@ -104,13 +91,11 @@ def problems(path: Path) -> list[str]:
         found.append("its kernelspec is not python3; set metadata.kernelspec to name python3, language python")
     if "papermill" in notebook["metadata"]:
         found.append("it is a copy that papermill executed; commit the source")
-    if (notebook["nbformat"], notebook["nbformat_minor"]) < (4, 5):
+    if None in ids:
         found.append("it is older than nbformat 4.5, so its cells have no ids; open and save it in JupyterLab")
-    # From the file itself, because reading a notebook repairs ids that are there twice.
-    ids = [cell["id"] for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if "id" in cell]
-    if len(set(ids)) != len(ids):
+    elif len(set(ids)) != len(ids):
         found.append("two cells have the same id")
-    if ids and ids == [str(index) for index in range(len(ids))]:
+    if ids == [str(index) for index in range(len(ids))]:
         found.append("its ids are 0, 1, 2, ..., which change with every insertion; strip outputs with --keep-id")
     for index, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] == "code" and (cell["outputs"] or cell["execution_count"] is not None):
@@ -128,6 +113,7 @@ def execute(source: Path, target: Path, values: Mapping[str, Any]) -> None:
 
     Raises:
         PapermillExecutionError: a cell failed.
+        CellTimeoutError: a cell took longer than `CELL_S`.
         DeadKernelError: the kernel died; the copy then calls every cell completed, which is not to be believed.
     """
     import papermill
@@ -138,16 +124,12 @@ def execute(source: Path, target: Path, values: Mapping[str, Any]) -> None:
         parameters=dict(values),
         kernel_name="python3",
         cwd=source.parent,
-        start_timeout=180,
+        start_timeout=KERNEL_START_S,
+        execution_timeout=CELL_S,
         coalesce_streams=True,  # a progress bar is one line in the copy, not a thousand
         progress_bar=True,
     )
 
 
-def main(arguments: list[str]) -> None:
-    source, target, values = arguments
-    execute(Path(source), Path(target), json.loads(values))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    execute(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

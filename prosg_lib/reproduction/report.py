@@ -1,14 +1,14 @@
-"""The report of a run: report.json for programs, report.html for people, which opens without a network."""
+"""The report of a run: promises, figures, measurements; report.json for programs, report.html for people, which opens
+without a network."""
 
 import base64
-import html
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from prosg_lib import files
 from prosg_lib.errors import UserError
-from prosg_lib.reproduction import claims
+from prosg_lib.reproduction import claims, promises
 
 RUN_FILE = "run.json"
 
@@ -35,38 +35,41 @@ def build(profile: str, run_dir: Path, expected_dir: Path, course: Iterable[str]
         course: names of all notebooks, in order.
     Returns:
         profile, seed, commit, device, prose, versions (several values are joined with commas where notebooks were run
-        at different times), complete (every notebook finished), passed (complete, and no claim fails), claims (one
-        entry a claim: notebook and a row of `claims.compare`), notebooks (name, status, seconds, peak_mb, seed,
-        parameters, commit, error) and figures (name and sidecar).
+        at different times), complete (every notebook finished), passed (complete, every measurement near its reference,
+        no promise newly broken), promises (rows of `promises.judge`), claims (notebook and a row of `claims.compare`),
+        notebooks (name, status, seconds, peak_mb, seed, parameters, commit, error) and figures (name and sidecar).
     Raises:
         UserError: nothing was run.
     """
     records = load_records(run_dir)
     if not records:
         raise UserError(f"{run_dir} holds no run; run `prosg reproduce --profile {profile}` first.")
-    rows, notebooks, facts = [], [], []
+    rows, notebooks, found = [], [], {}
     for name in course:
         record = records.get(name)
         if record is None:
             notebooks.append({"name": name, "status": "not run"})
             continue
-        found = measured(run_dir, record)
-        facts.append(found or {})
-        rows += [{"notebook": name, **row} for row in claims.judge(found, name, profile, expected_dir)]
+        found[name] = measured(run_dir, record)
+        rows += [{"notebook": name, **row} for row in claims.judge(found[name], name, profile, expected_dir)]
         notebooks.append({"name": name, **{key: value for key, value in record.items() if key != "notebook"}})
+    facts = [made for made in found.values() if made]
+    verdicts = promises.judge({made["notebook"]: made["claims"] for made in facts}, profile, expected_dir)
     complete = all(notebook["status"] == "finished" for notebook in notebooks)
+    wrong = any(row["holds"] is False for row in rows) or any(row["newly_broken"] for row in verdicts)
     return {
         "profile": profile,
         "seed": _joined(record["seed"] for record in records.values()),
-        "commit": _joined(fact.get("commit") for fact in facts),
-        "device": _joined(fact.get("device") for fact in facts),
-        "prose": _joined(fact.get("prose", {}).get("source") for fact in facts),
+        "commit": _joined(made["commit"] for made in facts),
+        "device": _joined(made["device"] for made in facts),
+        "prose": _joined("books" if made["books"] else "the project's own" for made in facts),
         "versions": {
-            key: _joined(fact.get("versions", {}).get(key) for fact in facts)
-            for key in sorted({key for fact in facts for key in fact.get("versions", {})})
+            key: _joined(made["versions"].get(key) for made in facts)
+            for key in sorted({key for made in facts for key in made["versions"]})
         },
         "complete": complete,
-        "passed": complete and not any(row["holds"] is False for row in rows),
+        "passed": complete and not wrong,
+        "promises": verdicts,
         "claims": rows,
         "notebooks": notebooks,
         "figures": figures(run_dir),
@@ -89,6 +92,18 @@ def figures(run_dir: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda figure: figure["notebook"])
 
 
+def verdict(report: dict[str, Any]) -> str:
+    """What a run showed, in three sentences at most."""
+    kept = sum(row["kept"] for row in report["promises"])
+    judged = [row for row in report["claims"] if row["holds"] is not None]
+    near = sum(row["holds"] for row in judged)
+    missing = sum(notebook["status"] != "finished" for notebook in report["notebooks"])
+    return (
+        f"{kept} of {len(report['promises'])} promises are kept. {near} of {len(judged)} measurements agree with the "
+        f"reference run ({len(report['claims']) - len(judged)} more are shown and not judged)."
+    ) + (f" {missing} of {len(report['notebooks'])} notebooks were not finished." if missing else "")
+
+
 def write(report: dict[str, Any], run_dir: Path) -> Path:
     """Writes report.json and report.html into `run_dir`; returns the path of the latter."""
     files.write_json(run_dir / "report.json", report)
@@ -96,10 +111,16 @@ def write(report: dict[str, Any], run_dir: Path) -> Path:
     return run_dir / "report.html"
 
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1b1b1b; --page: #fff; --line: #c8c8c8; --soft: #f3f3f3; --bad: #a33000; }
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Reproduction report, profile {{ report.profile }}</title>
+<style>
+:root { color-scheme: light dark; --text: #1b1b1b; --page: #fff; --line: #c8c8c8; --soft: #f3f3f3; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e6e6e6; --page: #161616; --line: #4a4a4a; --soft: #242424; --bad: #ff9d6b; }
+  :root { --text: #e6e6e6; --page: #161616; --line: #4a4a4a; --soft: #242424; }
   a { color: #8ab8ff; }
 }
 body { font: 1rem/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
@@ -107,107 +128,69 @@ body { font: 1rem/1.5 system-ui, sans-serif; color: var(--text); background: var
 table { border-collapse: collapse; width: 100%; display: block; overflow-x: auto; }
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { font-variant-numeric: tabular-nums; }
-th[scope=row] { font-weight: normal; }
 thead th { background: var(--soft); }
-strong { color: var(--bad); }
 figure { margin: 2rem 0; }
 img { max-width: 100%; height: auto; background: #fff; }
-figcaption, .quiet { font-size: .9rem; opacity: .85; }
-"""
-
-
-def render(report: dict[str, Any], run_dir: Path) -> str:
-    """The report as one HTML page that refers to nothing outside itself but the executed notebooks beside it."""
-    title = f"Reproduction report, profile {report['profile']}"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
-<style>{STYLE}</style>
+figcaption { font-size: .9rem; opacity: .85; }
+</style>
 </head>
 <body>
-<h1>{_text(title)}</h1>
-<p>{verdict(report)}</p>
-<h2>Claims</h2>
-{_claims(report)}
+<h1>Reproduction report, profile {{ report.profile }}</h1>
+<p>{{ verdict }}</p>
+<h2>Promises</h2>
+{{ promises }}
 <h2>Figures</h2>
-{"".join(_figure(figure, run_dir) for figure in report["figures"]) or "<p>This run drew none.</p>"}
+{% for figure in report.figures %}
+<figure><img src="data:image/png;base64,{{ image(figure.name) }}" alt="{{ figure.alt }}">
+<figcaption>{{ figure.name }}, from {{ figure.notebook }}, seed {{ figure.seed }}
+{%- if figure.claims %}. Claims: {{ figure.claims | join(", ") }}{% endif %}</figcaption></figure>
+{% else %}<p>This run drew none.</p>
+{% endfor %}
+<h2>Measurements</h2>
+{% for name, table in measurements %}
+<details{{ " open" if "NO" in table }}><summary>{{ name }}</summary>
+{{ table }}
+</details>
+{% endfor %}
 <h2>Notebooks</h2>
-{_notebooks(report)}
+{{ notebooks }}
+<p>Peak memory is that of a notebook's largest process.</p>
 <h2>Provenance</h2>
-{_provenance(report)}
+{{ provenance }}
 </body>
 </html>
 """
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+def render(report: dict[str, Any], run_dir: Path) -> str:
+    """The report as one HTML page that refers to nothing outside itself but the executed notebooks beside it."""
+    import jinja2
+    import pandas as pd
+    from markupsafe import Markup, escape
 
+    def table(frame: pd.DataFrame, **options) -> Markup:
+        with pd.option_context("display.max_colwidth", None):
+            return Markup(frame.to_html(border=0, **options))
 
-def verdict(report: dict[str, Any]) -> str:
-    """One sentence, as HTML."""
-    failed, open_ = (sum(row["holds"] is said for row in report["claims"]) for said in (False, None))
-    missing = sum(notebook["status"] != "finished" for notebook in report["notebooks"])
-    parts = []
-    if failed:
-        parts.append(f"<strong>{failed} of {len(report['claims'])} claims do not hold.</strong>")
-    else:
-        parts.append(f"All {len(report['claims']) - open_} claims {'that can be judged ' if open_ else ''}hold.")
-    if open_:
-        parts.append(f"{open_} ask for numbers of a run on other prose, and were not judged.")
-    if missing:
-        parts.append(f"<strong>{missing} of {len(report['notebooks'])} notebooks were not finished.</strong>")
-    return " ".join(parts)
+    def image(name: str) -> str:
+        return base64.b64encode((run_dir / "figures" / f"{name}.png").read_bytes()).decode("ascii")
 
-
-def _claims(report: dict[str, Any]) -> str:
-    names = dict.fromkeys(row["notebook"] for row in report["claims"])
-    tables = (
-        f"<h3>{_text(name)}</h3>{claims.table_html([row for row in report['claims'] if row['notebook'] == name])}"
-        for name in names
-    )
-    return "\n".join(tables) or "<p>None were recorded.</p>"
-
-
-def _figure(figure: dict[str, Any], run_dir: Path) -> str:
-    content = base64.b64encode((run_dir / "figures" / f"{figure['name']}.png").read_bytes()).decode("ascii")
-    shown = ", ".join(f"<code>{_text(name)}</code>" for name in figure["claims"])
-    return (
-        f'<figure><img src="data:image/png;base64,{content}" alt="{_text(figure["alt"])}">'
-        f"<figcaption>{_text(figure['name'])}, from {_text(figure['notebook'])}, seed {_text(figure['seed'])}"
-        f"{'. Claims: ' + shown if shown else ''}</figcaption></figure>\n"
-    )
-
-
-def _notebooks(report: dict[str, Any]) -> str:
-    lines = []
-    for notebook in report["notebooks"]:
-        name, status = _text(notebook["name"]), _text(notebook["status"])
-        if notebook["status"] == "not run":
-            cells = (name, status, "", "", "")
-        else:
-            peak = "unknown" if notebook["peak_mb"] is None else f"{notebook['peak_mb']:.0f} MB"
-            link = f'<a href="notebooks/{name}.ipynb">{name}</a>'
-            if notebook["error"]:
-                status = f"<strong>{status}</strong>: {_text(notebook['error'])}"
-            cells = (link, status, f"{notebook['seconds']:.0f} s", peak, _text(notebook["seed"]))
-        lines.append(
-            f'<tr><th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>"
-        )
-    head = "".join(f'<th scope="col">{word}</th>' for word in ("notebook", "status", "time", "peak memory", "seed"))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _provenance(report: dict[str, Any]) -> str:
+    ran = pd.DataFrame(report["notebooks"]).reindex(columns=["name", "status", "seconds", "peak_mb", "seed", "error"])
+    ran = ran.astype(object).where(ran.notna(), "").map(escape)
+    ran["name"] = [
+        f'<a href="notebooks/{n}.ipynb">{n}</a>' if s != "not run" else n
+        for n, s in zip(ran.name, ran.status, strict=True)
+    ]
     facts = {key: report[key] for key in ("profile", "seed", "commit", "device", "prose")} | report["versions"]
-    lines = "".join(
-        f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>' for key, value in facts.items()
-    )
-    return (
-        f"<table><tbody>{lines}</tbody></table>"
-        '<p class="quiet">Peak memory is that of the largest process of a notebook. report.json beside this page holds '
-        "the same for programs.</p>"
+    by_notebook = {row["notebook"]: [] for row in report["claims"]}
+    for row in report["claims"]:
+        by_notebook[row["notebook"]].append(row)
+    return jinja2.Template(PAGE, autoescape=True).render(
+        report=report,
+        verdict=verdict(report),
+        promises=table(promises.table(report["promises"]), index=False),
+        measurements=[(name, table(claims.table(rows), index=False)) for name, rows in by_notebook.items()],
+        notebooks=table(ran, index=False, escape=False),
+        provenance=table(pd.DataFrame(facts.items()), index=False, header=False),
+        image=image,
     )

@@ -5,10 +5,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,27 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import psutil
-
 from prosg_lib import files, paths
 from prosg_lib.config import Profile, get_profile
 from prosg_lib.errors import UserError
-from prosg_lib.reproduction import claims, notebook_files, quotes, report
+from prosg_lib.reproduction import claims, notebook_files, promises, quotes, report
 
 # Only these runs' figures are kept in the repository, and where.
 REFERENCE_FIGURES = {"cpu": ".", "gpu": "gpu"}
 GIVEN = ("profile", "seed", "retrain")  # parameters that have an option of their own
-
-STUCK_S = 180.0
-"""A notebook whose kernel has not computed anything for so long is stuck: a message between papermill and kernel
-can get lost, and then each waits for the other for ever (papermill's issue 711 is one such case)."""
-
-_SPINS = "3000"
-"""How long threads of torch's GNU OpenMP spin at a barrier before they sleep. Its own 300,000 waste whole time slices
-as soon as anything else computes on the same cores: two runs side by side on two cores took nine times as long as one
-alone; with this three times, and one alone no longer than before. Who sets the variable keeps it so."""
-
-_IDLE = 0.03  # share of one core; a kernel that waits took 0.003 to 0.01, papermill beside it up to 0.07
 
 
 @dataclass(frozen=True)
@@ -126,9 +111,9 @@ def reproduce(
 ) -> int:
     """Runs notebooks, says on the terminal what happens, and writes runs/<profile>/report.{json,html}.
 
-    A notebook counts as finished when its process ended well *and* left the claims of this very run; the executed copy
-    is not asked, as it calls a notebook completed whose kernel died. The first one that fails ends the run, because
-    later ones may need it; what was finished stays, and the report is written of it.
+    A notebook is finished when its process ended well *and* left the claims of this very run; the executed copy does
+    not count, because it calls a notebook completed even if its kernel died. The first one that fails ends the run,
+    because later ones may need it; what was finished stays, and the report is written of it.
 
     Args:
         names: only these notebooks; what others of the profile recorded before stays in the report. All, and afresh,
@@ -136,7 +121,7 @@ def reproduce(
         parameters: further notebook parameters as typed, name -> text.
         update_expected: write the ledger from this run (`claims.update`), and for the reference profiles the figures.
     Returns:
-        0, or 1 where a notebook failed or a claim of those that ran does not hold.
+        0, or 1 where a notebook failed, or where `show` says so of those that ran.
     Raises:
         UserError: unknown notebook or parameter; nothing was run.
         KeyboardInterrupt: after the running notebook was stopped and the report written.
@@ -158,10 +143,6 @@ def reproduce(
         label = f"[{number}/{len(selected)}] {path.stem}"
         print(f"{label} ...", flush=True)
         record, interrupted = _run(path, run_dir, arguments[path.stem])
-        if record["stuck"]:
-            kept = _log(run_dir, path.stem).rename(run_dir / "logs" / f"{path.stem}.stuck.log")
-            print(f"{label} {record['error']}: {kept}; starting it again", flush=True)
-            record, interrupted = _run(path, run_dir, arguments[path.stem])
         files.write_json(run_dir / report.RUN_FILE, report.load_records(run_dir) | {path.stem: record})
         peak = "" if record["peak_mb"] is None else f", peak {record['peak_mb']:.0f} MB"
         print(f"{label} {record['status']}: {record['seconds']:.0f} s{peak}", flush=True)
@@ -194,12 +175,13 @@ def reproduce(
 
 
 def show(profile: Profile, places: Places | None = None, only: Sequence[str] | None = None) -> int:
-    """Writes the report of what runs/<profile> holds, and prints the claims, measured beside expected.
+    """Writes the report of what runs/<profile> holds, and prints its promises and whatever does not hold.
 
     Args:
         only: the notebooks whose claims decide the result; all where None.
     Returns:
-        0, or 1 where a claim does not hold.
+        0, or 1 where a measurement is too far from the reference run's, or a promise is broken that the reference run
+        kept. One that the reference run broke as well is listed, and changes nothing.
     Raises:
         UserError: nothing was run.
     """
@@ -208,29 +190,25 @@ def show(profile: Profile, places: Places | None = None, only: Sequence[str] | N
     names = [path.stem for path in notebook_files.course(places.notebooks)]
     built = report.build(profile.name, run_dir, places.expected, names)
     page = report.write(built, run_dir)
-    for name in names:
-        rows = [row for row in built["claims"] if row["notebook"] == name]
-        if rows:
-            print(f"\n{name}\n{claims.table_text(rows)}")
-    decide = [row for row in built["claims"] if only is None or row["notebook"] in only]
-    wrong = [row for row in decide if row["holds"] is False]
-    if wrong:
-        print(f"\n{len(wrong)} claims do not hold:" if len(wrong) > 1 else "\n1 claim does not hold:")
-        for row in wrong:
-            print(f"  {row['notebook']} {row['name']}: measured {_measured(row)}, expected {claims.bar_text(row)}")
-    if any(row["holds"] is None for row in decide):
-        print(
-            f"\nThe text between prompts and questions was {built['prose']}, and another one in the reference run: "
-            "promises and counts were judged,\nand what depends on the prose was not. README says which prose that was."
-        )
-    if any(row["kind"] == claims.UNEXPECTED for row in wrong):
+
+    def decides(row: Mapping[str, Any]) -> bool:
+        return only is None or row["notebook"] in only
+
+    print()
+    for row in built["promises"]:
+        state = "newly broken" if row["newly_broken"] else "kept" if row["kept"] else "broken"
+        bar = f"{row['relation'].replace('_', ' ')} {row['bar']:g}"
+        print(f"{state}: {row['sentence']} ({claims.number_text(row['value'])}, {bar}; {row['source']})")
+    broken = [row for row in built["promises"] if row["newly_broken"] and decides(row)]
+    wrong = [row for row in built["claims"] if row["holds"] is False and decides(row)]
+    print(f"\n{report.verdict(built)}")
+    for row in wrong:
+        value = claims.number_text(row["value"])
+        print(f"  {row['notebook']} {row['name']}: measured {value}, expected {claims.expected_text(row)}")
+    if any(row["expected"] is None for row in wrong):
         print("Claims that are not in the ledger are added to it with --update-expected.")
     print(f"\nreport: {page}", flush=True)
-    return 1 if wrong else 0
-
-
-def _measured(row: claims.Row) -> str:
-    return "nothing" if row["value"] is None else claims.value_text(row)
+    return 1 if wrong or broken else 0
 
 
 def _copy(run_dir: Path, name: str) -> Path:
@@ -263,37 +241,28 @@ def _forget(run_dir: Path, names: Sequence[str] | None) -> None:
 
 
 def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Executes one notebook in a process of its own; returns its record, and whether Ctrl-C ended it.
-
-    A process that got stuck is ended; the record's "stuck" says so, and its log ends with where each thread was.
-    """
+    """Executes one notebook in a process of its own; returns its record, and whether Ctrl-C ended it."""
     copy, log_path = _copy(run_dir, path.stem), _log(run_dir, path.stem)
     for file in (copy, log_path):
         file.parent.mkdir(parents=True, exist_ok=True)
-    package = str(Path(__file__).resolve().parent.parent)
+    package = str(Path(__file__).resolve().parents[2])
     run_id = uuid.uuid4().hex
-    environment = (
-        {"GOMP_SPINCOUNT": _SPINS}
-        | os.environ
-        | {
-            "PROSG_RUN_ID": run_id,
-            "PROSG_RUNS": str(run_dir.parent.resolve()),
-            "PYTHONFAULTHANDLER": "1",  # whatever kills a process, its threads' places are in the log
-            # The kernel shall run the code that runs here, installed or not.
-            "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-        }
-    )
+    environment = os.environ | {
+        "PROSG_RUN_ID": run_id,
+        "PROSG_RUNS": str(run_dir.parent.resolve()),
+        "PYTHONFAULTHANDLER": "1",  # whatever kills a process, its threads' places are in the log
+        # The kernel shall run the code that runs here, installed or not.
+        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+    }
     started = time.time()
     interrupted = False
     with open(log_path, "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prosg_lib.reproduction.notebook_files", str(path), str(copy), json.dumps(values)],
+            [sys.executable, "-m", notebook_files.__name__, str(path), str(copy), json.dumps(values)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        guard = _Guard(process.pid)
-        guard.start()
         try:
             _follow(process.stdout, log)
             code, peak_mb = _wait(process)
@@ -301,9 +270,6 @@ def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> tuple[dict[str
             interrupted = True
             process.terminate()
             code, peak_mb = _wait(process)
-        finally:
-            guard.done.set()
-            guard.join()
     record = {
         "notebook": path.stem,
         "status": "finished",
@@ -312,13 +278,10 @@ def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> tuple[dict[str
         "seed": values["seed"],
         "parameters": dict(values),
         "run_id": run_id,
-        "stuck": guard.stuck and not interrupted,
         "error": None,
     }
     if interrupted:
         record["error"] = "it was interrupted"
-    elif record["stuck"]:
-        record["error"] = f"it had not computed anything for {STUCK_S:.0f} s; its log says where it hung"
     elif code != 0:
         record["error"] = _why(path, copy, log_path, code)
     elif report.measured(run_dir, record) is None:
@@ -327,60 +290,6 @@ def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> tuple[dict[str
         record["status"] = "failed"
         claims.measured_path(run_dir, path.stem).unlink(missing_ok=True)  # a cell after finish() may have failed
     return record, interrupted
-
-
-class _Guard(threading.Thread):
-    """Ends a process, with its children, once none of the children (kernel and workers) has computed for `STUCK_S`.
-
-    It asks for processor time and not for output, because a cell may work for hours and say nothing. Only looks that
-    follow each other count, not the clock, so that a run that was suspended is not taken for one that is stuck.
-    """
-
-    _LOOKS = 6
-
-    def __init__(self, pid: int):
-        super().__init__(daemon=True)
-        self.done = threading.Event()
-        self.stuck = False
-        self._root = psutil.Process(pid)
-
-    def run(self) -> None:
-        between, quiet, before = STUCK_S / self._LOOKS, 0, self._computed()
-        while quiet < self._LOOKS:
-            if self.done.wait(between):
-                return
-            now = self._computed()
-            quiet = quiet + 1 if abs(now - before) < _IDLE * between else 0
-            before = now
-        self.stuck = True
-        stuck = self._processes()
-        for end in ("abort", "kill"):  # abort makes Python say where it is; kill is for what does not listen
-            for process in stuck:
-                try:
-                    process.send_signal(signal.SIGABRT) if end == "abort" and os.name == "posix" else process.kill()
-                except psutil.NoSuchProcess:
-                    continue
-            if self.done.wait(10):
-                return
-
-    def _processes(self) -> list[psutil.Process]:
-        """Children first, so that the kernel speaks before papermill."""
-        try:
-            return [*self._root.children(recursive=True), self._root]
-        except psutil.NoSuchProcess:
-            return []
-
-    def _computed(self) -> float:
-        """Processor seconds of the children so far; the process itself, which counts as long as it has none, looks for
-        messages all the time."""
-        total, everyone = 0.0, self._processes()
-        for process in everyone[:-1] or everyone:
-            try:
-                times = process.cpu_times()
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-            total += times.user + times.system
-        return total
 
 
 def _follow(stream: BinaryIO, log: BinaryIO) -> None:
@@ -410,28 +319,28 @@ def _why(source: Path, copy: Path, log: Path, code: int) -> str:
     """Which cell of a failed notebook, and the last line of its error."""
     if code < 0:
         return f"its process was killed (signal {-code}); often memory was short (a smaller profile needs less)"
-    try:
-        executed = notebook_files.read(copy)["cells"]
-    except UserError:
-        executed = []  # it failed before the first cell
+    executed = notebook_files.cells(copy) if copy.is_file() else []  # it may have failed before the first cell
     for cell in executed:
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
-                lines = [line for line in str(output["evalue"]).splitlines() if line.strip()]
-                return f"{_where(source, cell)}: {output['ename']}: {lines[-1].strip() if lines else ''}"
+                lines = "".join(output["evalue"]).split("\n")
+                last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+                return f"{_where(source, cell)}: {output['ename']}: {last}"
     text = log.read_text(encoding="utf-8", errors="replace")
+    started = [cell for cell in executed if cell["metadata"].get("papermill", {}).get("start_time")]
+    last = max(started, key=lambda cell: cell["metadata"]["papermill"]["start_time"], default=None)
+    where = _where(source, last) if last else "before the first cell"
     if "DeadKernelError" in text:
-        started = [cell for cell in executed if cell["metadata"].get("papermill", {}).get("start_time")]
-        last = max(started, key=lambda cell: cell["metadata"]["papermill"]["start_time"], default=None)
-        where = _where(source, last) if last else "before the first cell"
         return f"{where}: the kernel died; often memory was short (a smaller profile needs less)"
-    lines = [line for line in text.splitlines() if line.strip()]
-    return f"it could not be executed: {lines[-1].strip() if lines else 'its process said nothing'}"
+    if "CellTimeoutError" in text:
+        return f"{where}: it ran for more than {notebook_files.CELL_S / 3600:g} hours and was ended"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"it could not be executed: {lines[-1] if lines else 'its process said nothing'}"
 
 
 def _where(source: Path, cell: Mapping[str, Any]) -> str:
     """A cell as a reader finds it in the source: its number among all cells, from 1, and its first line."""
-    ids = [other.get("id") for other in notebook_files.read(source)["cells"]]
+    ids = [other.get("id") for other in notebook_files.cells(source)]
     number = ids.index(cell["id"]) + 1 if cell.get("id") in ids else None
     first = next((line.strip() for line in cell["source"].splitlines() if line.strip()), "")
     return f"cell {number} (`{first[:60]}`)" if number else f"the parameters (`{first[:60]}`)"
@@ -449,7 +358,7 @@ def _keep_figures(profile: str, run_dir: Path, figures_dir: Path, names: Sequenc
 
 
 def check(root: Path | None = None) -> list[str]:
-    """What a checkout's notebooks, ledger and quoted numbers get wrong, one line each.
+    """What a checkout's notebooks, ledger, promises and quoted numbers get wrong, one line each.
 
     Args:
         root: the checkout; this one where None.
@@ -458,7 +367,7 @@ def check(root: Path | None = None) -> list[str]:
     course = notebook_files.course(root / "notebooks")
     found = [problem for path in course for problem in notebook_files.problems(path)]
     names = {path.stem for path in course}
-    for ledger in sorted((root / "expected").glob("*.json")):
+    for ledger in sorted((root / "expected").glob("*.*.json")):
         name, _, profile = ledger.stem.partition(".")
         try:
             if profile == claims.BENCHMARK:
@@ -471,4 +380,10 @@ def check(root: Path | None = None) -> list[str]:
             claims.expected(name, profile, root / "expected")
         except UserError as error:
             found.append(f"expected/{ledger.name}: {error}")
-    return found + [str(problem) for problem in quotes.check_quotes(root)]
+    try:
+        for row in promises.judge({}, "cpu", root / "expected"):
+            if row["value"] is None:
+                found.append(f"expected/{promises.FILE}: no ledger has the claims of the promise {row['name']!r}")
+    except UserError as error:
+        found.append(str(error))
+    return found + quotes.check_quotes(root)
