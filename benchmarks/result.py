@@ -1,9 +1,9 @@
 """How every benchmark begins and ends: its options, the one JSON line, and the ledger of what texts quote.
 
-With `--keep` a result goes into the ledger, `expected/<benchmark>.benchmark.json`, as a notebook's claims do, one from
-a GPU into `expected/<benchmark>-cuda.benchmark.json`: a ratio's bar is its goal, a count's is the count itself. Texts
-quote it as `NUMBER<!--claim benchmark NAME RATIO-->`, and `prosg check` compares the two. `make benchmarks` runs, and
-keeps, all that README quotes.
+With `--keep` a result goes into the ledger, `expected/<benchmark>.benchmark.json`, as a notebook's measurements do, one
+from a GPU into `expected/<benchmark>-cuda.benchmark.json`: a ratio is shown and not judged, a count is exact. Goals
+that were promised stand in `expected/promises.json`. Texts quote a result as `NUMBER<!--claim benchmark NAME RATIO-->`,
+and `prosg check` compares the two. `make benchmarks` runs, and keeps, all that README quotes.
 """
 
 import argparse
@@ -17,9 +17,6 @@ import torch
 
 from prosg_lib import files, provenance
 from prosg_lib.reproduction import claims
-
-NO_GOAL = 0.25
-"""What is said of a ratio without a goal: it was so much, give or take a quarter."""
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -55,16 +52,15 @@ def finish(
     keep: bool = False,
     counts: Mapping[str, int] | None = None,
 ) -> None:
-    """Print the JSON line, last; before it, if asked to, keep the result and say what was kept beside its bars.
+    """Print the JSON line, last; before it, if asked to, keep the result.
 
     Args:
         ratios: what was measured, with goals or without.
         counts: what was counted, and is the same on every machine.
     """
     if keep:
-        bar = "at_most" if lower_is_better else "at_least"
-        found = {name: round(ratio, 4) for name, ratio in ratios.items()} | dict(counts or {})
-        entries = {name: _entry(value, goals.get(name), bar, name in (counts or {})) for name, value in found.items()}
+        entries = {name: {"reference": round(ratio, 4), "shown": True} for name, ratio in ratios.items()}
+        entries |= {name: {"reference": count, "exact": True} for name, count in (counts or {}).items()}
         script = Path(sys.argv[0])
         name = script.stem + (claims.ON_GPU if torch.cuda.is_available() else "")
         path = claims.ledger_path(name, claims.BENCHMARK)
@@ -80,14 +76,5 @@ def finish(
                 "claims": entries,
             },
         )
-        print(claims.table_text(claims.compare(found, entries)))
         print(f"kept in {path.parent.name}/{path.name}")
     print(line(ratios, goals, lower_is_better))
-
-
-def _entry(value: float, goal: float | None, bar: str, counted: bool) -> dict[str, float | str]:
-    if counted:
-        return {"value": value, "tolerance": 0, "kind": "exact", "reference": value}
-    if goal is None:
-        return {"value": value, "tolerance": NO_GOAL, "kind": "relative", "reference": value}
-    return {"value": goal, "tolerance": 0, "kind": bar, "reference": value}

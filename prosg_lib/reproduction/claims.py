@@ -304,7 +304,8 @@ def show(rows: Sequence[Row]) -> None:
     import pandas as pd
     from IPython.display import display
 
-    with pd.option_context("display.max_rows", None, "display.max_colwidth", None, "display.width", 200):
+    whole = ("display.max_rows", None, "display.max_columns", None, "display.max_colwidth", None, "display.width", 200)
+    with pd.option_context(*whole):
         display(table(rows).set_index("claim"))
 
 

@@ -319,21 +319,20 @@ def _why(source: Path, copy: Path, log: Path, code: int) -> str:
     """Which cell of a failed notebook, and the last line of its error."""
     if code < 0:
         return f"its process was killed (signal {-code}); often memory was short (a smaller profile needs less)"
-    executed = notebook_files.cells(copy) if copy.is_file() else []  # it may have failed before the first cell
-    for cell in executed:
-        for output in cell.get("outputs", []):
-            if output["output_type"] == "error":
-                lines = "".join(output["evalue"]).split("\n")
-                last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-                return f"{_where(source, cell)}: {output['ename']}: {last}"
     text = log.read_text(encoding="utf-8", errors="replace")
+    executed = notebook_files.cells(copy) if copy.is_file() else []  # it may have failed before the first cell
     started = [cell for cell in executed if cell["metadata"].get("papermill", {}).get("start_time")]
     last = max(started, key=lambda cell: cell["metadata"]["papermill"]["start_time"], default=None)
     where = _where(source, last) if last else "before the first cell"
-    if "DeadKernelError" in text:
-        return f"{where}: the kernel died; often memory was short (a smaller profile needs less)"
     if "CellTimeoutError" in text:
         return f"{where}: it ran for more than {notebook_files.CELL_S / 3600:g} hours and was ended"
+    if "DeadKernelError" in text:
+        return f"{where}: the kernel died; often memory was short (a smaller profile needs less)"
+    for cell in executed:
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                lines = [line.strip() for line in "".join(output["evalue"]).splitlines() if line.strip()]
+                return f"{_where(source, cell)}: {output['ename']}: {lines[-1] if lines else ''}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"it could not be executed: {lines[-1] if lines else 'its process said nothing'}"
 

@@ -18,7 +18,7 @@ COURSE = sorted(paths.notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
 
 
 def code_cells(path):
-    return [cell for cell in notebooks.read(path)["cells"] if cell["cell_type"] == "code"]
+    return [cell for cell in notebooks.cells(path) if cell["cell_type"] == "code"]
 
 
 def functions(source):
