@@ -1,4 +1,4 @@
-"""What a step learns from: tensors with one row an example, which can be cut into parts."""
+"""A batch for a training step: tensors with one row per example, which can be split into parts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Examples:
-    """Tensors, or named tuples of them, with one row an example; subclasses say which.
+    """Tensors, or named tuples of tensors, with one row per example; subclasses define them.
 
     Attributes:
-        source: the batch that this is a part of, on the device where it was made; None: it is all of it. A mean over
-            the tokens of a batch needs it: each part's own mean would count its tokens by another number.
-        first: this one's first row in it.
+        source: the batch that this is a part of, on the device where it was made; None if it is a whole batch. A mean
+            over the tokens of a batch needs it, because each part would divide by its own number of tokens.
+        first: the first row of this part in the whole batch.
     """
 
     _: KW_ONLY
@@ -30,20 +30,20 @@ class Examples:
 
     @property
     def whole(self) -> Self:
-        """The batch that this is a part of, or itself."""
+        """The batch that this is a part of, or this batch itself."""
         return self if self.source is None else self.source
 
     @property
     def rows(self) -> slice:
-        """Which rows of the whole these are."""
+        """The rows of the whole batch that are in this part."""
         return slice(self.first, self.first + len(self))
 
     def part(self, start: int, stop: int) -> Self:
-        """Some of the examples, as wide as all of them."""
+        """Some of the examples, padded as in the whole batch."""
         return self._map(lambda t: t[start:stop], self.first + start)
 
     def split(self, size: int) -> list[Self]:
-        """All of them in parts of `size` examples; the last may be smaller."""
+        """The batch in parts of `size` examples; the last part may be smaller."""
         return [self.part(start, min(start + size, len(self))) for start in range(0, len(self), size)]
 
     def to(self, device: torch.device) -> Self:

@@ -1,8 +1,7 @@
 """Pairs as tensors: contexts to learn from, queries to answer, and both as one prompt.
 
-Glossary of shapes: B pairs, n contexts each, C context tokens, Q tokens of query and answer, A of the longest answer
-alone, P tokens of all together.
-Every row is padded on the left, so the answer ends every row.
+Glossary of shapes: B pairs, n contexts each, C context tokens, Q tokens of query and answer, A tokens of the longest
+answer, P tokens of contexts, query and answer. Rows are padded on the left, so every row ends with the answer.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ class PairBatch(Examples):
     """Pairs of one batch.
 
     Attributes:
-        context: (B, n, C), one context of n being the pair's own.
+        context: (B, n, C); one of the n contexts is the pair's own.
         query: (B, Q), query and answer.
         prompted: (B, P), all contexts, one a line, then query and answer.
-        answer: (B, Q), True where the token belongs to the answer or is the newline that ends it.
+        answer: (B, Q), True at the tokens of the answer and at the newline after it.
     """
 
     context: Rows
@@ -40,46 +39,48 @@ class PairBatch(Examples):
 
     @property
     def answers(self) -> int:
-        """Tokens of the longest answer, A."""
+        """Number of tokens of the longest answer, A."""
         return int(self.answer.sum(1).max())
 
 
 def encoded(pair: Pair, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Tokens of context, query and answer, the first and the last with the newline that ends them.
+    """Tokens of context, query and answer; context and answer include the newline that ends them.
 
     Raises:
-        UserError: the tokenizer makes nothing of one of them.
+        UserError: the tokenizer gives no tokens for one of them.
     """
     parts = tuple(tokenizer.encode(t) for t in (f"{pair.context}\n", pair.query, f" {pair.answer}\n"))
     for name, part in zip(("context", "query", "answer"), parts, strict=True):
         if not part:
-            raise UserError(f"the tokenizer makes no tokens of this {name}: {getattr(pair, name)!r}")
+            raise UserError(f"the tokenizer gives no tokens for this {name}: {getattr(pair, name)!r}")
     return parts
 
 
 def pair_batch(
     groups: Sequence[Sequence[Pair]], tokenizer: Tokenizer, seed: object = 0, numbers: Iterable[int] | None = None
 ) -> PairBatch:
-    """A batch in which each group's first pair is asked about, and the others' contexts are there, too.
+    """A batch with the query of each group's first pair and the contexts of all pairs of the group.
 
     Args:
         groups: B groups of n pairs.
-        seed: of the contexts' order within each group, together with its number.
-        numbers: the groups', where they are some of many; None: 0 to B - 1.
+        seed: decides the order of the contexts within a group, together with the group's number.
+        numbers: of the groups, if they are some of many; None for 0 to B - 1.
     Raises:
-        UserError: no groups, an empty one, or groups of different sizes.
+        UserError: no groups, an empty group, or groups of different sizes.
     """
     if len({len(group) for group in groups}) != 1 or not groups[0]:
-        raise UserError(f"{len(groups)} groups of {sorted({len(g) for g in groups})} contexts; all need equally many")
+        raise UserError(
+            f"{len(groups)} groups of {sorted({len(g) for g in groups})} contexts; all must have the same number"
+        )
     contexts, queries, answers, prompts = [], [], [], []
     for number, group in zip(range(len(groups)) if numbers is None else numbers, groups, strict=True):
         _, query, answer = encoded(group[0], tokenizer)
-        told = [list(encoded(pair, tokenizer)[0]) for pair in group]
-        random.Random(f"{seed}/{number}").shuffle(told)
-        contexts += told
+        shuffled = [encoded(pair, tokenizer)[0] for pair in group]
+        random.Random(f"{seed}/{number}").shuffle(shuffled)
+        contexts += shuffled
         queries.append([*query, *answer])
         answers.append(len(answer))
-        prompts.append([*chain(*told), *query, *answer])
+        prompts.append([*chain(*shuffled), *query, *answer])
     context, query = left_padded(contexts), left_padded(queries)
     n = len(groups[0])
     last = torch.arange(query.ids.shape[1], 0, -1)
@@ -91,13 +92,18 @@ def pair_batch(
     )
 
 
-def echoed(batch: int, vocab: int, seed: object, told: int = 40, asked: int = 24, given: int = 1) -> PairBatch:
-    """Random tokens, and a piece of them again, its first `given` as the query, the others as the answer: to find the
-    place and go on from there is all there is to learn."""
+def echoed(batch: int, vocab: int, seed: object, length: int = 40, repeated: int = 24, given: int = 1) -> PairBatch:
+    """Random tokens and a piece of them again: to find the place and go on from there is all there is to learn.
+
+    Args:
+        batch: B; vocab: tokens are drawn from 0 to vocab - 1.
+        length: tokens of the context, C.
+        repeated: tokens of the piece, Q: its first `given` are the query, the others the answer.
+    """
     rng = random.Random(f"echo/{seed}")
-    contexts = [rng.choices(range(vocab), k=told) for _ in range(batch)]
-    starts = [rng.randrange(told - asked + 1) for _ in range(batch)]
-    queries = [row[start : start + asked] for row, start in zip(contexts, starts, strict=True)]
+    contexts = [rng.choices(range(vocab), k=length) for _ in range(batch)]
+    starts = [rng.randrange(length - repeated + 1) for _ in range(batch)]
+    queries = [row[start : start + repeated] for row, start in zip(contexts, starts, strict=True)]
     context, query = left_padded(contexts), left_padded(queries)
     answer = query.valid.clone()
     answer[:, :given] = False
@@ -107,15 +113,16 @@ def echoed(batch: int, vocab: int, seed: object, told: int = 40, asked: int = 24
 
 @dataclass(frozen=True)
 class PairDraw:
-    """Step -> batch: pairs of one task, drawn with their step's own seed. Tasks take turns.
+    """Step -> batch of pairs of one task, drawn with a seed of its own for each step. Tasks take turns.
 
     Attributes:
         tasks: pairs by task.
-        turns: the tasks' order; one may have several turns.
-        echoes: so many first steps are `echoed` random tokens instead.
-        longest: of an echo's context: the first third of them have 8 tokens, then ever more, and the batch is the
-            smaller, from twice to half its size; 0: all have 40.
-        contexts: numbers of contexts; a step draws one. Fewer are taken where they would be longer than `room` tokens.
+        contexts: numbers of contexts, of which a step draws one.
+        turns: the order of the tasks; a task may have several turns.
+        echoes: number of first steps with `echoed` random tokens instead.
+        longest: largest length of an echo's context. The first third of the echoes have 8 tokens, later ones more,
+            while the batch shrinks from twice to half its size; 0: all have 40 tokens.
+        room: tokens of all contexts together; a batch in which they would be longer has fewer contexts.
     """
 
     tasks: dict[str, tuple[Pair, ...]]
@@ -135,7 +142,7 @@ class PairDraw:
         pairs = self.tasks[self.turns[step % len(self.turns)]]
         n = rng.choice(self.contexts)
         if n > len(pairs):
-            raise UserError(f"{n} contexts asked for, but there are {len(pairs)} pairs; ask for fewer")
+            raise UserError(f"{n} contexts cannot be drawn from {len(pairs)} pairs; use fewer contexts")
         drawn = [rng.sample(pairs, n) for _ in range(self.batch)]
         longest = max(len(encoded(pair, self.tokenizer)[0]) for group in drawn for pair in group)
         groups = [group[: max(1, self.room // longest)] for group in drawn]
@@ -145,6 +152,6 @@ class PairDraw:
         vocab, seed = self.tokenizer.vocab, f"{self.seed}/{step}"
         if not self.longest:
             return echoed(self.batch, vocab, seed)
-        told = round(8 * (self.longest / 8) ** max(0.0, 1.5 * step / self.echoes - 0.5))
-        batch = max(self.batch // 2, min(2 * self.batch, self.longest * self.batch // (2 * told)))
-        return echoed(batch, vocab, seed, told, asked=min(18, told * 3 // 4), given=2)
+        length = round(8 * (self.longest / 8) ** max(0.0, 1.5 * step / self.echoes - 0.5))
+        batch = max(self.batch // 2, min(2 * self.batch, self.longest * self.batch // (2 * length)))
+        return echoed(batch, vocab, seed, length, repeated=min(18, length * 3 // 4), given=2)

@@ -1,4 +1,4 @@
-"""What the tasks of the gradient step have in common: a context, a query that needs it, and the answer."""
+"""What the tasks of the gradient step have in common: a context, a query that depends on it, and the answer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prosg_lib.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Pair:
-    """A context and a query about it (Zhang, Choshen, Andreas 2025, section 2): texts that a model reads as they are.
+    """A context and a query about it (Zhang, Choshen, Andreas 2025, section 2), as texts that a model reads unchanged.
 
     Attributes:
-        context: what is learned, or put in front of the query.
+        context: what is learned, or placed before the query.
         query: ends where the answer begins.
-        answer: what a right continuation says, without the space before it.
+        answer: the right continuation, without the space before it.
     """
 
     context: str
@@ -31,26 +31,27 @@ class Pair:
                 raise UserError(f"a pair has an empty {name}; each needs a context, a query and an answer")
 
     def accepts(self, generated: str) -> bool:
-        """Whether a continuation of the query is a right answer; here: its first line is the answer, normalised."""
+        """Whether a continuation of the query is right: its first line equals the answer, both normalised."""
         return is_right(generated, self.answer)
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The pairs that fit, in their order, and how many did not."""
+    """The pairs that fit, in their order, and the number of those that do not."""
 
     pairs: tuple[Pair, ...]
     too_long: int
 
     def __str__(self) -> str:
-        return f"{len(self.pairs):,} pairs; {self.too_long:,} were too long and left out"
+        return f"{len(self.pairs):,} pairs; {self.too_long:,} left out as too long"
 
 
 def fitted(pairs: Iterable[Pair], tokenizer: Tokenizer, context: int, query: int) -> Fitted:
-    """Leaves out, and counts, the pairs that are too long. None is ever cut.
+    """Leave out, and count, the pairs that are too long; none is cut.
 
     Args:
-        context: tokens that a context may have; query: tokens that a query with its answer may have.
+        context: largest number of tokens of a context.
+        query: largest number of tokens of a query with its answer.
     Raises:
         UserError: no pair fits.
     """
@@ -75,12 +76,12 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalised(text: str) -> str:
-    """As SQuAD compares answers: lower case, without punctuation, articles and superfluous spaces."""
+    """Lower case, without punctuation, articles and superfluous spaces, as SQuAD compares answers."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 def is_right(generated: str, answer: str) -> bool:
-    """Whether the first line of a continuation is the answer, normalised."""
+    """Whether the first line of a continuation equals the answer, both normalised."""
     lines = generated.strip().splitlines()
     return bool(lines) and normalised(lines[0]) == normalised(answer)

@@ -1,6 +1,6 @@
 """SQuAD as pairs of a paragraph and a question about it (Rajpurkar et al. 2016, arXiv 1606.05250).
 
-One of the tasks of Zhang, Choshen and Andreas (2025, arXiv 2506.20989). Their template is not public; ours is
+One of the tasks of Zhang, Choshen and Andreas (2025, arXiv 2506.20989). Their template is not public; ours is::
 
     context:  The Panthers defense gave up just 308 points, ranking sixth in the league, ...
     query:    Question: How many points did the Panthers defense surrender?
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prosg_lib.errors import UserError
-from prosg_lib.files import json_kind, read_json
+from prosg_lib.files import read_json
 from prosg_lib.tasks.pairs import Pair, is_right, normalised
 from prosg_lib.text.prose import SPLITS, check_split, split_titles
 
@@ -24,10 +24,10 @@ HUB = "rajpurkar/squad"
 
 @dataclass(frozen=True)
 class SquadPair(Pair):
-    """A pair that knows every answer which SQuAD's annotators gave; `answer` is the first of them.
+    """A pair with the answers of all of SQuAD's annotators; `answer` is the first of them.
 
     Attributes:
-        answers: in SQuAD's order, each once.
+        answers: in SQuAD's order, without repetition.
     """
 
     answers: tuple[str, ...]
@@ -41,19 +41,19 @@ def squad(split: str, source: str | Path = "hub") -> tuple[SquadPair, ...]:
     """The questions of one split, in the source's order.
 
     SQuAD has a training set and a development set; its test set is not public. From the hub, "test" is the development
-    set, "validation" are the questions on a tenth of the training set's articles, "train" those on its others. The
-    articles of a local file are divided by title: a tenth, at least one, each to validation and test. So no article
-    is ever in two splits.
+    set, "validation" has the questions on a tenth of the training set's articles, and "train" those on the others. The
+    articles of a local file are divided by title: a tenth, at least one, each for validation and test. No article is
+    ever in two splits.
 
-    Left out are questions that SQuAD 2.0 marks as impossible, and those that need no paragraph, because an answer
-    stands in the question ("Is it A or B?") or is nothing but an article or punctuation.
+    Left out are questions that SQuAD 2.0 marks as impossible, and questions that need no paragraph, because an answer
+    occurs in the question ("Is it A or B?") or is nothing but an article or punctuation.
 
     Args:
         split: "train", "validation" or "test".
         source: "hub" (`rajpurkar/squad` through `datasets`), or a file in SQuAD's JSON format.
     Raises:
-        UserError: there is no such split; the hub cannot be reached; the file is missing, not JSON, or malformed, which
-            is named by its place in the JSON; or no question is left.
+        UserError: there is no such split; the hub cannot be reached; the file is missing or not in SQuAD's format
+            (the error gives the place); or no question is left.
     """
     check_split(split)
     records = _hub(split) if source == "hub" else _file(split, Path(source))
@@ -75,11 +75,11 @@ class _Record:
     title: str
     context: str
     question: str
-    answers: tuple[str, ...]  # none where SQuAD 2.0 says that the paragraph has no answer
+    answers: tuple[str, ...]  # none if SQuAD 2.0 marks the question as impossible
 
     @classmethod
     def of(cls, title: str, context: str, question: str, answers: Iterable[str]) -> _Record:
-        """White space made even: some questions start or end with it, and a paragraph is one line."""
+        """With single spaces between words: some questions start or end with a space, and a paragraph is one line."""
         title, context, question, *answers = (" ".join(text.split()) for text in (title, context, question, *answers))
         return cls(title, context, question, tuple(dict.fromkeys(answers)))
 
@@ -100,9 +100,9 @@ def _hub(split: str) -> Iterator[_Record]:
             f"{HUB} cannot be loaded ({type(error).__name__}); without a network give a file in SQuAD's JSON format"
         ) from error
     rows = data["validation" if split == "test" else "train"]
-    held = set(split_titles(data["train"]["title"])["validation"])
+    validation = set(split_titles(data["train"]["title"])["validation"])
     for row in rows:
-        if split == "test" or (row["title"] in held) == (split == "validation"):
+        if split == "test" or (row["title"] in validation) == (split == "validation"):
             yield _Record.of(row["title"], row["context"], row["question"], row["answers"]["text"])
 
 
@@ -113,72 +113,36 @@ def _file(split: str, path: Path) -> list[_Record]:
     titles = split_titles(r.title for r in records)
     if not all(titles.values()):
         raise UserError(
-            f"{path} has {len({r.title for r in records})} articles with questions; three splits need at least "
+            f"{path} has questions on {len({r.title for r in records})} articles; three splits need at least "
             f"{len(SPLITS)}; add articles"
         )
     kept = set(titles[split])
     return [r for r in records if r.title in kept]
 
 
-def _records(path: Path, file) -> Iterator[_Record]:
-    """Every question of the file, checked."""
-    for at, article in _each(path, "", file, "data"):
-        title = _text(path, at, article, "title")
-        for in_article, paragraph in _each(path, at, article, "paragraphs"):
-            context = _text(path, in_article, paragraph, "context")
-            for in_paragraph, question in _each(path, in_article, paragraph, "qas"):
-                yield _question(path, in_paragraph, question, title, context)
-
-
-def _question(path: Path, at: str, question, title: str, context: str) -> _Record:
-    asked = _text(path, at, question, "question")
-    if question.get("is_impossible") is True:
-        return _Record.of(title, context, asked, [])
-    answers = []
-    for place, answer in _each(path, at, question, "answers"):
-        text = _text(path, place, answer, "text")
-        start = answer.get("answer_start")
-        if type(start) is not int or start < 0 or context[start : start + len(text)] != text:
-            raise _error(
-                path,
-                f"{place}.answer_start",
-                f"{text!r} does not stand at {start!r} of the context; write the number of characters before it",
-            )
-        answers.append(text)
-    if not answers:
-        raise _error(path, f"{at}.answers", 'empty; give an answer, or mark the question "is_impossible": true')
-    return _Record.of(title, context, asked, answers)
-
-
-def _error(path: Path, place: str, what: str) -> UserError:
-    return UserError(f"{path}, {place}: {what}")
-
-
-def _field(path: Path, at: str, record, name: str):
-    if not isinstance(record, dict):
-        raise _error(path, at or "the whole", f"an object was expected, not {json_kind(record)}; write {{...}}")
-    place = f"{at}.{name}".lstrip(".")
-    if name not in record:
-        raise _error(path, place, "missing; write it as SQuAD's own files do")
-    return place, record[name]
-
-
-def _each(path: Path, at: str, record, name: str) -> Iterator[tuple[str, object]]:
-    place, values = _field(path, at, record, name)
-    if not isinstance(values, list):
-        raise _error(path, place, f"a list was expected, not {json_kind(values)}; write [...]")
-    for i, value in enumerate(values):
-        yield f"{place}[{i}]", value
-
-
-def _text(path: Path, at: str, record, name: str) -> str:
-    place, value = _field(path, at, record, name)
-    if not isinstance(value, str):
-        raise _error(path, place, f"text was expected, not {json_kind(value)}; write it in quotes")
-    if not value.strip():
-        raise _error(path, place, "empty; write some text, or remove the record")
+def _records(path: Path, content) -> Iterator[_Record]:
+    """Every question of a file."""
+    place = "data"
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _error(path, place, "holds half of a surrogate pair, which is no character; correct it") from None
-    return value
+        for i, article in enumerate(content["data"]):
+            place = f"data[{i}]"
+            for j, paragraph in enumerate(article["paragraphs"]):
+                place = f"data[{i}].paragraphs[{j}]"
+                for k, item in enumerate(paragraph["qas"]):
+                    place = f"data[{i}].paragraphs[{j}].qas[{k}]"
+                    answers = [] if item.get("is_impossible") is True else _answers(item, paragraph["context"])
+                    yield _Record.of(article["title"], paragraph["context"], item["question"], answers)
+    except KeyError as error:
+        raise UserError(f"{path}, {place}: {error} is missing; write it as SQuAD's own files do") from None
+    except (TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}, {place}: not in SQuAD's format ({error}); write it as SQuAD's own files do") from None
+
+
+def _answers(item: dict, context: str) -> list[str]:
+    answers = [(answer["text"], answer["answer_start"]) for answer in item["answers"]]
+    if not answers:
+        raise ValueError('no answer and not marked "is_impossible": true')
+    for text, start in answers:
+        if start < 0 or not text or context[start : start + len(text)] != text:
+            raise ValueError(f"{text!r} does not stand at character {start} of the context")
+    return [text for text, _ in answers]

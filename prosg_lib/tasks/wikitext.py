@@ -1,15 +1,15 @@
 """WikiText as pairs of a passage and a sentence of it that breaks off before a name or a number.
 
 A task of Zhang, Choshen and Andreas (2025, arXiv 2506.20989), on the text of Merity et al. (2016, arXiv 1609.07843).
-How they made queries of WikiText is not public; this is our reading of the task, a cloze
+How they turned WikiText into queries is not public; this is our reading of the task, a cloze::
 
     context:  The case attracted ... Another contemporary, Gilbert Foliot, who was Bishop of Hereford, wrote ...
     query:    Complete from the passage:
               Another contemporary, Gilbert Foliot, who was Bishop of
     answer:   Hereford
 
-whose answer stands in the passage and cannot be known otherwise: it stands in no other passage of the split, and none
-of its words in the query.
+The answer occurs in the passage and cannot be known otherwise: it occurs in no other passage of the split, and none of
+its words is in the query.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from prosg_lib.tasks.pairs import Pair, normalised
 from prosg_lib.text.prose import SPLITS, check_split, load_prose, split_titles, text_lines
 
 INSTRUCTION = "Complete from the passage:\n"
-LEAD = 5  # words of a sentence that are shown at least; fewer do not say what is asked for
-LONGEST = 4  # words of an answer
+LEAD = 5  # least number of words of the sentence in the query; fewer do not determine the answer
+LONGEST = 4  # largest number of words of an answer
 
 
 class Cloze(Pair):
-    """A pair whose right continuation goes on after the answer, to the end of its sentence."""
+    """A pair whose continuation may go on after the answer, to the end of the sentence."""
 
     def accepts(self, generated: str) -> bool:
         """Whether a continuation begins with the answer, word for word."""
@@ -40,22 +40,22 @@ class Cloze(Pair):
 
 
 def wikitext(split: str, source: str | Path = "hub", seed: int = 0, words: int | None = None) -> tuple[Cloze, ...]:
-    """One pair for each passage that has a fitting name or number; a passage has two sentences or more.
+    """One pair for each passage of at least two sentences that has a suitable name or number.
 
-    Articles of a local source are divided by title, a tenth, at least one, each to validation and test; an article is
-    never in two splits. A title is a line ` = Title = `, as WikiText has it, or else the file's name; with fewer than
-    three titles the paragraphs are divided instead. A folder with train.txt, valid.txt and test.txt is left as it is.
+    Articles of a local source are divided by title, a tenth, at least one, each for validation and test; an article is
+    never in two splits. A title is a line ` = Title = `, as in WikiText, or else the file's name; with fewer than three
+    titles the paragraphs are divided instead. A folder with train.txt, valid.txt and test.txt keeps these splits.
 
     Args:
         split: "train", "validation" or "test".
         source: "hub" (`Salesforce/wikitext`, wikitext-2-raw-v1, through `datasets`), a folder of .txt files, or a file
             of plain text. WikiText's tokenised form is turned into ordinary text.
         seed: chooses among a passage's names and numbers.
-        words: a passage is as many whole sentences of a paragraph as have so many words together; None: a paragraph.
+        words: a passage is as many whole sentences of a paragraph as fit into this many words; None: a paragraph.
     Returns:
-        In the text's order, the same for the same text and seed.
+        Pairs in the text's order; the same text and seed give the same pairs.
     Raises:
-        UserError: there is no such split; the hub cannot be reached; a file is missing or no UTF-8 text; or the text
+        UserError: there is no such split; the hub cannot be reached; a file is missing or not UTF-8 text; or the text
             yields no pair.
     """
     check_split(split)
@@ -64,17 +64,17 @@ def wikitext(split: str, source: str | Path = "hub", seed: int = 0, words: int |
     pairs = tuple(_pairs(passages, seed))
     if not pairs:
         raise UserError(
-            f"the {split} split of {'WikiText' if source == 'hub' else source} has {len(passages)} paragraphs, but "
-            "none of several sentences with a name or number of its own; give more text"
+            f"the {split} split of {'WikiText' if source == 'hub' else source} has {len(passages)} paragraphs, but no "
+            "name or number that occurs in a single paragraph of several sentences; give more text"
         )
     return pairs
 
 
 def copied(split: str, source: str | Path, words: int, seed: int = 0) -> tuple[Pair, ...]:
-    """One pair for every passage of a local source: a sentence broken off at any word, and what comes next of it.
+    """One pair for every passage of a local source: a sentence broken off at any word, and the words that follow.
 
-    Practice in completing from a passage, much more than there are names of a passage's own: for pretraining. The
-    answers need not be the passage's alone. Arguments as in `wikitext`.
+    Practice in completing from a passage, for pretraining: there are many more of these than of names that occur in one
+    passage only. An answer may occur in other passages too. Arguments as in `wikitext`.
     """
     check_split(split)
     pairs = []
@@ -89,10 +89,9 @@ def copied(split: str, source: str | Path, words: int, seed: int = 0) -> tuple[P
 
 
 def named(split: str, source: str | Path, words: int) -> tuple[Cloze, ...]:
-    """One pair for every name or number of a local source that is asked for as in `wikitext`, the passage's own or not.
+    """One pair for every suitable name or number of a local source, even if it occurs in several passages.
 
-    Practice for what a step is asked for: a name that stands in many passages need not be known from this one.
-    Arguments as in `wikitext`.
+    Practice for the task itself, in larger numbers than `wikitext` gives. Arguments as in `wikitext`.
     """
     check_split(split)
     return tuple(
@@ -102,14 +101,14 @@ def named(split: str, source: str | Path, words: int) -> tuple[Cloze, ...]:
     )
 
 
-_OFFICIAL = dict(zip(SPLITS, ("train.txt", "valid.txt", "test.txt"), strict=True))
+_OFFICIAL_SPLITS = dict(zip(SPLITS, ("train.txt", "valid.txt", "test.txt"), strict=True))
 _TITLE = re.compile(r"= ([^=].*) =")
 
 
 def _local(split: str, path: Path) -> list[str]:
     if path.is_dir():
-        if all((path / name).is_file() for name in _OFFICIAL.values()):
-            return text_lines(path / _OFFICIAL[split])
+        if all((path / name).is_file() for name in _OFFICIAL_SPLITS.values()):
+            return text_lines(path / _OFFICIAL_SPLITS[split])
         files = sorted(p for p in path.glob("*.txt") if p.is_file())
         if not files:
             raise UserError(f"no .txt files in {path}; give a folder of plain text, or source='hub'")
@@ -140,7 +139,7 @@ _BOTH = re.compile(r" @([-,.])@ | ([/‑]) | (’) (?=(?:s|t|m|d|re|ve|ll) )|(?<
 
 
 def detokenised(text: str) -> str:
-    """Ordinary text from a tokenised paragraph (` @-@ `, ` , `, ` " `). Ordinary text stays as it is."""
+    """Ordinary text from a tokenised paragraph (` @-@ `, ` , `, ` " `). Ordinary text is returned unchanged."""
     if len(_TOKENISED.findall(text)) <= len(_ORDINARY.findall(text)):
         return text
     tokens = _BOTH.sub(lambda m: "".join(filter(None, m.groups())), text).split(" ")
@@ -148,7 +147,7 @@ def detokenised(text: str) -> str:
     quoted = {'"': False, "'": False}
     for before, token in pairwise(["", *tokens]):
         closes, opens = _CLOSING.fullmatch(token), _OPENING.fullmatch(token)
-        # An apostrophe that stands alone is a quotation mark, or a plural's: the ships ' guns.
+        # An apostrophe on its own is a quotation mark, or belongs to a plural: the ships ' guns.
         if token in quoted and (token == '"' or quoted[token] or not before.endswith(("s", "<unk>"))):
             closes, opens = quoted[token], not quoted[token]
             quoted[token] = opens
@@ -164,7 +163,7 @@ def detokenised(text: str) -> str:
 _NAME = r"[A-ZÀ-ÖØ-Þ]\w*(?:-\w+|['’](?!s\b)\w+)*"
 _NUMBER = r"[$£€]?\d+(?:[.,:]\d+)*(?:–\d+(?:[.,]\d+)*)?(?:%|s|st|nd|rd|th)?"
 _MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
-# Whole (a name is not cut, not even before its "J."), and not in front of what goes on with the word.
+# A whole name (never cut, not even before its "J."), and nothing that is only the beginning of a word.
 _RUN = re.compile(
     rf"(?<= )(?>\d\d? {_MONTH}(?: \d+)?|{_NAME}(?: {_NAME})*(?: {_NUMBER})?|{_NUMBER})(?![\w'’%°/–-]|(?<= [A-Z])\.)"
 )
@@ -173,23 +172,23 @@ _ABBREVIATION = re.compile(r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|Mt|Ft|Lt|Col|Gen|Maj|Cap
 
 
 def _pairs(passages: list[str], seed: int) -> Iterator[Cloze]:
-    offered = [list(_clozes(passage)) for passage in passages]
-    wanted = {tuple(_words(answer)) for clozes in offered for _, answer in clozes}
-    lengths = {len(words) for words in wanted}
-    found: Counter[tuple[str, ...]] = Counter()
+    candidates = [list(_clozes(passage)) for passage in passages]
+    answers = {tuple(_words(answer)) for clozes in candidates for _, answer in clozes}
+    lengths = {len(words) for words in answers}
+    passages_with: Counter[tuple[str, ...]] = Counter()
     for passage in passages:
         words = _words(passage)
-        found.update({tuple(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1)} & wanted)
-    for passage, clozes in zip(passages, offered, strict=True):
-        own = [cloze for cloze in clozes if found[tuple(_words(cloze[1]))] == 1]
-        if own:
+        passages_with.update({tuple(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1)} & answers)
+    for passage, clozes in zip(passages, candidates, strict=True):
+        unique = [cloze for cloze in clozes if passages_with[tuple(_words(cloze[1]))] == 1]
+        if unique:
             # The text itself is in the seed, so that a passage's query does not depend on the passages before it.
-            start, answer = random.Random(f"{seed} {passage}").choice(own)
+            start, answer = random.Random(f"{seed} {passage}").choice(unique)
             yield Cloze(passage, INSTRUCTION + start, answer)
 
 
 def _clozes(passage: str) -> Iterator[tuple[str, str]]:
-    """The start of a sentence and the name or number that comes next, for every one in the passage that will do."""
+    """The start of a sentence and the name or number that follows, for every suitable one in the passage."""
     sentences = list(_sentences(passage))
     for sentence in sentences if len(sentences) > 1 else []:
         for run in _RUN.finditer(sentence):
@@ -199,10 +198,10 @@ def _clozes(passage: str) -> Iterator[tuple[str, str]]:
                 len(start.split()) >= LEAD
                 and len(answer.split()) <= LONGEST
                 and len(normalised(answer)) > 1
-                and "<unk>" not in sentence[: run.end() + len(" <unk>")]  # nothing unreadable; and the name is whole
-                # After a colon or a quotation mark a capital need not mean a name; after another name it is a part.
+                and "<unk>" not in sentence[: run.end() + len(" <unk>")]  # all readable, and the name is whole
+                # After a colon or quotation mark a capital need not mean a name; after a name it is a part of that one.
                 and (last[-1] in ",;)" or (last[-1].isalnum() and last.lstrip("\"'“‘(")[0].islower()))
-                and start.count("(") == start.count(")")  # in brackets a number is often another one's conversion
+                and start.count("(") == start.count(")")  # in brackets a number is often a conversion
                 and not set(_words(answer)) & set(_words(start))
                 and passage.count(start) == 1
             ):
@@ -219,7 +218,7 @@ def _sentences(passage: str) -> Iterator[str]:
 
 
 def _passages(lines: Iterable[str], words: int | None) -> Iterator[str]:
-    """Ordinary text without headings: paragraphs, or what they are cut into."""
+    """Ordinary text without headings: paragraphs, or the pieces that they are cut into."""
     for line in lines:
         if not line.startswith("= "):
             paragraph = detokenised(line)
@@ -227,7 +226,7 @@ def _passages(lines: Iterable[str], words: int | None) -> Iterator[str]:
 
 
 def _cut(paragraph: str, words: int) -> Iterator[str]:
-    """Whole sentences, together until the next would be too long; a longer one is a passage of its own."""
+    """Pieces of whole sentences with at most this many words; a longer sentence is a piece of its own."""
     kept: list[str] = []
     for sentence in _sentences(paragraph):
         if kept and len(" ".join([*kept, sentence]).split()) > words:

@@ -72,7 +72,7 @@ def test_a_part_without_tokens_is_named(name, text):
         def encode(self, given):
             return () if given == text else (1,)
 
-    with pytest.raises(UserError, match=rf"makes no tokens of this {name}: '{text.strip()}'"):
+    with pytest.raises(UserError, match=rf"gives no tokens for this {name}: '{text.strip()}'"):
         encoded(Pair("c", "q", "a"), Deaf())
 
 

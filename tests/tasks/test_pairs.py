@@ -1,4 +1,4 @@
-"""Pairs: what fits is kept whole, what does not is counted; answers are compared as SQuAD does."""
+"""Pairs: those that fit are kept whole, the others are counted; answers are compared as in SQuAD."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def test_what_is_too_long_is_counted_and_never_cut():
     found = fitted([long_context, short, long_query], load_tokenizer(), 20, 20)
     assert found.pairs == (short,)
     assert found.too_long == 2
-    assert str(found) == "1 pairs; 2 were too long and left out"
+    assert str(found) == "1 pairs; 2 left out as too long"
     with pytest.raises(UserError, match="none of 1 pairs fits into 20 tokens"):
         fitted([long_context], load_tokenizer(), 20, 20)
 

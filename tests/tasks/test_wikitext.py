@@ -1,4 +1,4 @@
-"""The cloze on WikiText: what it asks for, that only the passage knows it, and what is said when there is no text."""
+"""The cloze on WikiText: its answers, that only the passage has them, and the errors when there is no text."""
 
 import os
 import socket
@@ -14,9 +14,8 @@ NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine
 
 
 @pytest.fixture(autouse=True)
-def offline(tmp_path, monkeypatch):
-    """An empty Hugging Face cache, and no network."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def offline(monkeypatch):
+    """No network."""
 
     def refuse(*_):
         raise AssertionError("the network was asked")
@@ -62,7 +61,7 @@ def real_folder():
 
 
 def test_a_passage_becomes_a_pair(tmp_path):
-    """The query is the sentence up to a name that stands in this passage only; names of all passages are not asked."""
+    """The query is the sentence up to a name that occurs in this passage only."""
     (pair,) = one(tmp_path, passage("Thirteen"))
     assert pair == Cloze(passage("Thirteen"), f"{INSTRUCTION}The old road went down to the village of", "MillThirteen")
 
@@ -85,14 +84,14 @@ def test_a_passage_becomes_a_pair(tmp_path):
         ("It was ruled for years by Ab Cd Ef Gh Ij until then.", None),  # too long
     ],
 )
-def test_what_is_asked_for(tmp_path, sentence, answer):
+def test_which_names_are_answers(tmp_path, sentence, answer):
     """Whole names, dates and numbers, after enough words, where nothing around them is unreadable."""
     pairs = one(tmp_path, f"Here it begins. {sentence}")
     assert [p.answer for p in pairs] == ([] if answer is None else [answer])
 
 
 def test_the_answer_cannot_be_known_otherwise(tmp_path):
-    """A name that another passage has, if only within a longer one or in other letters, is not asked for."""
+    """A name that occurs in another passage, even inside a longer one or in other letters, is not an answer."""
     text = "Here it begins. They all went home to the city of Skjern in the end."
     assert len(one(tmp_path, text)) == 1
     for other in ("I saw New Skjern's church. It was good.", "SKJERN again. And again."):
@@ -102,8 +101,8 @@ def test_the_answer_cannot_be_known_otherwise(tmp_path):
         assert [p.answer for p in wikitext("train", tmp_path / "more")] == ["MillA"]
 
 
-def test_practice_asks_for_every_name(tmp_path):
-    """One pair a name, not one a passage; and for those as well that another passage has."""
+def test_practice_has_every_name(tmp_path):
+    """One pair per name, not per passage; even for names that occur in another passage."""
     text = "The old road went down to the village of Ely, and ended there. In the year of the flood came Anna, too."
     for name in ("train", "valid", "test"):
         (tmp_path / f"{name}.txt").write_text("", encoding="utf-8")
@@ -114,7 +113,7 @@ def test_practice_asks_for_every_name(tmp_path):
         INSTRUCTION + "The old road went down to the village of",
         INSTRUCTION + "In the year of the flood came",
     ]
-    with pytest.raises(UserError, match="none of several sentences with a name"):
+    with pytest.raises(UserError, match="no name or number that occurs in a single paragraph"):
         wikitext("train", tmp_path)
 
 
@@ -224,7 +223,7 @@ def test_real_tokens_are_joined():
     assert not any(mark in text for mark in (" @-@ ", " @,@ ", " @.@ ", " , ", " ; "))
 
 
-# What will not do
+# What is refused
 
 
 def test_without_a_network(monkeypatch):
@@ -248,20 +247,20 @@ def test_without_a_network(monkeypatch):
         (lambda f: f.write_text(""), "the train split of .*shelf has 0 paragraphs"),
         (
             lambda f: f.write_text("\n".join("it was so. it was not." for _ in range(9))),
-            "but none of several sentences",
+            "but no name or number that occurs in a single paragraph",
         ),
     ],
     ids=["missing", "empty folder", "encoding", "empty", "nothing to ask"],
 )
-def test_a_source_that_will_not_do(tmp_path, prepare, message):
-    """One error each, which names the source and says what to do."""
+def test_a_source_that_cannot_be_used(tmp_path, prepare, message):
+    """One error each, which names the source and a remedy."""
     prepare(tmp_path / "shelf")
     with pytest.raises(UserError, match=message):
         wikitext("train", tmp_path / "shelf")
 
 
-def test_an_unknown_split_is_said(tmp_path):
-    """The three that there are are named, before any file is read."""
+def test_an_unknown_split_is_named(tmp_path):
+    """Before any file is read."""
     with pytest.raises(UserError, match="unknown split 'dev'; there are train, validation, test"):
         wikitext("dev", tmp_path / "missing")
 
