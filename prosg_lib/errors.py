@@ -1,16 +1,16 @@
-"""The one error that is meant for the person at the keyboard."""
+"""Errors that are meant for the user."""
 
 
 class UserError(Exception):
-    """Something the user can put right: one sentence that names the thing, and one that names the remedy.
+    """Something that the user can correct; the message names the thing and the remedy.
 
-    The `prosg` command prints it without a traceback and ends with exit code 2; in a notebook it is the last line.
+    The `prosg` command prints it without a traceback and exits with code 2; in a notebook it is the last line.
     """
 
 
 class NotFinite(UserError):
-    """A number that others are computed from became NaN or infinite."""
+    """A number that others depend on became NaN or infinite."""
 
 
 class Diverged(UserError):
-    """A training's loss became NaN or infinite; of several processes every one raises it."""
+    """The loss of a training run became NaN or infinite; with several processes each of them raises it."""

@@ -1,4 +1,4 @@
-"""Where things lie. Every folder is computed when it is asked for; nothing is read at import."""
+"""The project's folders. Each is computed when it is needed; nothing is read at import."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ def repo_root() -> Path:
     """The checkout: the folder that holds `prosg_lib/` and `pyproject.toml`.
 
     Raises:
-        UserError: the package was installed without its checkout, so notebooks, data and ledger are not there.
+        UserError: the package was installed without its checkout, so notebooks, data and ledger are missing.
     """
     root = Path(__file__).resolve().parent.parent
     if not (root / "pyproject.toml").is_file():
@@ -22,17 +22,17 @@ def repo_root() -> Path:
 
 
 def data_dir() -> Path:
-    """What the repository ships: tokenizer, samples, checkpoints."""
+    """What the repository ships: word lists, tokenizer, samples, checkpoints."""
     return repo_root() / "data"
 
 
 def expected_dir() -> Path:
-    """The claims ledger, one JSON a notebook and profile."""
+    """The claims ledger, one JSON file per notebook and profile."""
     return repo_root() / "expected"
 
 
 def figures_dir() -> Path:
-    """The reference run's figures with their sidecars."""
+    """The figures of the reference run, with their sidecars."""
     return repo_root() / "figures"
 
 
@@ -42,6 +42,6 @@ def notebooks_dir() -> Path:
 
 
 def runs_dir(profile: str) -> Path:
-    """What runs of `profile` write: `$PROSG_RUNS/<profile>`, or `<checkout>/runs/<profile>` without that variable."""
+    """The output of runs with `profile`: `$PROSG_RUNS/<profile>`, or `<checkout>/runs/<profile>` by default."""
     base = os.environ.get("PROSG_RUNS")
     return (Path(base).expanduser() if base else repo_root() / "runs") / profile

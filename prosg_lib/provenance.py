@@ -1,4 +1,4 @@
-"""What a number came from: the code's commit, the device, the versions."""
+"""Where a number comes from: the code's commit, the device, and the versions of libraries."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ UNKNOWN = "unknown"
 
 
 def _git(*arguments: str) -> str | None:
-    """A git command's output in the folder of this package, None where there is no git or no checkout."""
+    """The output of a git command in this package's folder; None without git or a checkout."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30, check=True
@@ -23,7 +23,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> str:
-    """The checkout's commit, 12 digits, `+dirty` behind it where files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, 12 digits, with `+dirty` if files differ from it; "unknown" outside a checkout."""
     head = _git("rev-parse", "--short=12", "HEAD")
     if not head:
         return UNKNOWN
@@ -32,8 +32,8 @@ def commit() -> str:
 
 @functools.cache
 def device() -> str:
-    """The GPU's name where torch sees one, else the processor's name and its number of cores."""
-    import torch  # here, so that a light use (`prosg check`) does not wait for it
+    """The GPU's name if torch sees one, otherwise the processor's name and its number of cores."""
+    import torch  # here, because it takes seconds to import
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -44,13 +44,13 @@ def device() -> str:
                 name = line.partition(":")[2].strip()
                 break
     except OSError:
-        pass  # not Linux: the platform's own word for it stands
+        pass  # not Linux: keep the platform's name for it
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"CPU: {name}, {cores} cores"
 
 
 def version(distribution: str) -> str:
-    """The installed version of a distribution, "unknown" where it is not installed."""
+    """The installed version of a distribution, "unknown" if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -58,7 +58,7 @@ def version(distribution: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what can change a number."""
+    """Versions of everything that can change a number."""
     return {
         "python": platform.python_version(),
         "torch": version("torch"),
@@ -68,5 +68,5 @@ def versions() -> dict[str, str]:
 
 
 def facts() -> dict[str, str | dict[str, str]]:
-    """commit, device and versions of this run, JSON-able."""
+    """Commit, device and versions of this run, JSON-able."""
     return {"commit": commit(), "device": device(), "versions": versions()}

@@ -1,10 +1,12 @@
-"""Files are whole or not there, and what is wrong with one is said with its name and a remedy."""
+"""Files are complete or missing, and an error names the file and a remedy."""
 
 import errno
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -76,7 +78,7 @@ def test_missing_file_is_named(tmp_path):
 def test_text_is_no_tensor_file(tmp_path):
     """A file of another format is refused by name."""
     (tmp_path / "a.pth").write_text("not tensors at all, but long enough to have a header")
-    with pytest.raises(UserError, match=r"a\.pth.*no safetensors file"):
+    with pytest.raises(UserError, match=r"a\.pth.*not a safetensors file"):
         files.load_tensors(tmp_path / "a.pth")
 
 
@@ -97,7 +99,7 @@ def test_full_disk_keeps_the_previous_file(tmp_path, monkeypatch, number):
         raise OSError(number, "full")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"disk is full.*a\.safetensors.*Nothing that was there before is lost"):
+    with pytest.raises(UserError, match=r"disk is full.*a\.safetensors.*what was there before is unchanged"):
         files.save_tensors(path, {"x": torch.zeros(3)}, {"step": 2})
     monkeypatch.undo()
     loaded, meta = files.load_tensors(path)
@@ -202,3 +204,12 @@ def test_permissions_are_those_of_an_ordinary_file(tmp_path):
     files.write_json(tmp_path / "a.json", {})
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_ground_floor_loads_no_torch():
+    """These modules are imported by everything, also by commands that only read JSON."""
+    code = (
+        "import sys, prosg_lib.errors, prosg_lib.files, prosg_lib.paths, prosg_lib.provenance;"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Text <-> token ids: the project's byte-level BPE, trained on prose and dialogues, and those of other models."""
+"""Text <-> token ids: the project's byte-level BPE, trained on prose and dialogues, and other models' tokenizers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from prosg_lib.paths import data_dir
 class Tokenizer:
     """Text <-> token ids, by any tokenizer.json. With the project's own, any UTF-8 text survives the round trip.
 
-    There, a text may be encoded in pieces: cut before a space or after a newline, the pieces' ids are those of the
-    whole, because a token holds at most one white-space character, and that at its start.
+    The project's own may also encode a text in pieces, cut before a space or after a newline: the pieces' ids are those
+    of the whole, because a token has at most one white-space character, at its start.
     """
 
     kind = "bpe"
-    ends: tuple[int, ...] = ()  # tokens that end a text, whatever the model
+    ends: tuple[int, ...] = ()  # tokens that end a text for every model with this tokenizer
 
     def __init__(self, bpe: BPE):
         self._bpe = bpe
@@ -35,7 +35,7 @@ class Tokenizer:
         return tuple(self.encode_long(text))
 
     def encode_long(self, text: str) -> list[int]:
-        """As `encode`, for long texts that are not worth remembering."""
+        """Like `encode`, but without a cache; for long texts."""
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -49,11 +49,11 @@ class Tokenizer:
         return self._bpe.to_str(pretty=False)
 
     def signature(self) -> str:
-        """What names this tokenizer in a record: the same for the same, wherever it lies, and no other's."""
+        """Identifies this tokenizer in a record, wherever its files are: equal only for equal tokenizers."""
         return self.to_json()
 
     def save(self, folder: str | Path) -> None:
-        """Put it into a model's folder, where this project and `transformers` find it."""
+        """Write it to a model's folder, where this project and `transformers` find it."""
         files.write_text(Path(folder) / "tokenizer.json", self.to_json())
         files.write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
@@ -63,7 +63,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> Tokenizer:
-        """Raises UserError if the file is missing or is no tokenizer."""
+        """Raises UserError if the file is missing or is not a tokenizer."""
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -87,33 +87,33 @@ class Tokenizer:
 
 
 class TextPieces:
-    """The tokens of one text, one after the other -> the text in pieces, each as soon as its characters are whole.
+    """The tokens of one text, one at a time -> the text in pieces, each as soon as its characters are complete.
 
-    A character of up to four bytes may be spread over as many tokens. The pieces together are what `decode` makes of
-    all tokens, also where their bytes are no text; a few tokens are remembered, however long the text.
+    A character of up to four bytes may be spread over as many tokens. The pieces together are what `decode` gives for
+    all tokens, even if their bytes are not text; only a few tokens are kept, however long the text.
     """
 
-    _UNKNOWN = "\ufffd"  # what `decode` writes for bytes that are no character, or not yet
+    _UNKNOWN = "\ufffd"  # what `decode` writes for bytes that are not, or not yet, a character
 
     def __init__(self, tokenizer: Tokenizer):
         self._decode = tokenizer.decode
-        self._ids: list[int] = []  # the last ones, as far back as their text may change or be needed
-        self._given = 0  # characters of their text that were given out
+        self._ids: list[int] = []  # the latest tokens, as far back as their text may change or is needed
+        self._given = 0  # number of characters of their text that were returned
 
     def push(self, token: int) -> str:
-        """What the token adds; "" where it ends in the middle of a character."""
+        """The text that the token adds; "" if it ends in the middle of a character."""
         self._ids.append(token)
         text = self._decode(self._ids)
         whole = text.removesuffix(self._UNKNOWN)
         piece, self._given = whole[self._given :], len(whole)
-        if whole == text:  # nothing is open; one token stays, because some decoders trim the beginning of a text
+        if whole == text:  # all complete; one token stays, because some decoders trim the beginning of a text
             self._ids, self._given = [token], len(self._decode([token]))
         else:
             self._forget(text)
         return piece
 
     def _forget(self, text: str) -> None:
-        """Keeps only what the open character may need: cut where no character reaches across."""
+        """Keep only the tokens of the incomplete character: cut where no character reaches across."""
         for kept in range(1, min(4, len(self._ids))):
             before, after = self._decode(self._ids[:-kept]), self._decode(self._ids[-kept:])
             if after and before + after == text:
@@ -121,22 +121,22 @@ class TextPieces:
                 return
 
     def rest(self) -> str:
-        """What was held back, where no further token comes: a character that was never completed."""
+        """The text of a character that was never completed, when no further token comes."""
         return self._decode(self._ids)[self._given :]
 
 
 @lru_cache(maxsize=4)
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """The shipped tokenizer, or the one in a file, read once.
+    """The shipped tokenizer, or the one in a file; read once.
 
     Raises:
-        UserError: the file is missing or is no tokenizer.
+        UserError: the file is missing or is not a tokenizer.
     """
     return Tokenizer.from_file(Path(path) if path else data_dir() / "tokenizer.json")
 
 
 _PLACES = ("name_or_path", "is_local", "local_files_only")
-"""Settings of a tokenizer of `transformers` that say where it was loaded from."""
+"""Settings of a tokenizer of `transformers` that record where it was loaded from."""
 
 
 class LibraryTokenizer(Tokenizer):
@@ -153,10 +153,10 @@ class LibraryTokenizer(Tokenizer):
         return len(self._bpe)
 
     def to_json(self):
-        raise UserError(f"a {type(self._bpe).__name__} is no tokenizer.json; save the model in layout 'transformers'")
+        raise UserError(f"a {type(self._bpe).__name__} has no tokenizer.json; save the model in layout 'transformers'")
 
     def signature(self):
-        """Of the files that it is saved as: settings, and merges, a sentencepiece model or whatever it has."""
+        """A hash of its files: settings, and merges, a sentencepiece model or whatever else it consists of."""
         digest = hashlib.sha256(json.dumps(self._bpe.get_vocab(), sort_keys=True).encode())
         with TemporaryDirectory() as folder:
             self._bpe.save_pretrained(folder)
@@ -176,12 +176,12 @@ _OTHER_FILES = ("tokenizer_config.json", "tokenizer.model", "spiece.model", "voc
 
 
 def folder_tokenizer(folder: Path, vocab: int) -> Tokenizer | None:
-    """The tokenizer in a model's folder, of whatever kind; None if there is none. Code in the folder is never run.
+    """The tokenizer in a model's folder, of any kind; None if there is none. Code in the folder is never run.
 
     Args:
-        vocab: of the model; may be larger than the tokenizer's, and often is, rounded up.
+        vocab: of the model; it is often larger than the tokenizer's because it is rounded up.
     Raises:
-        UserError: it is damaged, needs code of its own, or has more tokens than the model.
+        UserError: the tokenizer is damaged, needs code of its own, or has more tokens than the model.
     """
     if (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
@@ -192,7 +192,7 @@ def folder_tokenizer(folder: Path, vocab: int) -> Tokenizer | None:
     if tokenizer.vocab > vocab:
         raise UserError(
             f"the tokenizer in {folder} has {tokenizer.vocab} tokens, but the model only {vocab}; "
-            "put the one there that the model was trained with"
+            "replace it by the tokenizer that the model was trained with"
         )
     return tokenizer
 

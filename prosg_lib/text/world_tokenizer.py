@@ -1,7 +1,7 @@
 """The tokenizer of RWKV's World models, from the vocabulary file that comes with them (rwkv_vocab_v20230424.txt).
 
-A line a token: its index, the token as a Python string or bytes literal, and its length in bytes. A text's tokens are
-found by greedy longest match on its bytes. Index 0 is not in the file: it ends a text and is never part of one.
+One line per token: its index, the token as a Python string or bytes literal, and its length in bytes. A text is encoded
+by greedy longest match on its bytes. Index 0 is not in the file: it ends a text and is never part of one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from prosg_lib.errors import UserError
 
-_END = -1  # key of a trie node, beside the bytes that go on: the index of the token that ends here
+_END = -1  # key of a trie node, besides the bytes that continue: the index of the token that ends here
 
 
 class WorldTokenizer:
-    """Text <-> token ids, as `tokenizer.Tokenizer`. Any UTF-8 text survives the round trip.
+    """Text <-> token ids, with the interface of `tokenizer.Tokenizer`. Any UTF-8 text survives the round trip.
 
     Args:
         tokens: index -> the token's bytes.
@@ -41,18 +41,18 @@ class WorldTokenizer:
         return tuple(self.encode_long(text))
 
     def encode_long(self, text: str) -> list[int]:
-        """As `encode`, for long texts that are not worth remembering.
+        """Like `encode`, but without a cache; for long texts.
 
         Raises:
-            UserError: no token begins with a byte of the text; the full vocabulary has a token for each.
+            UserError: no token matches at some byte of the text; the full vocabulary has a token for every byte.
         """
         data, ids, start = text.encode(), [], 0
         while start < len(data):
             index, end = self._longest(data, start)
             if index is None:
                 raise UserError(
-                    f"no token of this vocabulary covers byte {data[start]:#04x} (byte {start} of the text); take one "
-                    "that has all 256 bytes"
+                    f"no token of this vocabulary covers byte {data[start]:#04x} (byte {start} of the text); use one "
+                    "with all 256 bytes"
                 )
             ids.append(index)
             start = end
@@ -70,23 +70,22 @@ class WorldTokenizer:
         return found
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; replacement characters where the bytes are no UTF-8, as where a character is cut in two."""
+        """The text, with replacement characters for bytes that are not UTF-8, such as half a character."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The text's bytes, for texts that come token by token. An id without a token (0, and the rows by which an
-        embedding is larger than its vocabulary) adds nothing."""
+        """The text's bytes. An id without a token (0, and unused rows of the embedding) adds nothing."""
         return b"".join(self._tokens.get(index, b"") for index in ids)
 
     @property
     def vocab(self) -> int:
-        """Rows of the embedding that goes with it: up to the highest index, to the next multiple of 64."""
+        """Rows of the embedding: the highest index plus one, rounded up to a multiple of 64."""
         return -(-(max(self._tokens) + 1) // 64) * 64
 
     def to_json(self) -> str:
         return json.dumps({index: token.decode("latin-1") for index, token in self._tokens.items()})
 
-    signature = to_json  # what names it in a record
+    signature = to_json  # identifies it in a record
 
     @classmethod
     def from_json(cls, text: str) -> WorldTokenizer:
@@ -98,8 +97,8 @@ def load_world_tokenizer(path: str | Path) -> WorldTokenizer:
     """The tokenizer of a vocabulary file.
 
     Raises:
-        UserError: the file is missing, is no text, or has a line that is not `index 'token' length` with the token's
-            length in bytes, or that repeats an index or a token; names the line.
+        UserError: the file is missing or is not text, or a line is not `index 'token' length` (of the token in bytes),
+            or repeats an index or a token; names the line.
     """
     path = Path(path)
     try:
@@ -107,16 +106,16 @@ def load_world_tokenizer(path: str | Path) -> WorldTokenizer:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"no vocabulary at {path}; give the path of the model's rwkv_vocab_*.txt") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no vocabulary file: byte {error.start} is not UTF-8; copy it again") from error
+        raise UserError(f"{path} is not a vocabulary file: byte {error.start} is not UTF-8; copy it again") from error
     tokens: dict[int, bytes] = {}
     seen: dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
         try:
             index, token = _token(line)
             if index in tokens:
-                raise ValueError(f"index {index} is there twice")
+                raise ValueError(f"index {index} is repeated")
             if token in seen:
-                raise ValueError(f"the token of index {seen[token]} once more")
+                raise ValueError(f"the token of index {seen[token]} is repeated")
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}; copy the file again") from error
         tokens[index], seen[token] = token, index
@@ -132,10 +131,10 @@ def _token(line: str) -> tuple[int, bytes]:
     try:
         token = ast.literal_eval(literal)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise ValueError(f"{literal[:40]} is no string or bytes as Python writes them") from None
+        raise ValueError(f"{literal[:40]} is not a Python string or bytes literal") from None
     token = token.encode() if isinstance(token, str) else token
     if not isinstance(token, bytes) or not token or int(index) == 0:
         raise ValueError("not an index above 0 with a string or bytes that are not empty")
     if len(token) != int(length):
-        raise ValueError(f"the token has {len(token)} bytes, and the line says {length}")
+        raise ValueError(f"the token has {len(token)} bytes, not {length}")
     return int(index), token

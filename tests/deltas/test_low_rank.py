@@ -321,7 +321,7 @@ def test_what_is_no_delta_is_refused(lm, make_lm, tmp_path):
     content = path.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"no file of tensors"):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="cut short or no safetensors file"):
+        with pytest.raises(UserError, match="cut short or not a safetensors file"):
             LowRankDelta.load(path)
     files.save_tensors(path, {"a": torch.zeros(1)}, {"kind": "lm"})
     with pytest.raises(UserError, match="holds a lm, not a delta"):
