@@ -1,8 +1,8 @@
 """A conversation in a terminal with a model that keeps what it was asked to remember: `prosg chat`.
 
 The format is that of the dialogues ("User: …", "Bot: …"). Two states read the same conversation, one with the
-remembered text in the weights and one without, so that the plain model can be asked what it would have said. Both
-states, the memory and the change have a fixed size, so a conversation may be of any length.
+remembered text in the weights and one without, so that the plain model can be asked what it would have answered. Both
+states, the memory and the delta have a fixed size, so a conversation may have any length.
 """
 
 from __future__ import annotations
@@ -24,50 +24,44 @@ from prosg_lib.training.stages import load_generator, own_generator
 
 _ANSWER_TOKENS = 200
 
+_NO_GENERATOR = (
+    "this model has no generator to turn a text into a change of its weights; "
+    "name one that was trained for it (--generator), or use --model rwkv4-dialogue, which has one"
+)
+
 
 class Chat:
     """One conversation.
 
     Attributes:
-        scale: of the change in the weights; 0 is the plain model.
+        scale: of the delta in the weights; 0 is the plain model.
     """
 
-    def __init__(
-        self, lm: LanguageModel, generator: TokenGenerator | None, temperature: float = 0.0, refresh: int | None = None
-    ):
-        """A blank conversation; no generator: a plain one.
+    def __init__(self, lm: LanguageModel, generator: TokenGenerator | None, temperature: float = 0.0):
+        """A blank conversation. Without a generator nothing can be remembered.
 
-        Args:
-            refresh: refresh the memory (`refresh`) after so many tokens of conversation; None: only when told to.
         Raises:
-            UserError: a negative temperature, or less than one token between two refreshes.
+            UserError: the temperature is negative.
         """
-        if refresh is not None and refresh < 1:
-            raise UserError(f"refresh is {refresh}; the memory is refreshed after at least 1 token")
         self.lm, self.generator, self.scale = lm, generator, 1.0
-        self._how = Decoding(_ANSWER_TOKENS, stop="\n", temperature=temperature)
-        self._every = refresh
+        self._decoding = Decoding(_ANSWER_TOKENS, stop="\n", temperature=temperature)
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew: blank states, nothing in the weights."""
-        self._memory: Memory | None = None  # what is in the weights
-        self._heard: Memory | None = None  # and what the user said since
-        self._change: LowRankDelta | None = None
+        """Start again: blank states, nothing in the weights."""
+        self._memory: Memory | None = None
+        self._delta: LowRankDelta | None = None
         self._state: RecurrentState | None = None
-        self._plain: RecurrentState | None = None
-        self._asked: tuple[str, RecurrentState | None] | None = None  # last question, plain state before it
-        self._read = 0  # tokens of conversation
-        self._fresh = 0  # where the memory was refreshed last
-        self._remembered: tuple[int, int] | None = None  # where the first and the last remembered text end
+        self._plain_state: RecurrentState | None = None
+        self._last_question: tuple[str, RecurrentState | None] | None = None  # and the plain state before it
 
     @property
     def delta(self) -> LowRankDelta | None:
-        """What is in the weights now."""
-        return None if self._change is None else self._change.scaled(self.scale)
+        """The change in the weights now."""
+        return None if self._delta is None else self._delta.scaled(self.scale)
 
     def remember(self, text: str) -> None:
-        """Write a text into the weights, beside what is there, and read it.
+        """Write a text into the weights, in addition to what is there, and read it.
 
         Raises:
             UserError: the text is empty, or there is no generator.
@@ -75,26 +69,11 @@ class Chat:
         if self.generator is None:
             raise UserError(f"nothing can be remembered: {_NO_GENERATOR}")
         self._memory = append_prompt(self.lm, self.generator, text, self._memory)
-        self._heard = append_prompt(self.lm, self.generator, text, self._heard)
-        self._change = delta_of_prompts(self.lm, self.generator, self._memory)
-        self._go_on(f"User: {text.strip()}\n")
-        self._remembered = (self._remembered or (self._read,))[0], self._read
-
-    def refresh(self) -> None:
-        """Derive the change again, of what was remembered and all that the user said since.
-
-        Raises:
-            UserError: there is no generator, or nothing was said yet.
-        """
-        if self.generator is None:
-            raise UserError(f"there is no memory to refresh: {_NO_GENERATOR}")
-        if self._heard is None:
-            raise UserError("there is nothing to refresh the memory with; say something first")
-        self._memory, self._fresh = self._heard, self._read
-        self._change = delta_of_prompts(self.lm, self.generator, self._memory)
+        self._delta = delta_of_prompts(self.lm, self.generator, self._memory)
+        self._read(f"User: {text.strip()}\n")
 
     def answer(self, text: str) -> Iterator[str]:
-        """The model's answer, in pieces as they come; the conversation goes on behind it when all of them were taken.
+        """The model's answer, in pieces as they come. Take them all: the conversation continues after the last one.
 
         Raises:
             UserError: the text is empty.
@@ -102,63 +81,28 @@ class Chat:
         text = text.strip()
         if not text:
             raise UserError("there is nothing to answer: the text is empty")
-        question, said = f"User: {text}\nBot:", ""
-        for (piece,) in generation.stream_text(self.lm, [question], self._state, self.delta, self._how):
-            said += piece
+        question, answer = f"User: {text}\nBot:", ""
+        for (piece,) in generation.stream_text(self.lm, [question], self._state, self.delta, self._decoding):
+            answer += piece
             yield piece
-        self._asked = question, self._plain
-        self._go_on(f"{question}{said}\n")
-        if self.generator is not None:
-            self._heard = append_prompt(self.lm, self.generator, text, self._heard)
-            if self._every is not None and self._read - self._fresh >= self._every:
-                self.refresh()
+        self._last_question = question, self._plain_state
+        self._read(f"{question}{answer}\n")
 
     def plain(self) -> str:
-        """What the model without the change, which read the same conversation, would have answered last.
+        """What the model, having read the same conversation without the delta, would have answered last.
 
         Raises:
-            UserError: nothing was asked yet.
+            UserError: there was no question yet.
         """
-        if self._asked is None:
-            raise UserError("nothing was asked yet")
-        question, state = self._asked
-        (said,) = generation.generate(self.lm, [question], state, None, self._how)
-        return said
+        if self._last_question is None:
+            raise UserError("there was no question yet")
+        question, state = self._last_question
+        (answer,) = generation.generate(self.lm, [question], state, None, self._decoding)
+        return answer
 
-    def far(self) -> tuple[int, int] | None:
-        """How many tokens ago the first and the last remembered text ended; None: there is none."""
-        return self._remembered and tuple(self._read - end for end in self._remembered)
-
-    def _go_on(self, text: str) -> None:
+    def _read(self, text: str) -> None:
         self._state = self.lm.derive_state([text], self._state, self.delta)
-        self._plain = self.lm.derive_state([text], self._plain)
-        self._read += len(self.lm.needed_tokenizer().encode_long(text))
-
-
-_NO_GENERATOR = (
-    "this model came without a generator, which is what turns a text into a change of the weights; "
-    "name one that was trained for it (--generator), or take --model rwkv4-dialogue, which has one"
-)
-
-
-def _far(chat: Chat, argument: str) -> str:
-    far = chat.far()
-    if far is None:
-        return "Nothing was remembered yet."
-    first = f"The prompt ended {far[0]} tokens ago"
-    return f"{first}." if far[0] == far[1] else f"{first}, what was remembered last {far[1]}."
-
-
-def _scale(chat: Chat, argument: str) -> str:
-    if argument:
-        try:
-            scale = float(argument)
-        except ValueError:
-            scale = math.nan
-        if not math.isfinite(scale):
-            raise UserError(f"/scale takes a number, as in /scale 0.5, not {argument!r}")
-        chat.scale = scale
-    return f"The change in the weights counts {chat.scale:g} times."
+        self._plain_state = self.lm.derive_state([text], self._plain_state)
 
 
 def _plain(chat: Chat, argument: str) -> str:
@@ -170,35 +114,38 @@ def _remember(chat: Chat, argument: str) -> str:
     return "It is in the weights now."
 
 
-def _refresh(chat: Chat, argument: str) -> str:
-    chat.refresh()
-    return "What you said since is in the weights, too."
+def _scale(chat: Chat, argument: str) -> str:
+    if argument:
+        try:
+            scale = float(argument)
+        except ValueError:
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise UserError(f"/scale takes a number, as in /scale 0.5, not {argument!r}")
+        chat.scale = scale
+    return f"The change in the weights is scaled by {chat.scale:g}."
 
 
 def _forget(chat: Chat, argument: str) -> str:
     chat.forget()
-    return "All is forgotten; the weights are the model's own."
+    return "Everything is forgotten; the weights are the model's own."
 
 
 def _help(chat: Chat, argument: str) -> str:
-    return "\n".join(f"{name:<16} {what}" for name, what in _HELP.items())
+    return "\n".join(f"{usage:<16} {what}" for usage, what in _HELP.items())
 
 
 _HELP = {
-    "/plain": "what the model would have said last, with nothing written into its weights",
-    "/far": "how many tokens ago the prompt ended",
-    "/remember TEXT": "write a text into the weights, beside what is there",
-    "/refresh": "write in what you said since, too",
-    "/scale X": "let the change count X times; 0 is the plain model",
-    "/forget": "begin anew",
+    "/plain": "the last answer without anything written into the weights",
+    "/remember TEXT": "write a text into the weights, in addition to what is there",
+    "/scale X": "scale the change in the weights by X; 0 is the plain model",
+    "/forget": "start again with a blank state and unchanged weights",
     "/help": "this list",
-    "/quit": "end; so do the end of input and Ctrl-C",
+    "/quit": "end the conversation; so do the end of input and Ctrl-C",
 }
 _COMMANDS: dict[str, Callable[[Chat, str], str]] = {
     "/plain": _plain,
-    "/far": _far,
     "/remember": _remember,
-    "/refresh": _refresh,
     "/scale": _scale,
     "/forget": _forget,
     "/help": _help,
@@ -207,7 +154,7 @@ _COMMANDS: dict[str, Callable[[Chat, str], str]] = {
 
 def converse(chat: Chat, source: TextIO, out: TextIO) -> None:
     """Read lines and write answers until /quit, the end of input or Ctrl-C."""
-    echo = not source.isatty()  # a transcript of piped input has the questions, too
+    echo = not source.isatty()  # so that a transcript of piped input shows the questions
     try:
         while True:
             out.write("User: ")
@@ -222,9 +169,13 @@ def converse(chat: Chat, source: TextIO, out: TextIO) -> None:
                 if command in _COMMANDS:
                     out.write(_COMMANDS[command](chat, argument.strip()) + "\n")
                 elif command.startswith("/"):
-                    raise UserError(f"there is no {command}; /help lists what there is")
+                    raise UserError(f"there is no command {command}; /help lists the commands")
                 elif command:
-                    _write_answer(chat, line, out)
+                    out.write("Bot:")
+                    for piece in chat.answer(line):
+                        out.write(piece)
+                        out.flush()
+                    out.write("\n")
             except UserError as error:
                 out.write(f"({error})\n")
     except KeyboardInterrupt:
@@ -232,45 +183,32 @@ def converse(chat: Chat, source: TextIO, out: TextIO) -> None:
     out.write("Goodbye.\n")
 
 
-def _write_answer(chat: Chat, line: str, out: TextIO) -> None:
-    out.write("Bot:")
-    for piece in chat.answer(line):
-        out.write(piece)
-        out.flush()
-    out.write("\n")
-
-
 def run(
-    model: str,
-    generator: str | None,
-    remember: Sequence[str],
-    temperature: float,
-    refresh: int | None,
-    source: TextIO,
-    out: TextIO,
+    model: str, generator: str | None, remember: Sequence[str], temperature: float, source: TextIO, out: TextIO
 ) -> None:
     """The whole command: load, remember, converse.
 
     Args:
-        model: as `load_model` takes it. generator: as `load_generator` does; None: the shipped one of that model, or
-            none, and the chat is a plain one.
+        model: as `load_model` takes it.
+        generator: as `load_generator` takes it; None for the one shipped with the model, if there is one.
+        remember: texts to write into the weights first.
     Raises:
-        UserError: no such model or generator, a generator for another model, or one that cannot go on from what it
-            has read; a text to remember that is empty, or cannot be remembered.
+        UserError: there is no such model or generator; the generator is for another model, or is not token-wise; a text
+            to remember is empty, or cannot be remembered.
     """
     lm = load_model(model)
     lm.needed_tokenizer()
-    generator = generator or own_generator(model)
-    writer = None if generator is None else load_generator(generator, lm)
-    if writer is not None and not isinstance(writer, TokenGenerator):
+    name = generator or own_generator(model)
+    loaded = None if name is None else load_generator(name, lm)
+    if loaded is not None and not isinstance(loaded, TokenGenerator):
         raise UserError(
-            f"{generator} is a {type(writer).__name__}, which reads a prompt from the beginning every time; "
+            f"{name} is a {type(loaded).__name__}, which cannot continue from what it has read; "
             "a chat needs a token-wise generator"
         )
-    chat = Chat(lm, writer, temperature, refresh)
+    chat = Chat(lm, loaded, temperature)
     for text in remember:
         chat.remember(text)
-    out.write(f"{model}, {'plain' if writer is None else f'with {generator}'}. /help lists the commands.\n")
-    if writer is None:
-        out.write(f"It talks, and forgets: {_NO_GENERATOR}.\n")
+    out.write(f"{model}, {'plain' if loaded is None else f'with {name}'}. /help lists the commands.\n")
+    if loaded is None:
+        out.write(f"It can talk but not remember: {_NO_GENERATOR}.\n")
     converse(chat, source, out)

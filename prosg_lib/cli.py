@@ -98,9 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--temperature", type=float, default=0.0, help="0: the likeliest answer; above: drawn (default: 0)"
     )
-    chat.add_argument(
-        "--refresh", type=int, metavar="N", help="write in what was said, too, after every N tokens of conversation"
-    )
 
     _add_evaluated(
         command(
@@ -245,15 +242,7 @@ def _data(options: argparse.Namespace) -> int:
 def _chat(options: argparse.Namespace) -> int:
     from prosg_lib.chat import run
 
-    run(
-        options.model,
-        options.generator,
-        options.remember,
-        options.temperature,
-        options.refresh,
-        sys.stdin,
-        sys.stdout,
-    )
+    run(options.model, options.generator, options.remember, options.temperature, sys.stdin, sys.stdout)
     return 0
 
 

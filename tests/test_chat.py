@@ -1,4 +1,4 @@
-"""Chat: answers are the model's own, both states go on, nothing grows, and whatever is typed, it ends kindly."""
+"""Chat: answers are the model's own, both states read on, nothing grows, and every input is handled."""
 
 import gc
 import io
@@ -13,14 +13,11 @@ from torch.testing import assert_close
 from prosg_lib import chat, cli
 from prosg_lib.chat import Chat, converse
 from prosg_lib.errors import UserError
-from prosg_lib.generators.several_prompts import append_prompt, delta_of_prompts
 from prosg_lib.generators.token_wise import TokenGenerator
 
 TOKENS = 12
-PROMPT, QUESTIONS = (
-    "My home town is Oslo. Call me captain.",
-    ["What is my home town?", "I like rain.", "Tell me my pet."],
-)
+PROMPT = "My home town is Oslo. Call me captain."
+QUESTIONS = ["What is my home town?", "I like rain.", "Tell me my pet."]
 
 
 @pytest.fixture(autouse=True)
@@ -38,107 +35,71 @@ def generator(lm):
     return made.eval()
 
 
-def talk(one, *lines):
-    """What is written while these lines are typed."""
+def typed(one, *lines):
+    """What is written when these lines are typed."""
     out = io.StringIO()
     converse(one, io.StringIO("".join(line + "\n" for line in lines)), out)
     return out.getvalue()
 
 
-def say(one, text):
+def answer(one, text):
     return "".join(one.answer(text))
 
 
-# --- what is said -------------------------------------------------------------------------------------------------
-
-
 def test_both_states_read_the_conversation(lm, generator):
-    """Answers are what `generate` says from the state and the change so far; the plain model's from its own state."""
+    """Answers are what `generate` gives from the state and the delta so far; the plain model's from its own state."""
     one = Chat(lm, generator)
     one.remember(PROMPT)
     delta = generator.memorize(lm, [f"User: {PROMPT}\n"])
     state, plain = (lm.derive_state([f"User: {PROMPT}\n"], None, d) for d in (delta, None))
     different = 0
     for text in QUESTIONS:
-        asked = f"User: {text}\nBot:"
-        (expected,) = lm.generate([asked], state, delta, max_new_tokens=TOKENS)
-        (without,) = lm.generate([asked], plain, max_new_tokens=TOKENS)
-        assert say(one, text) == expected
+        question = f"User: {text}\nBot:"
+        (expected,) = lm.generate([question], state, delta, max_new_tokens=TOKENS)
+        (without,) = lm.generate([question], plain, max_new_tokens=TOKENS)
+        assert answer(one, text) == expected
         assert one.plain() == one.plain() == without
-        state, plain = (lm.derive_state([f"{asked}{expected}\n"], s, d) for s, d in ((state, delta), (plain, None)))
+        state, plain = (lm.derive_state([f"{question}{expected}\n"], s, d) for s, d in ((state, delta), (plain, None)))
         different += expected != without
     assert different
-    for mine, theirs in ((one._state, state), (one._plain, plain)):
+    for mine, theirs in ((one._state, state), (one._plain_state, plain)):
         assert_close(lm.state_features(mine), lm.state_features(theirs))
-    assert one.far() == (sum(len(lm.tokenizer.encode(f"User: {q}\nBot:")) for q in QUESTIONS) + _answers(one),) * 2
 
 
-def _answers(one):
-    """Tokens of all that was read but the prompt and the questions."""
-    count = one.lm.tokenizer.encode
-    return one._read - len(count(f"User: {PROMPT}\n")) - sum(len(count(f"User: {q}\nBot:")) for q in QUESTIONS)
-
-
-def test_what_is_remembered_adds_up(lm, generator):
-    """More text goes on where the last ended; a refresh takes in what the user said; at scale 0 nothing is changed."""
+def test_remembered_texts_add_up(lm, generator):
+    """More text continues where the last ended; at scale 0 the model is the plain one; /forget starts again."""
     one = Chat(lm, generator)
     one.remember(PROMPT)
-    say(one, QUESTIONS[1])
+    answer(one, QUESTIONS[1])
     one.remember("My pet is a parrot.")
-    first = append_prompt(lm, generator, "My pet is a parrot.", append_prompt(lm, generator, PROMPT))
-    assert_same(one.delta, delta_of_prompts(lm, generator, first))
-    far = one.far()
-    assert far[0] > far[1] == 0
-    one.refresh()
-    said = append_prompt(
-        lm,
-        generator,
-        "My pet is a parrot.",
-        append_prompt(lm, generator, QUESTIONS[1], append_prompt(lm, generator, PROMPT)),
-    )
-    assert_same(one.delta, delta_of_prompts(lm, generator, said))
+    expected = generator.memorize(lm, [f"User: {PROMPT} My pet is a parrot.\n"])
+    for name, factors in expected.factors.items():
+        assert_close(one.delta.factors[name].U, factors.U, rtol=1e-4, atol=1e-4)
     one.scale = 0.0
     (plain,) = lm.generate([f"User: {QUESTIONS[0]}\nBot:"], one._state, max_new_tokens=TOKENS)
-    assert say(one, QUESTIONS[0]) == plain
+    assert answer(one, QUESTIONS[0]) == plain
     one.forget()
-    assert (one.delta, one._state, one._plain, one.far()) == (None, None, None, None)
+    assert (one.delta, one._state, one._plain_state) == (None, None, None)
 
 
-def assert_same(a, b):
-    for name in b.factors:
-        assert_close(a.factors[name].U, b.factors[name].U, rtol=1e-4, atol=1e-4)
-
-
-def test_memory_is_refreshed_after_so_many_tokens(lm, generator):
-    """Not before, and then with all that the user said; also where nothing was remembered at first."""
-    one = Chat(lm, generator, refresh=10_000)
-    say(one, QUESTIONS[0])
-    assert one.delta is None
-    one = Chat(lm, generator, refresh=1)
-    say(one, QUESTIONS[0])
-    assert_same(one.delta, delta_of_prompts(lm, generator, append_prompt(lm, generator, QUESTIONS[0])))
-    with pytest.raises(UserError, match="refresh is 0"):
-        Chat(lm, generator, refresh=0)
-
-
-def test_a_drawn_answer(lm, generator):
-    """The temperature reaches the model: torch's seed decides what is said."""
-    said = []
+def test_a_sampled_answer(lm, generator):
+    """The temperature reaches the model: torch's seed decides the answer."""
+    answers = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        said.append(say(Chat(lm, generator, temperature=1.0), QUESTIONS[0]))
-    assert said[0] == said[1] != said[2]
+        answers.append(answer(Chat(lm, generator, temperature=1.0), QUESTIONS[0]))
+    assert answers[0] == answers[1] != answers[2]
     with pytest.raises(UserError, match="temperature is -1"):
         Chat(lm, generator, temperature=-1.0)
 
 
 def test_nothing_grows_with_the_conversation(lm, generator):
     """As many live tensors and bytes after 30 turns as after 3."""
-    one, seen = Chat(lm, generator, refresh=50), []
+    one, seen = Chat(lm, generator), []
     one.remember(PROMPT)
     for turn in range(1, 31):
-        say(one, QUESTIONS[0])
-        one.refresh()
+        answer(one, QUESTIONS[0])
+        one.remember(PROMPT)
         if turn in (3, 30):
             seen.append(live_bytes())
     assert seen[0] == seen[1]
@@ -150,41 +111,30 @@ def live_bytes():
     return len(tensors), sum(t.numel() * t.element_size() for t in tensors)
 
 
-# --- what is typed ------------------------------------------------------------------------------------------------
-
-
 def test_every_command(lm, generator):
-    """Each does what /help says; what is wrong is said in brackets, and the chat goes on."""
+    """Each does what /help says; an error is shown in brackets, and the chat continues."""
     one = Chat(lm, generator)
-    said = talk(
-        one, "/far", "/plain", "/refresh", "/remember", "/remember My pet is a parrot.", "/far", "", "  ",
-        "/scale 0.5", "/scale two", "/scale nan", "/scale", "/forgt", "/help", QUESTIONS[0], "/plain", "/far",
-        "/refresh", "/quit", "/far",
+    shown = typed(
+        one, "/plain", "/remember", "/remember My pet is a parrot.", "", "  ", "/scale 0.5", "/scale two", "/scale nan",
+        "/scale", "/forgt", "/help", QUESTIONS[0], "/plain", "/quit", "/plain",
     )  # fmt: skip
     for expected in (
-        "/far\nNothing was remembered yet.\n",
-        "/plain\n(nothing was asked yet)\n",
-        "/refresh\n(there is nothing to refresh the memory with; say something first)\n",
+        "/plain\n(there was no question yet)\n",
         "/remember\n(there is nothing to remember: the text is empty)\n",
         "/remember My pet is a parrot.\nIt is in the weights now.\n",
-        "/far\nThe prompt ended 0 tokens ago.\n",
-        "/scale 0.5\nThe change in the weights counts 0.5 times.\n",
+        "/scale 0.5\nThe change in the weights is scaled by 0.5.\n",
         "/scale two\n(/scale takes a number, as in /scale 0.5, not 'two')\n",
         "/scale nan\n(/scale takes a number, as in /scale 0.5, not 'nan')\n",
-        "/scale\nThe change in the weights counts 0.5 times.\n",
-        "/forgt\n(there is no /forgt; /help lists what there is)\n",
+        "/scale\nThe change in the weights is scaled by 0.5.\n",
+        "/forgt\n(there is no command /forgt; /help lists the commands)\n",
         f"User: {QUESTIONS[0]}\nBot:",
         f"/plain\nWithout the change:{one.plain()}\n",
-        f"/far\nThe prompt ended {one.far()[0]} tokens ago.\n",
-        "/refresh\nWhat you said since is in the weights, too.\n",
     ):
-        assert expected in said
-    listed = [line.split()[0] for line in said.splitlines() if line.startswith("/")]
-    assert listed == ["/plain", "/far", "/remember", "/refresh", "/scale", "/forget", "/help", "/quit"]
-    assert said.endswith("User: /quit\nGoodbye.\n")
-    one.remember("I play the flute.")
-    assert f"what was remembered last {one.far()[1]}." in talk(one, "/far")
-    assert "All is forgotten" in talk(one, "/forget")
+        assert expected in shown
+    listed = [line.split()[0] for line in shown.splitlines() if line.startswith("/")]
+    assert listed == ["/plain", "/remember", "/scale", "/forget", "/help", "/quit"]
+    assert shown.endswith("User: /quit\nGoodbye.\n")
+    assert "Everything is forgotten" in typed(one, "/forget")
     assert one.delta is None
 
 
@@ -208,7 +158,7 @@ class Interrupted(io.StringIO):
 
 
 def test_the_end_of_input_and_ctrl_c_end_it(lm, generator):
-    assert talk(Chat(lm, generator)) == "User: \nGoodbye.\n"
+    assert typed(Chat(lm, generator)) == "User: \nGoodbye.\n"
     out = io.StringIO()
     converse(Chat(lm, generator), Interrupted("", at="line"), out)
     assert out.getvalue() == "User: \nGoodbye.\n"
@@ -217,23 +167,23 @@ def test_the_end_of_input_and_ctrl_c_end_it(lm, generator):
     assert out.getvalue() == "User: Hello\nBot:\nGoodbye.\n"
 
 
-def test_a_terminal_shows_what_is_typed_itself(lm, generator):
+def test_a_terminal_shows_typed_lines_itself(lm, generator):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     out = io.StringIO()
     converse(Chat(lm, generator), Terminal("/scale\n/quit\n"), out)
-    assert out.getvalue() == "User: The change in the weights counts 1 times.\nUser: Goodbye.\n"
+    assert out.getvalue() == "User: The change in the weights is scaled by 1.\nUser: Goodbye.\n"
 
 
 # --- the command --------------------------------------------------------------------------------------------------
 
 
 def test_the_shipped_model_keeps_what_it_is_told():
-    """As a user would run it, with piped input: the prompt is known where the plain model has forgotten it."""
+    """As a user would run it, with piped input: it knows its prompt where the plain model has forgotten it."""
     lines = ["My garden is wet, and Ada's home town is Rome, and Boris has a cat, and the rain goes on all day."] * 20
-    lines += ["What is my home town?", "/plain", "/far", "/remember My pet is a parrot.", "What is my pet?"]
+    lines += ["What is my home town?", "/plain", "/remember My pet is a parrot.", "What is my pet?"]
     done = subprocess.run(
         [sys.executable, "-m", "prosg_lib.cli", "chat", "--remember", "You should know that my home town is Oslo."],
         input="".join(line + "\n" for line in lines),
@@ -251,47 +201,48 @@ def test_the_shipped_model_keeps_what_it_is_told():
     assert done.stdout.endswith("User: \nGoodbye.\n")
 
 
+def command(monkeypatch, capsys, *arguments, lines=""):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    code = cli.main(["chat", *arguments])
+    return code, capsys.readouterr()
+
+
 def test_a_model_finds_its_own_generator(monkeypatch, capsys):
-    """Also where the two are no RWKV's."""
-    told = ("--remember", "You should know that my home town is Oslo.")
-    code, shown = command(monkeypatch, capsys, "--model", "mamba2-dialogue", *told, typed="What is my home town?\n")
+    """Also where neither is an RWKV's."""
+    prompt = ("--remember", "You should know that my home town is Oslo.")
+    code, shown = command(monkeypatch, capsys, "--model", "mamba2-dialogue", *prompt, lines="What is my home town?\n")
     assert code == 0
     assert shown.out.startswith("mamba2-dialogue, with mamba2-dialogue-token. /help")
     assert "Bot: Oslo.\n" in shown.out
 
 
-def command(monkeypatch, capsys, *arguments, typed=""):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    code = cli.main(["chat", *arguments])
-    return code, capsys.readouterr()
-
-
 def test_a_model_without_a_generator_is_explained(monkeypatch, capsys):
-    """It can be talked to, and says what it cannot do and what to do about it."""
-    code, shown = command(monkeypatch, capsys, "--model", "rwkv4-pairs", typed="Hello\n/remember I am Ada.\n/refresh\n")
+    """It can talk, and says what it cannot do and what to do about it."""
+    code, shown = command(monkeypatch, capsys, "--model", "rwkv4-pairs", lines="Hello\n/remember I am Ada.\n")
     assert code == 0
-    assert shown.out.startswith("rwkv4-pairs, plain. /help lists the commands.\nIt talks, and forgets: this model came")
+    assert shown.out.startswith(
+        "rwkv4-pairs, plain. /help lists the commands.\nIt can talk but not remember: this model has no generator"
+    )
     assert "\nBot:" in shown.out
-    assert "(nothing can be remembered: this model came without a generator" in shown.out
-    assert "(there is no memory to refresh: this model came without a generator" in shown.out
+    assert "(nothing can be remembered: this model has no generator" in shown.out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--model", "nowhere"], "no model 'nowhere'"),
         (["--remember", " "], "nothing to remember: the text is empty"),
         (["--model", "rwkv4-pairs", "--generator", "rwkv4-dialogue-token"], "was trained for model"),
-        (["--model", "rwkv4-pairs", "--remember", "I am Ada."], "nothing can be remembered: this model came without"),
+        (["--model", "rwkv4-pairs", "--remember", "I am Ada."], "nothing can be remembered: this model has no"),
         (["--model", "rwkv4-pairs", "--generator", "rwkv4-pairs-token-characters-lc"], "was trained on pairs"),
         (["--generator", "rwkv4-dialogue-final"], "is a FinalStateGenerator"),
         (["--temperature", "-1"], "temperature is -1.0"),
     ],
 )
-def test_mistakes_are_one_line(monkeypatch, capsys, arguments, said):
+def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
     """And exit code 2, before anything can be typed."""
-    code, shown = command(monkeypatch, capsys, *arguments, typed="Hello\n")
+    code, shown = command(monkeypatch, capsys, *arguments, lines="Hello\n")
     assert (code, shown.out) == (2, "")
-    assert said in shown.err
+    assert message in shown.err
     assert shown.err.startswith("prosg: ")
     assert shown.err.count("\n") == 1
