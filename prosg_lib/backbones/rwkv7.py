@@ -1,7 +1,7 @@
 """RWKV-7 in plain PyTorch, written to be read.
 
 Source: Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", arXiv 2503.14456; x070 in the author's
-code. Module names are those of the author's checkpoints (`blocks.0.att.x_r`, `blocks.0.att.w1`, ...).
+code. What it shares with RWKV-4 is in `rwkv`, its recurrence in `wkv7`, the conversion of weights in `rwkv_layouts`.
 
 Glossary of shapes: B batch, T time, D width, F feed-forward width, L layers, H heads, N head size; D = H N.
 """
@@ -14,17 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prosg_lib.backbones.rwkv import (
-    RWKV,
-    BlockState,
-    ResidualBlock,
-    lerps,
-    shifted,
-    squared_relu,
-    sum_dtype,
-)
-from prosg_lib.backbones.state import RecurrentState
-from prosg_lib.backbones.wkv7 import wkv7_chunked, wkv7_recurrent
+from prosg_lib.backbones.rwkv import RWKV, BlockState, interpolate, squared_relu, token_shift
+from prosg_lib.backbones.state import RecurrentState, state_dtype
+from prosg_lib.backbones.wkv7 import wkv7
 from prosg_lib.errors import UserError
 
 
@@ -35,8 +27,8 @@ class RWKV7Config:
     Attributes:
         ffn: the feed-forward width, 4 D in every published model.
         head: N, 64 in every published model.
-        decay_rank, rate_rank, value_rank, gate_rank: of the low-rank maps to w, a, v and g. A single layer has no map
-            to v, and value_rank 0.
+        decay_rank, rate_rank, value_rank, gate_rank: ranks of the low-rank maps to w, a, v and g. A model of a single
+            layer has no map to v, and value_rank 0.
     """
 
     vocab: int
@@ -51,7 +43,7 @@ class RWKV7Config:
 
     def __post_init__(self):
         if self.head < 1 or self.width % self.head:
-            raise UserError(f"a width of {self.width} is no multiple of the head size {self.head}; choose one that is")
+            raise UserError(f"{self.width} is not a multiple of the head size {self.head}; choose a width that is")
         if self.layers == 1:
             object.__setattr__(self, "value_rank", 0)
 
@@ -79,9 +71,20 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class TimeMix(nn.Module):
-    """Attention's place: mixes over time by the delta rule of `wkv7`, and adds a bonus for the token at hand.
+    """Takes attention's place: mixes over time by the delta rule of `wkv7`, and adds a bonus for the current token.
 
-    Mixing vectors x_r, ..., x_g give the share of the previous token; those of RWKV-4 the share of this one.
+    Of x_t and x_{t-1}, mixed by a vector of its own for each (x_r, ..., x_g: the share of x_{t-1}; RWKV-4's vectors are
+    the share of x_t), it makes
+
+        r = W_r x_r,  k = W_k x_k,  v = W_v x_v     what to read, and the key and value to write
+        w = -e^{-1/2} sigmoid(w0 + tanh(x_w W_w1) W_w2)     log of the decay
+        a = sigmoid(a0 + x_a W_a1 W_a2)     how much is removed, and of what is written how much
+        g = sigmoid(x_g W_g1) W_g2     gate
+        kappa = k * k_k, every head at length 1     the key whose value is removed
+        k <- k * (1 + (a - 1) * k_a)
+        v <- v + (v of the first layer - v) * sigmoid(v0 + x_v W_v1 W_v2)     in all layers but the first
+
+    and o_t = W_o (g * (norm(S_t r_t) + (r * k * r_k summed over each head) v)) with `wkv7`'s S_t.
     """
 
     def __init__(self, config: RWKV7Config, layer: int):
@@ -106,7 +109,7 @@ class TimeMix(nn.Module):
         self.g1, self.g2 = _low_rank(width, config.gate_rank)
         self.k_k = nn.Parameter(torch.full((width,), 0.7))
         self.k_a = nn.Parameter(torch.ones(width))
-        # Tells the head size; three dimensions, so that it counts as a vector where matrices are changed by low rank.
+        # Three dimensions, so that it counts as a vector where matrices are changed by low rank.
         self.r_k = nn.Parameter(torch.zeros(1, width // config.head, config.head))
         self.receptance = _linear(width, width, 0.5)
         self.key = _linear(width, width, 0.05)
@@ -115,29 +118,36 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(width // config.head, width, eps=64e-5)
 
     def forward(self, x: Tensor, last: Tensor, state: Tensor | None, valid: Tensor | None, first: Tensor | None):
-        """(B, T, D); shift and matrices after the last token; the first layer's values, which are `first` in others."""
-        previous, x = shifted(x, last, valid)
-        inputs = lerps(x, previous, self.x_r, self.x_k, self.x_v, self.x_w, self.x_a, self.x_g)
-        r, k, x_v = self.receptance(next(inputs)), self.key(next(inputs)), next(inputs)
-        v = self.value(x_v)
+        """Mix x (B, T, D) over time.
+
+        Args:
+            last: the vector before x, (B, D); state: the matrices before x, (B, H, N, N), None for zero.
+            valid: (B, T), False at left padding; None: all valid.
+            first: the first layer's values, (B, T, D); None in the first layer.
+        Returns:
+            output (B, T, D); `last` and `state` after x; the first layer's values.
+        """
+        previous, x = token_shift(x, last, valid)
+        x_r, x_k, x_v, x_w, x_a, x_g = interpolate(
+            x, previous, self.x_r, self.x_k, self.x_v, self.x_w, self.x_a, self.x_g
+        )
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         if first is None:
             first = v
         else:
             v = v + (first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2)
-        w = self.w0 + torch.tanh(next(inputs) @ self.w1) @ self.w2
-        a = torch.sigmoid(self.a0 + next(inputs) @ self.a1 @ self.a2)
-        g = torch.sigmoid(next(inputs) @ self.g1) @ self.g2
-        removed = k * self.k_k
+        w = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2
+        a = torch.sigmoid(self.a0 + x_a @ self.a1 @ self.a2)
+        g = torch.sigmoid(x_g @ self.g1) @ self.g2
+        kappa = k * self.k_k
         k = k * (1 + (a - 1) * self.k_a)
 
         def heads(t: Tensor) -> Tensor:
-            return t.unflatten(-1, (-1, self.size)).to(sum_dtype(x))
+            return t.unflatten(-1, (-1, self.size)).to(state_dtype(x))  # (B, T, H, N)
 
-        wkv = wkv7_recurrent if x.shape[1] == 1 else wkv7_chunked
-        with torch.autocast(x.device.type, enabled=False):  # sums over many tokens need the digits
-            w = -math.exp(-0.5) * torch.sigmoid(heads(w))
-            y, state = wkv(heads(r), w, heads(k), heads(v), _unit(heads(removed)), heads(a), state, valid)
-            bonus = (heads(r) * heads(k) * self.r_k).sum(-1, keepdim=True) * heads(v)
+        log_decay = -math.exp(-0.5) * torch.sigmoid(heads(w))
+        y, state = wkv7(heads(r), log_decay, heads(k), heads(v), _unit(heads(kappa)), heads(a), state, valid)
+        bonus = (heads(r) * heads(k) * self.r_k).sum(-1, keepdim=True) * heads(v)
         y, bonus = (t.flatten(2).to(v.dtype) for t in (y, bonus))
         y = self.ln_x(y.flatten(0, 1)).view_as(y) + bonus
         return self.output(y * g), x[:, -1], state, first
@@ -153,16 +163,28 @@ class ChannelMix(nn.Module):
         self.value = _linear(config.ffn, config.width, 0.0)
 
     def forward(self, x: Tensor, last: Tensor, valid: Tensor | None):
-        previous, x = shifted(x, last, valid)
-        return self.value(squared_relu(self.key(next(lerps(x, previous, self.x_k))))), x[:, -1]
+        """x (B, T, D) and the vector before it, `last` (B, D) -> output (B, T, D), and the last vector of x."""
+        previous, x = token_shift(x, last, valid)
+        (x_k,) = interpolate(x, previous, self.x_k)
+        return self.value(squared_relu(self.key(x_k))), x[:, -1]
 
 
-class Block(ResidualBlock):
-    mixes = (TimeMix, ChannelMix)
+class Block(nn.Module):
+    """x + TimeMix(norm(x)), then x + ChannelMix(norm(x)). The first block also norms the embedding, by ln0."""
+
+    def __init__(self, config: RWKV7Config, layer: int):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.width)
+        self.ln1 = nn.LayerNorm(config.width)
+        self.ln2 = nn.LayerNorm(config.width)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config, layer)
 
     def forward(
         self, x: Tensor, state: BlockState | None, valid: Tensor | None, first: Tensor | None
     ) -> tuple[Tensor, BlockState, Tensor]:
+        """x (B, T, D) and the state before it (None: blank) -> output, the state after it, the first layer's values."""
         if state is None:
             zeros = x.new_zeros(x.shape[0], x.shape[2])
             state = {"att_shift": zeros, "ffn_shift": zeros, "wkv": None}
@@ -180,11 +202,11 @@ class RWKV7(RWKV):
 
     def blank_state(self, batch):
         c, weight = self.config, self.emb.weight
-        shift = torch.zeros(batch, c.layers, c.width, dtype=sum_dtype(weight), device=weight.device)
+        shift = torch.zeros(batch, c.layers, c.width, dtype=state_dtype(weight), device=weight.device)
         wkv = shift.new_zeros(batch, c.layers, c.width // c.head, c.head, c.head)
         return RecurrentState({"att_shift": shift, "ffn_shift": shift, "wkv": wkv})
 
-    def through_blocks(self, x, before, valid):
+    def run_blocks(self, x, before, valid):
         after, first = [], None
         for block, state in zip(self.blocks, before, strict=True):
             x, state, first = block(x, state, valid, first)
@@ -192,8 +214,8 @@ class RWKV7(RWKV):
         return x, after
 
     def state_features(self, state):
-        """Both shifts, and every head's matrix as a direction and the log of its length: the read-out is normalised, so
-        that it is the direction which is read, and the length says how far the next token will turn it."""
+        """Both shifts, and every head's matrix as a direction and the log of its length. What is read is normalised, so
+        it depends on the direction alone; the length says how far the next token will turn it."""
         s = state.tensors
         wkv = s["wkv"].flatten(3)  # (B, L, H, N N)
         length = wkv.norm(dim=-1, keepdim=True)

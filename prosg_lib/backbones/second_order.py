@@ -1,9 +1,14 @@
-"""Second derivatives with less arithmetic than PyTorch's own, for what is differentiated twice.
+"""Second derivatives in fewer passes over memory than PyTorch's own, for gradients through a gradient step.
 
-PyTorch derives most second derivatives step by step from the formula of the first; each step passes over the whole
-input. Here they are written out, or led through what is cheap to differentiate twice.
+PyTorch derives most second derivatives step by step from the formula of the first, and each step passes over the whole
+input. Here they are written out, or routed through something that is cheap to differentiate twice. The plain functions
+of `rwkv`, `wkv` and PyTorch are the reference: a test compares values and derivatives of both orders.
 
-Glossary of shapes: N any leading dimensions, D width, C classes; of WKV, see `wkv`.
+How to read it: every class is one autograd function. Where its `backward` is itself differentiated, that is another
+class here, named ...Grads. In comments, `g` is the gradient at an output, and a name with _ at its end is the change of
+what has the name.
+
+Glossary of shapes: N any leading dimensions, D width, C classes; for WKV, see `wkv`.
 """
 
 from __future__ import annotations
@@ -16,18 +21,18 @@ from torch import Tensor, bmm
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from prosg_lib.backbones.rwkv import lerps, squared_relu
-from prosg_lib.backbones.wkv import Decays, decayed_sums, in_chunks, levels, out_of_chunks, weighted_means
+from prosg_lib.backbones.rwkv import interpolate, squared_relu
+from prosg_lib.backbones.wkv import Decays, chunk_totals, decayed_sums, in_chunks, out_of_chunks, weighted_means
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
 class LeanSecondDerivatives(TorchFunctionMode):
-    """While it lasts, functions of PyTorch and of RWKV that have a lean second derivative here take it. Their values
-    are the same, to rounding.
+    """Context manager: what is computed inside has the second derivatives of this module, whenever it is
+    differentiated. Values are the same up to rounding.
 
-    It counts for what is calculated meanwhile, whenever that is differentiated. Calls of a form that is not here, as of
-    a cross entropy with weights, and half precision are left to PyTorch.
+    Replaced are the functions in `_LEAN`. Calls of a form that is not covered, such as a cross entropy with class
+    weights, and half precision are left to PyTorch.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -44,13 +49,13 @@ def _is_plain(x) -> bool:
 
 
 class _Lean(Function):
-    """What they have in common: torch.func.vmap can run them, and derivatives are made of the inputs."""
+    """Base class: `torch.func.vmap` can run it, and by default the inputs are saved for the backward pass."""
 
     generate_vmap_rule = True
 
     def __init_subclass__(cls):
         super().__init_subclass__()
-        # PyTorch asks for it at every call; to work it out takes as long as the calculation of a small tensor.
+        # PyTorch asks for the signature at every call, and working it out takes as long as computing a small tensor.
         cls.forward.__signature__ = inspect.signature(cls.forward)
 
     @staticmethod
@@ -65,10 +70,10 @@ class _Square(_Lean):
 
     @staticmethod
     def backward(ctx, g):
-        return _TwiceProduct.apply(*ctx.saved_tensors, g)
+        return _DoubledProduct.apply(*ctx.saved_tensors, g)
 
 
-class _TwiceProduct(_Lean):
+class _DoubledProduct(_Lean):
     """2 a b, in one pass."""
 
     @staticmethod
@@ -78,7 +83,7 @@ class _TwiceProduct(_Lean):
     @staticmethod
     def backward(ctx, g):
         a, b = ctx.saved_tensors
-        return _TwiceProduct.apply(b, g), _TwiceProduct.apply(a, g)
+        return _DoubledProduct.apply(b, g), _DoubledProduct.apply(a, g)
 
 
 def _power(x, exponent):
@@ -86,8 +91,8 @@ def _power(x, exponent):
 
 
 class _SquaredRelu(_Lean):
-    """The square, and the relu r, of which its slope 2 r g is made: that is zero where the relu is closed, only what
-    flows back into r is not."""
+    """relu(x)^2, and r = relu(x) as a second output, from which the gradient 2 r g is formed. That is zero where the
+    relu is closed; only what flows back into r needs a mask."""
 
     @staticmethod
     def forward(x):
@@ -97,26 +102,27 @@ class _SquaredRelu(_Lean):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(output[1])
-        ctx.set_materialize_grads(False)  # at first nothing flows there
+        ctx.set_materialize_grads(False)  # in a first derivative, nothing flows back into r
 
     @staticmethod
-    def backward(ctx, g, of_relu):
+    def backward(ctx, g, g_relu):
         (relu,) = ctx.saved_tensors
-        slope = None if g is None else _TwiceProduct.apply(relu, g)
-        bent = None if of_relu is None else torch.ops.aten.threshold_backward(of_relu, relu, 0)
-        return _both(slope, bent)
+        first = None if g is None else _DoubledProduct.apply(relu, g)
+        second = None if g_relu is None else torch.ops.aten.threshold_backward(g_relu, relu, 0)
+        return _sum(first, second)
 
 
-def _both(slope: Tensor | None, bent: Tensor | None) -> Tensor | None:
-    return bent if slope is None else slope if bent is None else slope + bent
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where None stands for zero."""
+    return b if a is None else a if b is None else a + b
 
 
-class _Mixes(_Lean):
-    """start + apart weight, of each weight (D,)."""
+class _Interpolate(_Lean):
+    """start + difference weight, for each weight (D,)."""
 
     @staticmethod
-    def forward(start, apart, *weights):
-        return tuple(torch.addcmul(start, apart, weight) for weight in weights)
+    def forward(start, difference, *weights):
+        return tuple(torch.addcmul(start, difference, weight) for weight in weights)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -125,27 +131,27 @@ class _Mixes(_Lean):
     @staticmethod
     def backward(ctx, *gs):
         if any(ctx.needs_input_grad[2:]):
-            return _MixesSlopes.apply(*ctx.saved_tensors, *gs)
+            return _InterpolateGrads.apply(*ctx.saved_tensors, *gs)
         _, *weights = ctx.saved_tensors
         return sum(gs[1:], gs[0]), _weighted(gs, weights), *(None for _ in weights)
 
 
-class _MixesSlopes(_Lean):
+class _InterpolateGrads(_Lean):
     @staticmethod
-    def forward(apart, *weights_and_gs):
+    def forward(difference, *weights_and_gs):
         weights, gs = _halves(weights_and_gs)
-        of_start = sum(gs[1:], gs[0].view_as(gs[0]))  # of a single one a view: an input itself may not be handed back
-        return of_start, _weighted(gs, weights), *(_over_rows(g * apart) for g in gs)
+        of_start = sum(gs[1:], gs[0].view_as(gs[0]))  # a view, because a function may not return its input itself
+        return of_start, _weighted(gs, weights), *(_over_rows(g * difference) for g in gs)
 
     @staticmethod
-    def backward(ctx, of_start, of_apart, *of_weights):
-        apart, *weights_and_gs = ctx.saved_tensors
+    def backward(ctx, of_start, of_difference, *of_weights):
+        difference, *weights_and_gs = ctx.saved_tensors
         weights, gs = _halves(weights_and_gs)
         of_gs = (
-            torch.addcmul(torch.addcmul(of_start, of_apart, weight), apart, of_weight)
+            torch.addcmul(torch.addcmul(of_start, of_difference, weight), difference, of_weight)
             for weight, of_weight in zip(weights, of_weights, strict=True)
         )
-        return _weighted(gs, of_weights), *(_over_rows(g * of_apart) for g in gs), *of_gs
+        return _weighted(gs, of_weights), *(_over_rows(g * of_difference) for g in gs), *of_gs
 
 
 def _halves(both):
@@ -164,20 +170,20 @@ def _over_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2).sum(0)
 
 
-def _lerps(start, end, *weights):
+def _interpolate(start, end, *weights):
     if start.ndim < 2 or start.shape != end.shape or any(w.shape != start.shape[-1:] for w in weights):
         return NotImplemented
-    return iter(_Mixes.apply(start, end - start, *weights))
+    return _Interpolate.apply(start, end - start, *weights)
 
 
 class _WeightedMeans(_Lean):
-    """num / den, the decayed sums of weight v and of weight (`wkv.weighted_means`). The slopes are made of den, too:
-    what flows back into it is part of the second derivative."""
+    """num / den, the decayed sums of weight v and of weight (`wkv.weighted_means`), and den as a second output, from
+    which gradients are formed: what flows back into it is part of the second derivative."""
 
     @staticmethod
     def forward(weight, v, valid, *decays):
         num, den = (decayed_sums(x, Decays(*decays))[0] for x in (weight * v, weight))
-        if valid is not None:  # so that mean and slopes are zero at padding
+        if valid is not None:  # so that mean and gradients are zero at padding
             den = den.masked_fill(~valid, torch.inf)
         return num / den, den
 
@@ -185,15 +191,15 @@ class _WeightedMeans(_Lean):
     def setup_context(ctx, inputs, output):
         weight, v, _, *decays = inputs
         ctx.save_for_backward(weight, v, *output, *decays)
-        ctx.set_materialize_grads(False)  # at first nothing flows into den
+        ctx.set_materialize_grads(False)  # in a first derivative, nothing flows back into den
 
     @staticmethod
     def backward(ctx, to_mean, to_den):
         weight, v, mean, den, *decays = ctx.saved_tensors
-        # It comes from a transposed tensor; all that is made of it in that order would take several times as long.
+        # It is the gradient of a transposed tensor, and computing in that memory order takes several times as long.
         to_mean = torch.zeros_like(mean) if to_mean is None else to_mean.contiguous()
         if any(ctx.needs_input_grad[3:]):
-            of_weight, of_v, _, *of_decays = _WeightedMeansSlopes.apply(to_mean, to_den, *ctx.saved_tensors)
+            of_weight, of_v, _, *of_decays = _WeightedMeansGrads.apply(to_mean, to_den, *ctx.saved_tensors)
             return of_weight, of_v, None, *of_decays
         of_num, of_den = (
             decayed_sums(to, Decays(*decays).transposed())[0] for to in _to_sums(to_mean, to_den, mean, den)
@@ -201,9 +207,9 @@ class _WeightedMeans(_Lean):
         return torch.addcmul(of_den, of_num, v), of_num * weight, *(None for _ in ctx.needs_input_grad[2:])
 
 
-class _WeightedMeansSlopes(_Lean):
-    """In its derivative, a name with _ is the change of what has the name, when weight, v and the decays change by what
-    flows back into their slopes."""
+class _WeightedMeansGrads(_Lean):
+    """Gradients for weight, v and the decays. Its own derivative asks how everything changes when weight, v and the
+    decays change by what flows back into their gradients: the names with _."""
 
     @staticmethod
     def forward(to_mean, to_den, weight, v, mean, den, *decays):
@@ -213,7 +219,7 @@ class _WeightedMeansSlopes(_Lean):
             of_x, to_found, to_totals = decayed_sums(to, decays.transposed())
             of_sums.append(of_x)
             x, to = in_chunks(x, decays), in_chunks(to, decays)
-            totals, found = levels(x, decays)
+            totals, found = chunk_totals(x, decays)
             of_within, of_total = bmm(x.mT, to), bmm(_row(to_totals), x)
             of_decays.append((of_within, of_total, bmm(totals.mT, to_found), bmm(_row(found), to)))
         of_num, of_den = of_sums
@@ -253,15 +259,15 @@ class _WeightedMeansSlopes(_Lean):
 
 
 def _to_sums(to_mean, to_den, mean, den):
-    """What flows back into num, and into den: from the mean, and from where else it went."""
+    """What flows back into num, and into den: from the mean, and (to_den) from wherever else den was used."""
     to_num = to_mean / den
-    return to_num, _both(-(to_num * mean), to_den)
+    return to_num, _sum(-(to_num * mean), to_den)
 
 
 def _sums_(x, x_, decays, decays_):
-    """How the decayed sums of chunks change, with x by x_ (None: not) and their decays; and the totals, what the chunks
-    find, and how each of them changes."""
-    totals, found = levels(x, decays)
+    """How the decayed sums of chunks change when x changes by x_ (None: not) and the decays by decays_; and the totals,
+    what each chunk finds, and how either changes."""
+    totals, found = chunk_totals(x, decays)
     totals_ = _product_(x, decays.total.mT, x_, decays_.total.mT).view_as(totals)
     found_ = _product_(totals, decays.over, totals_, decays_.over)
     sums_ = torch.addcmul(_product_(x, decays.within, x_, decays_.within), _row(found_).mT, decays.since)
@@ -278,17 +284,17 @@ def _row(of_chunks):
     return of_chunks.view(len(of_chunks), 1, -1)
 
 
-def _weighted_means(weight, v, past, valid, at_end, *decays):
+def _weighted_means(weight, v, past, valid, at_end, decays):
     if past is not None:
         return NotImplemented
-    totals = [levels(in_chunks(x, Decays(*decays)), Decays(*decays))[0] for x in (weight * v, weight)]
+    totals = [chunk_totals(in_chunks(x, decays), decays)[0] for x in (weight * v, weight)]
     end = torch.stack([bmm(t, at_end.mT)[..., 0] for t in totals], 1)
     return _WeightedMeans.apply(weight, v, valid, *decays)[0], end
 
 
 class _NLL(_Lean):
-    """Minus the logarithm of the probability that logits (N, C) give to `ids` (N,); and all probabilities, of which its
-    derivative is made: what flows back into them is the second derivative."""
+    """Negative log-likelihood (N,) of `ids` (N,) under logits (N, C), and the probabilities as a second output, from
+    which the gradient is formed: what flows back into them is the second derivative."""
 
     @staticmethod
     def forward(logits, ids):
@@ -298,22 +304,22 @@ class _NLL(_Lean):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(inputs[1], output[1])
-        ctx.set_materialize_grads(False)  # at first nothing flows there
+        ctx.set_materialize_grads(False)  # in a first derivative, nothing flows back into the probabilities
 
     @staticmethod
-    def backward(ctx, g, of_probabilities):
+    def backward(ctx, g, g_probabilities):
         ids, probabilities = ctx.saved_tensors
-        slope = bent = None
+        first = second = None
         if g is not None:
-            slope = (probabilities * g[..., None]).scatter_add_(-1, ids[..., None], -g[..., None])
-        if of_probabilities is not None:
-            bent = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-        return _both(slope, bent), None
+            first = (probabilities * g[..., None]).scatter_add_(-1, ids[..., None], -g[..., None])
+        if g_probabilities is not None:
+            second = torch._softmax_backward_data(g_probabilities, probabilities, -1, probabilities.dtype)
+        return _sum(first, second), None
 
 
 def _cross_entropy(logits, target, ignore_index, reduction, label_smoothing, **others):
-    """Of class indices; the classes are dimension 1 of the logits, or 0 of a single item's."""
-    weighted = any(value is not None for value in others.values())  # by class, or as it was said in older versions
+    """For class indices; the classes are dimension 1 of the logits, or dimension 0 for a single item."""
+    weighted = any(value is not None for value in others.values())  # by class, or an argument of older versions
     if weighted or label_smoothing or target.is_floating_point() or reduction not in ("none", "mean", "sum"):
         return NotImplemented
     counted = target != ignore_index
@@ -324,8 +330,8 @@ def _cross_entropy(logits, target, ignore_index, reduction, label_smoothing, **o
 
 
 class _LayerNorm(_Lean):
-    """With n the input (N, D) less its mean, by its scale s, a = g weight, P(a) = a - mean(a) - n mean(a n): the slope
-    of the input is P(a) / s, that of the weight the sum of g n, that of the bias the sum of g."""
+    """With n = (x - mean) / s for the input x (N, D), a = g weight and P(a) = a - mean(a) - n mean(a n), the gradients
+    are P(a) / s for the input, the sum of g n for the weight, and the sum of g for the bias."""
 
     @staticmethod
     def forward(x, weight, bias, eps):
@@ -340,10 +346,10 @@ class _LayerNorm(_Lean):
 
     @staticmethod
     def backward(ctx, g, *_):
-        return *_LayerNormSlopes.apply(g, *ctx.saved_tensors), None
+        return *_LayerNormGrads.apply(g, *ctx.saved_tensors), None
 
 
-class _LayerNormSlopes(_Lean):
+class _LayerNormGrads(_Lean):
     @staticmethod
     def forward(g, x, weight, bias, mean, inverse):
         return _layer_norm_backward(g, x, weight.shape, mean, inverse, weight, bias, [True, True, True])
@@ -363,11 +369,11 @@ class _LayerNormSlopes(_Lean):
         def shared(v, w):  # - mean(v w) / s
             return torch.linalg.vecdot(v, w)[..., None] * (inverse / -x.shape[-1])
 
-        n, a, straight = (x - mean) * inverse, g * weight, projected(of_x)
-        of_g = torch.addcmul(torch.addcmul(of_bias, n, of_weight), straight, weight)
+        n, a, p = (x - mean) * inverse, g * weight, projected(of_x)
+        of_g = torch.addcmul(torch.addcmul(of_bias, n, of_weight), p, weight)
         of_n = torch.addcmul(torch.addcmul(g * of_weight, of_x, shared(a, n)), a, shared(of_x, n))
-        bent_x = torch.addcmul(projected(of_n), n, shared(straight, a))  # P is symmetric: of_x P(a) = P(of_x) a
-        return of_g, bent_x, _over_rows(straight * g), None, None, None
+        second_x = torch.addcmul(projected(of_n), n, shared(p, a))  # P is symmetric: of_x P(a) = P(of_x) a
+        return of_g, second_x, _over_rows(p * g), None, None, None
 
 
 def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -383,7 +389,7 @@ _LEAN = {
     Tensor.pow: _power,
     Tensor.__pow__: _power,
     squared_relu: lambda x: _SquaredRelu.apply(x)[0],
-    lerps: _lerps,
+    interpolate: _interpolate,
     weighted_means: _weighted_means,
     F.cross_entropy: _cross_entropy,
     F.layer_norm: _layer_norm,

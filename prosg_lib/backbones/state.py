@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of states, and of the sums in them: float32 where the model computes in half precision."""
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
 @dataclass(frozen=True)
 class RecurrentState:
     """The state vectors of a batch of sequences.

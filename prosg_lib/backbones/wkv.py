@@ -1,4 +1,4 @@
-"""The WKV recurrence of RWKV-4, twice: step by step, and chunk-parallel over time.
+"""The WKV recurrence of RWKV-4: step by step, which is the reference, and chunk-parallel over time.
 
 Glossary of shapes: B batch, T time, D channels, C chunk length, n = T / C chunks, R the chunks of all sequences.
 
@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+
+from prosg_lib.backbones.overridable import overridable
+from prosg_lib.backbones.state import state_dtype
 
 BLANK = -1e38
 """Gauge of a state that has seen nothing: e^BLANK is zero in every dtype, and BLANK stays finite, unlike -inf."""
@@ -28,8 +30,8 @@ CHUNK = 32
 # keys for which that holds; wider ones are computed in float64, and wider still step by step.
 _SPREAD = {torch.float32: 40.0, torch.float64: 300.0}
 
-# Ages, in units of the decay, after which a token counts for nothing: beside the token at hand, whose weight is at
-# least e^{-_SPREAD}, it is lost in rounding.
+# Ages, in units of the decay, after which a token no longer counts: beside the current token, whose weight is at least
+# e^{-_SPREAD}, it vanishes in rounding.
 _FADED = {torch.float32: 70.0, torch.float64: 600.0}
 
 
@@ -41,10 +43,17 @@ class WKVState(NamedTuple):
     m: Tensor
 
 
-def blank_wkv(batch: int, width: int, *, dtype: torch.dtype, device: torch.device) -> WKVState:
-    """The state before the first token."""
-    zeros = torch.zeros(batch, width, dtype=dtype, device=device)
-    return WKVState(zeros, zeros, torch.full_like(zeros, BLANK))
+def wkv(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: WKVState | None = None, valid: Tensor | None = None
+) -> tuple[Tensor, WKVState]:
+    """WKV in the dtype of k, by sums in float32 or above: a single token step by step, several in chunks.
+
+    Arguments and results as in `wkv_recurrent`.
+    """
+    dtype, form = state_dtype(k), wkv_recurrent if k.shape[1] == 1 else wkv_chunked
+    with torch.autocast(k.device.type, enabled=False):  # sums over many tokens need the digits
+        out, state = form(w.to(dtype), u.to(dtype), k.to(dtype), v.to(dtype), state, valid)
+    return out.to(k.dtype), state
 
 
 def wkv_recurrent(
@@ -65,7 +74,8 @@ def wkv_recurrent(
     """
     dtype = k.dtype
     if state is None:
-        state = blank_wkv(k.shape[0], k.shape[2], dtype=dtype, device=k.device)
+        zeros = torch.zeros_like(k[:, 0])
+        state = WKVState(zeros, zeros, torch.full_like(zeros, BLANK))
     w, u, k, v, num, den, m = (x.double() for x in (w, u, k, v, *state))
     outputs = []
     for t in range(k.shape[1]):
@@ -96,16 +106,16 @@ def wkv_chunked(
 ) -> tuple[Tensor, WKVState]:
     """The same sums for all times at once: causal convolutions, one small Toeplitz matrix product a channel.
 
-    Arguments and results as in `wkv_recurrent`. Exact for every length. Where the keys spread too wide for one
-    gauge in the given dtype, the sums are taken in float64, or step by step (`_SPREAD`).
+    Arguments and results as in `wkv_recurrent`. Exact for every length. Where the keys spread too wide for one gauge in
+    the given dtype, the sums are taken in float64, or step by step (`_SPREAD`).
     """
-    lowest = _valid_or(torch.inf, k, valid).amin(1)
-    k = _valid_or(BLANK, k, valid)
+    lowest = (k if valid is None else k.masked_fill(~valid[..., None], torch.inf)).amin(1)
+    k = k if valid is None else k.masked_fill(~valid[..., None], BLANK)
     gauge = k.amax(1)
     if state is not None:
         gauge = torch.maximum(gauge, state.m)
     gauge = gauge.detach()
-    spread = _number((gauge - torch.minimum(lowest, gauge) + torch.relu(-u)).detach().amax())
+    spread = _item((gauge - torch.minimum(lowest, gauge) + torch.relu(-u)).detach().amax())
     if not spread <= _SPREAD[torch.float64]:
         return wkv_recurrent(w, u, k, v, state, valid)
     if spread <= _SPREAD.get(k.dtype, -1.0):
@@ -116,18 +126,14 @@ def wkv_chunked(
     return out.to(k.dtype), WKVState(*(x.to(k.dtype) for x in end))
 
 
-def _number(x: Tensor) -> float:
-    """Its value; under torch.func's vmap, which has many at once, one that float64 has room for."""
+def _item(spread: Tensor) -> float:
+    """The number; under torch.func's vmap, which has many at once, the largest spread that float64 has room for."""
     try:
-        return x.item()
+        return spread.item()
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
         return _SPREAD[torch.float64]
-
-
-def _valid_or(fill: float, x: Tensor, valid: Tensor | None) -> Tensor:
-    return x if valid is None else x.masked_fill(~valid[..., None], fill)
 
 
 def _in_one_gauge(w, u, k, v, state, valid, gauge, chunk) -> tuple[Tensor, WKVState]:
@@ -148,7 +154,7 @@ def _in_one_gauge(w, u, k, v, state, valid, gauge, chunk) -> tuple[Tensor, WKVSt
         age = seen.cumsum(1) - seen  # tokens since the given state
         past = start[..., None] * _faded(w * age)[:, None]
     at_end, decays = _decays(w, u, min(chunk, time), time)
-    out, end = weighted_means(weight, v, past, valid, at_end, *decays)
+    out, end = weighted_means(weight, v, past, valid, at_end, decays)
     if state is not None:
         end = end + start * _faded(w * seen.sum(1, keepdim=True).t())
     out = out.view(width, -1).t().contiguous().view(batch, time, width)
@@ -165,37 +171,14 @@ def _channels_first(x: Tensor) -> Tensor:
     return x.reshape(batch * time, width).t().contiguous().view(width, batch, time)
 
 
-def weighted_means(
-    weight: Tensor, v: Tensor, past: Tensor | None, valid: Tensor | None, at_end: Tensor, *decays: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The decayed sums of weight v by those of `weight`: wkv. A TorchFunctionMode can take it over (see `twice`).
-
-    Args:
-        weight, v: (D, B, T).
-        past: what an earlier state adds to both sums, (D, 2, B, T).
-        valid: (B, T); elsewhere the mean is zero.
-        at_end: what is left of a chunk's total after T, (D, 1, n).
-        decays: a `Decays`.
-    Returns:
-        the means (D, B, T), and both sums after T, without the past, (D, 2, B).
-    """
-    if has_torch_function((weight,)):
-        return handle_torch_function(weighted_means, (weight,), weight, v, past, valid, at_end, *decays)
-    sums, totals, _ = decayed_sums(torch.stack([weight * v, weight], 1), Decays(*decays))
-    num, den = (sums if past is None else sums + past).unbind(1)
-    if valid is not None:  # cut before dividing: 0/0 at a padded position would poison every gradient
-        num, den = num * valid, torch.where(valid, den, 1.0)
-    return num / den, torch.bmm(totals, at_end.mT).view(sums.shape[:-1])
-
-
 class Decays(NamedTuple):
-    """How much is left of a number at another place.
+    """How much of a number is left at another place.
 
     Attributes:
-        within: from place i at place t of the same chunk, (D, C, C).
-        total: from a chunk's places in its total, (D, 1, C).
-        over: from a chunk's total at another's beginning, (D, n, n).
-        since: from a chunk's beginning at its places, (D, 1, C).
+        within: of place i at place t of the same chunk, (D, C, C).
+        total: of a chunk's places in the total at its end, (D, 1, C).
+        over: of a chunk's total at the beginning of another, (D, n, n).
+        since: of what there was at a chunk's beginning at its places, (D, 1, C).
     """
 
     within: Tensor
@@ -208,33 +191,54 @@ class Decays(NamedTuple):
         return Decays(self.within.mT, self.since, self.over.mT, self.total)
 
 
+@overridable
+def weighted_means(
+    weight: Tensor, v: Tensor, past: Tensor | None, valid: Tensor | None, at_end: Tensor, decays: Decays
+) -> tuple[Tensor, Tensor]:
+    """The decayed sums of weight v, divided by those of `weight`: wkv.
+
+    Args:
+        weight, v: (D, B, T).
+        past: what an earlier state adds to both sums, (D, 2, B, T).
+        valid: (B, T); elsewhere the mean is zero.
+        at_end: what is left of each chunk's total after T, (D, 1, n).
+    Returns:
+        the means (D, B, T), and both sums after T, without the past, (D, 2, B).
+    """
+    sums, totals, _ = decayed_sums(torch.stack([weight * v, weight], 1), decays)
+    num, den = (sums if past is None else sums + past).unbind(1)
+    if valid is not None:  # cut before dividing: 0/0 at a padded position would poison every gradient
+        num, den = num * valid, torch.where(valid, den, 1.0)
+    return num / den, torch.bmm(totals, at_end.mT).view(sums.shape[:-1])
+
+
 def decayed_sums(x: Tensor, decays: Decays) -> tuple[Tensor, Tensor, Tensor]:
     """x (D, ..., T) -> y_t = sum_{i<t} e^{-(t-1-i) w} x_i + e^u x_t, same shape.
 
-    Two levels of the same thing: inside chunks, then over the chunks' totals, which decay by e^{-C w}. Those and what
-    each chunk finds, (D, R / n, n), are returned with the sums.
+    The same thing on two levels: inside chunks, then over the chunks' totals, which decay by e^{-C w}. The totals, and
+    what each chunk finds at its beginning, (D, R / n, n), are returned with the sums.
     """
     rows = in_chunks(x, decays)
-    totals, found = levels(rows, decays)
+    totals, found = chunk_totals(rows, decays)
     sums = torch.bmm(rows, decays.within).add_(torch.bmm(found.view(len(x), -1, 1), decays.since))
     return out_of_chunks(sums, x), totals, found
 
 
-def levels(rows: Tensor, decays: Decays) -> tuple[Tensor, Tensor]:
-    """Of chunks (D, R, C), their totals and what each of them finds, (D, R / n, n)."""
+def chunk_totals(rows: Tensor, decays: Decays) -> tuple[Tensor, Tensor]:
+    """Of chunks (D, R, C), the totals, and what each chunk finds of those before it, (D, R / n, n)."""
     totals = torch.bmm(rows, decays.total.mT).view(len(rows), -1, decays.over.shape[1])
     return totals, torch.bmm(totals, decays.over)
 
 
 def in_chunks(x: Tensor, decays: Decays) -> Tensor:
-    """x (D, ..., T) -> (D, R, C), a chunk a row; the first of each sequence is filled up with zeros."""
+    """x (D, ..., T) -> (D, R, C), one chunk a row; the first of each sequence is filled up with zeros."""
     chunk = decays.within.shape[-1]
     missing = -x.shape[-1] % chunk
     return (torch.nn.functional.pad(x, (missing, 0)) if missing else x).reshape(len(x), -1, chunk)
 
 
 def out_of_chunks(rows: Tensor, x: Tensor) -> Tensor:
-    """What of the rows belongs to x, in its shape."""
+    """The inverse of `in_chunks`: rows (D, R, C) in the shape of x, without what was filled up."""
     return rows.view(*x.shape[:-1], -1)[..., -x.shape[-1] :]
 
 
@@ -260,5 +264,5 @@ def _toeplitz(powers: Tensor, bonus: Tensor | None) -> Tensor:
 
 
 def _faded(age: Tensor) -> Tensor:
-    """e^{-age}, and 0 where that is too little to matter: a processor needs many times longer for denormal numbers."""
+    """e^{-age}, and 0 where that no longer matters: processors are many times slower on denormal numbers."""
     return torch.where(age < _FADED[age.dtype], torch.exp(-age), 0.0)

@@ -1,7 +1,7 @@
-"""The recurrence of RWKV-7, a generalised delta rule, twice: token by token, and chunk-parallel over time.
+"""The recurrence of RWKV-7, a generalised delta rule: token by token, which is the reference, and chunk-parallel.
 
 Source: Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", arXiv 2503.14456. Every head keeps a
-matrix S that maps keys to values. A token fades it, takes out what it holds under one key, and writes a value under
+matrix S that maps keys to values. Each token decays it, removes what it holds under one key, and writes a value under
 another::
 
     S_t = S_{t-1} diag(e^{w_t}) - (S_{t-1} kappa_t) (a_t * kappa_t)^T + v_t k_t^T,        y_t = S_t r_t
@@ -20,6 +20,22 @@ CHUNK = 32
 """Chunk length: short enough for its decays (below), long enough that the loop over chunks is short."""
 
 
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    state: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence for any number of tokens: a single one step by step, several in chunks. See `wkv7_recurrent`."""
+    form = wkv7_recurrent if k.shape[1] == 1 else wkv7_chunked
+    with torch.autocast(k.device.type, enabled=False):  # sums over many tokens need the digits
+        return form(r, w, k, v, kappa, a, state, valid)
+
+
 def wkv7_recurrent(
     r: Tensor,
     w: Tensor,
@@ -36,8 +52,8 @@ def wkv7_recurrent(
         r: where to read, (B, T, H, N), as all of these.
         w: log of the decay, from -e^{-1/2} to 0: RWKV-7 has w = -e^{-1/2} sigmoid(...).
         k, v: key and value that are written.
-        kappa: the key whose value is taken out, of length 1.
-        a: how much of it is taken out, 0 to 1.
+        kappa: the key whose value is removed, of length 1.
+        a: how much of it is removed, 0 to 1.
         state: S before the first token, rows of values and columns of keys, (B, H, N, N); None for zero.
         valid: (B, T), False at left padding, which the state must not see.
     Returns:
@@ -66,7 +82,7 @@ def wkv7_chunked(
 ) -> tuple[Tensor, Tensor]:
     """The same in matrix products over chunks; only the state goes from chunk to chunk in a loop.
 
-    Arguments and results as in `wkv7_recurrent`. Let u_t = S_{t-1} kappa_t be what is taken out at t, and e^{G_t} the
+    Arguments and results as in `wkv7_recurrent`. Let u_t = S_{t-1} kappa_t be what is removed at t, and e^{G_t} the
     decay from the chunk's start S_0 to after t. Then, with products and quotients channel by channel,
 
         S_t = S_0 e^{G_t} + sum_{i<=t} (v_i k_i^T - u_i (a_i kappa_i)^T) e^{G_t - G_i},
@@ -87,7 +103,7 @@ def wkv7_chunked(
     k, back, r = k * early, a * kappa * early, r * late
     kappa = kappa * torch.exp(grown - w - middle)  # u_t reads before t fades anything
 
-    # What every token reads of what every token wrote, or took out, in its own chunk; later ones are cut off.
+    # What every token reads of what every token of its chunk wrote, or removed; later ones are cut off.
     written, taken = (torch.cat([kappa, r], -2) @ x.mT for x in (k, back))  # (B, H, n, 2 C, C)
     u_written, u_taken = written[..., :chunk, :].tril(-1), taken[..., :chunk, :].tril(-1)
     y_written, y_taken = written[..., chunk:, :].tril(), taken[..., chunk:, :].tril()
@@ -108,7 +124,7 @@ def wkv7_chunked(
 
 
 def _nothing_at_padding(tensors: Iterable[Tensor], valid: Tensor | None) -> Iterable[Tensor]:
-    """Zeros where not valid: such a token fades nothing, takes nothing out, writes nothing and reads nothing."""
+    """Zeros where not valid: such a token decays nothing, removes nothing, writes nothing and reads nothing."""
     return tensors if valid is None else [x.masked_fill(~valid[..., None, None], 0.0) for x in tensors]
 
 

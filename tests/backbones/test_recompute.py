@@ -86,7 +86,8 @@ def test_another_change_that_is_applied_meanwhile_does_no_harm(lm):
     lm.requires_grad_(False)
     generator = generator_of(lm)
     ids = batch_of(lm.config.vocab).rest
-    meanwhile = generator(lm, torch.roll(ids, 1, 1))[0].detach()
+    with torch.no_grad():
+        meanwhile = generator(lm, torch.roll(ids, 1, 1))[0]
 
     def loss():
         with applied(lm, generator(lm, ids)[0]):
