@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prosg_lib.errors import UserError
 from prosg_lib.files import json_kind
+from prosg_lib.tasks.dialogue import words
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,16 @@ def check_text(place: Place, column: str, value, *, empty: bool = False, one_lin
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise place.error("holds half of a surrogate pair, which is no character; correct it", column) from None
+
+
+def check_instructions(place: Place, value) -> None:
+    """A UserError unless the value is an object of instructions: a word, in one line, by kind."""
+    if not isinstance(value, dict):
+        raise place.error(
+            f"an object was expected, not {json_kind(value)}; write {{}} where nothing is instructed", "instructions"
+        )
+    kinds = sorted(words()["instructions"])
+    for kind, word in value.items():
+        if kind not in kinds:
+            raise place.error(f"unknown kind of instruction; there are {', '.join(kinds)}", f"instructions.{kind}")
+        check_text(place, f"instructions.{kind}", word, one_line=True)
