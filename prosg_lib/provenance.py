@@ -4,6 +4,7 @@ import functools
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -65,6 +66,16 @@ def versions() -> dict[str, str]:
         "transformers": version("transformers"),
         "prosg_lib": version(DISTRIBUTION),
     }
+
+
+def peak_mb() -> float | None:
+    """The most memory that this process has used, in MB; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
 def facts() -> dict[str, str | dict[str, str]]:

@@ -23,7 +23,6 @@ import math
 import numbers
 import os
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,10 +165,8 @@ def finish() -> None:
         "notebook": context.notebook,
         "profile": context.profile,
         "seed": context.seed,
-        # Set by `prosg reproduce`: tells the file of this very run from one that an earlier run left.
-        "run_id": os.environ.get("PROSG_RUN_ID"),
-        "finished": time.time(),
         **provenance.facts(),
+        "peak_mb": provenance.peak_mb(),
         "books": books_digest(),
         "claims": context.values,
     }

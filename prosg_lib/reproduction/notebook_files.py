@@ -1,11 +1,6 @@
-"""The course's notebooks as files: which there are, what they take, whether they are clean; and running one of them.
-
-`python -m prosg_lib.reproduction.notebook_files SOURCE TARGET PARAMETERS` executes one notebook; `run` starts it as a
-process of its own, so that the notebook's time and peak memory are that process's.
-"""
+"""The course's notebooks as files: which there are, what they take, whether they are clean; and running one of them."""
 
 import ast
-import json
 import re
 import sys
 import warnings
@@ -112,24 +107,31 @@ def execute(source: Path, target: Path, values: Mapping[str, Any]) -> None:
     """Executes a notebook in a kernel of this Python and writes the executed copy, also when a cell fails.
 
     Raises:
-        PapermillExecutionError: a cell failed.
-        CellTimeoutError: a cell took longer than `CELL_S`.
-        DeadKernelError: the kernel died; the copy then calls every cell completed, which is not to be believed.
+        UserError: a cell failed, took longer than `CELL_S`, or the kernel died (the copy then calls every cell
+            completed, which is not to be believed).
     """
     import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
 
-    papermill.execute_notebook(
-        source,
-        target,
-        parameters=dict(values),
-        kernel_name="python3",
-        cwd=source.parent,
-        start_timeout=KERNEL_START_S,
-        execution_timeout=CELL_S,
-        coalesce_streams=True,  # a progress bar is one line in the copy, not a thousand
-        progress_bar=True,
-    )
-
-
-if __name__ == "__main__":
-    execute(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            source,
+            target,
+            parameters=dict(values),
+            kernel_name="python3",
+            cwd=source.parent,
+            start_timeout=KERNEL_START_S,
+            execution_timeout=CELL_S,
+            coalesce_streams=True,  # a progress bar is one line in the copy, not a thousand
+            progress_bar=sys.stderr.isatty(),
+        )
+    except PapermillExecutionError as error:
+        first, *_ = error.source.strip().splitlines() or [""]
+        *_, last = error.evalue.strip().splitlines() or [""]
+        raise UserError(f"In [{error.exec_count}] (`{first[:60]}`): {error.ename}: {last.strip()}") from error
+    except CellTimeoutError as error:
+        raise UserError(f"a cell ran for more than {CELL_S / 3600:g} hours and was ended") from error
+    except DeadKernelError as error:
+        raise UserError("its kernel died; often memory was short (a smaller profile needs less)") from error

@@ -19,13 +19,10 @@ def load_records(run_dir: Path) -> dict[str, dict[str, Any]]:
     return files.read_json(path) if path.is_file() else {}
 
 
-def measured(run_dir: Path, record: dict[str, Any]) -> dict[str, Any] | None:
-    """The claims file that belongs to a record, None where that very run did not finish it."""
-    path = claims.measured_path(run_dir, record["notebook"])
-    if not path.is_file():
-        return None
-    found = files.read_json(path)
-    return found if found.get("run_id") == record["run_id"] else None
+def measured(run_dir: Path, notebook: str) -> dict[str, Any] | None:
+    """What a notebook of the run recorded, None where it did not finish."""
+    path = claims.measured_path(run_dir, notebook)
+    return files.read_json(path) if path.is_file() else None
 
 
 def build(profile: str, run_dir: Path, expected_dir: Path, course: Iterable[str]) -> dict[str, Any]:
@@ -50,7 +47,7 @@ def build(profile: str, run_dir: Path, expected_dir: Path, course: Iterable[str]
         if record is None:
             notebooks.append({"name": name, "status": "not run"})
             continue
-        found[name] = measured(run_dir, record)
+        found[name] = measured(run_dir, name)
         rows += [{"notebook": name, **row} for row in claims.judge(found[name], name, profile, expected_dir)]
         notebooks.append({"name": name, **{key: value for key, value in record.items() if key != "notebook"}})
     facts = [made for made in found.values() if made]
