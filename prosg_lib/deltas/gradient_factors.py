@@ -9,7 +9,7 @@ Glossary of shapes: B batch, T tokens, r rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -34,12 +34,10 @@ def captured_inputs(lm: EditableModel, names: list[str]) -> Iterator[dict[str, T
 
         return hook
 
-    handles = [maps[name].register_forward_pre_hook(keep(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(maps[name].register_forward_pre_hook(keep(name)))
         yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -60,12 +58,10 @@ def captured_passes(lm: EditableModel, names: Iterable[str]) -> Iterator[dict[st
         return hook
 
     maps = lm.editable()
-    handles = [maps[name].register_forward_hook(keep(name)) for name in passes]
-    try:
+    with ExitStack() as hooks:
+        for name in passes:
+            hooks.enter_context(maps[name].register_forward_hook(keep(name)))
         yield passes
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class TokenFactors(NamedTuple):

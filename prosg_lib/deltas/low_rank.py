@@ -136,11 +136,8 @@ class LowRankDelta:
         if meta.get("kind") != "delta":
             raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a delta")
         names = sorted({name.rsplit(".", 1)[0] for name in tensors})
-        try:
-            factors = {name: Factors(tensors[f"{name}.U"], tensors[f"{name}.V"]) for name in names}
-            return cls(factors, meta["fingerprint"], meta["scale"])
-        except KeyError as error:
-            raise UserError(f"{path} is not a complete delta: {error} is missing; save it again") from error
+        factors = {name: Factors(tensors[f"{name}.U"], tensors[f"{name}.V"]) for name in names}
+        return cls(factors, meta["fingerprint"], meta["scale"])
 
     @torch.no_grad()
     def merged(self, lm: EditableModel) -> EditableModel:
@@ -226,7 +223,7 @@ def changed_maps(lm: EditableModel, delta: LowRankDelta) -> dict[str, nn.Module]
     """The maps of the model that the delta changes, by name.
 
     Raises:
-        UserError: the delta was made for another model, names a map that this one does not have, or holds integers.
+        UserError: the delta was made for another model, or names a map that this one does not have.
     """
     if delta.fingerprint != lm.fingerprint():
         raise UserError(
@@ -239,8 +236,4 @@ def changed_maps(lm: EditableModel, delta: LowRankDelta) -> dict[str, nn.Module]
         raise UserError(
             f"the delta changes {', '.join(sorted(unknown))}, which this model does not have (it has {', '.join(maps)})"
         )
-    for name, factors in delta.factors.items():
-        kinds = {str(t.dtype) for t in factors if not t.is_floating_point()}
-        if kinds:  # a cast has cut off all digits behind the point
-            raise UserError(f"the delta's factors of {name} are {' and '.join(kinds)}; cast them from a float delta")
     return {name: maps[name] for name in delta.factors}

@@ -57,6 +57,14 @@ def parameter_key(name: str) -> str:
     return name.replace(".", "_")
 
 
+def check_model(fingerprint: str, lm: LanguageModel) -> None:
+    """Raises a UserError if what is to be used with this model was trained for one with another fingerprint."""
+    if fingerprint != lm.fingerprint():
+        raise UserError(
+            f"this module was trained for model {fingerprint}, not for this one ({lm.fingerprint()}); load that model"
+        )
+
+
 def step_size_group(log_step_sizes: nn.Parameter) -> dict:
     """Optimiser group of learned step sizes, kept as logarithms; see `training.loop.groups_of`.
 
@@ -134,14 +142,7 @@ class Generator(nn.Module, ABC):
         Raises:
             UserError: a prompt is empty, or the generator was trained for another model.
         """
-        self.check_model(lm)
+        check_model(self.fingerprint, lm)
         self.eval()  # no dropout
         ids, valid = lm.encode_prompts(prompts)
         return self(lm, ids, None if valid.all() else valid)[0]
-
-    def check_model(self, lm: LanguageModel) -> None:
-        """Raises a UserError if the generator was trained for another model."""
-        if self.fingerprint != lm.fingerprint():
-            raise UserError(
-                f"this generator was trained for model {self.fingerprint}, not for this one ({lm.fingerprint()})"
-            )

@@ -32,7 +32,7 @@ from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.deltas.gradient_factors import captured_inputs
 from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
-from prosg_lib.generators.base import DROPOUT, Generator, parameter_key
+from prosg_lib.generators.base import DROPOUT, Generator, check_model, parameter_key
 
 
 class LastToken(NamedTuple):
@@ -158,7 +158,7 @@ class TokenGenerator(Generator):
         """
         if chunk < 1:
             raise UserError(f"chunk is {chunk}; read at least 1 token at a time")
-        self.check_model(lm)
+        check_model(self.fingerprint, lm)
         self.eval()  # no dropout
         for piece in lm.encode_prompts([text])[0].split(chunk, 1):
             memory = self.update(lm, piece, memory)

@@ -18,7 +18,7 @@ Glossary of shapes: B batch, n contexts per example, T context tokens, all of an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.second_order import LeanSecondDerivatives
 from prosg_lib.deltas.gradient_factors import captured_passes
-from prosg_lib.generators.base import parameter_key, step_size_group
+from prosg_lib.generators.base import check_model, parameter_key, step_size_group
 from prosg_lib.gradient_steps.one_step import check_finite, contexts_of_steps
-from prosg_lib.gradient_steps.weight_step import check_start
 from prosg_lib.text.padding import Rows
 
 
@@ -85,7 +84,7 @@ class MapStep(nn.Module):
             UserError: the start was trained for another model, or this model has no second derivatives as it runs here.
             NotFinite: a context's loss is not finite.
         """
-        check_start(self.fingerprint, lm)
+        check_model(self.fingerprint, lm)
         start = {f"lm.{n}": w.detach() + self.moved[parameter_key(n)] for n, w in lm.named_parameters()}
         model, step, training = _HiddenAndLogits(lm), {}, torch.is_grad_enabled()
         if training:
@@ -148,12 +147,9 @@ class _HiddenAndLogits(nn.Module):
 @contextmanager
 def _applied(lm: LanguageModel, step: Step) -> Iterator[None]:
     """A context in which every map, but not the readout, adds its step to its output."""
-    handles = [
-        module.register_forward_hook(lambda module, args, out, name=name: out + step[name].attend(args[0]))
-        for name, module in (lm.editable() if step else {}).items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in (lm.editable() if step else {}).items():
+            hooks.enter_context(
+                module.register_forward_hook(lambda module, args, out, own=step[name]: out + own.attend(args[0]))
+            )
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.errors import UserError
-from prosg_lib.generators.base import parameter_key
+from prosg_lib.generators.base import check_model, parameter_key
 from prosg_lib.gradient_steps.one_step import LossOf, contexts_of_steps, gradient_steps, mean_nll
 from prosg_lib.text.padding import Rows
 
@@ -51,7 +51,7 @@ class WeightStep(nn.Module):
         Raises:
             UserError: the start was trained for another model.
         """
-        check_start(self.fingerprint, lm)
+        check_model(self.fingerprint, lm)
         start = {}
         for name, weight in lm.named_parameters():
             key = parameter_key(name)
@@ -85,12 +85,6 @@ class WeightStep(nn.Module):
             return mean_nll(_logits(lm)(weights, ids[:, :-1], valid[:, :-1]), ids, valid).mean()
 
         return lambda weights: _per_example(lm, loss_of_one)(weights, *contexts).sum()
-
-
-def check_start(fingerprint: str, lm: LanguageModel) -> None:
-    """Raises a UserError where a trained start, with this fingerprint of its model, is for another model."""
-    if fingerprint != lm.fingerprint():
-        raise UserError(f"this start is for model {fingerprint}, not for this one ({lm.fingerprint()})")
 
 
 def _per_example(lm: LanguageModel, f: Callable[..., Tensor]) -> Callable[..., Tensor]:

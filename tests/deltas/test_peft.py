@@ -1,5 +1,4 @@
-"""A delta in the weights, and as an adapter of PEFT: the same logits there and back, and what is no such change is
-refused."""
+"""A delta merged into weights, and as a PEFT adapter: the same logits there and back."""
 
 import copy
 import hashlib
@@ -86,7 +85,7 @@ def digest(lm):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_model_has_the_change_in_its_weights(pair, kind):
-    """A new model of another fingerprint with the changed model's logits; of the old one not a bit is other."""
+    """A new model with another fingerprint and the changed model's logits; the old one is unchanged, bit for bit."""
     lm, _ = pair(kind)
     before, delta = digest(lm), delta_for(lm, (3, 1))
     merged = delta.merged(lm)
@@ -101,13 +100,15 @@ def test_a_merged_model_has_the_change_in_its_weights(pair, kind):
 
 
 @torch.no_grad()
-def test_merging_is_for_one_change_of_this_model(lm, make_lm):
+def test_one_change_of_this_model_is_merged_or_saved(lm, make_lm, tmp_path):
     """Also into half precision, rounded once."""
-    delta = delta_for(lm, batch=3)
-    with pytest.raises(UserError, match=r"has 3 changes, and weights can take one; select\(\[i\]\)"):
-        delta.merged(lm)
-    with pytest.raises(UserError, match="made for model"):
-        delta.select([0]).merged(make_lm(seed=1))
+    delta, folder = delta_for(lm, batch=3), tmp_path / "adapter"
+    for use in (lambda delta, lm: delta.merged(lm), lambda delta, lm: delta.save_peft(folder, lm)):
+        with pytest.raises(UserError, match=r"has 3 changes, and weights can take one; select\(\[i\]\)"):
+            use(delta, lm)
+        with pytest.raises(UserError, match="made for model"):
+            use(delta.select([0]), make_lm(seed=1))
+    assert not folder.exists()
     half, name = make_lm(dtype=torch.bfloat16), "blocks.1.ffn.key"
     one = delta_for(half)
     (u,), (v,) = one.factors[name]
@@ -147,15 +148,6 @@ def test_a_folder_is_enough_for_peft(pair, tmp_path):
     delta.save_peft(tmp_path / "adapter", lm, base_model=str(tmp_path / "llama"))
     model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert_close(model(input_ids=ids_of()).logits, ours(lm, delta), **CLOSE)
-
-
-def test_an_adapter_is_one_change_of_this_model(lm, make_lm, tmp_path):
-    delta = delta_for(lm, batch=3)
-    with pytest.raises(UserError, match="has 3 changes"):
-        delta.save_peft(tmp_path, lm)
-    with pytest.raises(UserError, match="made for model"):
-        delta.select([0]).save_peft(tmp_path, make_lm(seed=1))
-    assert not any(tmp_path.iterdir())
 
 
 # --- adapters that PEFT writes ------------------------------------------------------------------------------------
@@ -227,36 +219,37 @@ def test_what_is_more_than_a_low_rank_change_is_refused(pair, tmp_path, config, 
         LowRankDelta.load_peft(tmp_path / "adapter", lm)
 
 
-def test_other_models_and_damaged_folders_are_refused(lm, make_lm, tmp_path):
-    folder = tmp_path / "adapter"
-    with pytest.raises(UserError, match=r"adapter_config\.json does not exist"):
-        LowRankDelta.load_peft(folder, lm)
-    delta_for(lm).save_peft(folder, lm)
-    with pytest.raises(UserError, match=r"is for another model: there, .* has 16 outputs and 16 inputs, here 8 and 8"):
-        LowRankDelta.load_peft(folder, make_lm(width=8))
-    with pytest.raises(UserError, match=r"changes rwkv\.blocks\.2\.attention\.key, .*does not let a delta change"):
-        LowRankDelta.load_peft(folder, make_lm(layers=2))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    files.write_json(folder / "adapter_config.json", config | {"peft_type": "PROMPT_TUNING"})
-    with pytest.raises(UserError, match="describes no LoRA adapter"):
-        LowRankDelta.load_peft(folder, lm)
-    files.write_json(folder / "adapter_config.json", config | {"a_later_invention": 2})
-    with pytest.raises(UserError, match="a_later_invention = 2"):
-        LowRankDelta.load_peft(folder, lm)
-    files.write_json(folder / "adapter_config.json", config)
-    own = files.load_foreign_tensors(folder / "adapter_model.safetensors")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def config_with(**more):
+    return lambda folder: files.write_json(folder / CONFIG, json.loads((folder / CONFIG).read_text()) | more)
+
+
+def one_half_missing(folder):
+    own = files.load_foreign_tensors(folder / WEIGHTS)
     del own["base_model.model.rwkv.blocks.1.attention.key.lora_B.weight"]
-    files.save_tensors(folder / "adapter_model.safetensors", own, {})
-    with pytest.raises(UserError, match=r"so base_model\.model\.rwkv\.blocks\.1\.attention\.key\.lora_B.*missing"):
-        LowRankDelta.load_peft(folder, lm)
-    weights = folder / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cut short"):
-        LowRankDelta.load_peft(folder, lm)
-    weights.unlink()
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors does not exist"):
-        LowRankDelta.load_peft(folder, lm)
+    files.save_tensors(folder / WEIGHTS, own, {})
+
+
+@pytest.mark.parametrize(
+    ("damage", "sizes", "message"),
+    [
+        (lambda folder: (folder / CONFIG).unlink(), {}, r"adapter_config\.json does not exist"),
+        (lambda folder: (folder / WEIGHTS).unlink(), {}, r"adapter_model\.safetensors does not exist"),
+        (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:2000]), {}, "cut short"),
+        (config_with(peft_type="PROMPT_TUNING"), {}, "describes no LoRA adapter"),
+        (config_with(a_later_invention=2), {}, "a_later_invention = 2"),
+        (one_half_missing, {}, r"base_model\.model\.rwkv\.blocks\.1\.attention\.key\.lora_B"),
+        (lambda folder: None, {"width": 8}, r"another model: there, .* has 16 outputs and 16 inputs, here 8 and 8"),
+        (lambda folder: None, {"layers": 2}, r"changes rwkv\.blocks\.2\.attention\.key, .*does not let a delta change"),
+    ],
+)
+def test_other_models_and_damaged_folders_are_refused(lm, make_lm, tmp_path, damage, sizes, message):
+    delta_for(lm).save_peft(tmp_path / "adapter", lm)
+    damage(tmp_path / "adapter")
+    with pytest.raises(UserError, match=message):
+        LowRankDelta.load_peft(tmp_path / "adapter", make_lm(**sizes))
 
 
 def test_maps_that_peft_refuses_are_refused_at_once(tmp_path):

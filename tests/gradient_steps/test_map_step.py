@@ -152,5 +152,5 @@ def test_rates_are_trained_apart_from_the_start(lm):
 def test_another_models_start_is_refused(lm):
     torch.manual_seed(7)
     other = scrambled(RWKV4(RWKV4Config(vocab=50, width=16, layers=2, ffn=32)))
-    with pytest.raises(UserError, match="this start is for model"):
+    with pytest.raises(UserError, match="was trained for model"):
         adapted(MapStep(lm, 0.02), other, rows_of(2, 1)[0])
