@@ -247,31 +247,30 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from prosg_lib.evaluation import forgetting
-    from prosg_lib.reproduction import suites
+    from prosg_lib.reproduction import suite_report
 
     if options.from_predictions is not None:
         if options.generator is not None:
-            raise UserError("--generator goes with --model; predictions that are kept have theirs")
-        suites.recompute(options.from_predictions, options.out)
+            raise UserError("--generator goes with --model; kept predictions name their own")
+        suite_report.recompute(options.from_predictions, options.out)
     else:
         how = (options.model, options.generator, options.profile, options.seed, options.items, options.out)
-        forgetting.evaluate(*how, command=shlex.join(["prosg", *options.words]))
+        suite_report.evaluate(*how, command=shlex.join(["prosg", *options.words]))
     print(f"written to {options.out}: results.md has the tables")
     return 0
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib.evaluation import ablation_study, suite_study
+    from prosg_lib.evaluation import ablation_study, memory_tests
     from prosg_lib.training import ablations, distributed, pair_stages, stages, suite_stages, transformer_stages
 
     distributed.accelerator()
     profile, what = options.profile, options.what
     if what == "ablations":
         names = [variant.name(profile) for variant in ablation_study.variants(profile, options.seed)]
-        train = ablation_study.measured
+        train = ablation_study.measure
     elif what == "suite":
-        names, train = suite_study.names(profile), suite_study.measured
+        names, train = memory_tests.study_names(profile), memory_tests.study
     elif what == "way":
         tasks, after = tuple(options.task), tuple(options.after)
         spec = pair_stages.WaySpec(options.method, tasks, options.objective, options.contexts, after)

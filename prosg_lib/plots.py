@@ -1,4 +1,4 @@
-"""What people look at: one palette, one style a method, and figures that say where they came from."""
+"""Figures: one palette, one style a method, and helpers for the figures that notebooks and reports share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import html
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple
 from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib as mpl
@@ -16,11 +17,12 @@ from matplotlib.figure import Figure
 
 from prosg_lib.errors import UserError
 
-if TYPE_CHECKING:
-    from prosg_lib.evaluation.recall import Estimate
+if TYPE_CHECKING:  # what only draws should not wait for torch
+    from prosg_lib.evaluation.baselines import Baseline
+    from prosg_lib.evaluation.memory_tests import Test
+    from prosg_lib.evaluation.statistics import Estimate
 
-
-# Okabe & Ito (2008), "Color Universal Design": told apart with any common colour vision.
+# Okabe & Ito (2008), "Color Universal Design": distinguishable with any common colour vision.
 PALETTE = {
     "black": "#000000",
     "orange": "#E69F00",
@@ -56,29 +58,41 @@ METHOD_STYLE = {
     "static-read": MethodStyle("static delta, prompt read", PALETTE["sky"], "*", "--"),
     "none": MethodStyle("no prompt", PALETTE["grey"], "v", ":"),
     "repeated": MethodStyle("prompt repeated", PALETTE["green"], "P", "-."),
+    "transformer": MethodStyle("transformer, looks back", PALETTE["black"], "+", ":"),
+    "adapter": MethodStyle("gradient step", PALETTE["purple"], "p", "-"),
+    "alone": MethodStyle("its delta alone", PALETTE["sky"], "h", "-."),
+    "adapter-alone": MethodStyle("gradient step alone", PALETTE["orange"], "d", "-."),
+    "adapter-wrong": MethodStyle("another's gradient step", PALETTE["vermillion"], "1", ":"),
+}
+
+_FAMILY_STYLE = {
     "twice": MethodStyle("prompt read twice", PALETTE["orange"], "<", "-."),
     "every": MethodStyle("prompt read again", PALETTE["green"], ">", "-."),
     "reinject": MethodStyle("state re-injected", PALETTE["vermillion"], "h", "-."),
     "offset": MethodStyle("state offset", PALETTE["purple"], "p", "-."),
     "tuned": MethodStyle("state tuned", PALETTE["sky"], "d", "-."),
     "lora": MethodStyle("LoRA on the prompt", PALETTE["grey"], "X", "-."),
-    "transformer": MethodStyle("transformer, looks back", PALETTE["black"], "+", ":"),
     "last": MethodStyle("transformer, last tokens", PALETTE["sky"], "1", ":"),
 }
+"""By family of `Baseline`."""
+
+_SPARE = [MethodStyle("", PALETTE[c], m, ":") for c, m in {"grey": "2", "green": "3", "orange": "4"}.items()]
 
 
-def style_of(method: str) -> MethodStyle:
-    """The style of a method, or of its family with its numbers in the label: "every-128" is "prompt read again, 128".
+def styles(methods: Iterable[str | Baseline]) -> dict[str, MethodStyle]:
+    """The style of every method by its name; a baseline has its numbers in the label, "prompt read again, 128".
 
-    Raises:
-        UserError: there is no such family.
+    A name that is not known here is its own label, in a spare style.
     """
-    family, *numbers = method.split("-")
-    if method in METHOD_STYLE:
-        return METHOD_STYLE[method]
-    if family not in METHOD_STYLE:
-        raise UserError(f"{method!r} has no style; give one as styles={{{method!r}: MethodStyle(...)}}")
-    return METHOD_STYLE[family]._replace(label=", ".join([METHOD_STYLE[family].label, *numbers]))
+    found: dict[str, MethodStyle] = {}
+    for method in methods:
+        if isinstance(method, str):
+            spare = _SPARE[len(found) % len(_SPARE)]
+            found[method] = METHOD_STYLE.get(method, spare._replace(label=method))
+        else:
+            look = _FAMILY_STYLE[method.family]
+            found[method.name] = look._replace(label=", ".join([look.label, *(f"{n:g}" for n in astuple(method))]))
+    return found
 
 
 @contextlib.contextmanager
@@ -112,46 +126,57 @@ def png(fig: Figure) -> bytes:
     return image.getvalue()
 
 
-_ROOM = 1 / 7  # of the axis, that numbers of some thousand need to stand upright beside each other
-
-
-def distance_axis(ax: Axes, distances: Sequence[int]) -> None:
-    """An x axis for distances in tokens: logarithmic, with 0 at its left end and every distance named."""
-    lowest = min((d for d in distances if d > 0), default=1)
-    ax.set_xscale("symlog", linthresh=lowest, linscale=0.5)
-    name_places(ax, distances)
-    ax.set_xlabel("distance between prompt and question (tokens)")
+_ROOM = 1 / 7  # share of the axis that a number of some thousands needs to stand upright beside the next
 
 
 def name_places(ax: Axes, places: Sequence[int]) -> None:
-    """A tick at every one of these places of a logarithmic x axis, and no other; aslant where two are close."""
+    """A tick at every one of these places of a logarithmic x axis, and no other; slanted where two are close."""
     steps = np.diff(np.log([place for place in places if place > 0]))
     crowded = len(steps) > 0 and steps.min() < _ROOM * steps.sum()
     ax.set_xticks(list(places), [f"{place:,}" for place in places], rotation=45 if crowded else 0)
     ax.minorticks_off()
 
 
-def estimates_by_distance(ax: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle] | None = None) -> None:
-    """`estimates` out of a table of `evaluate.by_distance`.
+def estimates_by_distance(ax: Axes, table: pd.DataFrame, looks: Mapping[str, MethodStyle] | None = None) -> None:
+    """`estimates` of a table of `statistics.by_distance`, on a logarithmic axis with 0 at its left end.
 
     Args:
-        table: one row a method, one column a distance, cells `evaluate.Estimate`.
-        styles: method -> style; `style_of` where it has none.
+        table: one row a method, one column a distance, cells `Estimate`.
+        looks: method -> style, where it is not that of `styles`.
     """
-    estimates(ax, table, styles)
-    distance_axis(ax, list(table.columns))
+    estimates(ax, table, looks)
+    ax.set_xscale("symlog", linthresh=min((d for d in table if d > 0), default=1), linscale=0.5)
+    name_places(ax, list(table))
+    ax.set_xlabel("distance between prompt and question (tokens)")
 
 
-def estimates(ax: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle] | None = None) -> None:
-    """One line a method with its intervals: one row a method, one column a place on the x axis; styles as above."""
+def estimates_by_size(ax: Axes, table: pd.DataFrame, test: Test, looks: Mapping[str, MethodStyle] | None = None) -> str:
+    """`estimates` of a table of `memory_tests.by_size`; returns in words what is seen.
+
+    Args:
+        table, looks: as in `estimates_by_distance`, columns are sizes.
+    """
+    estimates(ax, table, looks)
+    ax.set_xscale("log")
+    name_places(ax, list(table))
+    ax.set(xlabel=test.size_label, ylabel=test.score, ylim=(-0.03, 1.03), title=test.title)
+    return f"{test.title}, {test.score} by {test.size_label}, {in_words(table, looks)}."
+
+
+def in_words(table: pd.DataFrame, looks: Mapping[str, MethodStyle] | None = None) -> str:
+    """Every method's values at the first and last place of a table of estimates."""
+    looks, (first, *_, last) = styles(table.index) | dict(looks or {}), [*table, *list(table)[-1:]]
+    ends = (f"{looks[m].label} {row[first].value:.2f} and {row[last].value:.2f}" for m, row in table.iterrows())
+    return f"at {first:,} and at {last:,}: {'; '.join(ends)}"
+
+
+def estimates(ax: Axes, table: pd.DataFrame, looks: Mapping[str, MethodStyle] | None = None) -> None:
+    """One line a method with its intervals: one row a method, one column a place on the x axis; looks as above."""
+    looks = styles(table.index) | dict(looks or {})
     for method, cells in table.iterrows():
+        bars = np.transpose([cell.bars for cell in cells])
         values = [cell.value for cell in cells]
-        # A statistic of resamples need not enclose the statistic of the sample, and matplotlib takes no negative bar.
-        bars = [
-            [max(0.0, cell.value - cell.low) for cell in cells],
-            [max(0.0, cell.high - cell.value) for cell in cells],
-        ]
-        ax.errorbar(table.columns, values, bars, capsize=2.5, elinewidth=1.0, **_style(method, styles).kwargs())
+        ax.errorbar(table.columns, values, bars, capsize=2.5, elinewidth=1.0, **looks[method].kwargs())
 
 
 def estimates_of_variants(
@@ -161,9 +186,9 @@ def estimates_of_variants(
 
     Args:
         axes: one a column, with a common y axis.
-        table: one row a variant, cells `evaluate.Estimate`; a column's name is its x axis' label.
-        groups: variant -> what it belongs to.
-        band: variants that are alike but for luck; a stripe goes from the lowest of them to the highest.
+        table: one row a variant, cells `Estimate`; a column's name is its x axis' label.
+        groups: variant -> the group it belongs to.
+        band: variants that differ only by chance; a stripe spans from the lowest of them to the highest.
     """
     looks = {}
     for group in groups.values():
@@ -174,15 +199,11 @@ def estimates_of_variants(
         ax.axvspan(min(alike), max(alike), color="0.85", zorder=0)
         for y, (name, found) in enumerate(cells.items()):
             colour, marker = looks[groups[name]]
-            bar = [[max(0.0, found.value - found.low)], [max(0.0, found.high - found.value)]]
+            bar = [[length] for length in found.bars]
             ax.errorbar([found.value], [y], xerr=bar, color=colour, marker=marker, capsize=2.5, elinewidth=1.0)
         ax.set_xlabel(label)
     axes[0].set_yticks(range(len(table)), table.index)
     axes[0].set_ylim(len(table) - 0.5, -0.5)
-
-
-def _style(method: str, styles: Mapping[str, MethodStyle] | None) -> MethodStyle:
-    return styles[method] if styles and method in styles else style_of(method)
 
 
 COSTS = {
@@ -190,39 +211,40 @@ COSTS = {
     "token_ms": "time a token afterwards (ms)",
     "kept_bytes": "kept of one text (bytes)",
 }
-"""The columns of `costs.measured` that a figure shows, and what its axes say."""
+"""The columns of `costs.measure` that a figure shows, and what its axes say."""
 
 
 def recall_against_costs(
     axes: Sequence[Axes],
     costs: pd.DataFrame,
     recall: Mapping[str, Estimate],
-    styles: Mapping[str, MethodStyle] | None = None,
+    looks: Mapping[str, MethodStyle] | None = None,
 ) -> None:
     """Three panels: recall with its interval against each cost, costs on logarithmic axes with their quartiles.
 
-    Of several methods of one family, which share a marker, the later ones are hollow. A method that costs nothing in
-    one way stands at the left edge there.
+    Where several methods share a marker, the later ones are hollow. A method whose cost is zero stands at the left
+    edge of that panel.
 
     Args:
         axes: one a cost, in the order of `COSTS`.
-        costs: of `costs.measured`, one row a method.
-        recall: method -> `evaluate.Estimate`, all at one distance; methods without costs are left out.
-        styles: as in `estimates_by_distance`.
+        costs: of `costs.measure`, one row a method.
+        recall: method -> `Estimate`, all at one distance; methods without costs are left out.
+        looks: as in `estimates_by_distance`.
     """
     rows = [row for row in costs.to_dict("records") if row["method"] in recall]
+    looks = styles(row["method"] for row in rows) | dict(looks or {})
     for ax, (column, label) in zip(axes, COSTS.items(), strict=True):
         floor = min((row[column] for row in rows if row[column] > 0), default=1.0) / 2
         seen = set()
         for row in rows:
-            look, found = _style(row["method"], styles), recall[row["method"]]
+            look, found = looks[row["method"]], recall[row["method"]]
             x = max(row[column], floor)
-            ends = [row.get(f"{column}_low", x), row.get(f"{column}_high", x)]
+            low, high = row.get(f"{column}_low", x), row.get(f"{column}_high", x)
             ax.errorbar(
                 [x],
                 [found.value],
-                [[max(0.0, found.value - found.low)], [max(0.0, found.high - found.value)]],
-                [[max(0.0, x - max(ends[0], floor))], [max(0.0, ends[1] - x)]],
+                [[length] for length in found.bars],
+                [[max(0.0, x - max(low, floor))], [max(0.0, high - x)]],
                 capsize=2.5,
                 elinewidth=1.0,
                 markersize=8,
@@ -234,7 +256,7 @@ def recall_against_costs(
         if column.endswith("_ms"):  # 2 and 5, not 2 x 10^0
             ax.xaxis.set_major_formatter("{x:g}")
             low, high = ax.get_xlim()
-            if high < 30 * low:  # else powers of ten say enough
+            if high < 30 * low:  # otherwise powers of ten are enough
                 ax.xaxis.set_minor_locator(mpl.ticker.LogLocator(subs=(2, 5)))
                 ax.xaxis.set_minor_formatter("{x:g}")
             else:
@@ -242,17 +264,23 @@ def recall_against_costs(
         ax.set_xlabel(label)
 
 
-def cost_alt(costs: pd.DataFrame, recall: Mapping[str, Estimate], distance: int) -> str:
+def cost_alt(
+    costs: pd.DataFrame,
+    recall: Mapping[str, Estimate],
+    distance: int,
+    looks: Mapping[str, MethodStyle] | None = None,
+) -> str:
     """The figure of `recall_against_costs` in words, for `save_figure`."""
-    said = [
-        f"{style_of(row.method).label}: recall {recall[row.method].value:.2f}, {row.absorb_ms:.3g} ms a prompt, "
+    looks = styles(costs.method) | dict(looks or {})
+    values = [
+        f"{looks[row.method].label}: recall {recall[row.method].value:.2f}, {row.absorb_ms:.3g} ms a prompt, "
         f"{row.token_ms:.3g} ms a token, {row.kept_bytes:,} bytes"
         for row in costs.itertuples()
         if row.method in recall
     ]
     return (
         f"Recall {distance} tokens after the prompt against three costs, one panel each, on logarithmic axes: time to "
-        f"take in a prompt, time a token afterwards, bytes kept. {'; '.join(said)}. Bars are 95 % intervals over "
+        f"take in a prompt, time a token afterwards, bytes kept. {'; '.join(values)}. Bars are 95 % intervals over "
         "prompts, and quartiles of the times."
     )
 
@@ -264,9 +292,9 @@ def knowledge_grid(axes: Sequence[Axes], table: pd.DataFrame, prompt: int) -> No
 
     Args:
         axes: one a method, in the order of the table.
-        table: of `evaluate.knowledge`.
+        table: of `recall.knowledge`.
     """
-    part = table[table.prompt == prompt]
+    part, looks = table[table.prompt == prompt], styles(table.method.unique())
     facts, distances = list(dict.fromkeys(part.slot)), sorted(part.distance.unique().tolist())
     for ax, (method, rows) in zip(axes, part.groupby("method", sort=False), strict=True):
         for row in rows.itertuples():
@@ -276,7 +304,7 @@ def knowledge_grid(axes: Sequence[Axes], table: pd.DataFrame, prompt: int) -> No
             text = ("✓ " if row.right else "✗ ") + (row.answer if len(row.answer) <= 32 else row.answer[:31] + "…")
             ax.text(x, y, text.replace(", ", ",\n").replace(". ", ".\n"), ha="center", va="center", fontsize=7.5,
                     color="white" if row.right else "black")  # fmt: skip
-        ax.set_title(METHOD_STYLE[method].label)
+        ax.set_title(looks[method].label)
         ax.set_xlim(-0.5, len(distances) - 0.5)
         ax.set_ylim(len(facts) - 0.5, -0.5)
         ax.set_xticks(range(len(distances)), [f"{d:,}" for d in distances])
@@ -292,19 +320,19 @@ def knowledge_mosaic(axes: Sequence[Axes], table: pd.DataFrame) -> None:
 
     Args:
         axes: one a method, in the order of the table.
-        table: of `evaluate.knowledge`.
+        table: of `recall.knowledge`.
     """
-    distances = sorted(table.distance.unique().tolist())
+    distances, looks = sorted(table.distance.unique().tolist()), styles(table.method.unique())
     for ax, (method, rows) in zip(axes, table.groupby("method", sort=False), strict=True):
         wide = rows.pivot(index=["prompt", "slot"], columns="distance", values="right").to_numpy(dtype=bool)
         ys, xs = wide.nonzero()
-        ax.scatter(xs, ys, marker="s", s=34, color=METHOD_STYLE[method].colour)
+        ax.scatter(xs, ys, marker="s", s=34, color=looks[method].colour)
         ys, xs = (~wide).nonzero()
         ax.scatter(xs, ys, marker=".", s=8, color=PALETTE["grey"])
         per = len(wide) // rows.prompt.nunique()
         for line in range(per, len(wide), per):
             ax.axhline(line - 0.5, color="0.8", linewidth=0.8)
-        ax.set_title(METHOD_STYLE[method].label, pad=22)
+        ax.set_title(looks[method].label, pad=22)
         for x, share in enumerate(wide.mean(0)):
             ax.annotate(f"{share:.0%}", (x, 1), (0, 4), xycoords=("data", "axes fraction"),
                         textcoords="offset points", ha="center")  # fmt: skip
@@ -318,13 +346,13 @@ def knowledge_mosaic(axes: Sequence[Axes], table: pd.DataFrame) -> None:
 
 
 def coloured_tokens(tokens: Sequence[str], values: Sequence[float]) -> str:
-    """A text as HTML, each token on blue, the deeper the larger its value; the value itself shows under the pointer.
+    """A text as HTML, each token on blue, darker the larger its value; hovering shows the value itself.
 
     Args:
-        tokens: their own texts, blanks included.
+        tokens: their texts, including spaces.
         values: one a token, 0 or more.
     Raises:
-        UserError: not one value per token.
+        UserError: the numbers of tokens and values differ.
     """
     if len(tokens) != len(values):
         raise UserError(f"{len(tokens)} tokens but {len(values)} values; one of each is needed")

@@ -1,4 +1,4 @@
-"""What people drag and click in a notebook; a static figure beside it always says the same."""
+"""What people drag and click in a notebook. A static figure beside it shows the same (`plots.knowledge_grid`)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ import ipywidgets
 import pandas as pd
 
 from prosg_lib.errors import UserError
-from prosg_lib.plots import METHOD_STYLE
-
-_KNOWN, _LOST = "✓ right", "✗ wrong"
+from prosg_lib.plots import PALETTE, styles
 
 
 def knowledge_html(table: pd.DataFrame, distance: int, prompt: int) -> str:
     """One prompt's questions and every method's answers at one distance, as an HTML table.
 
-    Whether an answer is right is said in words beside it, not by colour alone; texts are escaped.
+    Words beside each answer say whether it is right, not colour alone; texts are escaped.
 
     Args:
-        table: of `evaluate.knowledge`.
+        table: of `recall.knowledge`.
     Raises:
-        UserError: nothing was asked at this distance about this prompt.
+        UserError: the table has no such distance or prompt.
     """
     part = table[(table.distance == distance) & (table.prompt == prompt)]
     if part.empty:
         raise UserError(
-            f"prompt {prompt} was not asked about at {distance} tokens; there are the prompts "
+            f"the table has no prompt {prompt} at {distance} tokens; there are the prompts "
             f"{_listed(table.prompt)} at the distances {_listed(table.distance)}"
         )
     methods = list(dict.fromkeys(part.method))
@@ -49,7 +47,7 @@ def knowledge_html(table: pd.DataFrame, distance: int, prompt: int) -> str:
 
 
 def knowledge_slider(table: pd.DataFrame, prompt: int) -> ipywidgets.VBox:
-    """Drag the distance, and see which of a prompt's facts each method still knows there (`knowledge_html`)."""
+    """A slider for the distance, above the facts that each method still knows there (`knowledge_html`)."""
     distances = sorted(table.distance.unique().tolist())
     slider = ipywidgets.SelectionSlider(
         options=[(f"{d:,}", d) for d in distances],
@@ -68,13 +66,12 @@ def knowledge_slider(table: pd.DataFrame, prompt: int) -> ipywidgets.VBox:
 
 
 def _answer(row: pd.Series) -> str:
-    colour = "#0072B2" if row.right else "#D55E00"  # blue and vermillion of plots.PALETTE, dark enough on white
-    verdict = _KNOWN if row.right else _LOST
+    colour, verdict = (PALETTE["blue"], "✓ right") if row.right else (PALETTE["vermillion"], "✗ wrong")
     return f'<td>{html.escape(row.answer) or "(nothing)"} <span style="color:{colour}">{verdict}</span></td>'
 
 
 def _label(method: str) -> str:
-    return METHOD_STYLE[method].label if method in METHOD_STYLE else method
+    return styles([method])[method].label
 
 
 def _listed(column: pd.Series) -> str:

@@ -10,7 +10,7 @@ from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.config import profiles
 from prosg_lib.config.sizes import RWKV4Config
-from prosg_lib.evaluation import forgetting
+from prosg_lib.evaluation import memory_tests
 from prosg_lib.text.prose import SPLITS, Prose, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import stages, suite_stages
@@ -87,7 +87,7 @@ def small_world():
     def world(profile, runs):
         prose = Prose("a little", dict.fromkeys(SPLITS, own_sentences("test")[:40]))
         with pytest.MonkeyPatch.context() as patch:
-            for room in (stages, suite_stages, forgetting):
+            for room in (stages, suite_stages, memory_tests):
                 patch.setattr(room, "load_prose", lambda: prose)
             patch.setenv("PROSG_RUNS", str(runs))
             patch.setitem(profiles.PROFILES, "tiny", profile)

@@ -11,8 +11,8 @@ from prosg_lib.config import profiles
 from prosg_lib.config.profiles import PROFILES
 from prosg_lib.config.sizes import PairTraining
 from prosg_lib.errors import Diverged, UserError
-from prosg_lib.evaluation import forgetting
 from prosg_lib.reproduction import run as reproduce
+from prosg_lib.reproduction import suite_report
 from prosg_lib.training import ablations, pair_stages, stages
 from prosg_lib.training.ablations import Ablation
 from prosg_lib.training.pair_stages import WaySpec
@@ -123,7 +123,7 @@ def test_options_reach_the_run(monkeypatch):
 def test_what_is_to_be_evaluated_reaches_the_suite(monkeypatch, capsys):
     """Every option in its place, the whole command for the record, and where the results are."""
     seen = []
-    monkeypatch.setattr(forgetting, "evaluate", lambda *given, **named: seen.append((*given, named)))
+    monkeypatch.setattr(suite_report, "evaluate", lambda *given, **named: seen.append((*given, named)))
     command = "prosg evaluate --model a --out b --generator c --profile gpu --seed 1 2 --items 7"
     assert cli.main(command.split()[1:]) == 0
     assert cli.main(["evaluate", "--model", "a", "--out", "my folder"]) == 0

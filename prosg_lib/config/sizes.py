@@ -243,7 +243,7 @@ class Study:
     distances: tuple[int, ...] = (0, 64, 256)
     others: int = 2
     prompts: int = 24
-    groups: tuple[str, ...] = ("basis", "seed", "rank", "width", "maps", "layers", "label", "course", "way", "state")
+    groups: tuple[str, ...] = ("basis", "seed", "rank", "width", "maps", "layers", "label", "course", "method", "state")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""What a model answers that has taken a context in: given it, after a step on it, after a wrong one, without any.
+"""What a model answers once it has taken in a context: with it in front, after a gradient step on it, after a step on a
+wrong one, and without any.
 
-A greedy answer is the gold one, token for token up to the newline that ends it, exactly where at each of its tokens,
-the gold ones before it given, the likeliest next token is the gold one. So one forward pass tells, and no text is
+A greedy answer equals the gold answer, up to and including the newline that ends it, exactly if at each of its tokens,
+given the gold tokens before it, the likeliest next token is the gold one. So one forward pass decides, and no text is
 generated.
 
-A way may be a list of trainings, the same in all but the seed. Its share is the mean over pairs and trainings, and its
-interval a bootstrap over both: of pairs, the same ones for all methods, and of every way's trainings.
+A method may be a list of trainings that differ only in their seed. Its share is the mean over pairs and trainings, and
+its interval a bootstrap over both: over pairs, the same for all methods, and over each method's trainings.
 """
 
 from __future__ import annotations

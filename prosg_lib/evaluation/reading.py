@@ -1,6 +1,6 @@
-"""Texts that are read behind a start, with what its method does meanwhile: the prompt again, or a changed state.
+"""Texts read after a start, with what its method does meanwhile: reading the prompt again, or updating the state.
 
-Glossary of shapes: B batch, T tokens of text, D width.
+Glossary of shapes: B batch, T tokens of text, S tokens read (the text's and those read again), D width.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.generation import Decoding
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.deltas.applying import applied
-from prosg_lib.evaluation.baselines import Between, Reread, Start
+from prosg_lib.evaluation.baselines import Reread, Start, StateUpdate
 
-_PIECE = 256  # tokens that a model with attention reads at a time, which takes memory for each pair of them
+_PIECE = 256  # tokens that a model with attention reads at a time; attention takes memory for every pair of them
 
 
 class Stretch(NamedTuple):
-    """What was read since the place before.
+    """What was read since the previous place.
 
     Attributes:
-        place: tokens of the text that were read by now.
+        place: tokens of the text read so far.
         state: after them.
         before: for each of them the hidden state that it is predicted from, (B, T, D), zeros for the text's first; None
-            where there are none, or where the text is read anew at every place (`baselines.Last`).
+            where there are none, or where the text is read anew at every place (`baselines.Window`).
     """
 
     place: int
@@ -37,15 +37,15 @@ class Stretch(NamedTuple):
 
 
 def read(lm: LanguageModel, begin: Start, texts: Sequence[Sequence[int]], places: Sequence[int]) -> Iterator[Stretch]:
-    """Read texts from a start, with its delta, and stop at every place.
+    """Reads texts from a start, with its delta, and stops at every place.
 
     Args:
         texts: token ids, one text a prompt of the start.
         places: numbers of tokens, ascending; what a method reads again does not count.
     """
-    if begin.last is not None:
+    if begin.window is not None:
         for place in places:
-            ids, valid = lm.encode_prompts(begin.last.known(texts, place))
+            ids, valid = lm.encode_prompts(begin.window.known(texts, place))
             yield Stretch(place, _through(lm, None, ids, None, valid, 0)[1], None)
         return
     state, last, at = begin.state, None, 0
@@ -54,7 +54,7 @@ def read(lm: LanguageModel, begin: Start, texts: Sequence[Sequence[int]], places
         if place > at:
             ids, own, valid = _stretch(begin.reread, texts, at, place, next(lm.parameters()).device)
             with applied(lm, begin.delta):
-                hidden, state = _through(lm, begin.between, ids, state, valid, at)
+                hidden, state = _through(lm, begin.update, ids, state, valid, at)
             last = torch.zeros_like(hidden[:, :1]) if last is None else last
             before = torch.cat([last, hidden[:, :-1]], 1)
             if own is not None:
@@ -92,40 +92,40 @@ def _stretch(
 
 def _through(
     lm: LanguageModel,
-    between: Between | None,
+    update: StateUpdate | None,
     ids: Tensor,
     state: RecurrentState | None,
     valid: Tensor | None,
     at: int,
 ) -> tuple[Tensor, RecurrentState]:
-    """As `lm.step_through`, with the state changed where it is due; `at`: tokens that came before."""
-    every = between.every if between else _PIECE if lm.state_grows else ids.shape[1]
+    """As `lm.step_through`, with the state updated when due; `at`: tokens read before."""
+    every = update.every if update else _PIECE if lm.state_grows else ids.shape[1]
     hidden, done = [], 0
     while done < ids.shape[1]:
-        end = min(ids.shape[1], done + every - ((at + done) % every if between else 0))
+        end = min(ids.shape[1], done + every - ((at + done) % every if update else 0))
         out, state = lm.step_through(ids[:, done:end], state, None if valid is None else valid[:, done:end])
-        if between and (at + end) % every == 0:
-            state = between(lm, state)
+        if update and (at + end) % every == 0:
+            state = update(lm, state)
         hidden.append(out)
         done = end
     return torch.cat(hidden, 1) if len(hidden) > 1 else hidden[0], state
 
 
-def answering(lm: LanguageModel, begin: Start) -> LanguageModel | Held:
-    """The model to put questions to. What a method does at every single token, it does in questions and answers, too;
-    what it does more rarely, it does not do there, because they are short."""
-    return Held(lm, begin.between) if begin.between and begin.between.every == 1 else lm
+def answering(lm: LanguageModel, begin: Start) -> LanguageModel | UpdatedModel:
+    """The model to put questions to. What a method does at every token, it also does in questions and answers; what it
+    does less often, it does not do there, because they are short."""
+    return UpdatedModel(lm, begin.update) if begin.update and begin.update.every == 1 else lm
 
 
-class Held:
-    """A language model whose state is changed after every token; all else is the model's own.
+class UpdatedModel:
+    """A language model whose state is updated after every token; everything else is the model's own.
 
     Args:
-        between: the change, one state a sequence.
+        update: one state a sequence.
     """
 
-    def __init__(self, lm: LanguageModel, between: Between):
-        self._lm, self._between = lm, between
+    def __init__(self, lm: LanguageModel, update: StateUpdate):
+        self._lm, self._update = lm, update
 
     def __getattr__(self, name: str):
         return getattr(self._lm, name)
@@ -138,14 +138,14 @@ class Held:
         for number, token in enumerate(ids.split(1, 1)):
             real = None if valid is None else valid[:, [number]]
             out, state = self._lm.step_through(token, state, real)
-            changed = self._between(self._lm, state)
-            state = changed if real is None else _where(real[:, 0], changed, state)
+            updated = self._update(self._lm, state)
+            state = updated if real is None else _where(real[:, 0], updated, state)
             hidden.append(out)
         return torch.cat(hidden, 1), state
 
     def select(self, rows: Sequence[int]) -> Self:
         """See `LanguageModel.select`."""
-        return Held(self._lm, self._between.select(rows))
+        return UpdatedModel(self._lm, self._update.select(rows))
 
     def generate(self, prompts, state=None, delta=None, **how):
         """See `LanguageModel.generate`."""

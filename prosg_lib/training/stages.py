@@ -208,7 +208,7 @@ def kept(profile: Profile) -> Path:
     return paths.runs_dir(profile.name) / "checkpoints"
 
 
-MEASURED, PREDICTED = ".measured.json", ".predictions.jsonl.gz"
+MEASURED, PREDICTED = ".measured.jsonl.gz", ".predictions.jsonl.gz"
 """Endings of files beside a checkpoint that have what was measured of it, or all that it said."""
 
 

@@ -7,7 +7,7 @@ import pytest
 from prosg_lib.backbones.hub_transformer import new_llama
 from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.errors import UserError
-from prosg_lib.evaluation import forgetting
+from prosg_lib.evaluation import memory_tests
 from prosg_lib.tasks.suite import Material, problem_of, settings
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.text.tokenizer import load_tokenizer
@@ -53,10 +53,10 @@ def test_the_transformer_has_places_for_every_established_test(profile):
     material = Material(tokenizer, ProseTokens.of(load_prose(), "test", tokenizer))
     cells, _ = settings(get_profile(profile).forgetting, tokenizer.vocab)
     problems = [problem_of(cell, material, 0, number) for cell in cells for number in range(3)]
-    forgetting._check_room(lm, problems)
+    memory_tests._check_room(lm, problems)
     lm.model.config.max_position_embeddings = max(2 * len(p.memory) + len(p.rest) for p in problems) - 1
     with pytest.raises(UserError, match="with the memory repeated, but this model reads"):
-        forgetting._check_room(lm, problems)
+        memory_tests._check_room(lm, problems)
 
 
 @pytest.mark.parametrize("profile", PROFILES)

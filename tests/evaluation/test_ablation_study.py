@@ -1,18 +1,18 @@
 """The study of ablations: what differs in a variant, that it is measured once, and which files are taken for it."""
 
-import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 from test_ablations import TINY
 
-from prosg_lib import cli, files
+from prosg_lib import cli
 from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.config.sizes import Evaluation, Study
 from prosg_lib.errors import UserError
-from prosg_lib.evaluation import ablation_study
-from prosg_lib.evaluation.ablation_study import BLANK, CARRIED, measured, variants
+from prosg_lib.evaluation import ablation_study, predictions
+from prosg_lib.evaluation.ablation_study import BLANK, CARRIED, measure, variants
 from prosg_lib.training import stages
 
 SMALL = replace(
@@ -56,49 +56,52 @@ def test_measured_once(place, monkeypatch, capsys):
     assert cli.main(["train", "ablations", "--profile", "tiny"]) == 0
     monkeypatch.setattr(stages, "fit", None)
     monkeypatch.setattr(ablation_study, "_measure", None)
-    first = measured(get_profile("tiny"))
+    first = measure(get_profile("tiny"))
     assert "rank 1: measured before" in capsys.readouterr().out
     assert set(first.method) == {"token-wise", "another seed (1)", "rank 1"}
     rows = first.groupby(["method", "state", "distance"]).size()
     assert (rows == 4).all()
     assert set(rows.index.droplevel(0)) == {(BLANK, 0), (CARRIED, 0), (CARRIED, 8)}
     assert first.recall.between(0, 1).all()
-    assert_frame_equal(measured(get_profile("tiny")), first)
+    assert_frame_equal(measure(get_profile("tiny")), first)
 
 
-def test_what_was_measured_of_another_training_is_not_taken(place):
-    """A file whose record is another's is measured anew; `stages.forget` removes it with the checkpoint."""
-    measured(get_profile("tiny"))
-    path = place / f"{variants(get_profile('tiny'))[0].name(get_profile('tiny'))}{stages.MEASURED}"
-    kept = files.read_json(path)
-    kept["record"]["generator"]["seed"], kept["rows"]["recall"] = 7, [9.0] * len(kept["rows"]["recall"])
-    path.write_text(json.dumps(kept))
-    assert measured(get_profile("tiny")).recall.max() <= 1
-    assert files.read_json(path)["record"]["generator"]["seed"] == 0
-    stages.forget(get_profile("tiny"))
+def test_a_measurement_of_another_training_is_not_taken(place):
+    """A file whose record differs is measured anew; `stages.forget` removes it; a damaged one is named."""
+    tiny = get_profile("tiny")
+    first, (basis, *_) = measure(tiny), variants(tiny)
+    path = place / f"{basis.name(tiny)}{stages.MEASURED}"
+    header, rows = predictions.read(path)
+    header["variants"][basis.name(tiny)]["record"]["generator"]["seed"] = 7
+    predictions.write(path, header, rows.assign(recall=9.0))
+    assert_frame_equal(measure(tiny), first)
+    assert predictions.read(path)[0]["variants"][basis.name(tiny)]["record"]["generator"]["seed"] == 0
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=path.name.replace("+", r"\+")):
+        measure(tiny)
+    stages.forget(tiny)
     assert not path.exists()
 
 
 def test_shipped_measurements_are_taken_but_not_when_training_anew(place, monkeypatch, tmp_path):
-    """What the repository keeps stands for a training, unless one is asked for."""
-    first = measured(get_profile("tiny"))
+    """What the repository keeps, all variants in one file, stands for a training, unless one is asked for."""
+    tiny = get_profile("tiny")
+    first = measure(tiny)
     monkeypatch.setattr(ablation_study.paths, "data_dir", lambda: tmp_path / "data")
-    for variant in variants(get_profile("tiny")):
-        own = place / f"{variant.name(get_profile('tiny'))}{stages.MEASURED}"
-        files.write_bytes(ablation_study.shipped(variant, get_profile("tiny")), own.read_bytes())
-        own.unlink()
-    asked = []
-    monkeypatch.setattr(ablation_study, "_measure", lambda *given: asked.append(given[1]) or first.head(1))
-    assert_frame_equal(measured(get_profile("tiny")), first)
-    assert not asked
-    measured(get_profile("tiny"), retrain=True)
-    assert len(asked) == len(variants(get_profile("tiny")))
+    headers, parts = zip(*(predictions.read(path) for path in place.glob(f"*{stages.MEASURED}")), strict=True)
+    every = {name: entry for header in headers for name, entry in header["variants"].items()}
+    predictions.write(ablation_study.shipped_path(), {"variants": every}, pd.concat(parts))
+    stages.forget(tiny)
+    measured = []
+    monkeypatch.setattr(ablation_study, "_measure", lambda *given: measured.append(given[1]) or first.head(1))
+    assert_frame_equal(measure(tiny), first)
+    assert not measured
+    measure(tiny, retrain=True)
+    assert len(measured) == len(variants(tiny))
 
 
-@pytest.mark.parametrize("content", ["[]", '{"kind": "prosg ablation", "version": 2}', "{"])
-def test_a_damaged_file_is_named(place, content):
-    measured(get_profile("tiny"))
-    path = place / f"{variants(get_profile('tiny'))[0].name(get_profile('tiny'))}{stages.MEASURED}"
-    path.write_text(content)
-    with pytest.raises(UserError, match=path.name.replace("+", r"\+")):
-        measured(get_profile("tiny"))
+def test_what_is_shipped_fits_the_profile(monkeypatch):
+    """Nothing is trained or measured for the reference's numbers."""
+    monkeypatch.setattr(stages, "fit", None)
+    monkeypatch.setattr(ablation_study, "_measure", None)
+    assert set(measure(get_profile("cpu")).method) == {variant.label for variant in variants(get_profile("cpu"))}

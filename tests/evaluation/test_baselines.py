@@ -11,7 +11,21 @@ from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.config.profiles import PROFILES
 from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.errors import UserError
-from prosg_lib.evaluation.baselines import BASELINES, DEFAULTS, METHODS, Between, Reread, Start, parsed, start
+from prosg_lib.evaluation.baselines import (
+    METHODS,
+    Baseline,
+    FineTunedLora,
+    LastTokens,
+    ReadAgain,
+    ReadTwice,
+    Reinjection,
+    Reread,
+    Start,
+    StateOffset,
+    StateUpdate,
+    TunedState,
+    start,
+)
 from prosg_lib.evaluation.reading import answering, read
 from prosg_lib.gradient_steps.one_step import context_nll
 from prosg_lib.training.pretrained_stages import new_small
@@ -45,50 +59,51 @@ def memory(lm, state):
     return (t["wkv"],)
 
 
-def test_names_and_numbers():
-    """Numbers stand in the name, and those left out are the defaults; no baseline's name is that of a method."""
-    assert parsed("twice") == ("twice", ())
-    assert parsed("every-64") == ("every", (64,))
-    assert parsed("reinject-32-0.5") == ("reinject", (32, 0.5))
-    assert parsed("reinject-32") == ("reinject", (32, DEFAULTS["reinject"][1]))
-    assert parsed("lora") == ("lora", DEFAULTS["lora"])
-    assert {name.partition("-")[0] for name in BASELINES} == set(DEFAULTS)
-    assert not set(BASELINES) & set(METHODS)
+def test_a_name_has_the_numbers():
+    """So that tables and claims tell two of a kind apart; no baseline is called what a method is."""
+    assert ReadTwice().name == "twice"
+    assert ReadAgain(64).name == "every-64"
+    assert Reinjection(32, 0.5).name == "reinject-32-0.5"
+    assert FineTunedLora(steps=40, lr=0.001).name == "lora-40-0.001"
+    families = [kind.family for kind in Baseline.__subclasses__()]
+    assert len(set(families)) == len(families) == 7
+    assert not set(families) & set(METHODS)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("make", "message"),
     [
-        ("every-0", "1 or more"),
-        ("every-2.5", "whole number"),
-        ("every-", "whole number"),
-        ("reinject-8-1.5", "0 to 1"),
-        ("lora-3-0", "learning rate"),
-        ("twice-2", "unknown method"),
-        ("last-0", "it is 1 or more"),
-        ("nothing", "unknown method"),
+        (lambda: ReadAgain(0), "every of 'every' is 0; it must be 1 or more"),
+        (lambda: Reinjection(8, 1.5), "share of 'reinject' is 1.5; it must be 0 to 1"),
+        (lambda: StateOffset(-1), "strength of 'offset'"),
+        (lambda: TunedState(-1), "steps of 'tuned'"),
+        (lambda: FineTunedLora(3, 0), "lr of 'lora'"),
+        (lambda: LastTokens(0), "tokens of 'last' is 0; it must be 1 or more"),
+        (lambda: start("nothing", None, {}, [[1]]), "unknown method 'nothing'; there are base, .*, LastTokens"),
+        (lambda: start("prosg-token", None, {}, [[1]]), "needs the 'token' generator; load or train it first"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(lm, prompts, name, said):
-    """A wrong number or name is said, with what it was for; no method quietly becomes another."""
-    with pytest.raises(UserError, match=said):
-        start(name, lm, {}, prompts)
+def test_bad_numbers_and_names_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 @FAMILIES
 def test_twice_is_the_prompt_right_after_itself(lm, prompts):
     """The state is that after the same tokens twice, read by the plain model, whatever the lengths in the batch."""
-    begin = start("twice", lm, {}, prompts)
+    begin = start(ReadTwice(), lm, {}, prompts)
     for row, prompt in enumerate(prompts):
         same(begin.state.select([row]), lm.derive_state([[*prompt, *prompt]]))
 
 
 @FAMILIES
-@pytest.mark.parametrize("name", ["every-91", "reinject-91", "reinject-8-0", "offset-0", "tuned-0", "lora-0"])
-def test_what_never_happens_leaves_the_plain_model(lm64, prompts, texts, name):
+@pytest.mark.parametrize(
+    "method", [ReadAgain(91), Reinjection(91), Reinjection(8, 0), StateOffset(0), TunedState(0), FineTunedLora(0)]
+)
+def test_what_never_happens_leaves_the_plain_model(lm64, prompts, texts, method):
     """Longer periods than the text, no share, no strength and no steps: each is `base`."""
     lm = lm64
-    begin = start(name, lm, {}, prompts)
+    begin = start(method, lm, {}, prompts)
     plain = start("base", lm, {}, prompts)
     for one, other in zip(read(lm, begin, texts, (40, 90)), read(lm, plain, texts, (40, 90)), strict=True):
         for a, b in zip(memory(lm, one.state), memory(lm, other.state), strict=True):
@@ -100,7 +115,7 @@ def test_what_never_happens_leaves_the_plain_model(lm64, prompts, texts, name):
 def test_only_the_last_tokens_are_known(lm, prompts, texts):
     """At every place the state is that of the last N tokens of prompt and text, read alone from a blank state; with
     room for all of them it is the plain model's."""
-    few, enough = start("last-50", lm, {}, prompts), start("last-500", lm, {}, prompts)
+    few, enough = start(LastTokens(50), lm, {}, prompts), start(LastTokens(500), lm, {}, prompts)
     for place, found in zip((0, 3, 90), states_of(lm, few, texts, (0, 3, 90)), strict=True):
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             same(found.select([row]), lm.derive_state([[*prompt, *text[:place]][-50:]]))
@@ -124,7 +139,7 @@ def test_the_prompt_is_read_again_at_line_ends():
 def test_every_n_reads_text_and_prompts_in_this_order(lm, prompts, texts):
     """State and hidden states are those of one text with the prompts in their places, read alone, one row at a time;
     places of the text keep their numbers, and each token is predicted from what stands right before it."""
-    begin = start("every-20", lm, {}, prompts)
+    begin = start(ReadAgain(20), lm, {}, prompts)
     newline = begin.reread.line_end
     for text, places in zip(texts, ((25, 60), (19, 20, 21), (), (30,), (89,)), strict=False):
         for place in places:
@@ -150,8 +165,8 @@ def test_every_n_reads_text_and_prompts_in_this_order(lm, prompts, texts):
 def test_reinjection_mixes_what_the_states_hold(lm64, prompts, texts):
     """After n tokens the sums are (1 - a) of the text's and a of the prompt's, as numbers, not as the logarithms that
     RWKV-4 keeps; the token that came last stays the text's."""
-    begin = start("reinject-30-0.25", lm64, {}, prompts)
-    mixed, plain = (states_of(lm64, b, texts, (30,))[0] for b in (begin, replace(begin, between=None)))
+    begin = start(Reinjection(30, 0.25), lm64, {}, prompts)
+    mixed, plain = (states_of(lm64, b, texts, (30,))[0] for b in (begin, replace(begin, update=None)))
     parts = (memory(lm64, s) for s in (mixed, plain, begin.state))
     for ours, text, prompt in zip(*parts, strict=True):
         assert_close(ours, 0.75 * text + 0.25 * prompt)
@@ -163,7 +178,7 @@ def test_reinjection_mixes_what_the_states_hold(lm64, prompts, texts):
 @FAMILIES
 def test_reinjection_of_all_forgets_the_text(lm, prompts, texts):
     """With a = 1 after every token nothing of the text is left but its last token, however long it was."""
-    begin = start("reinject-1-1", lm, {}, prompts)
+    begin = start(Reinjection(1, 1), lm, {}, prompts)
     for state in states_of(lm, begin, texts, (1, 90)):
         for ours, prompt in zip(memory(lm, state), memory(lm, begin.state), strict=True):
             assert_close(ours, prompt)
@@ -210,7 +225,7 @@ def test_an_offset_that_makes_up_for_fading_does_not_fade():
     half = RecurrentState({"s": offset.tensors["s"] / 2})
     texts = [[1, 0, 2, 5, 1], [0, 0, 1, 1, 1]]
     blank = RecurrentState({"s": torch.zeros(2)})
-    from_prompt = Start(offset, None, between=Between(1, 1.0, 1.0, half))
+    from_prompt = Start(offset, None, update=StateUpdate(1, 1.0, 1.0, half))
     for place in (1, 3, 5):
         (held,) = states_of(lm, from_prompt, texts, (place,))
         (alone,) = states_of(lm, Start(blank, None), texts, (place,))
@@ -220,12 +235,12 @@ def test_an_offset_that_makes_up_for_fading_does_not_fade():
 def test_rwkv4_loses_what_its_decay_takes(lm64, prompts, texts):
     """What `offset` adds is exactly what one token takes from the prompt's sums, whichever token it is: with it, the
     first layer's sums after any text are the text's own plus the prompt's, to the end."""
-    begin = start("offset-1", lm64, {}, prompts)
+    begin = start(StateOffset(1), lm64, {}, prompts)
     ours = memory(lm64, states_of(lm64, begin, texts)[0])
     # The first layer reads embeddings and the last token alone, so its sums do not depend on what other layers say.
     shifts = {n: t for n, t in begin.state.tensors.items() if "shift" in n}
     alone = RecurrentState(lm64.blank_state(len(prompts)).tensors | shifts)
-    text = memory(lm64, states_of(lm64, replace(begin, state=alone, between=None), texts)[0])
+    text = memory(lm64, states_of(lm64, replace(begin, state=alone, update=None), texts)[0])
     for a, b, c in zip(ours, text, memory(lm64, begin.state), strict=True):
         assert_close(a[:, 0], b[:, 0] + c[:, 0])
 
@@ -233,7 +248,7 @@ def test_rwkv4_loses_what_its_decay_takes(lm64, prompts, texts):
 def test_an_offset_goes_on_in_the_question(lm, prompts):
     """Questions of different lengths in one batch are read as each alone, with the change after every token of them,
     and none for the padding."""
-    begin = start("offset-0.5", lm, {}, prompts)
+    begin = start(StateOffset(0.5), lm, {}, prompts)
     held = answering(lm, begin)
     questions = [[5, 6], [1, 2, 3, 4], [9], [8, 8, 8]]
     ids, valid = lm.encode_prompts(questions)
@@ -245,12 +260,12 @@ def test_an_offset_goes_on_in_the_question(lm, prompts):
     texts = held.generate(questions, begin.state, max_new_tokens=3)
     alone = answering(lm, begin.select([1])).generate(questions[1:2], begin.state.select([1]), max_new_tokens=3)
     assert texts[1:2] == alone
-    assert answering(lm, start("reinject-8", lm, {}, prompts)) is lm
+    assert answering(lm, start(Reinjection(8), lm, {}, prompts)) is lm
 
 
 def test_an_offset_follows_the_texts_that_go_on(lm, prompts, monkeypatch):
     """Where most texts of a batch have ended and are not computed any more, the others keep each its own offset."""
-    begin = start("offset-0.5", lm, {}, prompts)
+    begin = start(StateOffset(0.5), lm, {}, prompts)
     held, questions = answering(lm, begin), [[5, 6], [1, 2, 3, 4], [9], [8, 8, 8]]
     monkeypatch.setattr(lm, "tokenizer", None)  # tokens come out
     whole = held.generate(questions, begin.state, max_new_tokens=6, stop=None)
@@ -266,10 +281,10 @@ def test_a_model_that_looks_back_has_no_state_to_mix(prompts):
     """Re-injection, offset and tuning need a state of a fixed size, and say so; re-reading works."""
     slow = new_llama(TransformerConfig("llama", 2048, width=16, layers=1, ffn=32, heads=2)).eval()
     for lm in (slow, slow.with_kv_cache()):
-        for name in ("reinject", "offset", "tuned"):
+        for method in (Reinjection(), StateOffset(), TunedState()):
             with pytest.raises(UserError, match="grows with the text"):
-                start(name, lm, {}, prompts)
-        assert start("every-4", lm, {}, prompts).reread.line_end is None
+                start(method, lm, {}, prompts)
+        assert start(ReadAgain(4), lm, {}, prompts).reread.line_end is None
 
 
 def test_other_families_states_are_mixed_and_tuned(prompts, texts):
@@ -278,13 +293,13 @@ def test_other_families_states_are_mixed_and_tuned(prompts, texts):
     torch.manual_seed(0)
     lm = new_small(PROFILES["smoke"].pretrained).eval()
     prompts = [prompts[0], prompts[3]]
-    begin = start("reinject-6-0.25", lm, {}, prompts)
+    begin = start(Reinjection(6, 0.25), lm, {}, prompts)
     with torch.no_grad():
-        mixed, plain = (states_of(lm, b, texts[:2], (6,))[0] for b in (begin, replace(begin, between=None)))
+        mixed, plain = (states_of(lm, b, texts[:2], (6,))[0] for b in (begin, replace(begin, update=None)))
     for name, tensor in mixed.tensors.items():
         text, prompt = plain.tensors[name], begin.state.tensors[name]
         assert_close(tensor, text if "conv" in name else 0.75 * text + 0.25 * prompt)
-    tuned = start("tuned-5-0.01", lm, {}, prompts)
+    tuned = start(TunedState(5, 0.01), lm, {}, prompts)
     ids, valid = lm.encode_prompts(prompts)
     with torch.no_grad():
         assert (context_nll(lm, ids, valid, tuned.state) < context_nll(lm, ids, valid, begin.state)).all()

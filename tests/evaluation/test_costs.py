@@ -10,13 +10,14 @@ from prosg_lib.backbones.hub_transformer import new_llama
 from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import costs
-from prosg_lib.evaluation.baselines import start
-from prosg_lib.evaluation.costs import matched_steps, measured, seconds
-from prosg_lib.evaluation.recall import Estimate
+from prosg_lib.evaluation.baselines import FineTunedLora, ReadAgain, ReadTwice, Reinjection, StateOffset, start
+from prosg_lib.evaluation.costs import measure, seconds
+from prosg_lib.evaluation.statistics import Estimate
 from prosg_lib.generators.static import StaticDelta
 from prosg_lib.generators.token_wise import TokenGenerator
 
-METHODS = ["base", "prosg-token", "static", "none", "repeated", "twice", "every-16", "reinject-8", "offset", "lora-2"]
+BASELINES = [ReadTwice(), ReadAgain(16), Reinjection(8), StateOffset(), FineTunedLora(2)]
+METHODS = ["base", "prosg-token", "static", "none", "repeated", *BASELINES]
 SMALL = {"tokens": 12, "distance": 20, "answer": 4, "rounds": 3}
 mpl.use("Agg")
 
@@ -36,41 +37,27 @@ def llama():
 def test_bytes_are_those_of_all_that_is_kept(lm, generators, llama):
     """The state for every method; the prompt's own factors, not those that all prompts share; the prompt's tokens where
     they are read again; its state where that comes back; keys and values of all tokens of a transformer."""
-    found = measured(lm, generators, METHODS, {"transformer": (llama, "base")}, **SMALL).set_index("method").kept_bytes
+    found = measure(lm, generators, METHODS, {"transformer": (llama, "base")}, **SMALL).set_index("method").kept_bytes
     state = 3 * 5 * 16 * 4
     assert {found[m] for m in ("base", "static", "none", "twice")} == {state}
     assert found["repeated"] == found["every-16"] == state + 12 * 8
-    assert found["reinject-8"] == found["offset"] == 2 * state
+    assert found["reinject-8-0.3"] == found["offset-0.03"] == 2 * state
     assert found["prosg-token"] == state + 3 * (16 + 16) * 2 * 4  # U alone: V is the generator's
-    delta = start("lora-2", lm, {}, [[1, 2, 3]]).delta
-    assert found["lora-2"] == state + delta.nbytes()
+    delta = start(FineTunedLora(2), lm, {}, [[1, 2, 3]]).delta
+    assert found["lora-2-0.001"] == state + delta.nbytes()
     assert found["transformer"] == 2 * 2 * 16 * (12 + 20) * 4 + 8
 
 
 def test_times_have_their_order(lm, generators):
     """Medians lie between their quartiles; learning by descent takes longer than reading, two readings longer than
     none; and reading again now and then is dearer a token than not."""
-    rows = measured(lm, generators, METHODS, **SMALL | {"tokens": 64, "rounds": 7}).set_index("method")
+    rows = measure(lm, generators, METHODS, **SMALL | {"tokens": 64, "rounds": 7}).set_index("method")
     for column in ("absorb_ms", "token_ms"):
         assert (rows[f"{column}_low"] <= rows[column]).all()
         assert (rows[column] <= rows[f"{column}_high"]).all()
         assert (rows[column] > 0).all()
-    assert rows.absorb_ms["none"] < rows.absorb_ms["base"] < rows.absorb_ms["lora-2"]
+    assert rows.absorb_ms["none"] < rows.absorb_ms["base"] < rows.absorb_ms["lora-2-0.001"]
     assert rows.token_ms["repeated"] > rows.token_ms["base"]
-
-
-def test_steps_are_matched_to_a_time(lm, generators, monkeypatch):
-    """With a clock that says how long each thing takes: N steps, and the reading before them, take as long as the
-    generator; never fewer than one step."""
-    spent = iter([])
-
-    def clock(run):
-        return next(spent)
-
-    monkeypatch.setattr(costs, "seconds", clock)
-    for times, expected in ((1.0, 1), (100.0, 198)):
-        spent = iter([10.0, 4.0, 12.0, 32.0] * 12)  # a step takes 5, getting ready 7, reading 4
-        assert matched_steps(lm, generators["token"], times) == expected
 
 
 def test_seconds_are_those_that_passed(monkeypatch):
@@ -84,17 +71,18 @@ def test_seconds_are_those_that_passed(monkeypatch):
 def test_sizes_below_one_are_refused(lm):
     """No tokens or rounds: nothing could be measured."""
     with pytest.raises(UserError, match="at least 1"):
-        measured(lm, {}, ["base"], rounds=0)
+        measure(lm, {}, ["base"], rounds=0)
 
 
 def test_recall_is_drawn_against_every_cost(lm, generators):
     """Three panels with the methods that have a recall, at their costs, on logarithmic axes; of a family the second is
     hollow; the words for those who do not see it name them all."""
-    table = measured(lm, generators, ["base", "prosg-token", "every-4", "every-8"], **SMALL)
+    twice = [ReadAgain(4), ReadAgain(8)]
+    table, looks = measure(lm, generators, ["base", "prosg-token", *twice], **SMALL), plots.styles(twice)
     table.loc[0, "absorb_ms"] = 0.0
     recall = {m: Estimate(0.5, 0.4, 0.6) for m in ("base", "every-4", "every-8")}
     axes = Figure().subplots(1, 3)
-    plots.recall_against_costs(axes, table, recall)
+    plots.recall_against_costs(axes, table, recall, looks)
     for ax, column in zip(axes, plots.COSTS, strict=True):
         assert ax.get_xscale() == "log"
         drawn = {c.get_label(): c.lines[0] for c in ax.containers}
@@ -103,15 +91,6 @@ def test_recall_is_drawn_against_every_cost(lm, generators):
         assert drawn["prompt read again, 8"].get_markerfacecolor() == "white"
         assert drawn["prompt read again, 4"].get_markerfacecolor() != "white"
         assert drawn["plain model"].get_xdata()[0] > 0
-    words = plots.cost_alt(table, recall, 512)
+    words = plots.cost_alt(table, recall, 512, looks)
     assert all(label in words for label in ("plain model: recall 0.50", "prompt read again, 4", "512 tokens"))
     assert "ProSG" not in words
-
-
-def test_every_method_has_a_style_of_its_own():
-    """No two share a marker, and parameters stand in the label; what has no style is said."""
-    assert len({style.marker for style in plots.METHOD_STYLE.values()}) == len(plots.METHOD_STYLE)
-    assert plots.style_of("reinject-64-0.3").label == "state re-injected, 64, 0.3"
-    assert plots.style_of("prosg-token") is plots.METHOD_STYLE["prosg-token"]
-    with pytest.raises(UserError, match="no style"):
-        plots.style_of("nothing-3")

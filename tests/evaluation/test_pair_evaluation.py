@@ -84,7 +84,7 @@ class Looking:
         self.tokenizer = tokenizer
         self.told = []
 
-    def after(self, lm, contexts, successive):
+    def adapt(self, lm, contexts, successive):
         texts = [
             [self.tokenizer.decode(one[where].tolist()).strip() for one, where in zip(*many, strict=True)]
             for many in zip(*contexts, strict=True)
@@ -389,7 +389,7 @@ def test_a_step_that_broke_the_model_is_named(lm, tokenizer):
     """A NaN is no wrong answer."""
 
     class Broken:
-        def after(self, lm, contexts, successive):
+        def adapt(self, lm, contexts, successive):
             return lambda ids, valid, last: torch.full((len(ids), last, tokenizer.vocab), float("nan"))
 
     with pytest.raises(NotFinite, match=r"much too far: what the model says is not finite; take a smaller inner"):

@@ -1,8 +1,8 @@
-"""Evaluation: known numbers come out of a model whose knowledge is known, and statistics are what they say."""
+"""Recall against distance: known numbers come out of a model whose knowledge is known."""
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -17,18 +17,15 @@ from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.config.sizes import Evaluation, RWKV4Config
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
-from prosg_lib.evaluation import reading
-from prosg_lib.evaluation import recall as evaluate
-from prosg_lib.evaluation.baselines import METHODS, start
+from prosg_lib.evaluation import reading, recall
+from prosg_lib.evaluation.baselines import METHODS, ReadAgain, ReadTwice, Reinjection, start
 from prosg_lib.evaluation.recall import (
-    by_distance,
-    by_training,
-    differences,
-    estimate,
-    gap_recovered,
-    half_life,
-    locality,
+    answers,
+    answers_by_training,
+    judged,
     measure,
+    prose_nll,
+    recall_alone,
 )
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Shape
@@ -189,10 +186,10 @@ def test_competing_answers_are_counted_across_pieces(rows):
         for distance, before in ((16, 0), (256, 16)):
             asked = [t for t in range(before, distance) if item.body_kind[t] == COMPETING]
             right = [lm.follows[item.body[t - 1]] == item.body[t] for t in asked]
-            assert base.asked[distance, number] == len(asked)
+            assert base.competing_total[distance, number] == len(asked)
             expected = np.mean(right) if asked else math.nan
             assert base.competing[distance, number] == pytest.approx(expected, nan_ok=True)
-    assert base.asked.sum() > 10
+    assert base.competing_total.sum() > 10
     assert 0 < base.competing.mean() < 1
 
 
@@ -210,8 +207,8 @@ def test_reading_on_equals_reading_from_scratch(data, method):
     prompts = [list(data.encode_prompt(item)) for item in items]
     begin = start(method, lm, {"token": generator}, prompts)
     found = []
-    for distance, state, _, _ in evaluate._read(lm, begin, items, [0, 33, 70]):
-        texts = evaluate._ask(lm, data, items, prompts, begin, state, distance)
+    for distance, state, _, _ in recall._read(lm, begin, items, [0, 33, 70]):
+        texts = recall._ask(lm, data, items, prompts, begin, state, distance)
         found.append((distance, state, texts))
     for distance, state, texts in found:
         alone = begin.state
@@ -219,23 +216,23 @@ def test_reading_on_equals_reading_from_scratch(data, method):
             alone = lm(torch.tensor([item.body[:distance] for item in items]), begin.state, begin.delta)[1]
         for name in state.tensors:
             torch.testing.assert_close(state.tensors[name], alone.tensors[name], rtol=1e-4, atol=1e-5)
-        assert texts == evaluate._ask(lm, data, items, prompts, begin, alone, distance)
+        assert texts == recall._ask(lm, data, items, prompts, begin, alone, distance)
 
 
 def test_reading_again_keeps_what_a_short_memory_loses(data, rows):
     """A prompt that is read every 32 tokens is always in the window; one that is read twice in a row leaves it all the
     same. Distances, questions and the words of competing answers are those of the plain model."""
     lm, _, frame = rows
-    found = measure(lm, {}, ["twice", "every-32", "every-1000"], data, (0, 16, 256), FACTS, PROMPTS, PROBES)
+    found = measure(lm, {}, [ReadTwice(), ReadAgain(32), ReadAgain(1000)], data, (0, 16, 256), FACTS, PROMPTS, PROBES)
     for method, expected in {"twice": (1, 1, 0), "every-32": (1, 1, 1), "every-1000": (1, 1, 0)}.items():
         assert [mean(found, method, d) for d in (0, 16, 256)] == list(expected), method
     base = frame[frame.method == "base"].set_index(["distance", "prompt"])
     for method in ("twice", "every-1000"):
         other = found[found.method == method].set_index(["distance", "prompt"])
-        assert other.asked.equals(base.asked)
+        assert other.competing_total.equals(base.competing_total)
         assert other.competing.equals(base.competing)
     again = found[found.method == "every-32"].set_index(["distance", "prompt"])
-    assert again.asked.equals(base.asked)
+    assert again.competing_total.equals(base.competing_total)
 
 
 @pytest.mark.parametrize("kind", ["keys and values", "everything again"])
@@ -248,18 +245,18 @@ def test_a_transformer_reads_prompt_text_and_question_as_one(data, kind, monkeyp
         nn.init.normal_(weight, std=0.3)
     lm.tokenizer = data.tokenizer
     whole, lm = lm, lm.with_kv_cache() if kind == "keys and values" else lm
-    monkeypatch.setattr(evaluate, "_AT_ONCE", 3)
+    monkeypatch.setattr(recall, "_AT_ONCE", 3)
     monkeypatch.setattr(reading, "_PIECE", 16)
     items = data.items(2, Shape(FACTS, 70, PROBES, instructions=1))
     prompts = [list(data.encode_prompt(item)) for item in items]
     newline = data.tokenizer.encode("\n")
     begin = start("base", lm, {}, prompts)
-    for distance, state, _, _ in evaluate._read(lm, begin, items, [0, 33, 70]):
-        texts = evaluate._ask(lm, data, items, prompts, begin, state, distance)
-        for item, prompt, answers in zip(items, prompts, texts, strict=True):
+    for distance, state, _, _ in recall._read(lm, begin, items, [0, 33, 70]):
+        texts = recall._ask(lm, data, items, prompts, begin, state, distance)
+        for item, prompt, found in zip(items, prompts, texts, strict=True):
             text = [*prompt, *item.body[:distance]]
             text += newline if text[-1] != newline[-1] else ()
-            for probe, answer in zip(item.probes, answers, strict=True):
+            for probe, answer in zip(item.probes, found, strict=True):
                 assert [answer] == whole.generate([text + list(data.encode_probe(probe)[0])], max_new_tokens=12)
     assert set(measure(lm, {}, ["base", "none", "repeated"], data, (0, 8), 1, 2, 1).distance) == {0, 8}
 
@@ -273,21 +270,21 @@ def test_prose_is_read_as_the_method_reads(data):
         if weight.ndim == 2:
             nn.init.normal_(weight, std=0.5)
     lm.tokenizer = data.tokenizer
-    base = evaluate.prose_nll(lm, {}, "base", data, 2, length=40)
+    base = prose_nll(lm, {}, "base", data, 2, length=40)
     items = data.items(2, Shape(6, 0, 1, instructions=2))
     state = lm.derive_state([list(data.encode_prompt(item)) for item in items])
     rng = random.Random(f"prose/{data.seed}/{data.split}")
     ids = torch.tensor([data.prose.passage(40, rng) for _ in items])
     losses = nn.functional.cross_entropy(lm(ids[:, :-1], state)[0].transpose(1, 2), ids[:, 1:], reduction="none")
     assert base == pytest.approx(losses.mean(1).numpy(), rel=1e-5)
-    assert evaluate.prose_nll(lm, {}, "reinject-50", data, 2, length=40) == pytest.approx(base, rel=1e-6)
-    assert evaluate.prose_nll(lm, {}, "reinject-5-1", data, 2, length=40) != pytest.approx(base, rel=1e-4)
+    assert prose_nll(lm, {}, Reinjection(50), data, 2, length=40) == pytest.approx(base, rel=1e-6)
+    assert prose_nll(lm, {}, Reinjection(5, 1.0), data, 2, length=40) != pytest.approx(base, rel=1e-4)
 
 
 def test_measure_asks_from_every_method_the_same(rows):
     """Comparisons are paired: the same prompts, texts and questions for every method."""
     _, _, frame = rows
-    counts = frame.groupby("method").asked.sum()
+    counts = frame.groupby("method").competing_total.sum()
     assert counts.nunique() == 1
     assert (frame.groupby(["distance", "prompt"]).size() == len(METHODS)).all()
 
@@ -298,9 +295,9 @@ def test_recall_alone_is_what_the_delta_knows_by_itself(data, rows):
     lm, items, _ = rows
     ids, valid = lm.encode_prompts([list(data.encode_prompt(item)) for item in items])
     delta, _ = Copy()(lm, ids, valid)
-    assert evaluate.recall_alone(lm, delta, data, items).tolist() == [1.0] * PROMPTS
-    assert evaluate.recall_alone(lm, None, data, items).tolist() == [0.0] * PROMPTS
-    swapped = evaluate.recall_alone(lm, delta.select(torch.arange(PROMPTS).roll(1)), data, items)
+    assert recall_alone(lm, delta, data, items).tolist() == [1.0] * PROMPTS
+    assert recall_alone(lm, None, data, items).tolist() == [0.0] * PROMPTS
+    swapped = recall_alone(lm, delta.select(torch.arange(PROMPTS).roll(1)), data, items)
     for number, item in enumerate(items):
         other = {p.question: p.fact for p in items[number - 1].probes}
         assert swapped[number] == np.mean([other.get(p.question) == p.fact for p in item.probes])
@@ -312,7 +309,7 @@ def test_sweep_takes_fewer_prompts_beside_the_main_number_of_facts(data):
     assert sizes.main_facts == 3
     assert Evaluation(1, 1, 1, (0,), (0,), (3, 6, 12)).main_facts == 6
     lm = Window(data, [])
-    frame = evaluate.sweep(lm, {}, ["base", "none"], "test", sizes, lambda split, seed: data)
+    frame = judged(answers(lm, {}, ["base", "none"], "test", sizes, lambda split, seed: data))
     assert frame.groupby("facts").prompt.nunique().to_dict() == {2: 2, 3: 3}
 
 
@@ -321,173 +318,8 @@ def test_every_training_answers_the_same(data):
     items = data.items(2, Shape(2, 8, 1, instructions=2))
     lm, sizes = Window(data, items), Evaluation(2, 2, 1, (0,), (0, 8), (2,))
     told = ("test", sizes, lambda split, seed: data)
-    found = evaluate.answers_by_training(lm, {0: Copy(), 3: Copy(blind=True)}, *told)
+    found = answers_by_training(lm, {0: Copy(), 3: Copy(blind=True)}, *told)
     for number, generator in {0: Copy(), 3: Copy(blind=True)}.items():
-        alone = evaluate.answers(lm, {"token": generator}, ["prosg-token"], *told)
-        assert [row for row in found if row.training == number] == [replace(row, training=number) for row in alone]
-    assert evaluate.judged(found).training.tolist() == [0] * 4 + [3] * 4
-
-
-# Statistics
-
-
-def made(recall, distances=(0, 64, 256), seeds=(0,), facts=6, **columns):
-    """A frame out of {method: one list of prompts' recalls a distance}."""
-    return pd.DataFrame(
-        [
-            {"method": m, "distance": d, "facts": facts, "seed": s, "prompt": i, "recall": r, "followed": r}
-            | {name: values[m][j][i] for name, values in columns.items()}
-            for m, table in recall.items()
-            for j, (d, prompts) in enumerate(zip(distances, table, strict=True))
-            for s in seeds
-            for i, r in enumerate(prompts)
-        ]
-    )
-
-
-def test_gap_recovered_is_its_formula():
-    """(R - none) / (repeated - none) of the means, not the mean of the ratios."""
-    frame = made({"prosg-token": [[0.9, 0.5]], "none": [[0.1, 0.1]], "repeated": [[1.0, 0.8]]}, distances=(64,))
-    found = gap_recovered(frame, "prosg-token", 64)
-    assert found.value == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
-    assert found.low == pytest.approx((0.5 - 0.1) / (0.8 - 0.1))  # both times the second prompt
-    assert found.high == pytest.approx((0.9 - 0.1) / (1.0 - 0.1))
-    assert gap_recovered(frame, "none", 64).value == 0
-    assert gap_recovered(frame, "repeated", 64).value == 1
-
-
-def test_no_gap_no_share_of_it():
-    """Where even the repeated prompt does not help, nothing is said to be recovered."""
-    frame = made({"base": [[0.5, 0.0]], "none": [[0.2, 0.2]], "repeated": [[0.2, 0.2]]}, distances=(64,))
-    found = gap_recovered(frame, "base", 64)
-    assert math.isnan(found.value)
-    assert math.isnan(found.low)
-
-
-def test_half_life_is_between_the_distances_that_enclose_it():
-    """Linear in log(1 + d); infinite where half is never reached; the first crossing counts."""
-    frame = made(
-        {"base": [[1.0], [0.75], [0.25]], "prosg-token": [[1.0], [1.0], [0.5]], "wrong": [[1.0], [0.0], [1.0]]}
-    )
-    assert half_life(frame, "base") == pytest.approx(math.expm1((math.log(65) + math.log(257)) / 2))
-    assert half_life(frame, "prosg-token") == math.inf
-    assert half_life(frame, "wrong") == pytest.approx(math.expm1(math.log(65) / 2))
-
-
-def test_interval_covers():
-    """A 95 % interval encloses the true mean about that often: 60 prompts, 150 times."""
-    rng = np.random.default_rng(1)
-    found = [evaluate.resampled(rng.binomial(6, 0.7, (1, 60)) / 6, lambda means: means[0]) for _ in range(150)]
-    assert 0.88 <= np.mean([e.low <= 0.7 <= e.high for e in found]) <= 0.99
-
-
-def test_differences_are_paired():
-    """Two methods that differ by the same amount in every prompt differ by it for sure, however prompts differ."""
-    recalls = np.linspace(0.2, 0.8, 7)
-    frame = made({"wrong": [recalls - 0.1], "none": [recalls]}, distances=(64,))
-    found = differences(frame, "wrong", "none")[64]
-    assert (found.value, found.low, found.high) == pytest.approx((-0.1, -0.1, -0.1))
-
-
-def test_the_band_of_differences_covers_a_whole_curve():
-    """Of curves that differ nowhere, about one in twenty leaves the band somewhere; single intervals miss far more."""
-    rng = np.random.default_rng(3)
-    distances, missed, single = (0, 16, 64, 256, 512, 1024, 4096), 0, 0
-    for _ in range(200):
-        draws = rng.normal(size=(2, len(distances), 40))
-        frame = made({"wrong": list(draws[0]), "none": list(draws[1])}, distances=distances)
-        band = differences(frame, "wrong", "none")
-        missed += any(not e.low <= 0 <= e.high for e in band.values())
-        apart = draws[0] - draws[1]
-        single += bool((np.abs(apart.mean(1)) > 1.96 * apart.std(1) / 40**0.5).any())
-    assert 0.01 <= missed / 200 <= 0.11
-    assert single / 200 > 0.2
-
-
-def test_locality_pools_words_and_not_shares():
-    """Prompts with more questions about other people weigh more; pieces without any say nothing."""
-    recall = {"base": [[0, 0], [0, 0]], "prosg-token": [[0, 0], [0, 0]]}
-    nan = float("nan")
-    frame = made(
-        recall,
-        distances=(0, 64),
-        asked={"base": [[0, 0], [10, 2]], "prosg-token": [[0, 0], [10, 2]]},
-        competing={"base": [[nan, nan], [0.8, 1.0]], "prosg-token": [[nan, nan], [0.6, 1.0]]},
-    )
-    assert locality(frame, "prosg-token").value == pytest.approx((6 + 2) / (8 + 2))
-    assert locality(frame, "base").value == 1
-
-
-def test_nobody_asked_nothing_lost():
-    """Where no text asks about other people, as at distance 0, there is no ratio."""
-    frame = made({"base": [[1.0]], "none": [[0.0]]}, distances=(0,), asked={"base": [[0]], "none": [[0]]})
-    assert math.isnan(locality(frame.assign(competing=math.nan), "none").value)
-
-
-def test_by_distance_is_a_table_of_estimates():
-    """One row a method in the order given, one column a distance in rising order."""
-    frame = made({"base": [[1.0], [0.5], [0.0]], "none": [[0.0], [0.0], [0.0]]}, distances=(256, 0, 64))
-    table = by_distance(estimate, frame, ["none", "base"])
-    assert list(table.index) == ["none", "base"]
-    assert list(table.columns) == [0, 64, 256]
-    assert table.loc["base", 256].value == 1.0
-    assert str(table.loc["base", 0]) == "0.50 [0.50, 0.50]"
-
-
-def trained(recalls, method="prosg-token"):
-    """The frame of several trainings: number -> one list of prompts' recalls a distance."""
-    return pd.concat([made({method: table}).assign(training=n) for n, table in recalls.items()], ignore_index=True)
-
-
-def test_numbers_are_means_over_trainings():
-    """Recall, gap, differences, half-life, answers about others; a method without trainings is the same in all."""
-    several = trained({0: [[1.0, 0.8], [0.9, 0.7], [0.6, 0.4]], 1: [[0.6, 0.4], [0.5, 0.3], [0.0, 0.0]]})
-    once = made({"none": [[0.2, 0.0]] * 3, "repeated": [[1.0, 1.0]] * 3}).assign(training=0)
-    frame = pd.concat([several, once], ignore_index=True)
-    assert [estimate(frame, "prosg-token", d).value for d in (0, 64, 256)] == pytest.approx([0.7, 0.6, 0.25])
-    assert gap_recovered(frame, "prosg-token", 0).value == pytest.approx((0.7 - 0.1) / 0.9)
-    assert differences(frame, "prosg-token", "none")[256].value == pytest.approx(0.15)
-    mean = {"prosg-token": [[0.8, 0.6], [0.7, 0.5], [0.3, 0.2]]}
-    assert half_life(frame, "prosg-token") == half_life(made(mean), "prosg-token")
-    each = by_training(frame, "prosg-token")
-    assert each.index.tolist() == [0, 1]
-    assert each[256].map(lambda e: e.value).tolist() == [0.5, 0.0]
-    assert by_training(once.drop(columns="training"), "none").index.tolist() == [0]
-    about = frame.assign(asked=10, competing=np.where(frame.method == "none", 0.5, 0.25 + 0.5 * frame.training))
-    assert locality(about, "prosg-token", "none").value == pytest.approx(1.0)
-    assert (locality(about, "prosg-token", "none").low, locality(about, "prosg-token", "none").high) == (0.5, 1.5)
-
-
-def test_a_band_is_wider_where_trainings_differ():
-    """And the same, where they do not."""
-    rng = np.random.default_rng(0)
-    prompts, none = rng.uniform(0.4, 0.6, (3, 30)), made({"none": [np.zeros(30)] * 3}).assign(training=0)
-
-    def band(apart):
-        tables = {n: list(prompts + apart * n) for n in range(-2, 3)}
-        return differences(pd.concat([trained(tables), none]), "prosg-token", "none")[64]
-
-    alone = differences(pd.concat([made({"prosg-token": list(prompts)}), none.drop(columns="training")]),
-                        "prosg-token", "none")[64]  # fmt: skip
-    alike, apart = band(0.0), band(0.05)
-    assert (alike.low, alike.high) == pytest.approx((alone.low, alone.high))
-    assert apart.low < alone.low - 0.05
-    assert apart.high > alone.high + 0.05
-
-
-def test_other_trainings_each_are_not_compared():
-    """Two methods with several trainings need the same ones."""
-    frame = pd.concat([trained({n: [[0.5]] * 3 for n in some}, m) for m, some in {"a": (0, 1), "b": (0, 2)}.items()])
-    with pytest.raises(UserError, match="a, b have other trainings each"):
-        differences(frame, "a", "b")
-
-
-def test_what_was_not_measured_is_named():
-    """An estimate of a method or distance that is not in the frame says so."""
-    with pytest.raises(UserError, match="repeated was not measured at 64"):
-        gap_recovered(made({"base": [[1.0]], "none": [[0.0]]}, distances=(64,)), "base", 64)
-    with pytest.raises(UserError, match="unknown method 'magic'"):
-        start("magic", None, {}, [[1]])
-    lm = RWKV4(RWKV4Config(10, 4, 1, 8))
-    with pytest.raises(UserError, match="needs the 'token' generator"):
-        start("prosg-token", lm, {}, [[1]])
+        alone = answers(lm, {"token": generator}, ["prosg-token"], *told).assign(training=number)
+        pd.testing.assert_frame_equal(found[found.training == number].reset_index(drop=True), alone)
+    assert judged(found).training.tolist() == [0] * 4 + [3] * 4

@@ -1,9 +1,26 @@
-"""Intervals of two levels: they enclose what is true, and widen where trainings differ, and only there."""
+"""Intervals cover the truth, on both levels, and what is computed from frames is its formula."""
+
+import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from prosg_lib.evaluation.statistics import drawn_trainings, resampled
+from prosg_lib.errors import UserError
+from prosg_lib.evaluation.statistics import (
+    Estimate,
+    by_distance,
+    by_training,
+    difference,
+    differences,
+    drawn_trainings,
+    estimate,
+    gap_recovered,
+    half_life,
+    locality,
+    mean,
+    resampled,
+)
 
 
 def first(means):
@@ -73,3 +90,188 @@ def test_prompts_that_ask_nothing_count_for_nothing():
 def test_so_few_trainings_are_drawn_that_students_t_is_met(count, drawn):
     """Nearly all of many, and few of few."""
     assert drawn_trainings(count) == drawn
+
+
+# From frames
+
+
+def made(recall, distances=(0, 64, 256), seeds=(0,), facts=6, **columns):
+    """A frame out of {method: one list of prompts' recalls a distance}."""
+    return pd.DataFrame(
+        [
+            {"method": m, "distance": d, "facts": facts, "seed": s, "prompt": i, "recall": r, "followed": r}
+            | {name: values[m][j][i] for name, values in columns.items()}
+            for m, table in recall.items()
+            for j, (d, prompts) in enumerate(zip(distances, table, strict=True))
+            for s in seeds
+            for i, r in enumerate(prompts)
+        ]
+    )
+
+
+def test_gap_recovered_is_its_formula():
+    """(R - none) / (repeated - none) of the means, not the mean of the ratios."""
+    frame = made({"prosg-token": [[0.9, 0.5]], "none": [[0.1, 0.1]], "repeated": [[1.0, 0.8]]}, distances=(64,))
+    found = gap_recovered(frame, "prosg-token", 64)
+    assert found.value == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
+    assert found.low == pytest.approx((0.5 - 0.1) / (0.8 - 0.1))  # both times the second prompt
+    assert found.high == pytest.approx((0.9 - 0.1) / (1.0 - 0.1))
+    assert gap_recovered(frame, "none", 64).value == 0
+    assert gap_recovered(frame, "repeated", 64).value == 1
+
+
+def test_no_gap_no_share_of_it():
+    """Where even the repeated prompt does not help, nothing is said to be recovered."""
+    frame = made({"base": [[0.5, 0.0]], "none": [[0.2, 0.2]], "repeated": [[0.2, 0.2]]}, distances=(64,))
+    found = gap_recovered(frame, "base", 64)
+    assert math.isnan(found.value)
+    assert math.isnan(found.low)
+
+
+def test_half_life_is_between_the_distances_that_enclose_it():
+    """Linear in log(1 + d); infinite where half is never reached; the first crossing counts."""
+    frame = made(
+        {"base": [[1.0], [0.75], [0.25]], "prosg-token": [[1.0], [1.0], [0.5]], "wrong": [[1.0], [0.0], [1.0]]}
+    )
+    assert half_life(frame, "base") == pytest.approx(math.expm1((math.log(65) + math.log(257)) / 2))
+    assert half_life(frame, "prosg-token") == math.inf
+    assert half_life(frame, "wrong") == pytest.approx(math.expm1(math.log(65) / 2))
+
+
+def test_interval_covers():
+    """A 95 % interval encloses the true mean about that often: 60 prompts, 150 times."""
+    rng = np.random.default_rng(1)
+    found = [resampled(rng.binomial(6, 0.7, (1, 60)) / 6, lambda means: means[0]) for _ in range(150)]
+    assert 0.88 <= np.mean([e.low <= 0.7 <= e.high for e in found]) <= 0.99
+
+
+def test_differences_are_paired():
+    """Two methods that differ by the same amount in every prompt differ by it for sure, however prompts differ."""
+    recalls = np.linspace(0.2, 0.8, 7)
+    frame = made({"wrong": [recalls - 0.1], "none": [recalls]}, distances=(64,))
+    found = differences(frame, "wrong", "none")[64]
+    assert (found.value, found.low, found.high) == pytest.approx((-0.1, -0.1, -0.1))
+
+
+def test_the_band_of_differences_covers_a_whole_curve():
+    """Of curves that differ nowhere, about one in twenty leaves the band somewhere; single intervals miss far more."""
+    rng = np.random.default_rng(3)
+    distances, missed, single = (0, 16, 64, 256, 512, 1024, 4096), 0, 0
+    for _ in range(200):
+        draws = rng.normal(size=(2, len(distances), 40))
+        frame = made({"wrong": list(draws[0]), "none": list(draws[1])}, distances=distances)
+        band = differences(frame, "wrong", "none")
+        missed += any(not e.low <= 0 <= e.high for e in band.values())
+        apart = draws[0] - draws[1]
+        single += bool((np.abs(apart.mean(1)) > 1.96 * apart.std(1) / 40**0.5).any())
+    assert 0.01 <= missed / 200 <= 0.11
+    assert single / 200 > 0.2
+
+
+def test_locality_pools_words_and_not_shares():
+    """Prompts with more questions about other people weigh more; pieces without any say nothing."""
+    recall = {"base": [[0, 0], [0, 0]], "prosg-token": [[0, 0], [0, 0]]}
+    nan = float("nan")
+    frame = made(
+        recall,
+        distances=(0, 64),
+        competing_total={"base": [[0, 0], [10, 2]], "prosg-token": [[0, 0], [10, 2]]},
+        competing={"base": [[nan, nan], [0.8, 1.0]], "prosg-token": [[nan, nan], [0.6, 1.0]]},
+    )
+    assert locality(frame, "prosg-token").value == pytest.approx((6 + 2) / (8 + 2))
+    assert locality(frame, "base").value == 1
+
+
+def test_nobody_asked_nothing_lost():
+    """Where no text asks about other people, as at distance 0, there is no ratio."""
+    frame = made({"base": [[1.0]], "none": [[0.0]]}, distances=(0,), competing_total={"base": [[0]], "none": [[0]]})
+    assert math.isnan(locality(frame.assign(competing=math.nan), "none").value)
+
+
+def test_by_distance_is_a_table_of_estimates():
+    """One row a method in the order given, one column a distance in rising order."""
+    frame = made({"base": [[1.0], [0.5], [0.0]], "none": [[0.0], [0.0], [0.0]]}, distances=(256, 0, 64))
+    table = by_distance(estimate, frame, ["none", "base"])
+    assert list(table.index) == ["none", "base"]
+    assert list(table.columns) == [0, 64, 256]
+    assert table.loc["base", 256].value == 1.0
+    assert str(table.loc["base", 0]) == "0.50 [0.50, 0.50]"
+
+
+def trained(recalls, method="prosg-token"):
+    """The frame of several trainings: number -> one list of prompts' recalls a distance."""
+    return pd.concat([made({method: table}).assign(training=n) for n, table in recalls.items()], ignore_index=True)
+
+
+def test_numbers_are_means_over_trainings():
+    """Recall, gap, differences, half-life, answers about others; a method without trainings is the same in all."""
+    several = trained({0: [[1.0, 0.8], [0.9, 0.7], [0.6, 0.4]], 1: [[0.6, 0.4], [0.5, 0.3], [0.0, 0.0]]})
+    once = made({"none": [[0.2, 0.0]] * 3, "repeated": [[1.0, 1.0]] * 3}).assign(training=0)
+    frame = pd.concat([several, once], ignore_index=True)
+    assert [estimate(frame, "prosg-token", d).value for d in (0, 64, 256)] == pytest.approx([0.7, 0.6, 0.25])
+    assert gap_recovered(frame, "prosg-token", 0).value == pytest.approx((0.7 - 0.1) / 0.9)
+    assert differences(frame, "prosg-token", "none")[256].value == pytest.approx(0.15)
+    mean = {"prosg-token": [[0.8, 0.6], [0.7, 0.5], [0.3, 0.2]]}
+    assert half_life(frame, "prosg-token") == half_life(made(mean), "prosg-token")
+    each = by_training(frame, "prosg-token")
+    assert each.index.tolist() == [0, 1]
+    assert each[256].map(lambda e: e.value).tolist() == [0.5, 0.0]
+    assert by_training(once.drop(columns="training"), "none").index.tolist() == [0]
+    about = frame.assign(
+        competing_total=10, competing=np.where(frame.method == "none", 0.5, 0.25 + 0.5 * frame.training)
+    )
+    assert locality(about, "prosg-token", "none").value == pytest.approx(1.0)
+    assert (locality(about, "prosg-token", "none").low, locality(about, "prosg-token", "none").high) == (0.5, 1.5)
+
+
+def test_a_band_is_wider_where_trainings_differ():
+    """And the same, where they do not."""
+    rng = np.random.default_rng(0)
+    prompts, none = rng.uniform(0.4, 0.6, (3, 30)), made({"none": [np.zeros(30)] * 3}).assign(training=0)
+
+    def band(apart):
+        tables = {n: list(prompts + apart * n) for n in range(-2, 3)}
+        return differences(pd.concat([trained(tables), none]), "prosg-token", "none")[64]
+
+    alone = differences(pd.concat([made({"prosg-token": list(prompts)}), none.drop(columns="training")]),
+                        "prosg-token", "none")[64]  # fmt: skip
+    alike, apart = band(0.0), band(0.05)
+    assert (alike.low, alike.high) == pytest.approx((alone.low, alone.high))
+    assert apart.low < alone.low - 0.05
+    assert apart.high > alone.high + 0.05
+
+
+def test_other_trainings_each_are_not_compared():
+    """Two methods with several trainings need the same ones."""
+    frame = pd.concat([trained({n: [[0.5]] * 3 for n in some}, m) for m, some in {"a": (0, 1), "b": (0, 2)}.items()])
+    with pytest.raises(UserError, match="a, b have different trainings"):
+        differences(frame, "a", "b")
+
+
+def test_what_was_not_measured_is_named():
+    """An estimate of a method or distance that is not in the frame says so."""
+    with pytest.raises(UserError, match="repeated was not measured here; there are base, none"):
+        gap_recovered(made({"base": [[1.0]], "none": [[0.0]]}, distances=(64,)), "base", 64)
+    with pytest.raises(UserError, match="nothing was measured at 65 tokens with 6 facts"):
+        estimate(made({"base": [[1.0]]}, distances=(64,)), "base", 65)
+
+
+def test_means_are_of_all_rows_and_paired():
+    """Whatever cells the rows belong to; items are matched by cell, seed and number, in any order of the rows."""
+    rows = [
+        {"cell": cell, "seed": seed, "item": item, "method": method, "score": 0.1 * item + shift}
+        for method, shift in (("base", 0.0), ("other", 0.3))
+        for cell in (0, 1)
+        for seed in (0, 1)
+        for item in range(5)
+    ]
+    frame = pd.DataFrame(rows).sample(frac=1.0, random_state=0)
+    assert mean(frame, "base", "score").value == pytest.approx(0.2)
+    found = difference(frame, "other", "base", "score")
+    assert (found.value, found.low, found.high) == pytest.approx((0.3, 0.3, 0.3))
+
+
+def test_error_bars_are_never_negative():
+    """A bootstrap interval need not enclose the value itself, and matplotlib takes no negative bar."""
+    assert Estimate(0.5, 0.4, 0.7).bars == pytest.approx((0.1, 0.2))
+    assert Estimate(0.5, 0.6, 0.7).bars == pytest.approx((0.0, 0.2))

@@ -9,7 +9,7 @@ from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.deltas.applying import applied
 from prosg_lib.errors import NotFinite, UserError
-from prosg_lib.evaluation.baselines import start
+from prosg_lib.evaluation.baselines import FineTunedLora, TunedState, start
 from prosg_lib.generators.base import ALL_MAPS
 from prosg_lib.gradient_steps.one_step import context_nll
 from prosg_lib.gradient_steps.prompt_tuning import fine_tuned, tuned_state
@@ -64,13 +64,13 @@ def test_no_steps_change_nothing(lm, batch):
     assert_close(found.tensors["num"] / found.tensors["den"], state.tensors["num"] / state.tensors["den"])
 
 
-@pytest.mark.parametrize("name", ["tuned-3-0.01", "lora-3-0.001"])
-def test_a_prompt_is_learned_as_if_it_were_alone(lm64, prompts, name):
+@pytest.mark.parametrize("method", [TunedState(3, 0.01), FineTunedLora(3, 0.001)])
+def test_a_prompt_is_learned_as_if_it_were_alone(lm64, prompts, method):
     """Each of a padded batch gets what it gets alone."""
     prompts = [p for p in prompts if len(p) > 1]
-    together = start(name, lm64, {}, prompts)
+    together = start(method, lm64, {}, prompts)
     for row, prompt in enumerate(prompts):
-        alone, ours = start(name, lm64, {}, [prompt]), together.select([row])
+        alone, ours = start(method, lm64, {}, [prompt]), together.select([row])
         for key, tensor in alone.state.tensors.items():
             assert_close(ours.state.tensors[key], tensor, rtol=1e-4, atol=1e-6)
         for key, factors in (alone.delta.factors if alone.delta else {}).items():
@@ -95,7 +95,7 @@ def test_what_gives_no_gradient_is_said(lm, batch):
     with pytest.raises(UserError, match="grows with the text"):
         tuned_state(llama, ids, valid, state, 1, 0.1)
     with pytest.raises(UserError, match="one token"):
-        start("lora-1", lm, {}, [[3]])
+        start(FineTunedLora(1), lm, {}, [[3]])
     broken = RecurrentState(state.tensors | {"num": state.tensors["num"] * float("nan")})
     with pytest.raises(NotFinite, match="loss of the prompts"):
         tuned_state(lm, ids, valid, broken, 1, 0.1)

@@ -19,7 +19,7 @@ from prosg_lib.config import PROFILES, get_profile, profiles
 from prosg_lib.config.sizes import Evaluation, GeneratorSize, PairTraining, RWKV4Config, Training
 from prosg_lib.errors import Diverged, NotFinite, UserError
 from prosg_lib.evaluation.pair_evaluation import answered
-from prosg_lib.evaluation.recall import sweep
+from prosg_lib.evaluation.recall import answers, judged
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.gradient_steps.map_step import MapStep
@@ -161,7 +161,7 @@ def measured():
     for weight in token.parameters():
         nn.init.normal_(weight, std=0.3)
     sizes = Evaluation(3, 2, 2, (0, 1), (0, 40), (2, 3))
-    recall = sweep(lm, {"token": token}, ("base", "wrong", "none"), "test", sizes, dialogues)
+    recall = judged(answers(lm, {"token": token}, ("base", "wrong", "none"), "test", sizes, dialogues))
     pairs = answered(lm, {"token": token}, characters("test")[:11], lm.tokenizer, batch=3)
     return recall, pairs
 

@@ -12,7 +12,7 @@ from prosg_lib import cli
 from prosg_lib.config import get_profile, profiles
 from prosg_lib.config.sizes import Forgetting, PairTraining, SuiteSizes
 from prosg_lib.errors import UserError
-from prosg_lib.evaluation import forgetting
+from prosg_lib.tasks.suite import problem_of
 from prosg_lib.training import stages, suite_stages
 from prosg_lib.training.problem_objectives import model_objective, way_objective
 from prosg_lib.training.suite_stages import checkpoint_name, suite_model, suite_way
@@ -40,14 +40,14 @@ def test_cells_are_the_short_ones_and_problems_those_of_training(monkeypatch):
     assert set(cells) == {"copy", "mqar", "phonebook", "passkey"}
     for task, settings in cells.items():
         for size, cell in settings:
-            problem = forgetting.problem_of(cell, material, 0, 0, "train")
+            problem = problem_of(cell, material, 0, 0, "train")
             assert problem.task == task
             assert len(problem.memory) + len(problem.rest) == size <= SMALL.suite.longest
     shorter = replace(SMALL, suite=replace(SMALL.suite, longest=60))
     monkeypatch.setitem(profiles.PROFILES, "tiny", shorter)
     assert "mqar" not in suite_stages.practice(get_profile("tiny"), material)
     monkeypatch.setitem(profiles.PROFILES, "tiny", SMALL)
-    held = {forgetting.problem_of(c, material, 0, n).memory for cs in cells.values() for _, c in cs for n in (0, 1)}
+    held = {problem_of(c, material, 0, n).memory for cs in cells.values() for _, c in cs for n in (0, 1)}
     for step in range(8):
         for test in draw()(step).tests:
             assert not held & {tuple(ids[valid].tolist()) for ids, valid in zip(*test.memory, strict=True)}

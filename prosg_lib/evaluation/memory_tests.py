@@ -1,0 +1,394 @@
+"""The established tests of memory: copying, multi-query associative recall (MQAR), phone books and passkeys.
+
+A problem has something to remember (the memory), what is read afterwards (the rest), and positions of the rest at which
+the model's next token is judged. Every method gets the same problems and one forward pass over each. A model whose
+state is of a fixed size reads the memory, and then the rest from that state; one that looks back at everything it has
+read (`state_grows`) reads both in one pass. There, a delta in the weights comes on top of what the model still sees;
+the delta alone shows what the weights know.
+
+A score is the share of judged tokens that are right (copying, MQAR), or 1 if all of them are and else 0 (phone book,
+passkey).
+
+Glossary of shapes: B problems, M tokens of memory, T tokens of the rest, D model width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prosg_lib import paths, provenance
+from prosg_lib.backbones.base import LanguageModel, fingerprint
+from prosg_lib.config import Profile
+from prosg_lib.deltas.applying import applied
+from prosg_lib.errors import NotFinite, UserError
+from prosg_lib.evaluation import predictions
+from prosg_lib.evaluation.baselines import Start, start
+from prosg_lib.evaluation.statistics import mean
+from prosg_lib.generators.base import Generator
+from prosg_lib.generators.final_state import FinalStateGenerator
+from prosg_lib.generators.static import StaticDelta
+from prosg_lib.generators.token_wise import TokenGenerator
+from prosg_lib.gradient_steps.adapter_step import AdapterStep
+from prosg_lib.tasks import mqar
+from prosg_lib.tasks.problems import Problem, ProblemBatch, problem_batch
+from prosg_lib.tasks.suite import SPLIT, Material, Setting, problem_of, settings
+from prosg_lib.text.padding import left_padded
+from prosg_lib.text.prose import ProseTokens, load_prose
+from prosg_lib.training import distributed, stages
+from prosg_lib.training.stages import PLENTY, Thrift
+from prosg_lib.training.suite_stages import MODELS, WAYS, checkpoint_name, suite_model, suite_way
+
+
+class Test(NamedTuple):
+    """How a test is scored and shown.
+
+    Attributes:
+        by_token: whether the score is a share of tokens, or all or nothing.
+        size: the setting that says how large a problem is; size_label: the same in words.
+    """
+
+    title: str
+    score: str
+    by_token: bool
+    size: str
+    size_label: str
+
+
+TESTS = {
+    "copy": Test("Copying random words", "share of tokens right", True, "words", "words to repeat"),
+    "mqar": Test(
+        "Multi-query associative recall", "share of queries right", True, "length", "length of the sequence (tokens)"
+    ),
+    "phonebook": Test("Phone book", "share of numbers right", False, "lines", "lines of the phone book"),
+    "passkey": Test("Passkey", "share of keys right", False, "length", "length of the text (tokens)"),
+}
+
+PLAIN = ("base", "none", "repeated")
+"""Methods that need no generator, see `baselines.METHODS`."""
+
+METHODS = {
+    "adapter": "a real gradient step on the memory, in an adapter: as base, with its delta in the weights",
+    "alone": "the delta alone: the model reads the rest from a blank state, with the memory's delta in the weights",
+}
+"""Those that `baselines.METHODS` does not have."""
+
+_KINDS = {
+    TokenGenerator: ("prosg-token", "token"),
+    FinalStateGenerator: ("prosg-final", "final"),
+    AdapterStep: ("adapter", "adapter"),
+    StaticDelta: ("static-read", "static"),
+}
+
+_TOKENS = 16_384  # of a batch, memory and rest together
+
+
+def methods_of(generator: Generator | None) -> tuple[str, ...]:
+    """The methods that can be compared: the plain model's three, and with a generator its own (by its kind), its delta
+    alone, and another problem's state and delta ("wrong").
+
+    Raises:
+        UserError: a generator of an unknown kind.
+    """
+    return PLAIN if generator is None else (*PLAIN, _kind(generator)[0], "alone", "wrong")
+
+
+def _kind(generator: Generator) -> tuple[str, str]:
+    for kind, names in _KINDS.items():
+        if isinstance(generator, kind):
+            return names
+    known = ", ".join(kind.__name__ for kind in _KINDS)
+    raise UserError(f"a {type(generator).__name__} cannot be evaluated here; take one of {known}")
+
+
+def answered(
+    lm: LanguageModel, generator: Generator | None, problems: Sequence[Problem]
+) -> dict[str, list[tuple[int, ...]]]:
+    """What the model predicts at the judged positions, by method: one tuple of token ids a problem.
+
+    Args:
+        problems: of one cell, at least two, because the control needs another problem's memory.
+    Raises:
+        UserError: fewer than two problems, or token ids that the model does not have.
+        NotFinite: logits that are not finite.
+    """
+    if len(problems) < 2:
+        raise UserError(f"{len(problems)} problem a cell; the control with another problem's memory needs 2")
+    found: dict[str, list[tuple[int, ...]]] = {method: [] for method in methods_of(generator)}
+    longest = max(len(p.memory) + len(p.rest) for p in problems)
+    parts = max(1, min(-(-len(problems) * longest // _TOKENS), len(problems) // 2))  # batches of at least two
+    for part in range(parts):
+        batch = problems[part * len(problems) // parts : (part + 1) * len(problems) // parts]
+        for method, predicted in _predicted(lm, generator, batch):
+            found[method] += predicted
+    return found
+
+
+@torch.no_grad()
+def _predicted(
+    lm: LanguageModel, generator: Generator | None, problems: Sequence[Problem]
+) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
+    batch = problem_batch(problems).to(next(lm.parameters()).device)
+    largest = max(int(batch.memory.ids.max()), int(batch.rest.max()))
+    if largest >= lm.config.vocab:
+        raise UserError(
+            f"the problems have token {largest}, but the model's vocabulary is {lm.config.vocab}; make them with the "
+            "model's own tokenizer, or with a smaller vocabulary"
+        )
+    memories = [list(p.memory) for p in problems]
+    name, kind = (None, None) if generator is None else _kind(generator)
+    written = None if generator is None else start(name, lm, {kind: generator}, memories)
+    for method in methods_of(generator):
+        logits = lm.read_out(_read(lm, method, batch, memories, written)[batch.judged])
+        if not torch.isfinite(logits).all():
+            raise NotFinite(f"{method}: the logits are not finite; check the model's weights and the generator's")
+        ids = iter(logits.argmax(-1).tolist())
+        yield method, [tuple(next(ids) for _ in p.judged) for p in problems]
+
+
+def _read(
+    lm: LanguageModel, method: str, batch: ProblemBatch, memories: list[list[int]], written: Start | None
+) -> Tensor:
+    """Final hidden states of the rest, (B, T, D).
+
+    Args:
+        written: the start with the memories' delta, which is derived once for all methods that need it.
+    """
+    if lm.state_grows and method in ("base", "repeated"):
+        before = left_padded(memories if method == "base" else [2 * memory for memory in memories])
+        ids = torch.cat([before.ids.to(batch.rest.device), batch.rest], 1)
+        valid = torch.cat([before.valid.to(batch.rest.device), torch.ones_like(batch.judged)], 1)
+        return lm.step_through(ids, None, valid)[0][:, -batch.rest.shape[1] :]
+    if method in PLAIN:
+        begin = start(method, lm, {}, memories)
+    elif method == "alone":
+        begin = Start(None, written.delta)
+    elif method == "wrong":  # another problem's state and delta, whatever the kind of generator
+        begin = written.select([(row - 1) % len(memories) for row in range(len(memories))])
+    else:
+        begin = written
+    with applied(lm, begin.delta):
+        state = begin.state
+        if begin.repeat:
+            _, state = lm.step_through(batch.memory.ids, state, batch.memory.valid)
+        return lm.step_through(batch.rest, state, None)[0]
+
+
+def answers(
+    lm: LanguageModel,
+    generator: Generator | None,
+    cells: Sequence[Setting],
+    material: Material,
+    seeds: Sequence[int],
+    items: int,
+) -> pd.DataFrame:
+    """Every method's answers to every problem, cell by cell; shows its progress in a terminal.
+
+    Args:
+        items: problems a cell and seed, at least 2.
+    Returns:
+        One row a problem and method, with the columns shown in `predictions`.
+    Raises:
+        UserError: a problem that cannot be made, or that the model cannot read.
+    """
+    numbers = [(seed, number) for seed in seeds for number in range(items)]
+    for setting in cells:  # report what cannot be made or read before hours of measuring
+        _check_room(lm, [problem_of(setting, material, seeds[0], 0)])
+    rows = []
+    pause = 0.1 if sys.stderr.isatty() else 30.0  # in a log, one line now and then
+    with tqdm(total=len(cells), desc="memory tests", unit="cell", mininterval=pause) as bar:
+        for setting in cells:
+            problems = [problem_of(setting, material, seed, number) for seed, number in numbers]
+            _check_room(lm, problems)
+            bar.set_postfix_str(f"{problems[0].task} {cell_name(problems[0].cell)}", refresh=False)
+            for method, predicted in answered(lm, generator, problems).items():
+                for (seed, item), problem, ids in zip(numbers, problems, predicted, strict=True):
+                    row = {"task": problem.task, "cell": dict(problem.cell), "seed": seed, "item": item}
+                    rows.append(row | {"method": method, "gold": list(problem.gold), "predicted": list(ids)})
+            bar.update()
+    return pd.DataFrame(rows)
+
+
+def cell_name(cell: Mapping[str, float]) -> str:
+    """A cell's settings in words, e.g. "length 64, pairs 4"."""
+    return ", ".join(f"{name} {value:g}" for name, value in cell.items())
+
+
+def _check_room(lm: LanguageModel, problems: Sequence[Problem]) -> None:
+    """An attention model may have position embeddings for so many tokens and no more."""
+    room = getattr(getattr(lm, "model", None), "config", None)
+    room = getattr(room, "max_position_embeddings", None) if lm.state_grows else None
+    need = max(2 * len(p.memory) + len(p.rest) for p in problems)
+    if room and need > room:
+        raise UserError(
+            f"{problems[0].task} ({cell_name(problems[0].cell)}) needs {need} tokens with the memory repeated, but "
+            f"this model reads {room}; take a profile with shorter texts (--profile smoke)"
+        )
+
+
+def run(
+    lm: LanguageModel,
+    generator: Generator | None,
+    named: Mapping[str, str | None],
+    profile: Profile,
+    seeds: Sequence[int],
+    items: int,
+) -> tuple[dict, pd.DataFrame]:
+    """`answers` to all problems of a profile, and the header of a file of them (`predictions.write`).
+
+    Args:
+        named: "model", "generator" and "command", as the header is to name them.
+        items: problems a cell and seed, at least 2.
+    Raises:
+        UserError: as `answers`.
+    """
+    cells, left_out = settings(profile.forgetting, lm.config.vocab)
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    prose, tokenizer = load_prose(), lm.needed_tokenizer()
+    rows = answers(lm, generator, cells, Material(tokenizer, ProseTokens.of(prose, SPLIT, tokenizer)), seeds, items)
+    about = {"left_out": left_out, "prose": {"source": prose.source, "sha256": prose.sha256}}
+    return {**named, **described(lm, generator, profile, seeds, items), **about, **provenance.facts()}, rows
+
+
+def described(
+    lm: LanguageModel, generator: Generator | None, profile: Profile, seeds: Sequence[int], items: int
+) -> dict:
+    """The part of a header that says which model and problems it is about: with equal ones, two files have equal
+    predictions, apart from the prose around passkeys and from rounding."""
+    return {
+        "suite": "forgetting",
+        "fingerprint": lm.fingerprint(),
+        "generator_fingerprint": None if generator is None else fingerprint(generator),
+        "methods": list(methods_of(generator)),
+        "profile": profile.name,
+        "cells": stages.plain(profile.forgetting.cells),
+        "split": SPLIT,
+        "seeds": list(seeds),
+        "items": items,
+        "vocabulary": {"model": lm.config.vocab, "mqar": min(mqar.VOCAB, lm.config.vocab)},
+    }
+
+
+def scored(rows: pd.DataFrame) -> pd.DataFrame:
+    """Scores of answers.
+
+    Args:
+        rows: of `answers`.
+    Returns:
+        One row a problem and method: task, cell (its number, in order of appearance), name (`cell_name`), the cell's
+        settings, size (`Test.size`), seed, item, method and score.
+    Raises:
+        UserError: an unknown test.
+    """
+    numbers: dict[tuple, int] = {}
+    found = []
+    for row in rows.to_dict("records"):
+        task, cell = row["task"], row["cell"]
+        if task not in TESTS:
+            raise UserError(f"the predictions are of an unknown test {task!r}; there are {', '.join(TESTS)}")
+        right = [a == b for a, b in zip(row["gold"], row["predicted"], strict=True)]
+        number = numbers.setdefault((task, *cell.items()), len(numbers))
+        own = {"task": task, "cell": number, "name": cell_name(cell), **cell, "size": cell[TESTS[task].size]}
+        score = sum(right) / len(right) if TESTS[task].by_token else float(all(right))
+        found.append(own | {name: row[name] for name in ("seed", "item", "method")} | {"score": score})
+    return pd.DataFrame(found)
+
+
+def by_size(scores: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
+    """Mean scores on one test with intervals: one row a method, one column a size, cells of one size together.
+
+    Args:
+        scores: of `scored`, of one task.
+    """
+    parts = dict(list(scores.groupby("size", sort=False)))
+    cells = [[mean(part, method, "score") for part in parts.values()] for method in methods]
+    return pd.DataFrame(cells, index=list(methods), columns=list(parts))
+
+
+def most_copied(scores: pd.DataFrame, method: str, share: float) -> int:
+    """The largest number of words of which a method copies at least this share; 0: not even of the fewest.
+
+    Args:
+        scores: of `scored`.
+    """
+    means = scores[(scores.task == "copy") & (scores.method == method)].groupby("size").score.mean()
+    return int(means[means >= share - 1e-6].index.max()) if (means >= share - 1e-6).any() else 0
+
+
+SHOWN = {
+    "token": {m: m for m in ("base", "none", "repeated", "prosg-token", "alone", "wrong")},
+    "adapter": {"adapter": "adapter", "alone": "adapter-alone", "wrong": "adapter-wrong"},
+    "transformer": {"base": "transformer"},
+}
+"""Of the study: part -> its methods that are compared, and what they are called there."""
+
+
+def study_names(profile: Profile) -> list[str]:
+    """Of all checkpoints of the study."""
+    return [checkpoint_name(what, profile) for what in (*MODELS, *WAYS)]
+
+
+def study(profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> pd.DataFrame:
+    """Answers of the models that were trained on these tests: what is kept and fits is taken, the rest is trained,
+    asked and kept.
+
+    Args:
+        seed: of the trainings and of the problems.
+        retrain: take nothing that is shipped; what was made here since `stages.forget` is taken.
+        thrift: of what is trained.
+    Returns:
+        As `answers`, of all methods in `SHOWN`.
+    Raises:
+        UserError: a damaged file; diverged training.
+    """
+    given = (profile, seed, retrain, thrift)
+    lm = suite_model("recurrent", *given)
+    models = {
+        "token": (lm, suite_way("token", *given)),
+        "adapter": (lm, suite_way("adapter", *given)),
+        "transformer": (suite_model("transformer", *given), None),
+    }
+    parts = []
+    for what, (model, generator) in models.items():
+        rows = _kept_or_run(what, model, generator, profile, seed, retrain)
+        rows = rows[rows.method.isin(SHOWN[what])]
+        parts.append(rows.assign(method=rows.method.map(SHOWN[what])))
+    return pd.concat(parts, ignore_index=True)
+
+
+def shipped(what: str, profile: Profile) -> Path:
+    """Where the repository keeps the answers of a part of the study, if it does."""
+    return paths.data_dir() / "measured" / f"{checkpoint_name(what, profile)}{stages.PREDICTED}"
+
+
+def _kept_or_run(
+    what: str, lm: LanguageModel, generator: Generator | None, profile: Profile, seed: int, retrain: bool
+) -> pd.DataFrame:
+    items = profile.forgetting.items
+    wanted = stages.plain(described(lm, generator, profile, (seed,), items))
+    own = stages.kept(profile) / f"{checkpoint_name(what, profile)}{stages.PREDICTED}"
+    for path in (own,) if retrain else (shipped(what, profile), own):
+        if path.is_file():
+            header, rows = predictions.read(path)
+            if wanted.items() <= header.items():
+                distributed.say(f"{path.name}: measured before, on {header['device']}, for this model and generator")
+                return rows
+    recurrent = checkpoint_name("recurrent", profile)
+    named = {
+        "model": recurrent if generator else checkpoint_name(what, profile),
+        "generator": checkpoint_name(what, profile) if generator else None,
+        "command": f"prosg train suite --profile {profile.name} --seed {seed}",
+    }
+    header, rows = run(lm, generator, named, profile, (seed,), items)
+    if distributed.first():
+        predictions.write(own, header, rows)
+    distributed.wait()
+    return predictions.read(own)[1]
