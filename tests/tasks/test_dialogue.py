@@ -14,98 +14,96 @@ from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Dialogues, Fact, S
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 
-OTHER = {"train": ("validation", "test"), "validation": ("train", "test"), "test": ("train", "validation")}
+WORDS = dialogue.words()
+SLOTS, INSTRUCTIONS = WORDS["slots"], WORDS["instructions"]
+
+each_split = pytest.mark.parametrize("split", SPLITS)
 
 
 @cache
-def data_of(split: str, seed: int = 0) -> Dialogues:
+def data_of(split: str, seed: int = 0, rich: bool = False) -> Dialogues:
     tokenizer = load_tokenizer()
     prose = ProseTokens.of(Prose("own", {split: own_sentences(split)[:200]}), split, tokenizer)
-    return Dialogues(tokenizer, prose, split, seed)
+    return Dialogues(tokenizer, prose, split, seed, rich)
 
 
-def rich_data() -> Dialogues:
-    return replace(data_of("train"), rich=True)
+def many(split: str, count: int = 30, rich: bool = False, **shape):
+    shape = Shape(**{"facts": 6, "distance": 40, "probes": 3, "instructions": 2} | shape)
+    return data_of(split, rich=rich).items(count, shape)
 
 
-def many(split: str, count: int = 30, **shape):
-    return data_of(split).items(count, Shape(**{"facts": 6, "distance": 40, "probes": 3, "instructions": 2} | shape))
-
-
-def told(fact: Fact, who: str | None, split: str) -> list[str]:
-    """Every sentence that says this fact in this split."""
-    spec, frames = dialogue.words()["slots"][fact.slot], dialogue.words()["frames"]["statements"][split]
+def statements(fact: Fact, who: str | None, split: str) -> list[str]:
+    """Every sentence that states this fact in this split."""
+    spec, frames = SLOTS[fact.slot], WORDS["frames"]["statements"][split]
     verbs = spec["verbs"] if split == "train" else [spec["held_out_verbs"][split]]
-    named = [frame.format_map(dialogue._gaps(fact, who)) for frame in frames]
-    return named + [f"I {v[0]} {fact.value}." if who is None else f"{who} {v[1]} {fact.value}." for v in verbs]
+    framed = [frame.format_map(dialogue._gaps(fact, who)) for frame in frames]
+    return framed + [f"I {v[0]} {fact.value}." if who is None else f"{who} {v[1]} {fact.value}." for v in verbs]
 
 
-def asked(slot: str, who: str | None, split: str) -> list[str]:
-    """Every question about this in this split."""
-    frames = dialogue.words()["frames"]["questions"][split]
+def questions(slot: str, who: str | None, split: str) -> list[str]:
+    """Every question about this slot in this split."""
+    frames = WORDS["frames"]["questions"][split]
     return [frame.format_map(dialogue._gaps(Fact(slot, ""), who)) for frame in frames]
 
 
 # What an item holds
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@each_split
 @pytest.mark.parametrize("facts", [1, 3, 24])
-def test_prompt_says_its_facts_and_instructions(split, facts):
-    """As many facts as asked for, about different slots, each said once in the split's words; instructions too."""
-    table = dialogue.words()["instructions"]
+def test_a_prompt_states_its_facts_and_instructions(split, facts):
+    """The requested number of facts about different slots, each stated once in the split's words; instructions too."""
     for item in many(split, 10, facts=facts, probes=1):
         assert len({f.slot for f in item.facts}) == len(item.facts) == facts
         assert item.prompt.startswith("User: ")
         assert item.prompt.endswith(".\n")
         sentences = set(item.prompt[len("User: ") : -1].replace(". ", ".\n").split("\n"))
-        orders = {order.format(v=word) for kind, word in item.instructions.items() for order in table[kind][split]}
+        orders = {o.format(v=word) for kind, word in item.instructions.items() for o in INSTRUCTIONS[kind][split]}
         assert len(item.instructions) == len(orders & sentences) == 2
-        assert all(len(sentences & set(told(fact, None, split))) == 1 for fact in item.facts)
+        assert all(len(sentences & set(statements(fact, None, split))) == 1 for fact in item.facts)
         assert len(sentences) == facts + 2
 
 
 @pytest.mark.parametrize("distance", [0, 1, 2, 17, 64, 300])
 @pytest.mark.parametrize("prose", [0.0, 0.5, 1.0])
 def test_distance_is_exact(distance, prose):
-    """Between prompt and probe are exactly as many tokens as asked for, and they end with a line."""
+    """The requested number of tokens stands between prompt and probes, and they end with a line."""
     for item in many("test", 8, distance=distance, prose=prose):
         assert len(item.body) == len(item.body_kind) == distance
         assert not item.body or data_of("test").tokenizer.decode(item.body).endswith("\n")
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_probes_ask_for_facts_of_the_prompt(split):
-    """Different facts, asked for in the split's words; the answer is the value with the instructed words around it."""
+@each_split
+def test_probes_are_about_facts_of_the_prompt(split):
+    """Different facts, in the split's words; the answer is the value with the words of the instructions around it."""
     for item in many(split):
         assert len({p.fact for p in item.probes}) == 3
         for probe in item.probes:
             assert probe.fact in item.facts
-            assert probe.question in asked(probe.fact.slot, None, split)
+            assert probe.question in questions(probe.fact.slot, None, split)
             assert probe.answer == dialogue.full_answer(probe.fact.value, item.instructions)
             assert judge(probe.answer, probe.fact.value, item.instructions) == Verdict(True, 1.0)
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@each_split
 def test_competing_questions_have_the_right_answer(split):
-    """Whatever is asked in the body was said in it before, was not overwritten since, and is answered rightly."""
-    others, slots = dialogue.words()["others"], dialogue.words()["slots"]
-    facts = [Fact(s, v) for s, spec in slots.items() for v in spec["values"]]
-    says = {line: (who, f) for who in others for f in facts for line in told(f, who, split)}
-    asks = {line: (who, slot) for who in others for slot in slots for line in asked(slot, who, split)}
-    assert len(asks) == len(others) * len(slots) * len(asked("home", "Tom", split))
+    """Every question in the body is about a fact stated before it and not overwritten since, with the right answer."""
+    facts = [Fact(s, v) for s, spec in SLOTS.items() for v in spec["values"]]
+    stated = {line: (who, f) for who in WORDS["others"] for f in facts for line in statements(f, who, split)}
+    about = {line: (who, slot) for who in WORDS["others"] for slot in SLOTS for line in questions(slot, who, split)}
+    assert len(about) == len(WORDS["others"]) * len(SLOTS) * len(questions("home", "Tom", split))
     answered = 0
     for item in many(split, 8, distance=400, prose=0.0):
         known, question = {}, None
         # The last line may be prose that fills up the distance.
         for line in data_of(split).tokenizer.decode(item.body).split("\n")[:-2]:
             if line.startswith("Q: "):
-                question = asks[line.removeprefix("Q: ")]
+                question = about[line.removeprefix("Q: ")]
             elif line.startswith("A: "):
                 assert line == f"A: {known[question]}."
                 answered += 1
             else:
-                who, fact = says[line]
+                who, fact = stated[line]
                 assert fact.slot != "name"
                 known[who, fact.slot] = fact.value
     assert answered > 30
@@ -141,8 +139,8 @@ def test_every_item_can_be_made_alone():
     assert [fresh.item(n, shape) for n in (15, 12, 10)] == [items[5], items[2], items[0]]
 
 
-def test_numbers_seeds_and_splits_differ():
-    """No two of 200 items are the same, nor are those of two seeds; global random state does not matter."""
+def test_numbers_and_seeds_differ():
+    """No two of 200 items are equal, nor those of two seeds; the global random state has no effect."""
     shape = Shape(facts=6, distance=0, probes=1)
     first = [item.prompt for item in data_of("train").items(200, shape)]
     random.seed(3)
@@ -155,43 +153,38 @@ def test_numbers_seeds_and_splits_differ():
 # Splits
 
 
-def frames_of(split: str) -> list[str]:
-    table = dialogue.words()
-    frames = [f for kind in ("statements", "questions") for f in table["frames"][kind][split]]
-    frames += [f for spec in table["instructions"].values() for f in spec[split]]
+def frames_of(split: str) -> set[str]:
+    frames = [f for kind in ("statements", "questions") for f in WORDS["frames"][kind][split]]
+    frames += [f for spec in INSTRUCTIONS.values() for f in spec[split]]
     if split == "train":
         more = dialogue.asides()
-        frames += more["statements"] + more["questions"] + [f for said in more["instructions"].values() for f in said]
-    return frames
+        frames += more["statements"] + more["questions"] + [f for kind in more["instructions"].values() for f in kind]
+    return set(frames)
 
 
 def test_no_wording_is_in_two_splits():
-    """Neither frames (those of richer training among them), nor orders, nor the verbs of any slot."""
+    """Neither frames (including those of rich training), nor instructions, nor the verbs of any slot."""
     for a, b in itertools.combinations(SPLITS, 2):
-        assert not set(frames_of(a)) & set(frames_of(b))
-        for slot, spec in dialogue.words()["slots"].items():
+        assert not frames_of(a) & frames_of(b)
+        for slot, spec in SLOTS.items():
             fact = Fact(slot, spec["values"][0])
             for who in (None, "Tom"):
-                assert not set(told(fact, who, a)) & set(told(fact, who, b))
+                assert not set(statements(fact, who, a)) & set(statements(fact, who, b))
 
 
-def test_values_fall_in_three_classes():
-    """8 of a slot's 16 values are common, 4 each are the validation and the test split's own; each is in one class."""
-    for slot, spec in dialogue.words()["slots"].items():
+def test_values_fall_into_three_classes():
+    """8 of a slot's 16 values are common, 4 each belong to validation and test; each is in one class."""
+    for slot, spec in SLOTS.items():
         classes = [dialogue.values_of(slot, kind) for kind in ("common", "validation", "test")]
         assert [len(c) for c in classes] == [8, 4, 4]
         assert sorted(v for c in classes for v in c) == sorted(spec["values"])
-
-
-def count_class(facts, kind: str) -> int:
-    return sum(f.value in dialogue.values_of(f.slot, kind) for f in facts)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 12, 24])
 def test_held_out_values_do_not_meet_in_training(count):
     """A held-out prompt has three values of its own class; a training prompt never more than two of either.
 
-    So from three facts on no set of facts is in two splits, over a thousand prompts of each.
+    So with three facts or more no set of facts is in two splits, over a thousand prompts of each.
     """
     sets = {}
     for split in SPLITS:
@@ -199,7 +192,9 @@ def test_held_out_values_do_not_meet_in_training(count):
         prompts = [dialogue.draw_facts(count, split, rng) for _ in range(1000)]
         sets[split] = {frozenset(facts) for facts in prompts}
         for facts in prompts:
-            held = {kind: count_class(facts, kind) for kind in ("validation", "test")}
+            held = {
+                kind: sum(f.value in dialogue.values_of(f.slot, kind) for f in facts) for kind in ("validation", "test")
+            }
             if split == "train":
                 assert max(held.values()) <= 2
             else:
@@ -211,74 +206,59 @@ def test_held_out_values_do_not_meet_in_training(count):
 
 @pytest.mark.parametrize("facts", [1, 2, 6])
 def test_no_prompt_is_in_two_splits(facts):
-    """As text, whatever the number of facts: the wording differs."""
+    """As text, for any number of facts: the wording differs."""
     prompts = {s: {item.prompt for item in many(s, 300, facts=facts, probes=1, distance=0)} for s in SPLITS}
-    for split in SPLITS:
-        assert not any(prompts[split] & prompts[other] for other in OTHER[split])
+    assert not any(prompts[a] & prompts[b] for a, b in itertools.combinations(SPLITS, 2))
 
 
-def test_richer_training_words_the_same_dialogues_otherwise():
-    """Every value and instructed word is still said and asked for; the prompts are others, and in no other split."""
-    rich = rich_data()
-    items = rich.items(200, Shape(facts=6, distance=30, probes=3, instructions=2))
+def test_training_contains_every_value():
+    """Held-out values are unseen together, not unseen."""
+    rng = random.Random(0)
+    seen = {fact for _ in range(1500) for fact in dialogue.draw_facts(6, "train", rng)}
+    assert len(seen) == sum(len(spec["values"]) for spec in SLOTS.values())
+
+
+# Rich training
+
+
+def test_rich_training_words_the_same_dialogues_differently():
+    """Every value and instruction is still stated and asked about; the prompts differ, and are in no other split."""
+    data, items = data_of("train", rich=True), many("train", 200, rich=True, distance=30)
     for item in items:
-        said = [f.value for f in item.facts] + list(item.instructions.values())
-        assert all(word in item.prompt for word in said)
+        stated = [f.value for f in item.facts] + list(item.instructions.values())
+        assert all(word in item.prompt for word in stated)
         assert len(item.body) == 30
-        assert rich.encode_prompt(item) == rich.tokenizer.encode(item.prompt)
+        assert data.encode_prompt(item) == data.tokenizer.encode(item.prompt)
         for probe in item.probes:
-            assert dialogue.words()["slots"][probe.fact.slot]["noun"] in probe.question
+            assert SLOTS[probe.fact.slot]["noun"] in probe.question
             assert judge(probe.answer, probe.fact.value, item.instructions) == Verdict(True, 1.0)
     prompts = {item.prompt for item in items}
     for split in SPLITS:
         assert not prompts & {item.prompt for item in many(split, 200)}
 
 
-def test_richer_training_tells_facts_with_verbs_of_other_slots_too():
-    """About a fifth of the statements have a verb of any slot, so the verb does not say which slot it is."""
-    rich = rich_data()
-    verbs = {slot: [v[0] for v in spec["verbs"]] for slot, spec in dialogue.words()["slots"].items()}
+def test_rich_training_uses_verbs_of_other_slots():
+    """About a fifth of the statements have a verb of any slot, so the verb does not determine the slot."""
     stray = total = 0
-    for item in rich.items(150, Shape(facts=6, distance=0, probes=1)):
+    for item in many("train", 150, rich=True, distance=0, probes=1, instructions=0):
         for fact in item.facts:
             total += 1
-            others = [v for slot, known in verbs.items() if slot != fact.slot for v in known]
+            others = [v[0] for slot, spec in SLOTS.items() if slot != fact.slot for v in spec["verbs"]]
             stray += any(f"I {verb} {fact.value}" in item.prompt for verb in others)
     assert total == 900
     assert 0.13 < stray / total < 0.27
 
 
-def test_richer_training_weighs_the_form_of_an_answer_too():
-    """The plain kind of a comma, a full stop and a line's end is text; in richer data all of an answer is answer."""
-    for data, marks in ((data_of("train"), TEXT), (rich_data(), ANSWER)):
-        item = data.item(0, Shape(facts=3, distance=0, probes=2, instructions=2))
-        _, kind = data.probes_of(item)
-        expected = []
-        for probe in item.probes:
-            question, answer = data.encode_probe(probe)
-            texts = [data.tokenizer.decode([t]) for t in answer]
-            assert {",", ".", "\n"} <= set(texts)
-            expected += [TEXT] * len(question) + [marks if t in (",", ".", "\n") else ANSWER for t in texts]
-        assert kind == expected
-
-
-def test_training_sees_every_value():
-    """Held-out values are unseen together, not unseen."""
-    rng = random.Random(0)
-    seen = {fact for _ in range(1500) for fact in dialogue.draw_facts(6, "train", rng)}
-    assert len(seen) == sum(len(spec["values"]) for spec in dialogue.words()["slots"].values())
-
-
 # What an answer is worth
 
-ORDERS = {"opener": "Well", "address": "captain", "closer": "over"}
+ALL = {"opener": "Well", "address": "captain", "closer": "over"}
 
 
 @pytest.mark.parametrize(
-    ("said", "orders", "recalled", "followed"),
+    ("generated", "instructions", "recalled", "followed"),
     [
-        ("Well, Oslo, captain, over.", ORDERS, True, 1.0),
-        (" Well, Oslo, captain, over.\n", ORDERS, True, 1.0),
+        ("Well, Oslo, captain, over.", ALL, True, 1.0),
+        (" Well, Oslo, captain, over.\n", ALL, True, 1.0),
         ("Oslo.", {}, True, None),
         ("Oslo", {}, True, None),
         ("Rome.", {}, False, None),
@@ -287,10 +267,10 @@ ORDERS = {"opener": "Well", "address": "captain", "closer": "over"}
         ("oslo.", {}, False, None),
         ("", {}, False, None),
         ("I live in Oslo.", {}, False, None),
-        ("Oslo.", ORDERS, True, 0.0),
-        ("Sure, Oslo, captain, over.", ORDERS, True, 2 / 3),
-        ("Well, Rome, captain, over.", ORDERS, False, 1.0),
-        ("Well, captain, over.", ORDERS, False, 1.0),
+        ("Oslo.", ALL, True, 0.0),
+        ("Sure, Oslo, captain, over.", ALL, True, 2 / 3),
+        ("Well, Rome, captain, over.", ALL, False, 1.0),
+        ("Well, captain, over.", ALL, False, 1.0),
         ("Well, Oslo, over, captain.", {"closer": "over"}, False, 0.0),
         ("captain, Oslo.", {"address": "captain"}, False, 0.0),
         ("Oslo, Well.", {"opener": "Well"}, False, 0.0),
@@ -300,38 +280,37 @@ ORDERS = {"opener": "Well", "address": "captain", "closer": "over"}
         ("Arr, Oslo.", {"opener": "Arr"}, True, 1.0),
     ],
 )
-def test_judge(said, orders, recalled, followed):
-    """The value and nothing else but instruction words; every instructed word in its own place."""
-    verdict = judge(said, "Oslo", orders)
+def test_judge(generated, instructions, recalled, followed):
+    """The value and nothing else but instruction words; every word of an instruction in its own place."""
+    verdict = judge(generated, "Oslo", instructions)
     assert verdict.recalled is recalled
     assert verdict.followed == (followed if followed is None else pytest.approx(followed))
 
 
-def test_judge_takes_a_value_of_several_words():
+def test_judge_accepts_a_value_of_several_words():
     assert judge("Oslo, Norway, captain.", "Oslo, Norway", {"address": "captain"}) == Verdict(True, 1.0)
     assert not judge("Oslo, captain.", "Oslo, Norway", {"address": "captain"}).recalled
 
 
 def test_no_value_is_an_instruction_word():
-    """Else a right answer could not be told from a followed instruction."""
-    table = dialogue.words()
-    groups = [[v for spec in table["slots"].values() for v in spec["values"]], table["others"]]
-    groups += [spec["words"] for spec in table["instructions"].values()]
+    """Otherwise a right answer could not be distinguished from a followed instruction."""
+    groups = [[v for spec in SLOTS.values() for v in spec["values"]], WORDS["others"]]
+    groups += [spec["words"] for spec in INSTRUCTIONS.values()]
     assert len({w for group in groups for w in group}) == sum(map(len, groups))
 
 
 # Tokens and tensors
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@each_split
 def test_kinds_mark_exactly_the_words_of_answers(split):
-    """ANSWER: value and instructed words; COMPETING: what stands behind `A:`; all else is TEXT."""
+    """ANSWER: value and words of instructions; COMPETING: the answers after `A:`; everything else is TEXT."""
     data = data_of(split)
     for item in many(split, distance=200):
-        ids, kind = data.probes_of(item)
-        marked = [data.tokenizer.decode([i]).strip() for i, k in zip(ids, kind, strict=True) if k == ANSWER]
+        ids, kinds = data.probes_of(item)
+        marked = [data.tokenizer.decode([i]).strip() for i, k in zip(ids, kinds, strict=True) if k == ANSWER]
         assert marked == [w for p in item.probes for w in p.answer.removesuffix(".").split(", ")]
-        assert set(kind) == {TEXT, ANSWER}
+        assert set(kinds) == {TEXT, ANSWER}
         lines = data.tokenizer.decode(item.body).split("\n")
         marked = [t for t, k in zip(item.body, item.body_kind, strict=True) if k == COMPETING]
         answers = [line[3:-1] for line in lines if line.startswith("A: ")]
@@ -339,8 +318,22 @@ def test_kinds_mark_exactly_the_words_of_answers(split):
         assert set(item.body_kind) <= {TEXT, COMPETING}
 
 
-def test_pieces_are_encoded_as_the_whole():
-    """Prompt and probes are encoded in pieces that are remembered; the ids are those of the whole text."""
+@pytest.mark.parametrize(("rich", "kind_of_marks"), [(False, TEXT), (True, ANSWER)])
+def test_punctuation_of_answers(rich, kind_of_marks):
+    """Comma, full stop and end of line are text; in rich data they count as parts of the answer."""
+    data = data_of("train", rich=rich)
+    item = data.item(0, Shape(facts=3, distance=0, probes=2, instructions=2))
+    expected = []
+    for probe in item.probes:
+        question, answer = data.encode_probe(probe)
+        texts = [data.tokenizer.decode([t]) for t in answer]
+        assert {",", ".", "\n"} <= set(texts)
+        expected += [TEXT] * len(question) + [kind_of_marks if t in (",", ".", "\n") else ANSWER for t in texts]
+    assert data.probes_of(item)[1] == expected
+
+
+def test_pieces_are_encoded_like_the_whole():
+    """Prompt and probes are encoded in pieces; the ids are those of the whole text."""
     data = data_of("test")
     for item in many("test"):
         assert data.encode_prompt(item) == data.tokenizer.encode(item.prompt)
@@ -348,33 +341,28 @@ def test_pieces_are_encoded_as_the_whole():
         assert tuple(data.probes_of(item)[0]) == data.tokenizer.encode(text)
 
 
-def test_collate_pads_prompts_left_and_the_rest_right():
-    """Nothing is lost or moved: taking the padding away gives the items back."""
+def test_prompts_are_padded_on_the_left_and_the_rest_on_the_right():
+    """Nothing is lost or moved: without the padding the items are unchanged."""
     data = data_of("train")
-    items = [
-        *many("train", 3),
-        *many("train", 2, facts=24, distance=7),
-        *many("train", 1, facts=1, probes=1, distance=0),
-    ]
+    items = [*many("train", 3), *many("train", 2, facts=24, distance=7)]
+    items += many("train", 1, facts=1, probes=1, distance=0)
     batch = dialogue_batch(data, items)
     assert batch.prompt.dtype == batch.rest.dtype == batch.kind.dtype == torch.int64
     for row, item in enumerate(items):
         valid = batch.prompt_valid[row]
         assert tuple(batch.prompt[row][valid].tolist()) == data.encode_prompt(item)
         assert torch.equal(valid, valid.sort().values)
-        ids, kind = data.probes_of(item)
+        ids, kinds = data.probes_of(item)
         count = len(item.body) + len(ids)
         assert batch.rest[row, :count].tolist() == [*item.body, *ids]
-        assert batch.kind[row, :count].tolist() == [*item.body_kind, *kind]
+        assert batch.kind[row, :count].tolist() == [*item.body_kind, *kinds]
         assert not batch.kind[row, count:].any()
     assert batch.prompt_valid.any(0).all()
     assert (batch.kind > 0).any(0).all()
 
 
-def test_data_hash_knows_tokenizer_and_words(monkeypatch):
-    """Another word, and the checkpoints of before do not fit."""
+def test_data_hash_depends_on_the_words(monkeypatch):
+    """With another word, earlier checkpoints do not fit."""
     before = dialogue.data_hash(load_tokenizer())
-    assert before == dialogue.data_hash(load_tokenizer())
-    changed = dialogue.words() | {"others": ["Zoe"]}
-    monkeypatch.setattr(dialogue, "words", lambda: changed)
+    monkeypatch.setattr(dialogue, "words", lambda: WORDS | {"others": ["Zoe"]})
     assert dialogue.data_hash(load_tokenizer()) != before

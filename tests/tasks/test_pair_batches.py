@@ -1,5 +1,4 @@
-"""Pairs as tensors: every row is the text that it should be, the answer is known to the token, and a draw is its
-step's alone."""
+"""Pairs and batches of pairs: every row has the right text, the answer is known to the token, draws follow the step."""
 
 from dataclasses import fields, replace
 from itertools import permutations
@@ -9,8 +8,8 @@ import torch
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.pair_batches import PairDraw, encoded, pair_batch
-from prosg_lib.tasks.pairs import Pair
-from prosg_lib.text.padding import Rows, left_padded
+from prosg_lib.tasks.pairs import Pair, fitted, is_right
+from prosg_lib.text.padding import Rows, left_padded, right_padded
 from prosg_lib.text.tokenizer import load_tokenizer
 
 PAIRS = tuple(
@@ -36,9 +35,13 @@ def kept(rows):
     return [row[valid].tolist() for row, valid in zip(rows.ids, rows.valid, strict=True)]
 
 
-def told(batch, number, tokenizer):
+def contexts_of(batch, number, tokenizer):
     """The contexts of one pair as texts, in their order."""
     return [tokenizer.decode(ids) for ids in kept(Rows(*(t[number] for t in batch.context)))]
+
+
+def answer_of(batch, number, tokenizer):
+    return tokenizer.decode(batch.query.ids[number][batch.answer[number]]).strip()
 
 
 def lines(pairs):
@@ -54,49 +57,54 @@ def assert_same(one, other):
         assert torch.equal(a, b)
 
 
-# Encoding
+# Pairs
+
+
+def test_long_pairs_are_counted_and_never_cut(tokenizer):
+    short, long_context, long_query = Pair("a b c", "q", "x"), Pair("a " * 50, "q", "x"), Pair("a", "q " * 50, "x")
+    found = fitted([long_context, short, long_query], tokenizer, 20, 20)
+    assert found.pairs == (short,)
+    assert str(found) == "1 pairs; 2 left out as too long"
+
+
+@pytest.mark.parametrize(
+    ("generated", "right"),
+    [(" The Nile.", True), ("nile\nMore text", True), ("Nile river", False), ("", False), ("\n Nile", True)],
+)
+def test_answers_are_compared_without_case_articles_and_punctuation(generated, right):
+    assert is_right(generated, "the Nile") == right
+
+
+# Encoding and batches
 
 
 def test_pieces_have_the_tokens_of_the_whole_text(tokenizer):
-    """Context, query and answer in a row are what the tokenizer makes of the text with its two newlines."""
+    """Context, query and answer together are the tokens of the text with its two newlines."""
     for pair in PAIRS:
         whole = tokenizer.encode(f"{pair.context}\n{pair.query} {pair.answer}\n")
         assert sum(encoded(pair, tokenizer), ()) == whole
 
 
-@pytest.mark.parametrize(("name", "text"), [("context", "c\n"), ("query", "q"), ("answer", " a\n")])
-def test_a_part_without_tokens_is_named(name, text):
-    """A tokenizer that makes nothing of one part: the error says which, and quotes it."""
-
-    class Deaf:
-        def encode(self, given):
-            return () if given == text else (1,)
-
-    with pytest.raises(UserError, match=rf"gives no tokens for this {name}: '{text.strip()}'"):
-        encoded(Pair("c", "q", "a"), Deaf())
-
-
-# Batches
-
-
-def test_rows_are_padded_on_the_left():
-    ids, valid = left_padded([[5], [7, 0, 9], [0, 2]])
+def test_padding():
+    rows = [[5], [7, 0, 9], [0, 2]]
+    ids, valid = left_padded(rows)
     assert ids.tolist() == [[0, 0, 5], [7, 0, 9], [0, 0, 2]]
     assert valid.int().tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1]]
+    assert right_padded(rows).tolist() == [[5, 0, 0], [7, 0, 9], [0, 2, 0]]
 
 
-def test_every_row_is_its_text(tokenizer):
+def test_every_row_has_its_text(tokenizer):
     """Pairs of very different lengths: context, query with the answer, and all together, token for token."""
     batch = pair_batch([[pair] for pair in PAIRS], tokenizer)
     assert len(batch) == len(PAIRS)
-    assert [told(batch, i, tokenizer) for i in range(len(PAIRS))] == [[line] for line in lines(PAIRS)]
-    asked = [f"{pair.query} {pair.answer}\n" for pair in PAIRS]
-    assert kept(batch.query) == [list(tokenizer.encode(text)) for text in asked]
-    prompted = [line + text for line, text in zip(lines(PAIRS), asked, strict=True)]
+    assert [contexts_of(batch, i, tokenizer) for i in range(len(PAIRS))] == [[line] for line in lines(PAIRS)]
+    queries = [f"{pair.query} {pair.answer}\n" for pair in PAIRS]
+    assert kept(batch.query) == [list(tokenizer.encode(text)) for text in queries]
+    prompted = [line + text for line, text in zip(lines(PAIRS), queries, strict=True)]
     assert kept(batch.prompted) == [list(tokenizer.encode(text)) for text in prompted]
     for rows in (batch.context, batch.query, batch.prompted):
         assert rows.valid[..., -1].all()
-        assert (rows.valid[..., 1:] >= rows.valid[..., :-1]).all()  # padding nowhere but in front
+        assert (rows.valid[..., 1:] >= rows.valid[..., :-1]).all()  # padding only on the left
         assert rows.valid.flatten(0, -2).all(1).any()  # the longest row has none
         assert not rows.valid.all()
 
@@ -110,54 +118,76 @@ def test_the_answer_is_marked_to_the_token(tokenizer):
     assert not (batch.answer & ~batch.query.valid).any()
 
 
-def test_several_contexts_are_the_groups_own_in_an_order_of_the_seed(tokenizer):
-    """Each group's contexts are all there, the first pair's among them; `prompted` has them in the order of
-    `context`; the seed and the group's number alone change it, and every order of three comes up."""
+def test_several_contexts_are_shuffled_by_the_seed(tokenizer):
+    """Each group has all its contexts, in `prompted` in the same order as in `context`; only the seed and the group's
+    number change the order, and every order of three occurs."""
     groups = [PAIRS[:3], PAIRS[2:5], PAIRS[3:6]]
     orders = set()
     for seed in range(40):
         batch = pair_batch(groups, tokenizer, seed)
         for number, group in enumerate(groups):
-            found = told(batch, number, tokenizer)
+            found = contexts_of(batch, number, tokenizer)
             assert sorted(found) == sorted(lines(group))
             whole = f"{''.join(found)}{group[0].query} {group[0].answer}\n"
             assert kept(batch.prompted)[number] == list(tokenizer.encode(whole))
-        orders.add(tuple(told(batch, 0, tokenizer)))
+        orders.add(tuple(contexts_of(batch, 0, tokenizer)))
         assert_same(batch, pair_batch(groups, tokenizer, seed))
         again = pair_batch(groups[:0:-1], tokenizer, seed, [2, 1])
-        assert [told(again, i, tokenizer) for i in (1, 0)] == [told(batch, i, tokenizer) for i in (1, 2)]
+        assert [contexts_of(again, i, tokenizer) for i in (1, 0)] == [contexts_of(batch, i, tokenizer) for i in (1, 2)]
     assert orders == set(permutations(lines(groups[0])))
     assert kept(batch.query) == kept(pair_batch([[g[0]] for g in groups], tokenizer).query)
 
 
+class Deaf:
+    """A tokenizer that gives no tokens for one text."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def encode(self, given):
+        return () if given == self.text else (1,)
+
+
 @pytest.mark.parametrize(
-    ("sizes", "message"),
-    [((2, 1), r"2 groups of \[1, 2\] contexts"), ((3, 3, 2, 1), r"4 groups of \[1, 2, 3\]"), ((), "0 groups")],
+    ("make", "message"),
+    [
+        (lambda t: Pair(" ", "q", "a"), "empty context"),
+        (lambda t: Pair("c", "", "a"), "empty query"),
+        (lambda t: Pair("c", "q", "\n"), "empty answer"),
+        (lambda t: fitted([Pair("a " * 50, "q", "x")], t, 20, 20), "none of 1 pairs fits into 20 tokens"),
+        (lambda t: encoded(Pair("c", "q", "a"), Deaf("c\n")), "gives no tokens for this context: 'c'"),
+        (lambda t: encoded(Pair("c", "q", "a"), Deaf("q")), "gives no tokens for this query: 'q'"),
+        (lambda t: encoded(Pair("c", "q", "a"), Deaf(" a\n")), "gives no tokens for this answer: 'a'"),
+        (lambda t: pair_batch([PAIRS[:2], PAIRS[:1]], t), r"2 groups of \[1, 2\] contexts"),
+        (lambda t: pair_batch([PAIRS[:n] for n in (3, 3, 2, 1)], t), r"4 groups of \[1, 2, 3\]"),
+        (lambda t: pair_batch([], t), "0 groups"),
+        (lambda t: PairDraw({"a": PAIRS}, t, 2, (7,), 0, ("a",))(0), "7 contexts cannot be drawn from 6 pairs"),
+    ],
 )
-def test_groups_of_unequal_size_are_refused(sizes, message, tokenizer):
+def test_what_is_refused(make, message, tokenizer):
     with pytest.raises(UserError, match=message):
-        pair_batch([PAIRS[:n] for n in sizes], tokenizer)
+        make(tokenizer)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 6, 9])
-def test_pieces_of_a_batch_are_the_batch(size, tokenizer):
-    """In their order, none larger than asked for, none empty, nothing padded anew."""
+def test_parts_of_a_batch_are_the_batch(size, tokenizer):
+    """In their order, none larger than requested, none empty, with the same padding."""
     batch = pair_batch([[a, b] for a, b in zip(PAIRS, reversed(PAIRS), strict=True)], tokenizer)
-    pieces = batch.split(size)
-    assert [(piece.whole, piece.rows.start) for piece in pieces] == [(batch, i * size) for i in range(len(pieces))]
-    assert [len(piece) for piece in pieces] == [size] * (6 // size) + [6 % size] * (6 % size > 0)
-    for whole, *parts in zip(tensors(batch), *map(tensors, pieces), strict=True):
-        assert torch.equal(torch.cat(parts), whole)
+    parts = batch.split(size)
+    assert [(part.whole, part.rows.start) for part in parts] == [(batch, i * size) for i in range(len(parts))]
+    assert [len(part) for part in parts] == [size] * (6 // size) + [6 % size] * (6 % size > 0)
+    for whole, *pieces in zip(tensors(batch), *map(tensors, parts), strict=True):
+        assert torch.equal(torch.cat(pieces), whole)
 
 
 def test_all_tensors_are_moved(tokenizer):
-    """`to` leaves none behind; the meta device stands for another one. The batch itself stays where it is."""
+    """`to` moves all of them; the meta device stands for a second one. The batch itself stays where it is."""
     batch = pair_batch([[pair] for pair in PAIRS], tokenizer)
-    for where in ("meta", "cpu"):
-        moved = batch.to(torch.device(where))
+    for device in ("meta", "cpu"):
+        moved = batch.to(torch.device(device))
         assert {field.name for field in fields(moved)} == {"context", "query", "prompted", "answer", "source", "first"}
         assert moved.source is batch
-        assert [t.device.type for t in tensors(moved)] == [where] * 7
+        assert [t.device.type for t in tensors(moved)] == [device] * 7
     assert_same(batch.to(torch.device("cpu")), batch)
 
 
@@ -177,8 +207,8 @@ def draw(tokenizer):
 
 
 def task_of(batch, tokenizer):
-    """The one task that all contexts of a batch are of."""
-    (name,) = {text.split()[0] for number in range(len(batch)) for text in told(batch, number, tokenizer)}
+    """The one task that all contexts of a batch belong to."""
+    (name,) = {text.split()[0] for number in range(len(batch)) for text in contexts_of(batch, number, tokenizer)}
     return name
 
 
@@ -188,39 +218,35 @@ def test_a_step_decides_its_batch(draw):
     draw(4)
     assert_same(draw(3), first)
     assert_same(replace(draw)(3), first)
-    others = [replace(draw, seed=1)(3), draw(7)]  # of the same task
-    for other in others:
+    for other in (replace(draw, seed=1)(3), draw(7)):  # of the same task
         assert kept(other.query) != kept(first.query)
 
 
-def test_tasks_take_their_turns(draw, tokenizer):
-    """In the order of `turns`, again and again; one that is named twice has two turns."""
+def test_tasks_take_turns(draw, tokenizer):
+    """In the order of `turns`, again and again; step -1, on which a normaliser is fitted, is the last of them."""
     assert [task_of(draw(step), tokenizer) for step in range(12)] == [*draw.turns] * 3
+    for some in (draw, replace(draw, echoes=5)):
+        assert task_of(some(-1), tokenizer) == draw.turns[-1]
 
 
-def test_an_answer_stands_in_one_of_the_contexts(draw, tokenizer):
-    """No context twice in a group, and the one that the query is about is always among them."""
+def test_an_answer_is_in_one_of_the_contexts(draw, tokenizer):
+    """No context occurs twice in a group, the query's own is always there, and both numbers of contexts are drawn."""
     for step in range(30):
         batch = draw(step)
         for number in range(len(batch)):
-            texts = told(batch, number, tokenizer)
-            answer = tokenizer.decode(batch.query.ids[number][batch.answer[number]]).strip()
+            texts = contexts_of(batch, number, tokenizer)
             assert len(set(texts)) == len(texts)
-            assert f"{texts[0].split()[0]} is {answer}.\n" in texts
-
-
-def test_numbers_of_contexts_are_drawn(draw):
-    """One number a step, both come up, and no other."""
+            assert f"{texts[0].split()[0]} is {answer_of(batch, number, tokenizer)}.\n" in texts
     assert {draw(step).context.ids.shape[1] for step in range(30)} == {1, 3}
 
 
 def test_first_steps_are_echoes(draw, tokenizer):
-    """Random tokens, said twice, other ones each step; from the next step on as if there had been none."""
+    """Random tokens, repeated, different in each step; the steps after them are as without echoes."""
     later = replace(draw, echoes=10)
     found = [later(step) for step in range(10)]
     for batch in found:
-        for told, asked in zip(batch.context.ids[:, 0].tolist(), batch.query.ids.tolist(), strict=True):
-            assert asked in [told[i : i + len(asked)] for i in range(len(told))]
+        for context, query in zip(batch.context.ids[:, 0].tolist(), batch.query.ids.tolist(), strict=True):
+            assert query in [context[i : i + len(query)] for i in range(len(context))]
         assert torch.equal(batch.prompted.ids, torch.cat([batch.context.ids[:, 0], batch.query.ids], 1))
         assert batch.answer[:, 1:].all()
         assert not batch.answer[:, 0].any()
@@ -234,8 +260,8 @@ def test_first_steps_are_echoes(draw, tokenizer):
 
 
 def test_echoes_grow(draw):
-    """From 8 tokens to `longest`, the last three quarters asked but 18 at most, two tokens given to find the place; a
-    batch has about as many tokens all the while, as long as it is neither doubled nor halved."""
+    """From 8 tokens to `longest`, of which three quarters but at most 18 are repeated, two of them given; a batch has
+    about the same number of tokens throughout, unless it would be more than doubled or halved."""
     growing = replace(draw, echoes=60, longest=96)
     found = [growing(step) for step in range(60)]
     lengths = [batch.context.ids.shape[-1] for batch in found]
@@ -251,36 +277,28 @@ def test_echoes_grow(draw):
     assert_same(growing(60), draw(60))
 
 
-def test_a_step_before_the_first_is_no_echo(draw, tokenizer):
-    """A generator's normaliser is fitted on it."""
-    for some in (draw, replace(draw, echoes=5)):
-        assert task_of(some(-1), tokenizer) == draw.turns[-1]
-
-
 def test_room_limits_the_contexts(draw, tokenizer):
-    """As many of those drawn as fit; at least one, and the asked one is among them. Here all are equally long."""
-    (long,) = {len(encoded(pair, tokenizer)[0]) for pair in TASKS["red"]}
-    for room, expected in ((5 * long, 5), (5 * long - 1, 4), (3 * long + 1, 3), (2 * long - 1, 1), (1, 1)):
+    """As many of those drawn as fit; at least one, and the query's own is among them. Here all are equally long."""
+    (length,) = {len(encoded(pair, tokenizer)[0]) for pair in TASKS["red"]}
+    for room, expected in ((5 * length, 5), (5 * length - 1, 4), (3 * length + 1, 3), (2 * length - 1, 1), (1, 1)):
         tight = replace(draw, contexts=(5,), turns=("red",), room=room)
         for step in range(6):
             batch = tight(step)
             assert batch.context.ids.shape[1] == expected
             for number in range(len(batch)):
-                answer = tokenizer.decode(batch.query.ids[number][batch.answer[number]]).strip()
-                assert f"red is {answer}.\n" in told(batch, number, tokenizer)
+                assert f"red is {answer_of(batch, number, tokenizer)}.\n" in contexts_of(batch, number, tokenizer)
 
 
 def test_the_longest_context_decides_for_the_whole_batch(draw, tokenizer):
-    """One long context among short ones: where it is drawn, every group gets fewer, and no group is above the room."""
-    short = numbered("red")
+    """One long context among short ones: if it is drawn, every group gets fewer, and no group exceeds the room."""
     long = Pair("red, which is " + "very, " * 20 + "red is 9.", "What is red?", "9")
     size = len(encoded(long, tokenizer)[0])
-    few = replace(draw, tasks={"red": (*short, long)}, turns=("red",), contexts=(5,), room=2 * size)
+    few = replace(draw, tasks={"red": (*numbered("red"), long)}, turns=("red",), contexts=(5,), room=2 * size)
     counts = set()
     for step in range(30):
         unlimited, batch = replace(few, room=10**6)(step), few(step)
-        there = any("very" in text for i in range(4) for text in told(unlimited, i, tokenizer))
-        assert batch.context.ids.shape[1] == (2 if there else 5)
+        has_long = any("very" in text for i in range(4) for text in contexts_of(unlimited, i, tokenizer))
+        assert batch.context.ids.shape[1] == (2 if has_long else 5)
         assert batch.context.valid.sum((1, 2)).max() <= 2 * size
         counts.add(batch.context.ids.shape[1])
     assert counts == {2, 5}
