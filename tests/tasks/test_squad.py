@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.pairs import fitted, normalised
+from prosg_lib.tasks.pairs import normalised
 from prosg_lib.tasks.squad import squad
 from prosg_lib.text.prose import SPLITS
-from prosg_lib.text.tokenizer import load_tokenizer
+
+DATA = os.environ.get("PROSG_TEST_DATA", "")
 
 
 def article(i, paragraphs=2):
@@ -41,18 +42,11 @@ def file(tmp_path):
     return write(tmp_path / "squad.json", [article(i) for i in range(12)])
 
 
-def real_file():
-    root = os.environ.get("PROSG_TEST_DATA")
-    if not root:
-        pytest.skip("PROSG_TEST_DATA is not set: no real questions")
-    return Path(root) / "xquad" / "xquad.en.json"
-
-
 # Pairs
 
 
 def test_a_question_becomes_a_pair(file):
-    """Context, query and answer are as the docstring of the module draws them, white space made even."""
+    """Context, query and answer as drawn in the module's docstring, with single spaces between words."""
     pairs = {p.answer: p for split in SPLITS for p in squad(split, file)}
     pair = pairs["Bran3x1"]
     assert pair.context == "In town 3 the mill number 1 was built by the miller Bran3x1."
@@ -60,33 +54,36 @@ def test_a_question_becomes_a_pair(file):
     assert pair.answers == ("Bran3x1",)
 
 
+def towns_of(pairs):
+    return [int(pair.context.split()[2]) for pair in pairs]
+
+
 def test_articles_are_not_divided(file):
     """Every question is in one split, each split has one, and an article's questions are together, in their order."""
-    towns = {split: [p.context.split()[2] for p in squad(split, file)] for split in SPLITS}
+    towns = {split: towns_of(squad(split, file)) for split in SPLITS}
     assert sum(map(len, towns.values())) == 24
     assert len(set.union(*map(set, towns.values()))) == sum(len(set(t)) for t in towns.values()) == 12
     assert [len(set(towns[s])) for s in SPLITS] == [10, 1, 1]
-    assert towns["train"] == sorted(towns["train"], key=int)
+    assert towns["train"] == sorted(towns["train"])
 
 
 def test_the_split_depends_on_titles_alone(file):
     """Another order and other paragraphs leave each article in its split; the same title twice is one article."""
-    before = {p.context.split()[2] for p in squad("test", file)}
+    before = set(towns_of(squad("test", file)))
     articles = [article(i, paragraphs=1) for i in reversed(range(12))]
     again = [article(i) for i in range(12)]
-    assert {p.context.split()[2] for p in squad("test", write(file, articles + again))} == before
+    assert set(towns_of(squad("test", write(file, articles + again)))) == before
     assert len(squad("test", file)) == 3
 
 
-def test_every_gold_answer_is_accepted(tmp_path):
-    """All annotators' answers are kept, each once, the first is the pair's; `fitted` keeps them too."""
+def test_every_gold_answer_is_accepted(file):
+    """The answers of all annotators are kept, without repetition; the first is the pair's."""
     articles = [article(i, paragraphs=1) for i in range(3)]
     for a in articles:
         paragraph = a["paragraphs"][0]
-        context = paragraph["context"]
         texts = ["the miller Bran", "Bran", "the miller Bran"]
-        paragraph["qas"][0]["answers"] = [at(context, text) for text in texts]
-    (pair,) = fitted(squad("test", write(tmp_path / "a.json", articles)), load_tokenizer(), 100, 100).pairs
+        paragraph["qas"][0]["answers"] = [at(paragraph["context"], text) for text in texts]
+    (pair,) = squad("test", write(file, articles))
     assert pair.answer == "the miller Bran"
     assert pair.answers == ("the miller Bran", "Bran")
     assert pair.accepts(" Miller Bran.\nAnd more")
@@ -95,8 +92,8 @@ def test_every_gold_answer_is_accepted(tmp_path):
     assert not pair.accepts("")
 
 
-def test_questions_that_need_no_paragraph_are_left_out(tmp_path):
-    """SQuAD 2.0's impossible ones, those that say an answer themselves, and those whose answer is an article."""
+def test_questions_that_need_no_paragraph_are_left_out(file):
+    """SQuAD 2.0's impossible ones, those that contain an answer, and those whose answer is an article."""
     articles = [article(i, paragraphs=1) for i in range(3)]
     for a in articles:
         paragraph = a["paragraphs"][0]
@@ -107,15 +104,16 @@ def test_questions_that_need_no_paragraph_are_left_out(tmp_path):
             {"question": "Which word comes fourth?", "answers": [at(context, "the")]},
             {"question": "Was it milled?", "answers": [at(context, "mill")]},
         ]
-    pairs = squad("test", write(tmp_path / "v2.json", articles))
+    pairs = squad("test", write(file, articles))
     assert [p.query for p in pairs][1:] == ["Question: Was it milled?\nAnswer:"]
     assert len(pairs) == 2
 
 
+@pytest.mark.skipif(not DATA, reason="PROSG_TEST_DATA is not set: no real questions")
 def test_real_questions():
-    """XQuAD: of 1,190 questions the five that say their answer are left out, every other answer is in its paragraph
-    and not in its question, and no paragraph is in two splits."""
-    path = real_file()
+    """XQuAD: of 1,190 questions five contain their answer and are left out; every other answer is in its paragraph and
+    not in its question, and no paragraph is in two splits."""
+    path = Path(DATA) / "xquad" / "xquad.en.json"
     pairs = {split: squad(split, path) for split in SPLITS}
     assert {split: len(p) for split, p in pairs.items()} == {"train": 995, "validation": 87, "test": 103}
     contexts = [{p.context for p in part} for part in pairs.values()]
@@ -123,10 +121,6 @@ def test_real_questions():
     for pair in (p for part in pairs.values() for p in part):
         assert pair.answer in pair.context
         assert f" {normalised(pair.answer)} " not in f" {normalised(pair.query)} "
-    assert squad("train", path) == pairs["train"]
-
-
-# The hub
 
 
 def test_from_the_hub(monkeypatch):
@@ -137,22 +131,13 @@ def test_from_the_hub(monkeypatch):
         found = []
         for i in numbers:
             for p in article(i)["paragraphs"]:
-                answer = p["qas"][0]["answers"][0]
-                answers = {"text": [answer["text"]], "answer_start": [answer["answer_start"]]}
-                found.append(
-                    {"title": f"Town_{i}", "context": p["context"], "question": "Who built it?", "answers": answers}
-                )
+                answers = {"text": [p["qas"][0]["answers"][0]["text"]]}
+                found.append({"title": f"Town_{i}", "context": p["context"], "question": "Who?", "answers": answers})
         return datasets.Dataset.from_list(found)
 
-    asked = []
-
-    def load(name):
-        asked.append(name)
-        return {"train": rows(range(20)), "validation": rows(range(20, 23))}
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    towns = {split: {int(p.context.split()[2]) for p in squad(split)} for split in SPLITS}
-    assert set(asked) == {"rajpurkar/squad"}
+    data = {"rajpurkar/squad": {"train": rows(range(20)), "validation": rows(range(20, 23))}}
+    monkeypatch.setattr(datasets, "load_dataset", data.__getitem__)
+    towns = {split: set(towns_of(squad(split))) for split in SPLITS}
     assert towns["test"] == {20, 21, 22}
     assert len(towns["validation"]) == 2
     assert towns["train"] | towns["validation"] == set(range(20))
@@ -160,16 +145,14 @@ def test_from_the_hub(monkeypatch):
 
 
 def test_without_a_network(monkeypatch):
-    """`datasets` cannot reach the hub: one clear error, with what to do."""
+    """If `datasets` cannot reach the hub: one clear error with a remedy."""
     import datasets
 
     def unreachable(*_):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(
-        UserError, match=r"rajpurkar/squad cannot be loaded \(ConnectionError\).*give a file in SQuAD's"
-    ):
+    with pytest.raises(UserError, match=r"rajpurkar/squad cannot be loaded \(ConnectionError\).*give a file in SQuAD"):
         squad("train")
 
 
