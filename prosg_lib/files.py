@@ -148,12 +148,6 @@ def read_json(path: str | Path) -> Any:
         ) from error
 
 
-def json_kind(value: Any) -> str:
-    """The type of a value read from JSON, in words: "a number", "an object"."""
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "an object")
-
-
 def save_tensors(path: str | Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any]) -> None:
     """Write tensors and a description of them as one safetensors file, atomically.
 

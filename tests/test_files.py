@@ -91,7 +91,7 @@ def test_foreign_safetensors_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_keeps_the_previous_file(tmp_path, monkeypatch, number):
-    """A full disk is said in words, leaves no temporary file, and the file that was there is as it was."""
+    """A full disk gives a clear error, leaves no temporary file, and the previous file is unchanged."""
     path = tmp_path / "a.safetensors"
     files.save_tensors(path, {"x": torch.ones(3)}, {"step": 1})
 
@@ -188,14 +188,14 @@ def test_json_refuses_what_json_has_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b'{"a": 1,\n "b": }', r"a\.json, line 2: not JSON"), (b"\xff\xfe", r"a\.json is not UTF-8"), (None, "not exist")],
 )
-def test_unreadable_json_is_named(tmp_path, content, said):
-    """The file, and the line where there is one."""
+def test_unreadable_json_is_named(tmp_path, content, message):
+    """The file, and the line if there is one."""
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         files.read_json(tmp_path / "a.json")
 
 

@@ -47,7 +47,7 @@ _OWN_CLASS = 3  # facts with values of the split's own class in a validation or 
 _RECENT = 4  # a competing question is about one of this many latest competing facts
 
 
-# What is said
+# Words and sentences
 
 
 @cache
@@ -119,7 +119,7 @@ def reworded(sentence: str, kind: str, fact: Fact, rng: random.Random) -> str:
 
     A generator that sees few wordings learns them by heart, and writes nothing for a new one. The language model has
     not seen these, so the generator meets what the model makes of unfamiliar wording. With the verb of another slot
-    ("I play the cloak.") only the value says what the fact is, as it does with a verb never seen.
+    ("I play the cloak.") only the value shows what the fact is, as with a verb that was never seen.
     """
     draw = rng.random()
     if kind == "statements" and draw < 0.2:

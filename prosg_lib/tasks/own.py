@@ -18,7 +18,6 @@ from pathlib import Path
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.dialogue import TEXT, Fact, Item, Probe, Verdict, full_answer, judge, words
-from prosg_lib.tasks.rows import check_instructions  # noqa: F401
 from prosg_lib.text.prose import SPLITS, check_split
 from prosg_lib.text.tokenizer import Tokenizer
 

@@ -32,8 +32,8 @@ def uniform(numbers, low, high):
 
 
 def test_every_problem_is_well_formed():
-    """On the whole published grid: lengths, halves of the vocabulary, different keys and values, each key asked once at
-    an even place, and its value the gold answer."""
+    """On the whole published grid: lengths, halves of the vocabulary, different keys and values, each key repeated once
+    at an even place, and its value the gold answer."""
     for length, pairs in GRID:
         for number in range(20):
             found = problem(Mqar(length, pairs), "test", 0, number)
@@ -45,9 +45,9 @@ def test_every_problem_is_well_formed():
             assert max(values) < VOCAB
             assert list(found.judged) == sorted(set(found.judged))
             assert all(place % 2 == 0 for place in found.judged)
-            told = dict(zip(keys, values, strict=True))
+            value_of = dict(zip(keys, values, strict=True))
             assert sorted(found.rest[place] for place in found.judged) == sorted(keys)
-            assert [told[found.rest[place]] for place in found.judged] == list(found.gold)
+            assert [value_of[found.rest[place]] for place in found.judged] == list(found.gold)
             assert found.cell == {"length": length, "pairs": pairs}
 
 
@@ -90,7 +90,7 @@ def test_all_gaps_against_a_derivation_step_by_step(drawn):
 
 def test_keys_values_and_filling_are_uniform(drawn):
     """Keys over 1 .. vocab/2 - 1, values over vocab/2 .. vocab - 1, and all other places over the whole vocabulary, 0
-    included, the places right behind a query as well."""
+    included, including the places right after a query."""
     keys, values, gaps, rests = drawn
     assert uniform(keys[:, 0], 1, 30) > LIKELY
     assert uniform(keys.ravel(), 1, 30) > LIKELY

@@ -27,7 +27,7 @@ def described(split: str, task, count: int = 500, seed: int = 0):
     return [(people.person(split, seed, i), pair) for i, pair in enumerate(task(split, seed, count))]
 
 
-# What an item says
+# What an item contains
 
 
 @each_split

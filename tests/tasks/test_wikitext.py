@@ -18,7 +18,7 @@ def offline(monkeypatch):
     """No network."""
 
     def refuse(*_):
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
@@ -171,7 +171,7 @@ def test_a_folder_with_the_official_splits_is_left_as_it_is(tmp_path):
 
 
 def test_ordinary_text_without_titles(tmp_path):
-    """Of three files or more each is in one split; of fewer the paragraphs are divided, and none is lost."""
+    """Of three files or more each is in one split; of fewer the paragraphs are divided, and none is left out."""
     for n in NUMBERS:
         (tmp_path / f"{n}.txt").write_text(f"{passage(n + 'a')}\n{passage(n + 'b')}")
     books = {s: [p.answer.removeprefix("Mill")[:-1] for p in wikitext(s, tmp_path)] for s in SPLITS}

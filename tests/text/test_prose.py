@@ -20,7 +20,7 @@ def bare(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
     def refuse(*_):
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     return tmp_path
@@ -80,7 +80,7 @@ def test_a_books_split_depends_on_titles_alone(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_fewer_than_three_books_are_divided(tmp_path, count):
-    """Then the paragraphs are divided: none is in two splits, none is lost."""
+    """Then the paragraphs are divided: none is in two splits, none is left out."""
     loaded = load_prose(str(write_books(tmp_path, count, paragraphs=40)))
     lines = [line for s in SPLITS for line in loaded.paragraphs[s]]
     assert len(lines) == len(set(lines)) == 40 * count
@@ -114,7 +114,7 @@ def test_hard_wrapped_books_are_read_by_paragraph(tmp_path):
     ],
     ids=["empty", "missing", "few", "encoding", "short", "copy"],
 )
-def test_a_folder_that_will_not_do(tmp_path, prepare, message):
+def test_a_folder_that_cannot_be_used(tmp_path, prepare, message):
     folder = tmp_path / "shelf"
     prepare(folder)
     with pytest.raises(UserError, match=message):
@@ -137,7 +137,7 @@ def test_wikitext_without_a_network(bare, monkeypatch):
 
 
 def test_wikitext_in_offline_mode(bare, monkeypatch):
-    """The libraries' own offline switch gives the same error, and the network is not asked."""
+    """The libraries' own offline switch gives the same error, without using the network."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -181,7 +181,7 @@ def test_auto_falls_back_to_our_own(bare):
 
 
 def test_passages_start_where_a_paragraph_starts():
-    """A passage has the length asked for, and is the text from a paragraph's start on."""
+    """A passage has the requested length, and is the text from the start of a paragraph."""
     tokenizer = load_tokenizer()
     lines = own_sentences("test")[:50]
     tokens = ProseTokens.of(Prose("own", {"test": lines}), "test", tokenizer)

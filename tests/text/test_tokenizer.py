@@ -1,4 +1,4 @@
-"""The tokenizer: any text survives, pieces equal the whole, every word that is asked for is one token."""
+"""The tokenizer: any text survives, pieces equal the whole, and every value is one token."""
 
 import pytest
 from hypothesis import given, settings
@@ -57,7 +57,7 @@ def test_every_value_name_and_instruction_word_is_one_token():
 
 
 def test_marks_are_tokens_of_their_own():
-    """A value, the comma and the full stop behind it, and the end of the line are one token each."""
+    """A value, the comma and the full stop after it, and the end of the line are one token each."""
     tokenizer = load_tokenizer()
     assert [tokenizer.decode([i]) for i in tokenizer.encode(" Oslo, captain.\n")] == [
         " Oslo",
@@ -69,7 +69,7 @@ def test_marks_are_tokens_of_their_own():
 
 
 def test_training_is_repeatable():
-    """The same texts in the same order give the same tokenizer, of the size asked for."""
+    """The same texts in the same order give the same tokenizer, of the requested size."""
     texts = ["My home town is Oslo, over.\nMy pet is a parrot.", "Ünïcode – “quoted”"] * 20
     first, second = (Tokenizer.train(texts, 300) for _ in range(2))
     assert first.to_json() == second.to_json()
@@ -87,8 +87,8 @@ BYTES = [i for i in range(VOCAB) if "\ufffd" in load_tokenizer().decode([i])]  #
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(BYTES) | st.integers(0, VOCAB - 1), max_size=30))
 def test_pieces_of_any_tokens_are_their_text(ids):
-    """Together they are what `decode` says, also of bytes that are no text; each is final, and ends with a character;
-    and a few tokens are all that is remembered."""
+    """Together they equal `decode`, even for bytes that are not text; each piece is final and ends with a character;
+    only a few tokens are kept."""
     tokenizer = load_tokenizer()
     pieces, text = TextPieces(tokenizer), ""
     for n, token in enumerate(ids, 1):
@@ -128,8 +128,8 @@ def slow(folder, merges=("a b</w>",), **settings):
 
 
 def test_the_signature_of_a_tokenizer_without_a_file_of_its_own(tmp_path):
-    """The same wherever it lies and however often it was saved; another for other merges, settings, classes. Those that
-    have a tokenizer.json are named by that, as every checkpoint's record names them."""
+    """It does not depend on the folder or on saving again, but on merges, settings and classes. Tokenizers with a
+    tokenizer.json are identified by that, as in every checkpoint's record."""
     first = slow(tmp_path / "first")
     assert isinstance(first, LibraryTokenizer)
     assert first.decode(first.encode("ab aab")) == "ab aab"
