@@ -1,4 +1,8 @@
-"""The interface of every backbone: logits and state, editable maps, state size, fingerprint."""
+"""The interface of every backbone. It answers four questions: what are logits and state after some tokens,
+which linear maps may be edited, how large is the state, and what identifies the model?
+
+Everything above the backbones works through this interface and knows no model family.
+"""
 
 from __future__ import annotations
 
@@ -22,55 +26,64 @@ from prosg_lib.text.tokenizer import Tokenizer
 
 
 def as_tuple(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
-    """One token, several or none, as configurations of `transformers` have them, as a tuple."""
+    """Token ids as configurations of `transformers` write them (one, a list, or null), as a tuple."""
     return () if tokens is None else (tokens,) if isinstance(tokens, int) else tuple(tokens)
 
 
 def check_batch(ids: Tensor, state: RecurrentState | None) -> None:
-    """Raises UserError if there is not one state per sequence."""
+    """Raise a UserError unless there is one state for each sequence."""
     if state is not None and state.batch != len(ids):
         raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one state per sequence")
 
 
 class LanguageModel(nn.Module, ABC):
-    """A language model, recurrent as a rule, and its tokenizer.
+    """A language model and its tokenizer. Most are recurrent.
 
-    Subclasses say how tokens become logits and state (`step_through`), which linear maps may be edited
-    (`editable`), what the features of a state are (`state_features`), and keep a dataclass `config`.
+    Subclasses implement `step_through`, `read_out`, `embed` and `editable`, `state_features` where the state has a
+    fixed size, and keep a dataclass `config` with at least vocab, width and layers.
+
+    Attributes:
+        tokenizer: needed where text goes in or out.
+        ends: tokens that end a text, according to the model's files.
+        peft_refuses: endings of the names of maps on which PEFT refuses to put an adapter.
+        supports_vmap: whether `torch.func.vmap` can run the model with different weights for each example.
+        state_grows: whether the state grows with the text, because attention layers keep what they have read.
+        state_feature_names: kinds of `state_features`, where every layer has D numbers of each, in this order.
+        short_term: parts of the names of state tensors that hold the last tokens alone, and no memory of the text.
     """
 
-    tokenizer: Tokenizer | None = None  # needed where texts go in or out
-    ends: tuple[int, ...] = ()  # tokens that end a text, as the model's files say
-    peft_refuses: tuple[str, ...] = ()  # endings of the maps that PEFT puts no adapter on
-    supports_vmap = True  # whether `torch.func.vmap` can run it with weights of each example's own
-    state_feature_names: tuple[str, ...] = ()  # kinds of `state_features`, where each layer has D of each in this order
-    state_grows = False  # whether the state grows with the text: attention layers keep what they have read
-    short_term: tuple[str, ...] = ()  # parts of names in a state: vectors that only say which tokens came last
+    tokenizer: Tokenizer | None = None
+    ends: tuple[int, ...] = ()
+    peft_refuses: tuple[str, ...] = ()
+    supports_vmap = True
+    state_grows = False
+    state_feature_names: tuple[str, ...] = ()
+    short_term: tuple[str, ...] = ()
 
     @abstractmethod
     def step_through(
         self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None
     ) -> tuple[Tensor, RecurrentState]:
-        """Final hidden states (B, T, D) and the state after the last token; see `forward`."""
+        """Final hidden states (B, T, D) and the state after the last token; arguments as in `forward`."""
 
     @abstractmethod
     def read_out(self, hidden: Tensor) -> Tensor:
-        """Logits (..., vocab) of final hidden states (..., D)."""
+        """Logits (..., vocab) from final hidden states (..., D)."""
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings as the first block sees them, (B, T) -> (B, T, D)."""
+        """Token embeddings as the first block gets them, (B, T) -> (B, T, D)."""
 
     @abstractmethod
     def editable(self) -> dict[str, nn.Linear]:
         """The linear maps a delta may change, by module name."""
 
     def hf_module_name(self, name: str) -> str:
-        """What an editable map is called in the model of `transformers` that computes the same; adapters use it."""
+        """The name of an editable map in the equivalent model of `transformers`, which PEFT adapters use."""
         return name
 
     def state_features(self, state: RecurrentState) -> Tensor:
-        """What a generator reads of a state, (B, F): every vector on its own scale, gauge removed.
+        """The state as a delta generator reads it, (B, F): free of the arbitrary scale that some states carry.
 
         Raises:
             UserError: this kind of model has no state of a fixed size.
@@ -78,24 +91,23 @@ class LanguageModel(nn.Module, ABC):
         raise UserError(f"a {type(self).__name__} has no state of a fixed size; take a recurrent model")
 
     def select(self, rows: Sequence[int]) -> Self:
-        """The model for some sequences of a batch, the others having ended: itself, because it knows nothing of any."""
+        """The model for some rows of a batch, after the other texts have ended. A model is the same for every row."""
         return self
 
     def check_second_order(self) -> None:
-        """Nothing, where the model can be differentiated twice, which gradient steps need that are trained through.
+        """Raise a UserError if the model cannot be differentiated twice as it runs here.
 
-        Raises:
-            UserError: it cannot, as it runs here; names the class and the remedy.
+        Training through a gradient step needs second derivatives.
         """
 
     def combine_states(self, states: Sequence[RecurrentState], weights: Sequence[float]) -> RecurrentState:
-        """The weighted sum of what states of the same batch hold; which tokens came last is the first one's.
+        """The weighted sum of states of the same batch; `short_term` tensors are those of the first.
 
-        Here every tensor is summed as it is, which is right where a state is linear in what it holds (a matrix of
-        Mamba-2 or RWKV-7); a backbone whose tensors mean something else overrides it.
+        Tensors are summed as they are, which is right where a state is linear in what it holds (the matrices of Mamba-2
+        and RWKV-7). A backbone whose tensors mean something else overrides this.
 
         Raises:
-            UserError: the state grows with the text, so that there is nothing to add up.
+            UserError: the state grows with the text, so there is nothing to add up.
         """
         self.check_fixed_state("added to another")
         first = states[0].tensors
@@ -107,12 +119,15 @@ class LanguageModel(nn.Module, ABC):
         return RecurrentState(first | sums)
 
     def state_decay(self, state: RecurrentState) -> RecurrentState:
-        """What of a state is gone one token later, for those who make up for it. Here: all of it, an upper bound; a
-        backbone that forgets at a rate of its own, whatever the token, knows better."""
+        """How much of a state is gone one token later, for methods that restore it.
+
+        All of it, unless a backbone overrides this: an upper bound. Where the decay does not depend on the token
+        (RWKV-4), it is known exactly.
+        """
         return state
 
     def tunable_state(self, state: RecurrentState) -> tuple[RecurrentState, tuple[str, ...]]:
-        """The same state in a form whose named tensors may be changed freely, each number on its own, and the names.
+        """The same state in a form that can be optimised: its named tensors may take any values. Returns both.
 
         Raises:
             UserError: the state grows with the text.
@@ -121,7 +136,7 @@ class LanguageModel(nn.Module, ABC):
         return state, tuple(name for name, t in state.tensors.items() if t.is_floating_point())
 
     def check_fixed_state(self, what: str) -> None:
-        """Raises a UserError where the state grows with the text, so that it cannot be `what`."""
+        """Raise a UserError if the state grows with the text, so that it cannot be `what` (a participle)."""
         if self.state_grows:
             raise UserError(
                 f"the state of a {type(self).__name__} grows with the text, so it cannot be {what}; "
@@ -136,23 +151,30 @@ class LanguageModel(nn.Module, ABC):
         valid: Tensor | None = None,
         last: int | None = None,
     ) -> tuple[Tensor, RecurrentState]:
-        """Logits for every position, or for the last ones, and the state to go on from.
+        """Logits for every position, or for the last ones, and the state after the last token.
 
         Args:
             ids: token ids, (B, T).
-            state: where to go on from; None for a blank state. Never changed.
+            state: the state to continue from; None for a blank one. Never changed.
             delta: change of the weights, one per sequence; None for none.
             valid: (B, T), False at left padding. None: all valid.
-            last: so many positions at the end; None: all. Others are not read out, which a large vocabulary makes dear.
+            last: number of positions at the end to compute logits for, which are costly with a large vocabulary; None:
+                all of them.
         Returns:
-            logits (B, last or T, vocab); meaningless where not valid. State after the last token.
+            logits (B, last or T, vocab), meaningless where not valid; state after the last token.
+        Raises:
+            UserError: there is not one state, or not one delta, for each sequence; the delta is another model's.
         """
         with applied(self, delta):
             hidden, state = self.step_through(ids, state, valid)
         return self.read_out(hidden if last is None else hidden[:, -last:]), state
 
     def encode_prompts(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Prompts of different lengths as one left-padded batch: ids (B, T) and valid (B, T)."""
+        """Prompts of different lengths as one left-padded batch: ids (B, T), and valid (B, T), False at padding.
+
+        Raises:
+            UserError: a prompt is empty, or has a token outside the vocabulary.
+        """
         if isinstance(prompts, str):
             raise UserError("prompts is one string; pass a list of prompts, [prompt] for a single one")
         if len(prompts) == 0:
@@ -181,7 +203,7 @@ class LanguageModel(nn.Module, ABC):
         state: RecurrentState | None = None,
         delta: LowRankDelta | None = None,
     ) -> RecurrentState:
-        """The state after each prompt, batched, right whatever the padding; goes on from `state` if one is given."""
+        """The state after each prompt, as a batch, free of padding; continues from `state` if one is given."""
         ids, valid = self.encode_prompts(prompts)
         with applied(self, delta):
             _, state = self.step_through(ids, state, None if valid.all() else valid)
@@ -200,49 +222,45 @@ class LanguageModel(nn.Module, ABC):
         seeds: Sequence[int] | None = None,
         ignore_eos: bool = False,
     ) -> list[str] | list[list[int]]:
-        """Continuations of a batch of prompts, the likeliest or drawn, in constant memory. Each ends at a stop string,
-        where the model ends it, or after `max_new_tokens`; what has ended is not computed for long.
+        """Continuations of a batch of prompts, greedy or sampled, in constant memory for recurrent models. Each ends
+        before a stop string, at the model's end-of-text token, or after `max_new_tokens`.
 
         Args:
             prompts: texts or token ids, of any lengths.
             state, delta: as in `forward`; one per prompt. Never changed.
             max_new_tokens, stop, temperature, top_k, top_p, seeds, ignore_eos: see `generation.Decoding`.
         Returns:
-            One text a prompt, without the prompt and without what ended it. Where the model has no tokenizer, which
-            needs prompts of token ids and stop=None: one list of token ids a prompt.
+            One text per prompt, without the prompt and without what ended it. A model without a tokenizer takes token
+            ids and stop=None, and returns a list of token ids per prompt.
         Raises:
-            UserError: a value that cannot be meant; prompts, states, changes or seeds of different numbers.
+            UserError: an argument is out of range; prompts, states, deltas or seeds differ in number.
         """
-        how = Decoding(max_new_tokens, stop, temperature, top_k, top_p, seeds, ignore_eos)
-        return generation.generate(self, prompts, state, delta, how)
+        decoding = Decoding(max_new_tokens, stop, temperature, top_k, top_p, seeds, ignore_eos)
+        return generation.generate(self, prompts, state, delta, decoding)
 
-    def stream(self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n", **drawing) -> Iterator[Tensor]:
-        """The tokens of `generate` as they come, (B,) a step, -1 for a sequence that has ended.
+    def stream(self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n", **sampling) -> Iterator[Tensor]:
+        """The tokens of `generate` one step at a time, (B,) a step, -1 for a sequence that has ended.
 
-        The token that ends a text is -1 already, and so is the one that completes a stop string; where that spans
-        several, those before were out by then.
+        The token that ends a text is itself given as -1, and so is the one that completes a stop string; where a stop
+        string spans several tokens, the earlier ones have been given out by then.
         """
-        return generation.stream(self, prompts, state, delta, Decoding(max_new_tokens, stop, **drawing))
+        return generation.stream(self, prompts, state, delta, Decoding(max_new_tokens, stop, **sampling))
 
     def stream_text(
-        self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n", **drawing
+        self, prompts, state=None, delta=None, max_new_tokens=32, stop="\n", **sampling
     ) -> Iterator[list[str]]:
-        """The texts of `generate` as they come: the new piece of each, "" where there is nothing to show yet.
+        """The texts of `generate` piece by piece: what is new in each, "" where there is nothing to show yet.
 
-        Pieces are of whole characters, and hold back what may turn out to be the beginning of a stop string.
+        Pieces consist of whole characters; what may turn out to begin a stop string is held back.
         """
-        return generation.stream_text(self, prompts, state, delta, Decoding(max_new_tokens, stop, **drawing))
+        return generation.stream_text(self, prompts, state, delta, Decoding(max_new_tokens, stop, **sampling))
 
     def end_tokens(self) -> tuple[int, ...]:
-        """Tokens that end a text: those of the model's files, and its tokenizer's own."""
+        """Tokens that end a text: those of the model's files, and the tokenizer's own."""
         return self.ends + (() if self.tokenizer is None else self.tokenizer.ends)
 
     def needed_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-            UserError: there is none.
-        """
+        """The tokenizer; raises a UserError if there is none."""
         if self.tokenizer is None:
             raise UserError(
                 "this model has no tokenizer; set lm.tokenizer = load_tokenizer(PATH) to the one it was trained with, "
@@ -251,16 +269,16 @@ class LanguageModel(nn.Module, ABC):
         return self.tokenizer
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that name this model: its configuration and every weight."""
+        """Sixteen hex digits that identify this model: a hash of its configuration and every weight."""
         key = tuple((p.data_ptr(), p._version) for p in self.parameters())
         if getattr(self, "_fingerprint", (None,))[0] != key:
             self._fingerprint = (key, fingerprint(self, json.dumps(asdict(self.config), sort_keys=True)))
         return self._fingerprint[1]
 
 
-def fingerprint(module: nn.Module, made_as: str = "") -> str:
-    """Sixteen hex digits that name a module: what it was made as, in words of one's own, and every weight."""
-    digest = hashlib.sha256(made_as.encode())
+def fingerprint(module: nn.Module, description: str = "") -> str:
+    """Sixteen hex digits that identify a module: a hash of a description (its configuration) and every weight."""
+    digest = hashlib.sha256(description.encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

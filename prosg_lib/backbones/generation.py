@@ -1,6 +1,6 @@
-"""Text out of a language model: greedy or drawn, in batches, as it comes, in memory that does not grow with the text.
+"""Generating text from a language model: greedy or sampled, batched, streamed, in memory that does not grow.
 
-`LanguageModel.generate`, `stream` and `stream_text` are what users call; they are thin, and the work is here.
+Users call `LanguageModel.generate`, `stream` and `stream_text`, which are thin; the work is done here.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,10 +19,22 @@ from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
 from prosg_lib.text.tokenizer import TextPieces, Tokenizer
 
-if TYPE_CHECKING:
-    from prosg_lib.backbones.base import LanguageModel
-
 Prompts = Sequence[str] | Sequence[Sequence[int]]
+
+
+class GenerativeModel(Protocol):
+    """What generation needs from a model; `LanguageModel` documents each of them."""
+
+    tokenizer: Tokenizer | None
+
+    def encode_prompts(self, prompts: Prompts) -> tuple[Tensor, Tensor]: ...
+    def step_through(
+        self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None
+    ) -> tuple[Tensor, RecurrentState]: ...
+    def read_out(self, hidden: Tensor) -> Tensor: ...
+    def select(self, rows: Sequence[int]) -> Self: ...
+    def end_tokens(self) -> tuple[int, ...]: ...
+    def needed_tokenizer(self) -> Tokenizer: ...
 
 
 @dataclass(frozen=True)
@@ -30,18 +42,18 @@ class Decoding:
     """How the next token is chosen, and when a text ends.
 
     Attributes:
-        max_new_tokens: a text has at most so many tokens.
-        stop: a string, or several; a text ends before the one that is complete first, whether or not it begins or ends
-            with a token. None, alone or among several: before none.
-        temperature: 0 takes the likeliest token, whatever the rest says; else the logits are divided by it, and the
-            token is drawn.
-        top_k: draw among the k likeliest tokens; None: among all.
-        top_p: draw among the fewest likeliest tokens that have this probability together (nucleus sampling, Holtzman
-            et al. 2020, section 3.1); 1: among all.
-        seeds: one a prompt, which alone decides what is drawn for it; None: from torch's own generator.
-        ignore_eos: go on where the model says that the text ends (`LanguageModel.end_tokens`), instead of ending there.
+        max_new_tokens: largest number of tokens in a text.
+        stop: one stop string or several, which need not align with tokens; a text ends before whichever is complete
+            first. None, alone or among several: no stop string.
+        temperature: 0 takes the likeliest token, whatever the other settings; otherwise tokens are sampled from the
+            logits divided by it.
+        top_k: sample among the k likeliest tokens; None: among all.
+        top_p: sample among the smallest set of likeliest tokens with at least this probability (nucleus sampling,
+            Holtzman et al. 2020, section 3.1); 1: among all.
+        seeds: one per prompt, which alone determines its sample; None: drawn from torch's own generator.
+        ignore_eos: continue past the model's end-of-text tokens (`LanguageModel.end_tokens`).
     Raises:
-        UserError: a value that cannot be meant.
+        UserError: a value is out of range.
     """
 
     max_new_tokens: int = 32
@@ -54,47 +66,49 @@ class Decoding:
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; ask for at least 1 token")
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; allow at least 1 token")
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; give 0 for the likeliest token, or a number above it")
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; at least 1 token must be left to draw from, or None for all")
+            raise UserError(f"top_k is {self.top_k}; give at least 1, or None to sample among all tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it is a probability above 0 and at most 1")
         if "" in self.stops():
-            raise UserError("a stop string is empty, so no text could begin; give a text, or None to never stop")
+            raise UserError(
+                "a stop string is empty, so every text would be empty; give a text, or None for no stop string"
+            )
 
     def stops(self) -> tuple[str, ...]:
-        """The stop strings; none of them where nothing stops a text."""
-        several = (self.stop,) if self.stop is None or isinstance(self.stop, str) else tuple(self.stop)
-        return () if None in several else several
+        """The stop strings as a tuple, empty if there is none."""
+        stops = (self.stop,) if self.stop is None or isinstance(self.stop, str) else tuple(self.stop)
+        return () if None in stops else stops
 
 
 def generate(
-    lm: LanguageModel, prompts: Prompts, state: RecurrentState | None, delta: LowRankDelta | None, how: Decoding
+    lm: GenerativeModel, prompts: Prompts, state: RecurrentState | None, delta: LowRankDelta | None, decoding: Decoding
 ) -> list[str] | list[list[int]]:
-    """The whole continuations, one a prompt: see `LanguageModel.generate`."""
-    if lm.tokenizer is None and not how.stops():
-        steps = [step.tolist() for step in stream(lm, prompts, state, delta, how)] or [[-1] * len(prompts)]
+    """One continuation per prompt: see `LanguageModel.generate`."""
+    if lm.tokenizer is None and not decoding.stops():
+        steps = [step.tolist() for step in stream(lm, prompts, state, delta, decoding)] or [[-1] * len(prompts)]
         return [[token for token in row if token >= 0] for row in zip(*steps, strict=True)]
-    return ["".join(row) for row in zip(*stream_text(lm, prompts, state, delta, how), strict=True)]
+    return ["".join(row) for row in zip(*stream_text(lm, prompts, state, delta, decoding), strict=True)]
 
 
 def stream(
-    lm: LanguageModel, prompts: Prompts, state: RecurrentState | None, delta: LowRankDelta | None, how: Decoding
+    lm: GenerativeModel, prompts: Prompts, state: RecurrentState | None, delta: LowRankDelta | None, decoding: Decoding
 ) -> Iterator[Tensor]:
-    """The tokens as they come: see `LanguageModel.stream`."""
-    texts = _texts(lm.needed_tokenizer(), len(prompts), how) if how.stops() else []
-    steps = _steps(lm, prompts, state, delta, how, texts)
+    """The tokens step by step: see `LanguageModel.stream`."""
+    texts = _texts(lm.needed_tokenizer(), len(prompts), decoding) if decoding.stops() else []
+    steps = _steps(lm, prompts, state, delta, decoding, texts)
     return (tokens for tokens, _ in steps if (tokens >= 0).any())
 
 
 def stream_text(
-    lm: LanguageModel, prompts: Prompts, state: RecurrentState | None, delta: LowRankDelta | None, how: Decoding
+    lm: GenerativeModel, prompts: Prompts, state: RecurrentState | None, delta: LowRankDelta | None, decoding: Decoding
 ) -> Iterator[list[str]]:
-    """The texts as they come: see `LanguageModel.stream_text`."""
-    texts = _texts(lm.needed_tokenizer(), len(prompts), how)
-    steps = _steps(lm, prompts, state, delta, how, texts)
+    """The texts piece by piece: see `LanguageModel.stream_text`."""
+    texts = _texts(lm.needed_tokenizer(), len(prompts), decoding)
+    steps = _steps(lm, prompts, state, delta, decoding, texts)
 
     def pieces() -> Iterator[list[str]]:
         for _, new in steps:
@@ -106,66 +120,66 @@ def stream_text(
     return pieces()
 
 
-def _texts(tokenizer: Tokenizer, count: int, how: Decoding) -> list[_Text]:
-    return [_Text(tokenizer, how.stops()) for _ in range(count)]
+def _texts(tokenizer: Tokenizer, count: int, decoding: Decoding) -> list[_Text]:
+    return [_Text(tokenizer, decoding.stops()) for _ in range(count)]
 
 
 class _Text:
-    """One sequence's tokens -> its text, piece by piece, which ends before a stop string.
+    """Turns one sequence's tokens into text, piece by piece, up to a stop string.
 
-    Given out are whole characters only, and nothing that may turn out to be the beginning of a stop string.
+    Gives out whole characters only, and nothing that may turn out to begin a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
         self._pieces, self._stops = TextPieces(tokenizer), stops
-        self._held = ""  # may be the beginning of a stop string, so it is shorter than the longest
+        self._pending = ""  # may begin a stop string, so it is shorter than the longest of them
         self.ended = False
 
     def push(self, token: int) -> str:
-        """What can be given out now that the token is known; nothing any more once the text has ended."""
+        """What can be given out now that this token is known; "" once the text has ended."""
         if self.ended:
             return ""
         return self._until_stop(self._pieces.push(token))
 
     def rest(self) -> str:
-        """What was held back, where no further token comes: the text has ended."""
-        rest = "" if self.ended else self._until_stop(self._pieces.rest()) + self._held
+        """What was held back, once no further token comes."""
+        rest = "" if self.ended else self._until_stop(self._pieces.rest()) + self._pending
         self.ended = True
         return rest
 
     def _until_stop(self, piece: str) -> str:
-        text = self._held + piece
+        text = self._pending + piece
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if (
-            found
-        ):  # the one that is complete first, and of those that end together the longest: its tokens do not matter
-            self.ended, self._held = True, ""
+        if found:  # the one that is complete first; of two that end together, the longer
+            self.ended, self._pending = True, ""
             return text[: min(found)[1]]
         begun = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
         cut = len(text) - max(begun, default=0)
-        self._held = text[cut:]
+        self._pending = text[cut:]
         return text[:cut]
 
 
 def _steps(
-    lm: LanguageModel,
+    lm: GenerativeModel,
     prompts: Prompts,
     state: RecurrentState | None,
     delta: LowRankDelta | None,
-    how: Decoding,
+    decoding: Decoding,
     texts: list[_Text],
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Token by token: (B,), -1 where the text has ended; and the new piece of each text. Checks everything at once."""
+    """Token by token: (B,), -1 where the text has ended; and the new piece of each text. Checks arguments at once."""
     ids, valid = lm.encode_prompts(prompts)
-    choose = _chooser(how, len(ids), ids.device)
-    ends = () if how.ignore_eos else lm.end_tokens()
+    choose = _chooser(decoding, len(ids), ids.device)
+    ends = () if decoding.ignore_eos else lm.end_tokens()
     change = applied(lm, delta)  # checks it
-    return _loop(lm, ids, None if valid.all() else valid, state, delta, change, choose, how.max_new_tokens, ends, texts)
+    return _loop(
+        lm, ids, None if valid.all() else valid, state, delta, change, choose, decoding.max_new_tokens, ends, texts
+    )
 
 
 @torch.no_grad()
 def _loop(
-    lm: LanguageModel,
+    lm: GenerativeModel,
     ids: Tensor,
     valid: Tensor | None,
     state: RecurrentState | None,
@@ -180,7 +194,7 @@ def _loop(
     rows = list(range(batch))  # the sequences that are computed
     ended = [False] * batch
     for _ in range(count):
-        with change:  # for this step only: whoever takes the tokens may use the model in between
+        with change:  # for this step only: the caller may use the model between two tokens
             hidden, state = lm.step_through(ids, state, valid)
         ids, valid = choose(lm.read_out(hidden[:, -1]), rows)[:, None], None
         tokens, pieces = [-1] * batch, [""] * len(texts)
@@ -197,45 +211,52 @@ def _loop(
         if all(ended):
             return
         places = [place for place, row in enumerate(rows) if not ended[row]]
-        if 2 * len(places) <= len(rows):  # the others go on without those that have ended
+        if 2 * len(places) <= len(rows):  # continue without the texts that have ended
             rows = [rows[place] for place in places]
             ids, state, lm = ids[places], state.select(places), lm.select(places)
             if delta is not None and delta.batch > 1:
                 change = applied(lm, delta.select(rows))
 
 
-def _chooser(how: Decoding, batch: int, device: torch.device) -> Callable[[Tensor, list[int]], Tensor]:
-    """Logits (B, vocab), and which prompts' they are -> the next token of each sequence, (B,).
+def _chooser(decoding: Decoding, batch: int, device: torch.device) -> Callable[[Tensor, list[int]], Tensor]:
+    """A function from logits (B, vocab), and which prompts they belong to, to the next token of each sequence, (B,).
 
-    Drawn as an exponential race: of independent exponential variables with the probabilities as rates, token i's is the
-    smallest with probability i. Every sequence has noise of its own, of every token, and so its choice does not depend
-    on what else is in the batch, nor on how rounding orders tokens that are almost as likely.
+    Samples by an exponential race: among independent exponential variables whose rates are the probabilities, each is
+    the smallest with just that probability. Every sequence has its own noise for every token, so its sample depends
+    neither on the rest of the batch nor on how rounding orders tokens of nearly equal probability.
     """
-    if how.seeds is not None and (isinstance(how.seeds, int) or len(how.seeds) != batch):
-        raise UserError(f"seeds is {how.seeds!r}, but there are {batch} prompts; give a list of one seed a prompt")
-    if how.temperature == 0:
+    if decoding.seeds is not None and (isinstance(decoding.seeds, int) or len(decoding.seeds) != batch):
+        raise UserError(
+            f"seeds is {decoding.seeds!r}, but there are {batch} prompts; give a list with one seed per prompt"
+        )
+    if decoding.temperature == 0:
         return lambda logits, rows: logits.argmax(-1)
-    seeds = torch.randint(2**62, (batch,)).tolist() if how.seeds is None else how.seeds
+    seeds = torch.randint(2**62, (batch,)).tolist() if decoding.seeds is None else decoding.seeds
     generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
 
     def draw(logits: Tensor, rows: list[int]) -> Tensor:
-        chances = _chances(logits.float() / how.temperature, how.top_k, how.top_p)
+        probabilities = _probabilities(logits.float() / decoding.temperature, decoding.top_k, decoding.top_p)
         noise = torch.stack(
-            [c.new_empty(len(c)).exponential_(generator=generators[row]) for c, row in zip(chances, rows, strict=True)]
+            [
+                c.new_empty(len(c)).exponential_(generator=generators[row])
+                for c, row in zip(probabilities, rows, strict=True)
+            ]
         )
-        return (chances / noise).argmax(-1)
+        return (probabilities / noise).argmax(-1)
 
     return draw
 
 
-def _chances(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """Probabilities to draw with, (B, vocab), zero for what top_k and then top_p leave out; not normalised again."""
+def _probabilities(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Probabilities to sample with, (B, vocab), zero for what top_k and then top_p exclude; not normalised again."""
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    chances = logits.softmax(-1)
+    probabilities = logits.softmax(-1)
     if top_p == 1:
-        return chances
-    ordered, order = chances.sort(descending=True)
+        return probabilities
+    ordered, order = probabilities.sort(descending=True)
     before = ordered.cumsum(-1) - ordered
-    return chances.masked_fill(torch.zeros_like(chances, dtype=torch.bool).scatter(-1, order, before >= top_p), 0.0)
+    return probabilities.masked_fill(
+        torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, order, before >= top_p), 0.0
+    )

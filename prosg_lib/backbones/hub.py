@@ -1,4 +1,4 @@
-"""What all classes of `transformers` share behind the project's interface, whether they are recurrent or not."""
+"""The project's interface to a model of `transformers`: what recurrent classes and plain transformers share."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from prosg_lib.backbones.base import LanguageModel, as_tuple
 from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.errors import UserError
 
-_NO_SIZE = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
+_NOT_SIZES = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 
 
 class HubModel(LanguageModel):
-    """A causal language model of `transformers`, attention eager, because fused attention has no second derivative.
+    """A causal language model of `transformers`. Attention is eager, since fused attention has no second derivative.
 
     Attributes:
         model: the wrapped model.
@@ -36,12 +36,12 @@ class HubModel(LanguageModel):
             c.num_hidden_layers,
             getattr(c, "intermediate_size", None) or 0,
             getattr(c, "num_attention_heads", None) or 0,
-            json.dumps({k: v for k, v in c.to_diff_dict().items() if k not in _NO_SIZE}, sort_keys=True, default=str),
+            json.dumps({k: v for k, v in c.to_diff_dict().items() if k not in _NOT_SIZES}, sort_keys=True, default=str),
         )
 
     def _apply(self, fn, recurse=True):
-        """What `to`, `half`, `cuda` do. Buffers that are no weights are moved, but keep their precision: the
-        frequencies of rotary positions would be wrong after some hundred tokens."""
+        """Called by `to`, `half` and `cuda`. Buffers that are not weights are moved but keep their precision: rotary
+        positions with rounded frequencies would be wrong after some hundred tokens."""
         weights = self.state_dict().keys()
         kept = [(n, b) for n, b in self.named_buffers(remove_duplicate=False) if n not in weights]
         super()._apply(fn, recurse)
@@ -58,7 +58,7 @@ class HubModel(LanguageModel):
         return self.model.get_input_embeddings()(ids)
 
     def editable(self) -> dict[str, nn.Linear]:
-        """Every linear map of the blocks, by its name in the model."""
+        """Every linear map of the blocks, by its name in the wrapped model."""
         heads = (self.model.get_output_embeddings(),)
         return {
             name: module
@@ -67,26 +67,26 @@ class HubModel(LanguageModel):
         }
 
 
-def pretrained(source: str | Path) -> PreTrainedModel:
-    """A model of `transformers` by hub id or folder, float32, every weight from the file; its own code only.
+def pretrained(folder: Path) -> PreTrainedModel:
+    """The model in a folder that `save_pretrained` wrote, in float32. Code in the folder is never run.
 
     Raises:
-        UserError: the hub cannot be reached, there is no such model, or its files are damaged or another model's.
+        UserError: the class is unknown, or the files are damaged, incomplete or another model's.
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # the hub's, the HTTP client's and the operating system's errors have no common class
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise UserError(
-            f"{source} could not be loaded ({reason}); give a folder that `save_pretrained` wrote"
+            f"{folder} could not be loaded ({reason}); give a folder that `save_pretrained` wrote"
         ) from error
-    # The library would make up what is missing, at random, with no more than a warning.
+    # The library initialises missing weights at random, with no more than a warning.
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"{source} lacks {len(missing)} of the weights that its config.json speaks of ({', '.join(missing[:3])}); "
+            f"{folder} lacks {len(missing)} of the weights that its config.json describes ({', '.join(missing[:3])}); "
             "copy it again, or give the folder of a whole model"
         )
     return model.eval()

@@ -1,9 +1,8 @@
-"""The recurrent and hybrid classes of `transformers` that the project reads, and what it mends in them.
+"""The recurrent and hybrid classes of `transformers` that the project reads, and workarounds for them.
 
-Each was compared with the class itself on one sequence, one token at a time (tests/test_backbones.py), by transformers
-5.23; which of them needed what, is said below. Not here, although `Recurrent` would take them: Zamba2 and Nemotron-H,
-whose step by one token leaves out the lower limit of the time step that their parallel form has, so that the class
-disagrees with itself.
+Each adapter is compared with its class, given one sequence and one token at a time (tests/backbones/test_backbones.py;
+last with transformers 5.23). Zamba2 and Nemotron-H are missing, although `Recurrent` could read them: for single tokens
+these classes ignore the lower limit of the time step that they apply to several, so they disagree with themselves.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.errors import UserError
 
 CHUNK = 64
-"""Tokens whose states of Mamba, width x 16 numbers each, are in memory at once (all of them where there is a graph)."""
+"""Tokens whose Mamba states, width x 16 numbers each, are in memory at once (all of them where a graph is kept)."""
 
 
 @register("mamba", "falcon_mamba")
 class Mamba(Recurrent):
     """Mamba (Gu & Dao 2023) and FalconMamba.
 
-    The class forgets the state's recurrent part where several tokens follow it, silently; it uses the weight of
-    `dt_proj` without calling it, so that a change of that would have no effect; and its loop over time takes minutes
-    to differentiate. Its mixers are replaced by `selective`.
+    Given several tokens, the class silently ignores the recurrent part of the state. It uses the weight of `dt_proj`
+    without calling it, so a delta there would have no effect. And its loop over time takes minutes to differentiate.
+    Its mixers are replaced by `selective_scan`.
     """
 
     continues_from_state = handles_padding = True
@@ -39,12 +38,12 @@ class Mamba(Recurrent):
 
     def apply_workarounds(self):
         for block in self.model.backbone.layers:
-            block.mixer.forward = MethodType(selective, block.mixer)
+            block.mixer.forward = MethodType(selective_scan, block.mixer)
 
 
 @register("jamba")
 class Jamba(Recurrent):
-    """Jamba (Lieber et al. 2024): Mamba's mixers, mended as there, some layers of attention, and experts."""
+    """Jamba (Lieber et al. 2024): Mamba's mixers, replaced likewise, some attention layers, and experts."""
 
     continues_from_state = handles_padding = True
     kernels = ()
@@ -52,24 +51,24 @@ class Jamba(Recurrent):
     def apply_workarounds(self):
         for layer in self.model.model.layers:
             if hasattr(layer, "mamba"):
-                layer.mamba.forward = MethodType(selective, layer.mamba)
+                layer.mamba.forward = MethodType(selective_scan, layer.mamba)
 
 
-def selective(self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **_) -> Tensor:
-    """Mamba's mixer (Gu & Dao 2023, algorithm 2), in place of the class's own forward; also with Jamba's norms.
+def selective_scan(self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **_) -> Tensor:
+    """Mamba's mixer (Gu & Dao 2023, algorithm 2), in place of the class's own forward; with Jamba's norms, too.
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,  y_t = C_t h_t + D x_t, per channel, h_t of size N.
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,  y_t = C_t h_t + D x_t, for every channel, with h_t of size N.
 
     Args:
         hidden_states: (B, T, D).
-        cache_params: the library's cache, where the state before is, and is put.
+        cache_params: the library's cache, from which the state is read and into which it is written.
         attention_mask: (B, T), False at left padding before a blank state.
     """
     time, valid = hidden_states.shape[1], None if attention_mask is None else attention_mask[..., None]
     before = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
     x, gate = self.in_proj(hidden_states).chunk(2, -1)
     x = _without(x, valid).transpose(1, 2)
-    if cache_params is not None:  # what the convolution looks back at comes with it
+    if cache_params is not None:  # preceded by what the convolution looks back at
         x = cache_params.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
     x = _without(self.act(self.conv1d(x)[..., x.shape[-1] - time : x.shape[-1]].transpose(1, 2)), valid)
 
@@ -98,11 +97,7 @@ def _without(x: Tensor, valid: Tensor | None) -> Tensor:
 
 @register("mamba2", "bamba")
 class Mamba2(Recurrent):
-    """Mamba-2 (Dao & Gu 2024), and Bamba, which has some layers of attention.
-
-    Right for several tokens from a state and for padding before a blank one. With the package `mamba_ssm` the class
-    runs kernels that have no second derivative.
-    """
+    """Mamba-2 (Dao & Gu 2024), and Bamba, which has some attention layers."""
 
     continues_from_state = handles_padding = True
 
@@ -110,16 +105,16 @@ class Mamba2(Recurrent):
         limit = tuple(getattr(self.model.config, "time_step_limit", (0.0, float("inf"))))
         if limit != (0.0, float("inf")):
             raise UserError(
-                f"this {self.model.config.model_type} limits its time step to {limit}, which the class of transformers "
-                "leaves out where it reads one token at a time; such a model cannot be read"
+                f"this {self.model.config.model_type} limits its time step to {limit}, which its class ignores when it "
+                "reads one token at a time; choose a model without time_step_limit"
             )
 
 
 def new_mamba2(settings: Mapping[str, int]) -> Mamba2:
-    """A fresh Mamba-2, input and output embeddings tied; its tokenizer has no tokens for beginnings and ends.
+    """A newly initialised Mamba-2 with tied embeddings, for a tokenizer without tokens for beginning and end.
 
     Args:
-        settings: the sizes, by their names in `Mamba2Config`.
+        settings: sizes, by their names in `Mamba2Config`.
     """
     nothing = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return Mamba2(Mamba2ForCausalLM(Mamba2Config(tie_word_embeddings=True, **nothing, **settings)))
@@ -127,7 +122,7 @@ def new_mamba2(settings: Mapping[str, int]) -> Mamba2:
 
 @register("granitemoehybrid")
 class GraniteHybrid(Mamba2):
-    """Granite 4 hybrid: Mamba-2's layers and attention's, with scaled embeddings and logits."""
+    """Granite 4 hybrid: Mamba-2 layers and attention layers, with scaled embeddings and logits."""
 
     def embed(self, ids):
         return super().embed(ids) * self.model.config.embedding_multiplier
@@ -149,11 +144,7 @@ class FalconH1(Mamba2):
 
 @register("qwen3_next", "qwen3_5_text")
 class QwenHybrid(Recurrent):
-    """Qwen3-Next and Qwen3.5: gated delta rule (Yang et al. 2024) in three layers of four, attention in the fourth.
-
-    Right for several tokens from a state and for padding before a blank one. With the package `fla` the class runs
-    kernels that have no second derivative.
-    """
+    """Qwen3-Next and Qwen3.5: gated delta rule (Yang et al. 2024) in three layers of four, attention in the fourth."""
 
     continues_from_state = handles_padding = True
 
@@ -162,9 +153,9 @@ class QwenHybrid(Recurrent):
 class RecurrentGemma(Recurrent):
     """RecurrentGemma (Griffin; De et al. 2024): linear recurrent units, and attention to a window of tokens.
 
-    The class keeps the recurrent layers' states in its modules, where the next text finds them; it forgets the
-    convolution's where several tokens follow it, and lets padding into it. Its recurrent blocks are replaced by
-    `recurrent_block`. The part of the state that grows does so up to the window.
+    The class stores the states of recurrent layers in its modules, where they leak into the next text. Given several
+    tokens, it ignores the convolution's state, and it lets padding into the convolution. Its recurrent blocks are
+    replaced by `recurrent_block`. The state grows no longer than the window.
     """
 
     continues_from_state = handles_padding = True
@@ -182,7 +173,7 @@ class RecurrentGemma(Recurrent):
 
     def run_body(self, ids, state, valid):
         for layer in self.model.model.layers:
-            layer.temporal_block.valid = valid  # the class hands its blocks a mask for attention only
+            layer.temporal_block.valid = valid  # the class passes its mask to attention only
         return super().run_body(ids, state, valid)
 
     def embed(self, ids):
@@ -199,7 +190,7 @@ def recurrent_block(
 ) -> tuple[Tensor, None]:
     """Griffin's recurrent block (De et al. 2024, section 2.3), in place of the class's own forward.
 
-    The class's gates are used as they are, with h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t * x_t) by `linear_scan`.
+    h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t * x_t), with the class's own gates a_t and i_t, by `linear_scan`.
     """
     time, valid = hidden_states.shape[1], None if self.valid is None else self.valid[..., None]
     x = _without(self.linear_x(hidden_states), valid).transpose(1, 2)
@@ -215,7 +206,7 @@ def recurrent_block(
 
 
 def _scan(self, hidden_states, recurrent_gate, reset, recurrent_states):
-    """The class's `_rnn_scan`: all states (B, T, W) and the last, from gated inputs and decays of the same shape."""
+    """Replaces the class's `_rnn_scan`: all states (B, T, W) and the last, from gated inputs and decays (B, T, W)."""
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     x = hidden_states.to(wide)
     start = torch.zeros_like(x[:, 0]) if recurrent_states is None else recurrent_states
@@ -225,10 +216,10 @@ def _scan(self, hidden_states, recurrent_gate, reset, recurrent_states):
 
 @register("xlstm")
 class XLSTM(Recurrent):
-    """xLSTM-7B's class (Beck et al. 2025): mLSTM in every layer, whose state is a matrix, a vector and a number a head.
+    """The class of xLSTM-7B (Beck et al. 2025): mLSTM in every layer, with a matrix, a vector and a number per head.
 
-    The class knows no padding and, for long texts, no gradient. So its blocks are called one by one here, and padding
-    shuts the gates: nothing is written, nothing decays, before a blank state or behind any.
+    The class does not handle padding and, for long texts, has no gradient. So its blocks are called one by one here,
+    and padding shuts the gates: nothing is written and nothing decays, whatever the state.
     """
 
     continues_from_state = handles_padding = True
@@ -252,9 +243,9 @@ class XLSTM(Recurrent):
         return torch.tanh(super().read_out(hidden) / cap) * cap
 
     def state_features(self, state):
-        """Of every head: matrix and vector by the vector's length, and the logarithm of that length, scale included.
+        """For every head, matrix and vector divided by the vector's length, and the logarithm of that length.
 
-        Matrix and vector are kept divided by exp(scale), which is arbitrary; so divided, they do not depend on it.
+        The class stores matrix and vector divided by exp(scale), which is arbitrary; these features are free of it.
         """
         features = []
         for name, matrix in state.tensors.items():
@@ -272,7 +263,7 @@ class XLSTM(Recurrent):
 class Gated(nn.Module):
     """The mLSTM of the class, with gates shut at padding, in whole chunks only, and in float32.
 
-    The class goes through what is left of a chunk one token at a time; filled up with padding, it is one chunk more.
+    The class reads an incomplete chunk one token at a time; filled up with padding, it is a whole one.
 
     Attributes:
         valid: (B, T), False at padding; None: all valid.

@@ -1,4 +1,4 @@
-"""Recurrent and hybrid classes of `transformers` behind the project's interface: what all adapters share.
+"""The project's interface to recurrent and hybrid classes of `transformers`: what all adapters share.
 
 These classes keep their state in a cache that they write into, and many are right only when used as the library's own
 `generate` does: a whole text from a blank cache, then one token at a time. With no more than that, `Recurrent` reads
@@ -31,7 +31,7 @@ from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.errors import UserError
 
 READS = 4
-"""Directions that `state_features` reads a matrix of the state along: all of it would be millions of numbers."""
+"""Directions along which `state_features` reads a matrix of the state; a whole one would be millions of numbers."""
 
 ADAPTERS: dict[str, type[Recurrent]] = {}
 """The adapter of each class, by the model_type in its config.json. `hub_families` registers the project's own."""
@@ -61,21 +61,22 @@ def register(*kinds: str) -> Callable[[type[Recurrent]], type[Recurrent]]:
 class Recurrent(HubModel):
     """A recurrent or hybrid language model of `transformers`. `forward`, `generate`: see `LanguageModel`.
 
-    Its state, by layer: "3.conv" (B, channels, kernel), "3.state" (B, ...) and, where a layer attends, "3.keys" and
-    "3.values" (B, heads, S, size), the last tokens' on the right. With those comes "seen" (B,), how many tokens each
-    sequence has read: of the S columns, the last `seen` are its own, and the others padding. They are all that grows.
+    Its state, by layer: "3.conv" (B, channels, kernel), "3.state" (B, ...) and, in attention layers, "3.keys" and
+    "3.values" (B, heads, S, size), the latest tokens on the right. With those comes "seen" (B,), the number of tokens
+    each sequence has read: of the S columns, the last `seen` are its own, and the others padding. Only these grow.
 
-    Gradients go through the state, whatever is read from it, unless kernels are in the way (below).
+    Gradients flow through the state, unless compiled kernels prevent it (see `kernels`).
 
     Attributes:
-        continues_from_state: whether the class is right for several tokens from a state. If not, it gets one at a time.
+        continues_from_state: whether the class is right for several tokens from a state. If not, it is given one token
+            at a time.
         handles_padding: whether the class, given an attention mask, is right for left padding before a blank state. If
             not, and always from a state, a padded batch is read in as many passes as it has different lengths.
-        kernels: packages whose kernels the class takes, where they are installed. For one token from a state they
-            write the state without a gradient; they have no second derivative.
+        kernels: packages whose kernels the class uses where they are installed. They have no second derivative, and
+            for one token from a state they write the state without a gradient.
     """
 
-    supports_vmap = False  # the library's classes write into caches, and look at numbers
+    supports_vmap = False  # these classes write into caches, and branch on values
     continues_from_state = False
     handles_padding = False
     kernels: tuple[str, ...] = ("causal_conv1d", "mamba_ssm", "fla")
@@ -88,11 +89,11 @@ class Recurrent(HubModel):
         self._takes = set(inspect.signature(model.base_model.forward).parameters)
         self.apply_workarounds()
         self._check_read_out()
-        self._whole = self._whole_maps()
+        self._editable = self._called_once()
         self.state_grows = any(name.endswith("keys") for name in self.blank_state(1).tensors)
 
     def apply_workarounds(self) -> None:
-        """Change what the wrapped model does wrong; for subclasses."""
+        """Replace what the wrapped model gets wrong; for subclasses."""
 
     # Reading
 
@@ -101,14 +102,14 @@ class Recurrent(HubModel):
         if valid is None or (state is None and self.handles_padding):
             return self._read(ids, state, valid)
         hidden = []
-        for piece, active in _stairs(valid):
+        for piece, active in _pieces(valid):
             out, after = self._read(ids[:, piece], state, None)
             state = _kept(after, state, active)
             hidden.append(out)
         return torch.cat(hidden, 1), state
 
     def _read(self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None) -> tuple[Tensor, RecurrentState]:
-        """All rows read all tokens, except for padding before a blank state."""
+        """Every row reads every token, except for padding before a blank state."""
         if state is None or self.continues_from_state:
             return self.run_body(ids, state, valid)
         hidden = []
@@ -120,16 +121,16 @@ class Recurrent(HubModel):
     def run_body(
         self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None
     ) -> tuple[Tensor, RecurrentState]:
-        """Final hidden states (B, T, D) and the state, from one run of the wrapped model's body.
+        """Final hidden states (B, T, D) and the state, from one run of the wrapped model without its head.
 
         Args:
-            ids: (B, T); one token, or any number if `state` is None or the adapter `continues_from_state`.
-            valid: as in `forward`; given only if `state` is None and the adapter `handles_padding`.
+            ids: (B, T); one token, or any number if `state` is None or the adapter has `continues_from_state`.
+            valid: as in `forward`; given only if `state` is None and the adapter has `handles_padding`.
         """
         cache = self._cache(state)
         where, seen = self._where(ids, state, valid, cache)
         name = "cache_params" if "cache_params" in self._takes else "past_key_values"
-        keeping = _undisturbed(_tensors(cache)) if state is not None and torch.is_grad_enabled() else nullcontext()
+        keeping = _saving_copies(_tensors(cache)) if state is not None and torch.is_grad_enabled() else nullcontext()
         with keeping:
             body = self.model.base_model(input_ids=ids, use_cache=True, **{name: cache}, **where)
         if state is not None and ids.shape[1] == 1 and torch.is_grad_enabled():
@@ -137,7 +138,7 @@ class Recurrent(HubModel):
         return body.last_hidden_state, RecurrentState(_tensors(cache) | seen)
 
     def check_second_order(self):
-        if installed := self._installed():  # autograd would leave out what goes through them, and say nothing
+        if installed := self._installed():  # autograd would silently omit what goes through them
             raise UserError(
                 f"a {type(self).__name__} has no second derivative with the kernels of {', '.join(installed)}; "
                 "uninstall them, or take the step with second_order=False"
@@ -154,7 +155,7 @@ class Recurrent(HubModel):
             )
 
     def _cache(self, state: RecurrentState | None) -> DynamicCache:
-        """The library's cache with a copy of the state, because the library writes into it."""
+        """The library's cache, holding the state."""
         cache = DynamicCache(config=self.model.config)
         for name, tensor in ({} if state is None else state.tensors).items():
             match = re.fullmatch(r"(\d+)\.(conv|state|keys)(\d*)", name)
@@ -170,7 +171,7 @@ class Recurrent(HubModel):
         return cache
 
     def _where(self, ids, state, valid, cache) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What tells the class where padding is, and positions, where it has any; and the state's `seen`."""
+        """Arguments that tell the class about padding and positions, where it has any; and the state's "seen"."""
         if "position_ids" not in self._takes:
             return {"attention_mask": valid}, {}
         new = torch.ones_like(ids) if valid is None else valid.long()
@@ -185,12 +186,12 @@ class Recurrent(HubModel):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare what the adapter claims of its class with the class itself, one sequence and one token at a time.
+        """Compare what the adapter declares with the class itself, given one sequence and one token at a time.
 
         The model should be in float32 and in evaluation mode.
 
         Raises:
-            UserError: they differ; says by what, and which claim to take back.
+            UserError: they differ; the message names the declaration that is wrong.
         """
         rows = torch.randint(self.config.vocab, (3, 12), generator=torch.Generator().manual_seed(0)).tolist()
         rows = [row[-length:] for row, length in zip(rows, (12, 5, 9), strict=True)]
@@ -205,7 +206,7 @@ class Recurrent(HubModel):
         def compare(what: str, hidden: Tensor, valid: Tensor) -> None:
             gap = hidden - expected[: len(hidden), -hidden.shape[1] :]
             gap = float(gap[valid].abs().max() / expected.abs().max())
-            if not gap < 1e-2:  # rounding is far below, and what is wrong far above
+            if not gap < 1e-2:  # rounding is far below, an error far above
                 raise UserError(f"{type(self).__name__} is wrong by {gap:.1g} of the largest number for {what}")
 
         whole, _ = self.step_through(ids[:1])
@@ -228,11 +229,11 @@ class Recurrent(HubModel):
         return RecurrentState({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
 
     def state_features(self, state):
-        """Of every layer: the convolution's last column, and the recurrent state read along `READS` cosines.
+        """For every layer, the last column of the convolution, and the recurrent state read along `READS` cosines.
 
-        A recurrent state is a number a channel, or a row of them a channel (Mamba: a channel's state, Qwen3-Next: what
-        a key's direction holds), of which the cosines give its average and three coarse differences. Keys and values
-        have no fixed size and are left out.
+        A recurrent state is one number per channel, or a row of them (in Mamba a channel's state, in Qwen3-Next the
+        values stored in the direction of a key); the cosines give the row's mean and three coarse differences. Keys
+        and values have no fixed size and are left out.
         """
         features = []
         for name, tensor in state.tensors.items():
@@ -246,20 +247,20 @@ class Recurrent(HubModel):
 
     @property
     def peft_refuses(self):
-        """PEFT refuses a map everywhere, if one of the kernels for it uses its weight without calling it."""
+        """PEFT refuses a map wherever one of the kernels uses its weight without calling it."""
         return ("out_proj",) if self.config.kind in ("mamba", "mamba2", "falcon_mamba", "falcon_h1") else ()
 
     def editable(self):
-        """Every linear map that is called once a pass, on all tokens of each sequence, by its name in the model.
+        """Every linear map that is called exactly once per pass, on all tokens, by its name in the wrapped model.
 
-        Not so: experts, which get only some tokens; maps that several layers share; maps whose weight the class uses
-        without calling them.
+        That excludes experts, which see only some tokens, maps that several layers share, and maps whose weight the
+        class uses without calling them.
         """
-        return {name: module for name, module in super().editable().items() if name in self._whole}
+        return {name: module for name, module in super().editable().items() if name in self._editable}
 
     @torch.no_grad()
-    def _whole_maps(self) -> set[str]:
-        """The names of those maps, from a pass of 2 sequences of 3 tokens."""
+    def _called_once(self) -> set[str]:
+        """The names of those maps, observed in a pass over 2 sequences of 3 tokens."""
         shapes: dict[str, list] = {name: [] for name in super().editable()}
         handles = [
             module.register_forward_pre_hook(lambda module, args, name=name: shapes[name].append(args[0].shape[:-1]))
@@ -275,7 +276,7 @@ class Recurrent(HubModel):
     @torch.no_grad()
     def _check_read_out(self) -> None:
         training = self.model.training
-        self.model.eval()  # no dropout, and not the kernels that only training takes
+        self.model.eval()  # no dropout, and no kernels that only training uses
         ours, theirs = self.read_out(self.step_through(self._some_ids())[0]), self.model(self._some_ids()).logits
         self.model.train(training)
         if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
@@ -293,7 +294,7 @@ def too_old(what: str) -> UserError:
 
 
 def read_along(tensor: Tensor) -> Tensor:
-    """(..., N) -> (..., min(N, READS)), coefficients of the slowest cosines (the first of the DCT-II)."""
+    """(..., N) -> (..., min(N, READS)), the coefficients of the slowest cosines (the first of a DCT-II)."""
     size = tensor.shape[-1]
     place = (torch.arange(size, device=tensor.device) + 0.5) / size
     cosines = torch.cos(math.pi * place[:, None] * torch.arange(min(size, READS), device=tensor.device))
@@ -315,19 +316,19 @@ def _tensors(cache: DynamicCache) -> dict[str, Tensor]:
     return tensors
 
 
-def _stairs(valid: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """A left-padded batch as pieces of time in each of which a row is all padding or all tokens: which they are."""
+def _pieces(valid: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A left-padded batch as pieces in time, in each of which a row is either all padding or all tokens (True)."""
     starts = sorted({0, *(valid.shape[1] - valid.sum(1)).tolist(), valid.shape[1]})
     for start, end in pairwise(starts):
         yield slice(start, end), valid[:, start]
 
 
 def _kept(after: RecurrentState, before: RecurrentState | None, active: Tensor) -> RecurrentState:
-    """The state after a piece for the rows that were active in it; for the others that before, or a blank one."""
+    """The state after a piece for the rows that were active in it; for other rows the state before, or a blank one."""
     tensors = {}
     for name, new in after.tensors.items():
         old = torch.zeros_like(new) if before is None else before.tensors[name]
-        if name.endswith(("keys", "values")):  # what an inactive row has, is on the right
+        if name.endswith(("keys", "values")):  # an inactive row's own are on the right
             old = F.pad(old, (0, 0, new.shape[2] - old.shape[2], 0))
         tensors[name] = torch.where(active.view(-1, *[1] * (new.ndim - 1)), new, old)
     if "seen" in tensors:
@@ -339,8 +340,8 @@ def _kept(after: RecurrentState, before: RecurrentState | None, active: Tensor) 
     return RecurrentState(tensors)
 
 
-def _undisturbed(tensors: dict[str, Tensor]) -> saved_tensors_hooks:
-    """While it lasts, what autograd saves of these tensors is a copy: the library writes into them afterwards."""
+def _saving_copies(tensors: dict[str, Tensor]) -> saved_tensors_hooks:
+    """Context manager: autograd saves copies of these tensors, because the library writes into them afterwards."""
     places = {t.untyped_storage().data_ptr() for t in tensors.values()}
     return saved_tensors_hooks(
         lambda t: t.clone() if t.untyped_storage().data_ptr() in places else t, lambda saved: saved

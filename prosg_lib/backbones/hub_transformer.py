@@ -1,4 +1,4 @@
-"""Causal transformers of `transformers` (GPT-2, Llama, Qwen3 and other classes) behind the recurrent models' interface.
+"""Causal transformers of `transformers` (GPT-2, Llama, Qwen3 and others) behind the interface of recurrent models.
 
 A transformer looks back at everything it has read, so its "state" is all of that, and grows. `CausalTransformer` runs
 all tokens again, which is simple and slow for long texts: it is for gradient steps, whose texts are short. For long
@@ -63,24 +63,24 @@ class CausalTransformer(HubModel):
             )
 
     def with_kv_cache(self) -> CachedTransformer:
-        """The same model, its weights shared, with keys and values for a state: for long texts."""
+        """The same model, sharing its weights, with keys and values as its state: for long texts."""
         lm = CachedTransformer(self.model)
         lm.tokenizer = self.tokenizer
         return lm.train(self.training)
 
 
 class CachedTransformer(Recurrent):
-    """A causal transformer with all keys and values so far as its state: what a recurrent model is compared with.
+    """A causal transformer whose state is the keys and values of all tokens so far (a KV cache).
 
-    It says what `CausalTransformer` says, has its fingerprint, and reads every token once.
+    It has the same logits and fingerprint as the `CausalTransformer`, and reads every token once.
     """
 
     continues_from_state = handles_padding = True
-    state_features = LanguageModel.state_features  # it has none of a fixed size
+    state_features = LanguageModel.state_features  # there is none of a fixed size
 
 
 def _causal(valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 1, T, T), added to the scores: nothing looks ahead or at padding; padding looks at itself, to be finite."""
+    """Added to the scores, (B, 1, T, T): no position sees later ones or padding; padding sees itself, to be finite."""
     time = valid.shape[1]
     see = torch.ones(time, time, dtype=torch.bool, device=valid.device).tril() & valid[:, None, None]
     see = see | torch.eye(time, dtype=torch.bool, device=valid.device)
@@ -88,10 +88,11 @@ def _causal(valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def new_llama(config: TransformerConfig) -> CausalTransformer:
-    """A fresh transformer of the Llama class, input and output embeddings tied, queries and keys with a bias.
+    """A newly initialised Llama, with tied input and output embeddings, and biases on queries and keys.
 
-    Two heads of the first layer start by looking at the token before (`_look_back`), which every block of RWKV does by
-    its token shift. To copy, a transformer must find that first: so it needs 200 steps, and else more than 1,000.
+    Two heads of the first layer are initialised to attend to the previous token, which every block of RWKV does by its
+    token shift. Copying builds on that: a transformer learns it in 200 steps with these heads, and in more than 1,000
+    without them.
     """
     sizes = LlamaConfig(
         vocab_size=config.vocab,
@@ -109,13 +110,13 @@ def new_llama(config: TransformerConfig) -> CausalTransformer:
     for name, bias in model.named_parameters():
         if name.endswith(("q_proj.bias", "k_proj.bias")):
             nn.init.normal_(bias)
-    _look_back(model.model.layers[0].self_attn, model.model.rotary_emb, heads=min(2, config.heads))
+    _attend_to_previous(model.model.layers[0].self_attn, model.model.rotary_emb, heads=min(2, config.heads))
     return CausalTransformer(model)
 
 
 @torch.no_grad()
-def _look_back(attention: nn.Module, rotary: nn.Module, heads: int, strength: float = 4.0) -> None:
-    """Biases with which rotary heads attend to the place before: the query is the key, turned back by one place."""
+def _attend_to_previous(attention: nn.Module, rotary: nn.Module, heads: int, strength: float = 4.0) -> None:
+    """Set biases so that rotary heads attend to the previous token: the query is the key, rotated back by one place."""
     size = attention.head_dim
     key = torch.zeros(size)
     key[: max(1, 3 * size // 16)] = strength  # the fastest frequencies tell neighbours apart

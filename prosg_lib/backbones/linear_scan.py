@@ -1,4 +1,4 @@
-"""The linear recurrence h_t = a_t h_{t-1} + b_t, element by element, which Mamba and the RG-LRU are made of."""
+"""The elementwise linear recurrence h_t = a_t h_{t-1} + b_t, on which Mamba and the RG-LRU are built."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def linear_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    """All h_t = a_t h_{t-1} + b_t, with two loops of sqrt(T) steps instead of one of T.
+    """All h_t = a_t h_{t-1} + b_t, in two loops of sqrt(T) steps instead of one loop of T.
 
-    The time is cut into blocks. All blocks step through their tokens together, from zero, and keep the product of
-    their decays; then each block's start is carried from one to the next. Only products of decays and sums are taken,
-    never a quotient, so that it is as stable as the plain loop.
+    Time is cut into blocks. All blocks step through their tokens in parallel, starting from zero, and keep the product
+    of their decays; then the state at each block's start is carried from one block to the next. Decays are multiplied
+    and never divided, so this is as stable as the plain loop.
 
     Args:
         a, b: (B, T, ...).

@@ -1,7 +1,7 @@
-"""What PyTorch takes of memory, counted; and memory that it frees on the CPU stays with the process, for the next step.
+"""Memory: faster allocation on the CPU, and the peak of what tensors take.
 
-By default the C library gives large blocks back to the system at once; every tensor of some MB is then mapped anew and
-zeroed page by page, which takes up to a third of a training step of the models here. `benchmarks/wkv.py` measures it.
+By default the C library returns large blocks to the system as soon as they are freed. Every tensor of some MB is then
+mapped anew and zeroed page by page, which takes up to a third of a training step of the models here.
 """
 
 import ctypes
@@ -18,24 +18,24 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h of the GNU C libra
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library so, for the whole process. Any number of calls is as one.
+    """Make the C library keep freed memory for the next tensor, in the whole process. Repeated calls change nothing.
 
-    Memory use stays at its peak, and may settle at some times that: freed blocks with small ones between stay apart.
+    The process then stays at its peak memory, or at a small multiple of it where small blocks fragment the heap.
 
     Returns:
-        Whether this C library can be told: the GNU one (Linux) can, others are left as they are.
+        Whether it took effect: it does with the GNU C library (Linux); others are left alone.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}  # -1: however much is free, none is given back
+    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}  # -1: return none, however much is free
     return sum(mallopt(name, value) == 1 for name, value in settings.items()) == len(settings)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory that tensors take at a time while `run` runs, above what they took before; its result included.
+    """Peak memory of tensors while `run` runs, in bytes above what there was before; its result is included.
 
-    On a GPU, if there is one, its own; else counted from PyTorch's own list of what it took and gave back.
+    On a GPU, if there is one, as its allocator reports it; otherwise from the allocations listed by PyTorch's profiler.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -1,7 +1,8 @@
-"""Less memory for training: blocks that keep their inputs alone, and are run again in the backward pass.
+"""Activation checkpointing: in training, blocks keep their inputs only and run again in the backward pass.
 
-Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174); PyTorch's
-`torch.utils.checkpoint` does it. It costs one more forward pass of the blocks.
+It saves memory and costs one more forward pass of the blocks. Source: Chen et al. 2016, "Training Deep Nets with
+Sublinear Memory Cost" (arXiv 1604.06174), by `torch.utils.checkpoint`. The plain forward pass is the reference: a test
+compares gradients.
 """
 
 from __future__ import annotations
@@ -20,28 +21,28 @@ from prosg_lib.errors import UserError
 
 @contextmanager
 def recomputed(lm: LanguageModel) -> Iterator[None]:
-    """While it lasts, a graph through the model's blocks keeps of each its inputs, and the backward pass runs it again.
+    """Context manager: the model's blocks keep only their inputs, and the backward pass recomputes the rest.
 
-    Both passes must lie in it. A delta that the forward pass has (`lowrank.applied`) the second one has, too, though it
-    is applied no more by then. First derivatives only.
+    Forward and backward pass must both run inside. A delta that is applied in the forward pass (`deltas.applying`) is
+    applied in the recomputation too, even if it has been removed by then. First derivatives only.
 
     Raises:
-        UserError: the model's blocks do more than calculate; those of `transformers`' recurrent classes write the state
-            while they run, and would go on from the end.
+        UserError: the model's blocks have side effects. The recurrent classes of `transformers` write their state while
+            they run, so a second run would continue from the end.
     """
     if not isinstance(lm, RWKV | CausalTransformer):
-        raise UserError(f"the blocks of a {type(lm).__name__} cannot be run again; leave out recompute")
+        raise UserError(f"the blocks of a {type(lm).__name__} cannot be run again; train without recompute")
     blocks = next(module for module in lm.modules() if isinstance(module, nn.ModuleList))
     for block in blocks:
-        block.forward = _run_again_later(block, block.forward)
+        block.forward = _checkpointed(block, block.forward)
     try:
         yield
     finally:
         for block in blocks:
-            del block.forward  # that of its class is there again
+            del block.forward  # the method of its class is visible again
 
 
-def _run_again_later(block: nn.Module, forward: Callable) -> Callable:
+def _checkpointed(block: nn.Module, forward: Callable) -> Callable:
     def run(*args, **named):
         hooks = {module: module._forward_hooks.copy() for module in block.modules()}
         contexts = lambda: (nullcontext(), _hooked(hooks))  # noqa: E731
@@ -52,7 +53,7 @@ def _run_again_later(block: nn.Module, forward: Callable) -> Callable:
 
 @contextmanager
 def _hooked(hooks: dict[nn.Module, dict]) -> Iterator[None]:
-    """While it lasts, modules have these hooks and no others."""
+    """Context manager: modules have these forward hooks and no others."""
     now = {module: module._forward_hooks for module in hooks}
     for module, then in hooks.items():
         module._forward_hooks = then

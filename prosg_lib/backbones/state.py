@@ -1,4 +1,4 @@
-"""RecurrentState: what a recurrent language model knows after a prompt, as one object of fixed size."""
+"""RecurrentState: what a recurrent language model remembers after a prompt, as one object."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class RecurrentState:
     """The state vectors of a batch of sequences.
 
     Attributes:
-        tensors: name -> (B, ...), batch first. Which names there are is the backbone's affair. RWKV-4 has its five
-            vectors a block: att_shift, ffn_shift, num, den, m, each (B, layers, D); RWKV-7 the two shifts and a matrix
-            a head, wkv (B, layers, H, N, N); models of `transformers` have "3.conv", "3.state", ... by layer
+        tensors: name -> (B, ...), batch first. The names depend on the backbone. RWKV-4 has five vectors per block:
+            att_shift, ffn_shift, num, den, m, each (B, layers, D); RWKV-7 has the two shifts and a matrix per head,
+            wkv (B, layers, H, N, N); models of `transformers` have "3.conv", "3.state", ... by layer
             (`backbones.hub_recurrent.Recurrent`).
     """
 
@@ -33,8 +33,8 @@ class RecurrentState:
         return next(iter(self.tensors.values())).shape[0]
 
     def nbytes(self) -> int:
-        """Bytes of one sequence's state; the same however long the text was, unless `state_grows`: keys and values
-        of attention layers are counted as they are kept, with the padding to the longest text of the batch."""
+        """Bytes of one sequence's state. They do not depend on the length of the text, except where `state_grows`: keys
+        and values of attention layers count as they are stored, padded to the longest text of the batch."""
         return sum(t[0].numel() * t.element_size() for t in self.tensors.values())
 
     def select(self, rows: Tensor | list[int] | slice) -> Self:
@@ -45,12 +45,12 @@ class RecurrentState:
         return self._map(Tensor.detach)
 
     def to(self, *args, **kwargs) -> Self:
-        """As `nn.Module.to`: move to a device, or change the dtype of what is floating point."""
+        """As `nn.Module.to`: move to a device, or change the dtype of floating-point tensors."""
         return self._map(lambda t: _moved(t, t.to(*args, **kwargs)))
 
     @classmethod
     def cat(cls, states: list[Self]) -> Self:
-        """One batch out of several. What grows with the text is padded on the left, with zeros, to the longest."""
+        """Several batches as one. Tensors that grow with the text are left-padded with zeros to the longest."""
         return cls({name: torch.cat(_as_long([s.tensors[name] for s in states])) for name in states[0].tensors})
 
     def _map(self, f) -> Self:
@@ -74,7 +74,7 @@ def _as_long(tensors: list[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Fixed per-channel statistics of state features, collected over texts (advice of RWKV's author: do not pool).
+    """Fixed statistics of state features, channel by channel, collected over texts.
 
     Attributes:
         mean, std: (F,).
@@ -85,7 +85,7 @@ class Normaliser:
 
     @classmethod
     def fit(cls, features: Tensor) -> Self:
-        """Statistics of features (N, F) over the N texts; channels that never change get the unit scale."""
+        """Statistics of features (N, F) over N texts; channels that never change get scale 1."""
         std = features.std(0) if len(features) > 1 else torch.zeros_like(features[0])
         return cls(features.mean(0), torch.where(std > 1e-6, std, 1.0))
 

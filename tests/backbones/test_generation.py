@@ -78,7 +78,7 @@ def test_top_k_and_top_p_leave_out_what_is_unlikely():
         (2, 0.5, [[1], [0]]),  # of the two that top_k leaves, the likelier has 4/7
         (2, 0.6, [[1, 3], [0, 1]]),
     ):
-        chances = generation._chances(logits, top_k, top_p)
+        chances = generation._probabilities(logits, top_k, top_p)
         assert [row.nonzero()[:, 0].tolist() for row in chances] == kept
         for row, whole, places in zip(chances, logits.softmax(-1), kept, strict=True):
             assert_close(row[places] / row.sum(), whole[places] / whole[places].sum())

@@ -442,7 +442,7 @@ def test_damaged_folders_of_other_classes_are_refused(mamba2, tmp_path):
     path.write_bytes(content)
     files.write_json(tmp_path / "config.json", config | {"num_hidden_layers": 3})
     with pytest.raises(
-        UserError, match=r"lacks \d+ of the weights that its config\.json speaks of \(backbone\.layers\.2"
+        UserError, match=r"lacks \d+ of the weights that its config\.json describes \(backbone\.layers\.2"
     ):
         load_model(tmp_path)
     files.write_json(tmp_path / "config.json", config | {"state_size": 8})

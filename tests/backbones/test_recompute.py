@@ -128,7 +128,7 @@ def test_blocks_that_write_their_state_while_they_run_are_refused():
     sizes = Mamba2Config(hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, n_groups=1, vocab_size=50)
     lm = Mamba2(Mamba2ForCausalLM(sizes))
     with (
-        pytest.raises(UserError, match="the blocks of a Mamba2 cannot be run again; leave out recompute"),
+        pytest.raises(UserError, match="the blocks of a Mamba2 cannot be run again; train without recompute"),
         recomputed(lm),
     ):
         pass
