@@ -7,13 +7,12 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from checks import assert_same_change, token_generator
 from torch.testing import assert_close
 
 from prosg_lib import chat, cli
 from prosg_lib.chat import Chat, converse
 from prosg_lib.errors import UserError
-from prosg_lib.generators.token_wise import TokenGenerator
 
 TOKENS = 12
 PROMPT = "My home town is Oslo. Call me captain."
@@ -28,11 +27,7 @@ def short_answers(monkeypatch):
 
 @pytest.fixture
 def generator(lm):
-    torch.manual_seed(0)
-    made = TokenGenerator(lm, 3, 24, ("att.output", "ffn.key"))
-    for p in nn.ModuleList([made.heads, made.keys]).parameters():
-        nn.init.normal_(p, std=0.5)
-    return made.eval()
+    return token_generator(lm, std=0.5)
 
 
 def typed(one, *lines):
@@ -73,8 +68,7 @@ def test_remembered_texts_add_up(lm, generator):
     answer(one, QUESTIONS[1])
     one.remember("My pet is a parrot.")
     expected = generator.memorize(lm, [f"User: {PROMPT} My pet is a parrot.\n"])
-    for name, factors in expected.factors.items():
-        assert_close(one.delta.factors[name].U, factors.U, rtol=1e-4, atol=1e-4)
+    assert_same_change(one.delta, expected)
     one.scale = 0.0
     (plain,) = lm.generate([f"User: {QUESTIONS[0]}\nBot:"], one._state, max_new_tokens=TOKENS)
     assert answer(one, QUESTIONS[0]) == plain

@@ -5,6 +5,7 @@ import hashlib
 
 import pytest
 import torch
+from checks import full_change
 from torch.testing import assert_close
 
 from prosg_lib import files
@@ -190,12 +191,6 @@ def test_weights_are_never_written(lm):
 # --- algebra ------------------------------------------------------------------------------------------------------
 
 
-def full(delta, name):
-    """The change itself, scale U V^T, (B, out, in)."""
-    u, v = delta.factors[name]
-    return delta.scale * u @ v.transpose(1, 2)
-
-
 @pytest.mark.parametrize("shared", [False, True])
 def test_sum_is_the_sum_of_changes(lm, shared):
     first = delta_for(lm, 3, seed=1).scaled(0.5)
@@ -203,7 +198,9 @@ def test_sum_is_the_sum_of_changes(lm, shared):
     second = delta_for(lm, 3, seed=2, v=v).scaled(-2.0)
     total = first + second
     for name in MAPS:
-        assert_close(full(total, name), full(first, name) + full(second, name), rtol=1e-5, atol=1e-6)
+        assert_close(
+            full_change(total, name), full_change(first, name) + full_change(second, name), rtol=1e-5, atol=1e-6
+        )
     assert total.rank == (2 if shared else 4)
     ids = ids_of(3, 8)
     with applied(lm, first), applied(lm, second):
@@ -214,13 +211,13 @@ def test_sum_is_the_sum_of_changes(lm, shared):
 def test_sums_with_other_maps_batches_and_zero(lm):
     one, three = delta_for(lm, 1, seed=1, names=MAPS[:2]), delta_for(lm, 3, seed=2, names=MAPS[1:])
     total = one + three
-    assert_close(full(total, MAPS[0]), full(one, MAPS[0]))
-    assert_close(full(total, MAPS[1]), full(one, MAPS[1]) + full(three, MAPS[1]))
-    assert_close(full(total, MAPS[2]), full(three, MAPS[2]))
+    assert_close(full_change(total, MAPS[0]), full_change(one, MAPS[0]))
+    assert_close(full_change(total, MAPS[1]), full_change(one, MAPS[1]) + full_change(three, MAPS[1]))
+    assert_close(full_change(total, MAPS[2]), full_change(three, MAPS[2]))
     cancelled = three.scaled(0.0) + three
-    assert_close(full(cancelled, MAPS[2]), full(three, MAPS[2]))
+    assert_close(full_change(cancelled, MAPS[2]), full_change(three, MAPS[2]))
     gone = three + three.scaled(-1.0)
-    assert torch.equal(full(gone, MAPS[2]), torch.zeros_like(full(gone, MAPS[2])))
+    assert torch.equal(full_change(gone, MAPS[2]), torch.zeros_like(full_change(gone, MAPS[2])))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -231,9 +228,9 @@ def test_sum_of_many(lm, shared):
     several = [first, *(delta_for(lm, 2, seed=i, v=v) for i in range(1, 5))]
     total, apart = sum(several), functools.reduce(LowRankDelta.concatenated, several)
     for name in MAPS:
-        expected = torch.stack([full(d, name) for d in several]).sum(0)
+        expected = torch.stack([full_change(d, name) for d in several]).sum(0)
         for found in (total, apart):
-            assert_close(full(found, name), expected, rtol=1e-5, atol=1e-6)
+            assert_close(full_change(found, name), expected, rtol=1e-5, atol=1e-6)
     assert (total.rank, apart.rank) == (2 if shared else 10, 10)
     assert sum([first]) is first
     with pytest.raises(TypeError):

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
+from checks import token_generator
 
 import prosg_lib as prosg
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import several_prompts
 from prosg_lib.evaluation.several_prompts import compare, told_in
 from prosg_lib.generators.several_prompts import METHODS, common_part, joint_delta
-from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.tasks.dialogue import Dialogues, Shape
 from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
@@ -19,11 +18,7 @@ TEXTS = ["My home town is Oslo. My pet is a parrot.", "I play the flute.", "My f
 
 @pytest.fixture
 def generator(lm):
-    torch.manual_seed(0)
-    made = TokenGenerator(lm, 3, 24, ("att.output", "ffn.key"))
-    for p in nn.ModuleList([made.heads, made.keys]).parameters():
-        nn.init.normal_(p, std=0.1)
-    return made.eval()
+    return token_generator(lm)
 
 
 def dialogues(split):

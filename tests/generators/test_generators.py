@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checks import assert_same_change, full_change
 from torch import nn
 from torch.testing import assert_close
 
@@ -35,17 +36,6 @@ def ids_of(batch, time, seed=0):
     return torch.randint(0, 2000, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
-def full(delta, name):
-    u, v = delta.factors[name]
-    return delta.scale * u @ v.transpose(1, 2)
-
-
-def assert_same(a, b, tolerance=1e-5):
-    assert a.factors.keys() == b.factors.keys()
-    for name in a.factors:
-        assert_close(full(a, name), full(b, name), rtol=tolerance, atol=tolerance)
-
-
 @every_family
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_effect_before_training(lm, prompts, kind):
@@ -62,7 +52,7 @@ def test_the_rank_is_at_most_r(lm64, prompts, kind, rank):
     names = [f"blocks.{layer}.{ending}" for layer in range(3) for ending in ENDINGS]
     assert sorted(delta.factors) == sorted(names)
     for name in names:
-        change = full(delta, name)
+        change = full_change(delta, name)
         assert change.shape == (4, *lm64.editable()[name].weight.shape)
         # the second prompt has one token, so its token-wise sum has no term: nothing to predict from it
         expected = torch.full((4,), rank)
@@ -77,7 +67,7 @@ def test_a_padded_batch_is_one_at_a_time(lm, prompts, kind):
     generator = make(kind, lm)
     together = generator.memorize(lm, prompts)
     for row, prompt in enumerate(prompts):
-        assert_same(together.select([row]), generator.memorize(lm, [prompt]))
+        assert_same_change(together.select([row]), generator.memorize(lm, [prompt]))
 
 
 @every_family
@@ -85,7 +75,7 @@ def test_a_padded_batch_is_one_at_a_time(lm, prompts, kind):
 def test_only_the_static_delta_ignores_the_prompt(lm, prompts, kind):
     delta = make(kind, lm).memorize(lm, prompts)
     for name in delta.factors:
-        change = full(delta, name)
+        change = full_change(delta, name)
         different = (change[0] - change[2]).norm() > 1e-3 * change[2].norm()
         assert different == (kind != "static")
 
@@ -108,7 +98,7 @@ def test_token_wise_is_the_sum_of_its_terms(lm64):
         predicted, key = generator.heads["blocks_1_ffn_key"](z), generator.keys["blocks_1_ffn_key"](z)
         assert key.abs().max() > 1e-3
         total = total + predicted[:, None] * (v @ (v.t() @ inputs[0][0, t] + key))[None]
-    assert_close(full(delta, name)[0], delta.scale * total, rtol=1e-10, atol=1e-12)
+    assert_close(full_change(delta, name)[0], delta.scale * total, rtol=1e-10, atol=1e-12)
 
 
 @every_family
@@ -122,9 +112,9 @@ def test_token_wise_streams(lm, sizes):
     for piece in ids.split(list(sizes), 1):
         memory = generator.update(lm, piece, memory)
     assert memory.length == whole.length == 45
-    assert_same(generator.delta_of(memory), generator.delta_of(whole))
+    assert_same_change(generator.delta_of(memory), generator.delta_of(whole))
     assert_close(lm.state_features(memory.state), lm.state_features(whole.state), rtol=1e-5, atol=1e-5)
-    assert_same(generator.delta_of(whole), generator.memorize(lm, ids.tolist()))
+    assert_same_change(generator.delta_of(whole), generator.memorize(lm, ids.tolist()))
 
 
 @torch.no_grad()
@@ -135,7 +125,9 @@ def test_token_wise_adds(lm):
     total = first + second
     assert total.rank == 3
     for name in total.factors:
-        assert_close(full(total, name), full(first, name) + full(second, name), rtol=1e-5, atol=1e-6)
+        assert_close(
+            full_change(total, name), full_change(first, name) + full_change(second, name), rtol=1e-5, atol=1e-6
+        )
     prefix = generator.update(lm, ids[:, :11])
     whole = generator.update(lm, ids[:, 11:], prefix)
     for name in generator.names:
@@ -243,4 +235,4 @@ def test_final_state_normaliser(lm, prompts):
     assert_close(generator.mean, features.mean(0), rtol=1e-4, atol=1e-5)
     assert_close(generator.std, torch.where(features.std(0) > 1e-6, features.std(0), 1.0), rtol=1e-4, atol=1e-5)
     name = generator.names[0]
-    assert (full(before, name) - full(generator.memorize(lm, prompts), name)).abs().max() > 1e-3
+    assert (full_change(before, name) - full_change(generator.memorize(lm, prompts), name)).abs().max() > 1e-3

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import full_change
 from torch import nn
 from torch.testing import assert_close
 
@@ -26,11 +27,6 @@ def make(lm, trained=True, lr=0.2, rank=3):
             nn.init.normal_(block, std=0.1)
         nn.init.normal_(generator.pace)
     return generator.to(lm.emb.weight.dtype).eval()
-
-
-def full(delta, name):
-    u, v = delta.factors[name]
-    return delta.scale * u.to(v.dtype) @ v.mT
 
 
 def fitted(generator, lm, prompts):
@@ -80,7 +76,7 @@ def test_a_padded_batch_is_one_at_a_time(lm64, prompts):
     for row, prompt in enumerate(prompts):
         alone = generator.memorize(lm64, [prompt])
         for name in generator.names:
-            assert_close(full(together, name)[row], full(alone, name)[0], rtol=1e-8, atol=1e-10)
+            assert_close(full_change(together, name)[row], full_change(alone, name)[0], rtol=1e-8, atol=1e-10)
 
 
 def test_it_is_the_sum_of_its_transformed_terms(lm64, prompts):
@@ -98,8 +94,8 @@ def test_it_is_the_sum_of_its_transformed_terms(lm64, prompts):
             torch.outer(changed.grad_output[0, t], v @ (v.t() @ changed.x[0, t])) for t in range(len(prompts[0]) - 1)
         )
         step = generator.lr * generator.pace[number].exp()
-        assert_close(full(delta, name)[0], -SCALE * step * total, rtol=1e-8, atol=1e-10)
-        assert torch.linalg.matrix_rank(full(delta, name)[0]) == 3
+        assert_close(full_change(delta, name)[0], -SCALE * step * total, rtol=1e-8, atol=1e-10)
+        assert torch.linalg.matrix_rank(full_change(delta, name)[0]) == 3
 
 
 def test_statistics_normalise(lm, prompts):
@@ -162,4 +158,4 @@ def test_in_half_precision_the_change_is_nearly_the_same(lm, prompts):
     with torch.autocast("cpu", torch.bfloat16):
         rough = generator.memorize(lm, prompts)
     for name in generator.names:
-        assert (full(rough, name) - full(exact, name)).norm() < 0.1 * full(exact, name).norm()
+        assert (full_change(rough, name) - full_change(exact, name)).norm() < 0.1 * full_change(exact, name).norm()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from checks import assert_same_change, full_change, token_generator
 from torch.testing import assert_close
 
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
@@ -20,57 +20,41 @@ from prosg_lib.generators.several_prompts import (
     joint_delta,
     ridge_delta,
 )
-from prosg_lib.generators.token_wise import TokenGenerator
 
 TEXTS = ["My home town is Oslo. My pet is a parrot.", "I play the flute.", "My favourite colour is blue."]
 
 
 @pytest.fixture
 def generator(lm):
-    torch.manual_seed(0)
-    made = TokenGenerator(lm, 3, 24, ("att.output", "ffn.key"))
-    for p in nn.ModuleList([made.heads, made.keys]).parameters():
-        nn.init.normal_(p, std=0.1)
-    return made.eval()
-
-
-def full(delta, name):
-    u, v = delta.factors[name]
-    return delta.scale * u @ v.transpose(1, 2)
-
-
-def assert_same(a, b):
-    assert a.factors.keys() == b.factors.keys()
-    for name in a.factors:
-        assert_close(full(a, name), full(b, name), rtol=1e-4, atol=1e-5)
+    return token_generator(lm)
 
 
 def deltas_of(lm, generator, texts):
     return [generator.memorize(lm, [f"User: {text}\n"]) for text in texts]
 
 
-def test_to_add_and_to_concatenate_is_the_same_change(lm, generator):
-    """The sum of the prompts' own deltas, of the rank of one or of all of them."""
+def test_adding_and_concatenating_give_the_same_change(lm, generator):
+    """The sum of the prompts' own deltas, with the rank of one of them or of all."""
     added, beside = (joint_delta(method, lm, generator, TEXTS) for method in ("add", "concatenate"))
     expected = sum(deltas_of(lm, generator, TEXTS))
-    assert_same(added, expected)
-    assert_same(beside, expected)
+    assert_same_change(added, expected)
+    assert_same_change(beside, expected)
     assert (added.rank, beside.rank) == (3, 9)
     assert (added.batch, beside.batch) == (1, 1)
     assert added.nbytes() == generator.memorize(lm, [TEXTS[0]]).nbytes() == beside.nbytes() / 3
 
 
 def test_the_common_part_is_counted_once(lm, generator):
-    """It is the mean of the deltas that it is taken from, and two copies less of it are in the sum of three."""
+    """It is the mean of the given prompts' deltas; a sum of three contains two copies fewer."""
     few = ["My pet is a dog.", "My sport is rowing."]
     common = common_part(lm, generator, few)
     first, second = deltas_of(lm, generator, few)
-    assert_same(common, (first + second).scaled(0.5))
+    assert_same_change(common, (first + second).scaled(0.5))
     for method, rank in (("add", 3), ("concatenate", 12)):
         found = joint_delta(method, lm, generator, TEXTS, common)
-        assert_same(found, sum(deltas_of(lm, generator, TEXTS)) + common.scaled(-2.0))
+        assert_same_change(found, sum(deltas_of(lm, generator, TEXTS)) + common.scaled(-2.0))
         assert found.rank == rank
-        assert_same(joint_delta(method, lm, generator, TEXTS[:1], common), *deltas_of(lm, generator, TEXTS[:1]))
+        assert_same_change(joint_delta(method, lm, generator, TEXTS[:1], common), *deltas_of(lm, generator, TEXTS[:1]))
 
 
 def random_changes(rows, rank=4, out=6, width=9, dtype=torch.float64):
@@ -81,8 +65,8 @@ def random_changes(rows, rank=4, out=6, width=9, dtype=torch.float64):
 
 
 def test_a_ridge_solves_the_normal_equations_of_the_weights():
-    """MALMEN's S = (sum_i S_i K_i K_i^T) (sum_i K_i K_i^T + e^lambda I)^-1, in x in, where V is orthonormal: of keys
-    that are in its span the factored form, r x r, gives the same change. With one ridge for both."""
+    """MALMEN's S = (sum_i S_i K_i K_i^T) (sum_i K_i K_i^T + e^lambda I)^-1, in x in, for an orthonormal V and
+    keys in its span: the factored form, r x r, gives the same change with the same ridge."""
     each = random_changes(3)
     u, v = each.factors["a"]
     v = torch.linalg.qr(v)[0]
@@ -95,23 +79,23 @@ def test_a_ridge_solves_the_normal_equations_of_the_weights():
     changes = u @ v.mT
     wanted = (changes @ (x.mT @ x)).sum(0) @ torch.linalg.inv(squares + weight * torch.eye(9, dtype=torch.float64))
     found = ridge_delta(each, {"a": keys}, 0.2)
-    assert_close(full(found, "a")[0], 0.1 * wanted, rtol=1e-9, atol=1e-12)
+    assert_close(full_change(found, "a")[0], 0.1 * wanted, rtol=1e-9, atol=1e-12)
     assert (found.batch, found.rank) == (1, 4)
 
 
 def test_a_ridge_is_the_least_squares_minimum():
-    """No other U has less of sum ||U k - U_i k||^2 + e^lambda ||U||^2: its slope is zero there."""
+    """The gradient of sum ||U k - U_i k||^2 + e^lambda ||U||^2 is zero there."""
     each, keys = random_changes(3), torch.randn(3, 5, 4, dtype=torch.float64)
     u = ridge_delta(each, {"a": keys}, 0.3).factors["a"].U.requires_grad_()
     weight = 0.3 * (keys.mT @ keys).sum(0).diagonal().mean()
-    says = keys @ u.mT - keys @ each.factors["a"].U.mT
-    slope = torch.autograd.grad(says.square().sum() + weight * u.square().sum(), u)[0]
-    assert slope.abs().max() < 1e-10
+    errors = keys @ u.mT - keys @ each.factors["a"].U.mT
+    gradient = torch.autograd.grad(errors.square().sum() + weight * u.square().sum(), u)[0]
+    assert gradient.abs().max() < 1e-10
 
 
 def test_prompts_whose_keys_are_orthogonal_do_not_disturb_each_other():
-    """Under its own keys each is as it was alone, as lambda goes to minus infinity; a plain sum would not be, for
-    changes that also answer to other keys."""
+    """As lambda goes to minus infinity, each answers its own keys as it does alone; in a plain sum it does not, because
+    the other change answers them, too."""
     each, basis = random_changes(2), torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
     keys = torch.stack([basis[:2], basis[2:]])  # (prompts, tokens, r)
     found = ridge_delta(each, {"a": keys}, 1e-12).factors["a"].U[0]
@@ -122,8 +106,8 @@ def test_prompts_whose_keys_are_orthogonal_do_not_disturb_each_other():
 
 
 def test_limits_of_the_ridge():
-    """One prompt keeps its change; one told twice keeps it once; with lambda to infinity nothing is left, and it goes
-    there as sum_i U_i A_i / e^lambda."""
+    """One prompt keeps its change; the same prompt twice gives it once; as lambda goes to infinity, U vanishes as
+    sum_i U_i A_i / e^lambda."""
     each = random_changes(2)
     twice = each.select([0, 0])
     keys = torch.randn(2, 7, 4, dtype=torch.float64)
@@ -138,7 +122,7 @@ def test_limits_of_the_ridge():
 
 
 def test_keys_are_the_ones_written_under(lm, generator, prompts):
-    """The token-wise generator's have its K z_t, and none at padding; every other's are the inputs read along V."""
+    """A token-wise generator's include K z_t; every other's are the inputs read along V. They are zero at padding."""
     ids, valid = lm.encode_prompts(prompts)
     found = generator.prompt_keys(lm, ids, valid)
     plain = Generator.prompt_keys(generator, lm, ids, valid)
@@ -160,25 +144,25 @@ def test_ridge_with_a_generator(lm, generator):
     found = joint_delta("ridge", lm, generator, TEXTS)
     each = generator.memorize(lm, [f"User: {text}\n" for text in TEXTS])
     keys = generator.prompt_keys(lm, *lm.encode_prompts([f"User: {text}\n" for text in TEXTS]))
-    assert_same(found, ridge_delta(each, keys, RIDGE))
+    assert_same_change(found, ridge_delta(each, keys, RIDGE))
     assert found.nbytes() == each.nbytes()
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_to_re_derive_is_to_read_one_line(lm, generator, chunk):
-    """Prompt after prompt, in pieces of any size, is what one prompt that says all of it is; the memory stays small,
-    and one that was gone on from is as it was."""
+def test_rederiving_is_reading_one_line(lm, generator, chunk):
+    """Prompt after prompt, in pieces of any size, gives the delta of one prompt that says it all. The memory does not
+    grow, and one that was continued is unchanged."""
     (whole,) = deltas_of(lm, generator, [" ".join(TEXTS)])
-    assert_same(joint_delta("rederive", lm, generator, TEXTS), whole)
+    assert_same_change(joint_delta("rederive", lm, generator, TEXTS), whole)
     line = f"User: {' '.join(TEXTS)}\n"
     memory = generator.read_text(lm, line, chunk=chunk)
     assert memory.length == len(lm.tokenizer.encode(line))
-    assert_same(generator.delta_of(memory), whole)
+    assert_same_change(generator.delta_of(memory), whole)
     first = append_prompt(lm, generator, TEXTS[0])
     before = delta_of_prompts(lm, generator, first)
     more = append_prompt(lm, generator, f"  {TEXTS[1]}\n", first)
-    assert_same(delta_of_prompts(lm, generator, first), before)
-    assert_same(delta_of_prompts(lm, generator, more), *deltas_of(lm, generator, [" ".join(TEXTS[:2])]))
+    assert_same_change(delta_of_prompts(lm, generator, first), before)
+    assert_same_change(delta_of_prompts(lm, generator, more), *deltas_of(lm, generator, [" ".join(TEXTS[:2])]))
     assert sum(t.numel() for t in more.sums.values()) == sum(t.numel() for t in first.sums.values())
 
 
