@@ -10,9 +10,9 @@ from matplotlib import pyplot as plt
 
 from prosg_lib import plots, widgets
 from prosg_lib.errors import UserError
-from prosg_lib.evaluation import recall as evaluate
+from prosg_lib.evaluation.recall import knowledge, measure
 from prosg_lib.generators.token_wise import TokenGenerator
-from prosg_lib.tasks.dialogue import Dialogues
+from prosg_lib.tasks.dialogue import Dialogues, Shape
 from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
 
 
@@ -46,8 +46,8 @@ def measured(lm):
                      "test", seed=3)  # fmt: skip
     generators = {"token": TokenGenerator(lm, 2, 8, ("att.output",))}
     methods = ("base", "prosg-token")
-    known = evaluate.knowledge(lm, generators, methods, data, (0, 24), facts=3, prompts=2)
-    return data, known, evaluate.measure(lm, generators, methods, data, (0, 24), facts=3, prompts=2, probes=3)
+    known = knowledge(lm, generators, methods, data, (0, 24), facts=3, prompts=2)
+    return data, known, measure(lm, generators, methods, data, (0, 24), facts=3, prompts=2, probes=3)
 
 
 def test_slider_shows_the_distance_that_it_stands_at(table):
@@ -98,7 +98,7 @@ def test_knowledge_tells_the_facts_in_the_order_of_the_prompt(measured):
     """Every fact once, with its own question, as the prompt tells them."""
     data, known, _ = measured
     for number, part in known[(known.method == "base") & (known.distance == 24)].groupby("prompt"):
-        item = data.item(number, evaluate.Shape(3, 24, 3, instructions=2))
+        item = data.item(number, Shape(3, 24, 3, instructions=2))
         assert list(zip(part.slot, part.value, strict=True)) == [(f.slot, f.value) for f in item.facts]
         assert set(part.question) == {p.question for p in item.probes}
 

@@ -11,7 +11,6 @@ its interval a bootstrap over both: over pairs, the same for all methods, and ov
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -34,7 +33,7 @@ from prosg_lib.training.pair_objectives import hidden_of
 @torch.no_grad()
 def answered(
     lm: LanguageModel,
-    ways: Mapping[str, Method | Sequence[Method]],
+    methods: Mapping[str, Method | Sequence[Method]],
     pairs: Sequence[Pair],
     tokenizer: Tokenizer,
     contexts: int = 1,
@@ -44,43 +43,43 @@ def answered(
     controls: Collection[str] | None = None,
     known: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Which pairs are answered right, one row a pair, all of them by every method.
+    """Which pairs are answered right, one row a pair, every pair by every method.
 
-    Of several processes (`accelerate launch`) each takes a share of the batches, and all return all of it.
+    Several processes (`accelerate launch`) share the batches, and each returns all of it.
 
     Args:
-        ways: by name, one or several trainings of each; none of them is called "prompted" or "none".
-        contexts: of every pair: its own, and others drawn with `seed`.
+        methods: by name, one or several trainings of each; none may be called "prompted" or "none".
+        contexts: number of contexts a pair: its own, and others drawn with `seed`.
         batch: pairs at a time; a step on all weights makes as many models.
-        controls: names of the ways that are asked after a wrong context, too; None: all of them.
-        known: a table of the same pairs, contexts and seed; its columns are taken over, and not measured again.
+        controls: names of the methods that also answer after a wrong context; None: all of them.
+        known: a table of the same pairs, contexts and seed; its columns are kept and not measured again.
     Returns:
         One column of booleans a method: "prompted" (the contexts in front of the query), "none" (the query alone),
-        and for every way its name (after the contexts) and "wrong <name>" (after another pair's, without its own).
-        Several trainings have a column each, "<name> #0", "<name> #1" and so on; `hits` takes them together.
+        and for every method its name (after the contexts) and "wrong <name>" (after another pair's contexts, without
+        its own). Several trainings have a column each, "<name> #0", "<name> #1" and so on; `hits` combines them.
     Raises:
-        NotFinite: a step broke the model.
-        UserError: fewer pairs than contexts, no other pair's contexts are without a pair's own, or what is known is of
-            another number of pairs.
+        NotFinite: a step made the model's outputs infinite or NaN.
+        UserError: fewer pairs than contexts; no other pair's contexts lack the pair's own; `known` has another number
+            of pairs.
     """
     if len(pairs) < max(2, contexts):
         raise UserError(f"{len(pairs)} pairs, but {max(2, contexts)} are needed")
     known = pd.DataFrame(index=range(len(pairs))) if known is None else known
     if len(known) != len(pairs):
-        raise UserError(f"{len(pairs)} pairs, but what is known is of {len(known)}; pass the table of these pairs")
+        raise UserError(f"{len(pairs)} pairs, but the known table has {len(known)}; pass the table of these pairs")
     groups = _groups(pairs, contexts, seed)
     others = _others(groups)
     device = next(lm.parameters()).device
-    controls = ways if controls is None else controls
+    controls = methods if controls is None else controls
     lengths = [sum(map(len, encoded(group[0], tokenizer))) for group in groups]
-    by_length = sorted(range(len(groups)), key=lengths.__getitem__)  # so that little of a batch is padding
+    by_length = sorted(range(len(groups)), key=lengths.__getitem__)  # to keep padding short
 
     def measured(first: int) -> pd.DataFrame:
         which = by_length[first : first + batch]
         own, wrong = (
             pair_batch([some[i] for i in which], tokenizer, seed, which).to(device) for some in (groups, others)
         )
-        found = _of_batch(lm, ways, own, wrong.context, successive, controls, known)
+        found = _of_batch(lm, methods, own, wrong.context, successive, controls, known)
         return pd.DataFrame({name: right.cpu().numpy() for name, right in found}, index=which)
 
     found = pd.concat(distributed.shared(range(0, len(groups), batch), measured)).sort_index()
@@ -97,20 +96,20 @@ def _groups(pairs: Sequence[Pair], contexts: int, seed: int) -> list[list[Pair]]
 
 
 def _others(groups: list[list[Pair]]) -> list[list[Pair]]:
-    """For each group the nearest one before it that does not have its first pair's context."""
+    """For each group the nearest preceding one without the context of its first pair."""
     found = []
     for i, group in enumerate(groups):
         before = (groups[i - j] for j in range(1, len(groups)))
         other = next((g for g in before if all(pair.context != group[0].context for pair in g)), None)
         if other is None:
-            raise UserError(f"every other of {len(groups)} pairs has pair {i}'s context; a wrong one is needed, too")
+            raise UserError(f"all other pairs have pair {i}'s context; add one with another context")
         found.append(other)
     return found
 
 
 def _of_batch(
     lm: LanguageModel,
-    ways: Mapping[str, Method | Sequence[Method]],
+    methods: Mapping[str, Method | Sequence[Method]],
     batch: PairBatch,
     wrong: Rows,
     successive: bool,
@@ -119,61 +118,51 @@ def _of_batch(
 ) -> Iterator[tuple[str, Tensor]]:
     query = batch.query.ids[:, :-1], batch.query.valid[:, :-1], batch.answers
     if "prompted" not in known:
-        says = lm.read_out(hidden_of(lm, batch.prompted)[:, -batch.answers :])
-        yield "prompted", _right(_finite("prompted", says), batch)
+        logits = lm.read_out(hidden_of(lm, batch.prompted)[:, -batch.answers :])
+        yield "prompted", _right("prompted", logits, batch)
     if "none" not in known:
-        yield "none", _right(adapted(None, lm, batch.context)(*query), batch)
-    for name, trained in ways.items():
-        asked = [(name, batch.context)] + ([(f"wrong {name}", wrong)] if name in controls else [])
-        for ending, way in _trainings(trained):
-            for label, contexts in asked:
-                if label + ending in known:
-                    continue
-                says = adapted(way, lm, contexts, successive)(*query)
-                yield label + ending, _right(_finite(label + ending, says), batch)
+        yield "none", _right("none", adapted(None, lm, batch.context)(*query), batch)
+    for name, trained in methods.items():
+        several = isinstance(trained, Sequence)
+        for number, method in enumerate(trained if several else [trained]):
+            ending = f" #{number}" if several else ""
+            for column, contexts in ((name + ending, batch.context), (f"wrong {name}{ending}", wrong)):
+                if column not in known and (contexts is batch.context or name in controls):
+                    yield column, _right(column, adapted(method, lm, contexts, successive)(*query), batch)
 
 
-def _trainings(trained: Method | Sequence[Method]) -> list[tuple[str, Method]]:
-    """The ends of the columns' names, and what is measured there."""
-    return [(f" #{i}", way) for i, way in enumerate(trained)] if isinstance(trained, Sequence) else [("", trained)]
-
-
-def _finite(label: str, says: Tensor) -> Tensor:
-    if not torch.isfinite(says).all():
-        raise NotFinite(f"{label}: what the model says is not finite; take a smaller inner learning rate")
-    return says
-
-
-def _right(says: Tensor, batch: PairBatch) -> Tensor:
+def _right(column: str, logits: Tensor, batch: PairBatch) -> Tensor:
     """Whether each answer is the gold one, (B,), from the answers' logits, (B, A, vocab)."""
-    hit = says.argmax(-1) == batch.query.ids[:, -batch.answers :]
+    if not torch.isfinite(logits).all():
+        raise NotFinite(f"{column}: the logits are not finite; take a smaller inner learning rate")
+    hit = logits.argmax(-1) == batch.query.ids[:, -batch.answers :]
     return (hit | ~batch.answer[:, -batch.answers :]).all(1)
 
 
 def hits(frame: pd.DataFrame, method: str) -> np.ndarray:
-    """Which pairs a method answers right, 1 or 0, a row for each of its trainings: (trainings, pairs).
+    """Which pairs a method answers right, 1 or 0, one row a training: (trainings, pairs).
 
     Raises:
         UserError: it was not measured.
     """
-    columns = [c for c in frame if c == method or re.fullmatch(rf"{re.escape(method)} #\d+", c)]
+    columns = [column for column in frame if method in (column, column.rpartition(" #")[0])]
     if not columns:
         raise UserError(f"{method!r} was not measured; there are {', '.join(frame)}")
     return frame[columns].to_numpy(float).T
 
 
 def share(frame: pd.DataFrame, method: str) -> Estimate:
-    """Share of pairs that a method answers right, a mean over trainings, with a bootstrap interval over both."""
+    """Share of pairs that a method answers right, mean over its trainings, with a bootstrap interval over both."""
     return _resampled(frame, [method], lambda m: m[0])
 
 
 def difference(frame: pd.DataFrame, method: str, other: str) -> Estimate:
-    """Share of pairs that a method answers right, less another's, with an interval as that of `share`."""
+    """Share of pairs that a method answers right minus another's, with an interval like that of `share`."""
     return _resampled(frame, [method, other], lambda m: m[0] - m[1])
 
 
 def gap_recovered(frame: pd.DataFrame, method: str, start: str = "untrained") -> Estimate:
-    """(method - start) / (prompted - start), with an interval as that of `share`: the paper's measure."""
+    """(method - start) / (prompted - start), the paper's measure, with an interval like that of `share`."""
 
     def recovered(m):
         gap = m[2] - m[1]
@@ -196,7 +185,7 @@ def _resampled(frame: pd.DataFrame, methods: Sequence[str], statistic: Callable[
 
 
 def _over_trainings(means: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The mean over trainings, (trainings,) -> (); or over some drawn anew a resample, (trainings, n) -> (n,)."""
+    """Mean over trainings, (trainings,) -> (), or over those that each resample draws, (trainings, n) -> (n,)."""
     if means.ndim > 1:
         which = rng.integers(len(means), size=(drawn_trainings(len(means)), means.shape[1]))
         means = np.take_along_axis(means, which, 0)

@@ -16,17 +16,17 @@ from prosg_lib.generators.several_prompts import METHODS, joint_delta
 from prosg_lib.tasks.dialogue import Dialogues, Item, Shape
 
 
-def told_in(item: Item, prompts: int) -> list[str]:
-    """What a dialogue's prompt of facts says, as so many prompts that say as many facts each.
+def shared_out(item: Item, prompts: int) -> list[str]:
+    """The facts of a dialogue's prompt as several prompts with equally many facts each.
 
     Raises:
-        UserError: the prompt has instructions, too, or its facts cannot be shared out evenly.
+        UserError: the prompt has instructions as well, or its facts cannot be shared out evenly.
     """
     sentences = re.split(r"(?<=\.) ", item.prompt.removeprefix("User: ").removesuffix("\n"))
     if len(sentences) != len(item.facts) or len(sentences) % prompts:
         raise UserError(
-            f"{len(item.facts)} facts and {len(item.instructions)} instructions, in {len(sentences)} sentences, are "
-            f"not to be told in {prompts} prompts; take no instructions, and as many facts for each prompt"
+            f"{len(item.facts)} facts and {len(item.instructions)} instructions in {len(sentences)} sentences cannot "
+            f"be shared out over {prompts} prompts; take no instructions, and equally many facts a prompt"
         )
     size = len(sentences) // prompts
     return [" ".join(sentences[i : i + size]) for i in range(0, len(sentences), size)]
@@ -42,31 +42,31 @@ def compare(
     methods: Iterable[str] = METHODS,
     common: LowRankDelta | None = None,
 ) -> pd.DataFrame:
-    """Recall of everything that several prompts said, from a blank state, their one delta alone in the weights.
+    """Recall of all facts of several prompts, from a blank state with only their joint delta in the weights.
 
     Args:
-        data: the items' split and seed; the prompts of one memory are about different things.
+        data: the items' split and seed; the prompts of one memory state different facts.
         counts: numbers of prompts in one memory.
-        facts: a prompt; every one is asked about.
+        facts: a prompt; there is one question a fact.
         items: memories of each number of prompts.
         methods: of `METHODS`.
         common: as in `joint_delta`.
     Returns:
         One row per method, number of prompts and memory: method, prompts, item, recall (share of the questions answered
-        right), asked (their number), rank and bytes of the delta.
+        right), questions (their number), rank and bytes of the delta.
     """
     rows = []
     for count in counts:
         for number, item in enumerate(data.items(items, Shape(count * facts, 0, count * facts))):
             for method in methods:
-                delta = joint_delta(method, lm, generator, told_in(item, count), common)
+                delta = joint_delta(method, lm, generator, shared_out(item, count), common)
                 rows.append(
                     {
                         "method": method,
                         "prompts": count,
                         "item": number,
                         "recall": float(recall_alone(lm, delta, data, [item])[0]),
-                        "asked": len(item.probes),
+                        "questions": len(item.probes),
                         "rank": delta.rank,
                         "bytes": delta.nbytes(),
                     }

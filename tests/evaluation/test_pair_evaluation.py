@@ -176,7 +176,7 @@ def test_what_is_known_is_not_measured_again(lm):
     pd.testing.assert_frame_equal(frame[list(told)], told)
     assert not again.told
     assert frame.new.tolist() == [True] * 4 + [False] * 2
-    with pytest.raises(UserError, match="5 pairs, but what is known is of 6; pass the table of these pairs"):
+    with pytest.raises(UserError, match="5 pairs, but the known table has 6; pass the table of these pairs"):
         answered(lm, {}, PAIRS[:5], lm.tokenizer, known=told)
 
 
@@ -231,7 +231,7 @@ def test_padding_changes_nothing(lm, tokenizer, monkeypatch):
     """Pairs of very different lengths, together and two at a time: the same probability of every answer, by every
     method, after a step, too."""
 
-    def nll(says, batch):
+    def nll(column, says, batch):
         targets, answer = (t[:, -says.shape[1] :] for t in (batch.query.ids, batch.answer))
         losses = cross_entropy(says.transpose(1, 2), targets, reduction="none")
         return (losses * answer).sum(1)
@@ -381,7 +381,7 @@ def test_eight_ways_are_a_mean_over_trainings():
 def test_pairs_of_one_context_have_no_wrong_one(lm):
     """Two questions about the same passage cannot be each other's control."""
     pair = PAIRS[0]
-    with pytest.raises(UserError, match="every other of 2 pairs has pair 0's context"):
+    with pytest.raises(UserError, match="all other pairs have pair 0's context"):
         answered(lm, {}, [pair, Pair(pair.context, "Who else?", "Nobody")], lm.tokenizer)
 
 
@@ -392,5 +392,5 @@ def test_a_step_that_broke_the_model_is_named(lm, tokenizer):
         def adapt(self, lm, contexts, successive):
             return lambda ids, valid, last: torch.full((len(ids), last, tokenizer.vocab), float("nan"))
 
-    with pytest.raises(NotFinite, match=r"much too far: what the model says is not finite; take a smaller inner"):
+    with pytest.raises(NotFinite, match=r"much too far: the logits are not finite; take a smaller inner"):
         answered(lm, {"much too far": Broken()}, PAIRS, tokenizer)

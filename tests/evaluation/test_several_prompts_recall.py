@@ -7,7 +7,7 @@ from checks import token_generator
 import prosg_lib as prosg
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import several_prompts
-from prosg_lib.evaluation.several_prompts import compare, told_in
+from prosg_lib.evaluation.several_prompts import compare, shared_out
 from prosg_lib.generators.several_prompts import METHODS, common_part, joint_delta
 from prosg_lib.tasks.dialogue import Dialogues, Shape
 from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
@@ -31,16 +31,16 @@ def test_a_prompt_as_several():
     """All sentences, in their order, as many in each."""
     item = dialogues("test").item(3, Shape(12, 0, 12))
     for prompts in (1, 2, 3, 4, 12):
-        texts = told_in(item, prompts)
+        texts = shared_out(item, prompts)
         assert f"User: {' '.join(texts)}\n" == item.prompt
         for i, text in enumerate(texts):
             told = item.facts[i * 12 // prompts : (i + 1) * 12 // prompts]
             assert all(fact.value in text for fact in told)
             assert text.count(".") == len(told)
-    with pytest.raises(UserError, match="are not to be told in 5 prompts"):
-        told_in(item, 5)
+    with pytest.raises(UserError, match="cannot be shared out over 5 prompts"):
+        shared_out(item, 5)
     with pytest.raises(UserError, match="2 instructions"):
-        told_in(dialogues("test").item(0, Shape(3, 0, 3, instructions=2)), 1)
+        shared_out(dialogues("test").item(0, Shape(3, 0, 3, instructions=2)), 1)
 
 
 def test_compare_asks_about_everything(lm, generator, monkeypatch):
@@ -59,9 +59,9 @@ def test_compare_asks_about_everything(lm, generator, monkeypatch):
     assert frame.recall.tolist() == [n / 100 for n in range(1, 25)]
     for row, (delta, item) in zip(frame.itertuples(), measured, strict=True):
         assert item == data.item(row.item, Shape(2 * row.prompts, 0, 2 * row.prompts))
-        assert row.asked == len(item.facts) == 2 * row.prompts
+        assert row.questions == len(item.facts) == 2 * row.prompts
         assert (row.rank, row.bytes) == (delta.rank, delta.nbytes())
-        expected = joint_delta(row.method, lm, generator, told_in(item, row.prompts), common)
+        expected = joint_delta(row.method, lm, generator, shared_out(item, row.prompts), common)
         assert torch.equal(delta.factors["blocks.0.ffn.key"].U, expected.factors["blocks.0.ffn.key"].U)
 
 
@@ -70,7 +70,7 @@ def test_shipped_generator_keeps_several_prompts():
     ridge needs no estimate of that part."""
     lm = prosg.load_model("rwkv4-dialogue")
     generator = prosg.load_generator("rwkv4-dialogue-token", lm)
-    common = common_part(lm, generator, [told_in(i, 1)[0] for i in dialogues("train").items(32, Shape(1, 0, 1))])
+    common = common_part(lm, generator, [shared_out(i, 1)[0] for i in dialogues("train").items(32, Shape(1, 0, 1))])
     data = dialogues("validation")
     kept = compare(lm, generator, data, counts=(2,), items=3, common=common).groupby("method").recall.mean()
     assert set(kept.index) == set(METHODS)
