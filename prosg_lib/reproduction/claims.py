@@ -217,14 +217,17 @@ def judge(found: Mapping[str, Any] | None, notebook: str, profile: str, expected
     Args:
         found: what `finish` wrote; None: nothing, so that nothing holds.
     """
+    measured = found["claims"] if found else {}
     if not ledger_path(notebook, profile, expected_dir).is_file():
-        return compare(found["claims"] if found else {}, {})
+        return compare(measured, {})
     ledger = expected(notebook, profile, expected_dir)
-    if found and found["books"] and found["books"] == ledger.get("books", {}).get("digest"):
-        column = {name: entry.get("books", entry) for name, entry in ledger["claims"].items()}
-    else:
-        column = {name: entry for name, entry in ledger["claims"].items() if "reference" in entry}
-    return compare(found["claims"] if found else {}, column)
+    with_books = bool(found and found["books"] and found["books"] == ledger.get("books", {}).get("digest"))
+    column = {
+        name: entry.get("books", entry) if with_books else reference(entry)
+        for name, entry in ledger["claims"].items()
+        if with_books or "reference" in entry or name in measured  # the last: with other books than the ledger's
+    }
+    return compare(measured, column)
 
 
 def compare(measured: Mapping[str, Row], expected: Mapping[str, Row]) -> list[Row]:

@@ -272,6 +272,7 @@ def test_the_ledger_has_a_column_for_own_prose_and_one_for_the_books(runs, tmp_p
     assert holds(same=0.5, other=0.4, cloze=0.9) == {"same": True, "other": True, "cloze": True}
     assert holds(same=0.5, other=0.2) == {"same": True, "other": False, "cloze": False}
     books_are_there(tmp_path, monkeypatch, "another book")  # which the ledger does not know
+    assert holds(same=0.5, other=0.2, cloze=0.9) == {"same": True, "other": True, "cloze": True}
     assert holds(same=0.5, other=0.2) == {"same": True, "other": True}
     monkeypatch.delenv("PROSG_TEST_DATA")
     assert holds(same=0.5, other=0.2) == {"same": True, "other": True}
