@@ -362,17 +362,6 @@ def dialogue_batch(data: Dialogues, items: list[Item]) -> DialogueBatch:
     return DialogueBatch(*prompts, right_padded(rests), right_padded(kinds))
 
 
-def to_row(data: Dialogues, item: Item) -> dict:
-    """An item as a JSON object of plain texts, in the columns of a user's own file (`tasks.own`)."""
-    return {
-        "split": data.split,
-        "prompt": item.prompt.removesuffix("\n"),
-        "body": data.tokenizer.decode(item.body),
-        "probes": [{"question": p.question, "answer": p.answer, "value": p.fact.value} for p in item.probes],
-        "instructions": item.instructions,
-    }
-
-
 def data_hash(tokenizer: Tokenizer, rich: bool = False) -> str:
     """Identifies the data of a checkpoint, except for the prose: tokenizer, words, and how items are drawn.
 

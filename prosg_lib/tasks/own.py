@@ -1,6 +1,6 @@
 """A user's own dialogues: read from a file, checked row by row, and turned into items that can be evaluated.
 
-JSON Lines, one dialogue a line, with the columns of `data/dialogue_sample.jsonl` (`dialogue.to_row`)::
+JSON Lines, one dialogue a line, with the columns of `data/dialogue_sample.jsonl`::
 
     {"split": "test", "prompt": "User: I live in Oslo. Call me captain.", "body": "Other text.\\nMore of it.",
      "probes": [{"question": "Where do I live?", "answer": "Oslo, captain.", "value": "Oslo"}],
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.dialogue import TEXT, Fact, Item, Probe, Verdict, full_answer, judge, words
+from prosg_lib.tasks.dialogue import TEXT, Dialogues, Fact, Item, Probe, Verdict, full_answer, judge, words
 from prosg_lib.text.prose import SPLITS, check_split
 from prosg_lib.text.tokenizer import Tokenizer
 
@@ -56,6 +56,17 @@ def read_items(path: str | Path, tokenizer: Tokenizer, split: str | None = None)
         found = ", ".join(sorted({row["split"] for row in rows}))
         raise UserError(f"{path} has no row of the split {split!r}, only of {found}; choose one of these")
     return kept
+
+
+def to_row(data: Dialogues, item: Item) -> dict:
+    """An item as a row of such a file."""
+    return {
+        "split": data.split,
+        "prompt": item.prompt.removesuffix("\n"),
+        "body": data.tokenizer.decode(item.body),
+        "probes": [{"question": p.question, "answer": p.answer, "value": p.fact.value} for p in item.probes],
+        "instructions": item.instructions,
+    }
 
 
 def _text_of(path: Path) -> str:

@@ -8,8 +8,9 @@ import pytest
 
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.copying import Copy
-from prosg_lib.tasks.dialogue import Dialogues, Shape, data_hash, to_row
+from prosg_lib.tasks.dialogue import Dialogues, Shape, data_hash
 from prosg_lib.tasks.mqar import Mqar
+from prosg_lib.tasks.own import to_row
 from prosg_lib.tasks.pair_batches import PairDraw
 from prosg_lib.tasks.passkey import Passkey
 from prosg_lib.tasks.phonebook import Phonebook
