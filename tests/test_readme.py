@@ -1,8 +1,10 @@
-"""What README shows, works: its example runs, and what it points to is there."""
+"""What README and docs/ show, works: the example runs, what is linked is there, tables are those of the data."""
 
 import ast
 import inspect
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -51,3 +53,10 @@ def test_every_notebook_is_in_the_table(text):
 def test_numbers_are_filled_in(text):
     """No place is left where a number should stand."""
     assert "{{" not in re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def test_page_of_results_is_what_the_measured_tables_say():
+    """docs/results.md, computed again from data/measured/."""
+    script = paths.repo_root() / "docs" / "results.py"
+    done = subprocess.run([sys.executable, script, "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -50,7 +50,7 @@ def check_quotes(root: Path | None = None) -> list[str]:
 
 def _texts(root: Path) -> Iterable[tuple[str, str]]:
     """(file, or file and cell; text) of everything that may quote."""
-    for path in [root / "README.md", *sorted((root / "data").glob("*.md"))]:
+    for path in [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "data").glob("*.md"))]:
         if path.is_file():
             yield str(path.relative_to(root)), path.read_text(encoding="utf-8")
     for path in sorted((root / "notebooks").glob("*.ipynb")):
