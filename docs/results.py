@@ -17,22 +17,6 @@ from prosg_lib.evaluation.recall import judged
 PAGE = Path(__file__).with_name("results.md")
 TEMPLATE = PAGE.with_suffix(".md.jinja")
 
-AFTER_LABELS = {
-    "prosg-token": "**ProSG, token by token**",
-    "base": "plain model",
-    "twice": "prompt read twice in a row",
-    "every-64": "prompt read again after every 64 tokens",
-    "every-10": "prompt read again after every 10 tokens",
-    "reinject-64-0.3": "state put back after every 64 tokens, with weight 0.3",
-    "offset-0.03": "state offset added at every token, times 0.03",
-    "tuned-30-0.03": "state tuned on the prompt, 30 steps",
-    "lora-1-0.03": "LoRA fine-tuned on the prompt, 1 step",
-    "lora-40-0.001": "LoRA fine-tuned on the prompt, 40 steps",
-    "transformer": "transformer, whole cache (it grows with the text)",
-    "last-114": "transformer, cache of its last 114 tokens (as many bytes as ProSG)",
-}
-
-
 LABELS = {
     "prosg-token": "**ProSG, token by token**",
     "base": "plain model",
