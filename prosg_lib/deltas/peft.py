@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT keeps them: a folder with adapter_config.json and adapter_model.safetensors.
+"""LoRA adapters in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors.
 
 PEFT adds (alpha / r) B A to a weight W (out, in), with A (r, in) and B (out, r); with `use_rslora` alpha / sqrt(r)
 (LoRA, Hu et al. 2021, section 4.1; rsLoRA, Kalajdzievski 2023). Here the same change is U V^T.
@@ -20,7 +20,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_[AB]\.weight")
 
-# Entries that do not change what an adapter computes, or that are read below. Any other that is set might.
+# Settings that do not change what an adapter computes, or that are read below. Any other setting might.
 _PLAIN = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "lora_dropout", "fan_in_fan_out", "megatron_core", "loftq_config", "qalora_group_size"),
@@ -28,7 +28,7 @@ _PLAIN = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
 }
 _UNSET = (None, False, "none", [], {})
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base model's weights, too
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others also change the base model's weights
 
 
 def save(
@@ -36,11 +36,11 @@ def save(
 ) -> None:
     """Write a low-rank change of a model of `transformers` as an adapter.
 
-    One rank for all, smaller ones filled up with zeros, and alpha = r, so that any reader of adapters understands it.
+    All maps get the largest rank, padded with zeros, and alpha = r, so that every reader of adapters understands it.
 
     Args:
         changes: module name in that model -> U (out, r), V (in, r).
-        transposed: the modules keep their weights as (in, out), as GPT-2's do.
+        transposed: the modules store their weights as (in, out), as GPT-2's do.
     """
     from safetensors.torch import save as to_bytes
 
@@ -69,26 +69,26 @@ def load(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Read an adapter: module name in its model -> U (out, r), V (in, r), float32, with the adapter's scale in U.
 
     Raises:
-        UserError: a file is missing or damaged; the adapter is no LoRA, or more than a low-rank change.
+        UserError: a file is missing or damaged; the adapter is not a LoRA, or is more than a low-rank change.
     """
     folder = Path(folder)
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{folder / CONFIG} describes no LoRA adapter; only those are low-rank changes of weights")
+        raise UserError(f"{folder / CONFIG} does not describe a LoRA adapter; only those are low-rank changes")
     more = {key: value for key, value in config.items() if key not in _PLAIN and value not in _UNSET}
     if config.get("init_lora_weights") not in _PLAIN_STARTS:
         more["init_lora_weights"] = config["init_lora_weights"]
     if more:
-        asked = ", ".join(f"{key} = {value!r}" for key, value in more.items())
-        raise UserError(f"{folder / CONFIG} has {asked}, which is more than a low-rank change; train it without")
+        listed = ", ".join(f"{key} = {value!r}" for key, value in more.items())
+        raise UserError(f"{folder / CONFIG} has {listed}, which is more than a low-rank change; train it without that")
     tensors = files.load_foreign_tensors(folder / WEIGHTS)
     names = sorted({match[1] for key in tensors if (match := _KEY.fullmatch(key))})
     parts = {name: [f"{_PREFIX}{name}.lora_{part}.weight" for part in "AB"] for name in names}
     wrong = tensors.keys() ^ {key for keys in parts.values() for key in keys}
     if wrong or not parts:
         raise UserError(
-            f"{folder / WEIGHTS} is no plain LoRA's: one lora_A and one lora_B for every module and nothing else are "
-            f"expected, so {', '.join(sorted(wrong)[:4]) or 'at least one module'} is too much or missing"
+            f"{folder / WEIGHTS} is not a plain LoRA's, with one lora_A and one lora_B per module and nothing else; "
+            f"unexpected or missing: {', '.join(sorted(wrong)[:4]) or 'any module'}"
         )
     changes = {}
     for name, keys in parts.items():
@@ -98,7 +98,7 @@ def load(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _scale(config: dict, name: str, rank: int) -> float:
-    """What B A is multiplied by. A pattern is the end of a module's name, as a regular expression."""
+    """The factor on B A. A pattern matches the end of a module's name, as a regular expression."""
     alpha = config.get("lora_alpha", 8)
     for pattern, own in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):

@@ -76,7 +76,8 @@ class TokenGenerator(Generator):
         label: whether it sees the next token. Without it (DNI instead of cDNI) that input is zero.
 
     Attributes:
-        mlp: makes z_t; heads: W, by map; keys: K, by map. W and K are zero before training.
+        mlp: makes z_t.
+        heads, keys: W and K, by map; zero before training.
     """
 
     def __init__(self, lm: LanguageModel, rank: int, width: int, endings: tuple[str, ...], label: bool = True):
@@ -113,7 +114,7 @@ class TokenGenerator(Generator):
             UserError: there is both a memory and padding.
         """
         z, keys, state, last = self._terms(lm, ids, memory, valid)
-        sums = {name: z.transpose(1, 2) @ k for name, k in keys.items()}
+        sums = {name: z.transpose(1, 2) @ k for name, k in keys.items()}  # sum_t z_t k_t^T
         if memory is None:
             return Memory(sums, state, last, ids.shape[1])
         sums = {name: memory.sums[name] + new for name, new in sums.items()}

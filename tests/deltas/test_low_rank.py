@@ -222,7 +222,7 @@ def test_sums_with_other_maps_batches_and_zero(lm):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_sum_of_many(lm, shared):
-    """`sum` adds them all; with shared reading directions their rank stays that of one, and `beside` never adds U."""
+    """`sum` adds them all; with shared reading directions their rank stays that of one; `concatenated` never adds U."""
     first = delta_for(lm, 2, seed=0).scaled(0.5)
     v = {n: f.V for n, f in first.factors.items()} if shared else None
     several = [first, *(delta_for(lm, 2, seed=i, v=v) for i in range(1, 5))]

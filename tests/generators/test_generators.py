@@ -155,7 +155,7 @@ def test_memory_does_not_grow(lm):
 @every_family
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_the_generator_and_not_the_model(lm, kind):
-    """From zero, the last layer learns first; after one step, everything does. The model's weights never."""
+    """From zero, the last layer learns first; after one step, everything does. The model's weights never do."""
     lm.requires_grad_(False)
     before = {n: t.clone() for n, t in lm.state_dict().items()}
     generator = make(kind, lm, trained=False)
@@ -182,7 +182,7 @@ def test_gradients_reach_the_generator_and_not_the_model(lm, kind):
 
 
 def test_a_trainable_model_gets_no_gradient_through_the_prompt(lm):
-    """Also where the model is not frozen, reading the prompt is no path for gradients."""
+    """Even if the model is not frozen, no gradient goes through the reading of the prompt."""
     for kind in KINDS:
         generator = make(kind, lm)
         delta, _ = generator(lm, ids_of(2, 9))

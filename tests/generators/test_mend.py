@@ -36,7 +36,7 @@ def fitted(generator, lm, prompts):
 
 
 def test_a_block_is_the_identity_at_first_and_learns():
-    """Bit for bit; yet its last layer has a gradient there, which a relu at 0 would not let through."""
+    """Bit for bit; but its last layer has a gradient there, which a relu would stop at 0."""
     torch.manual_seed(0)
     block, z = _Residual(7, 3), torch.randn(4, 7)
     assert torch.equal(block(z), z)
@@ -49,7 +49,7 @@ def test_a_block_is_the_identity_at_first_and_learns():
 
 @every_family
 def test_untrained_it_takes_a_true_gradient_step_in_a_lora(lm64, prompts):
-    """U = -lr grad_U NLL(prompt) of an adapter U V^T at U = 0: of that size, with statistics or without."""
+    """U = -lr grad_U NLL(prompt) of an adapter U V^T at U = 0: with statistics or without."""
     plain, generator = make(lm64, trained=False), fitted(make(lm64, trained=False), lm64, prompts)
     for row, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
@@ -117,7 +117,7 @@ def test_statistics_normalise(lm, prompts):
 
 
 def test_training_reaches_the_networks_and_not_the_model(lm):
-    """The loss falls, everything has a gradient, the steps' in a group of its own; the model is constant."""
+    """The loss falls, every parameter has a gradient, step sizes in their own group; the model is constant."""
     lm.requires_grad_(False)
     before = {n: t.clone() for n, t in lm.state_dict().items()}
     generator = make(lm, trained=False, lr=0.2).train()

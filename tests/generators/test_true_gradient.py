@@ -49,7 +49,7 @@ def batch_of(lm, rows=4, prompt=9, rest=13):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_factored_error_is_the_dense_one(shared):
-    """To 1e-10 in float64, value and gradient, whether V is one for all or each prompt's own."""
+    """To 1e-10 in float64, value and gradient, whether V is shared or each prompt has its own."""
     change, factors = random_factors(shared=shared)
     u, v = (t.requires_grad_() for t in change)
     found = squared_error(Factors(u, v), factors)
@@ -78,7 +78,7 @@ def test_no_change_is_closer_than_the_best_of_its_rank():
 
 
 def test_shared_reading_directions_read_the_most():
-    """The leading eigenvectors of sum_b G_b^T G_b / ||G_b||^2, each prompt counting as much; no others read more."""
+    """The leading eigenvectors of sum_b G_b^T G_b / ||G_b||^2, each prompt with equal weight."""
     _, factors = random_factors()
     factors = TokenFactors(factors.grad_output * torch.tensor([1.0, 10.0, 0.1])[:, None, None], factors.x)
     unit = dense(factors) / dense(factors).flatten(1).norm(dim=1)[:, None, None]
@@ -139,7 +139,7 @@ def test_the_answers_gradient_is_automatic_differentiations(lm64):
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_step_down_a_teachers_gradient_lowers_its_loss(lm64, name):
-    """What a perfect generator would write, with the right sign: by as much as the gradient's norm says."""
+    """The sign is right, and the loss falls by as much as the gradient's norm says."""
     batch, step = batch_of(lm64), 1e-4
     factors = teacher(name)(lm64, NAMES, batch)
     delta = LowRankDelta(
@@ -159,7 +159,7 @@ def test_a_step_down_a_teachers_gradient_lowers_its_loss(lm64, name):
 
 
 def test_agreement_is_the_cosine_of_the_matrices(lm64):
-    """By map and prompt; the bounds hold, and are reached by what they are bounds of."""
+    """By map and prompt; the bounds hold, and the changes that they are bounds of reach them."""
     ids = torch.randint(2000, (3, 14), generator=torch.Generator().manual_seed(3))
     gradients, _ = prompt_gradient(lm64, NAMES, ids)
     g = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""A prompt learned by gradient descent: its loss falls, the model stays as it was, and a batch changes nothing."""
+"""A prompt learned by gradient descent: its loss falls, whatever the batch, and the model is not changed."""
 
 import pytest
 import torch
@@ -19,14 +19,14 @@ FAMILIES = pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
 
 @pytest.fixture
 def batch(lm, prompts):
-    """Prompts of at least two tokens: a single one has nothing to be predicted."""
+    """Prompts of at least two tokens: a single one leaves nothing to predict."""
     return lm.encode_prompts([p for p in prompts if len(p) > 1])
 
 
 @FAMILIES
 def test_a_tuned_state_makes_its_prompt_likelier(lm, batch):
-    """Every prompt's loss is lower from its tuned state than from the state it began with; the weights stay, and the
-    state that tuning began with is not written."""
+    """Every prompt's loss is lower from its tuned state than from the one that tuning started from. That one is not
+    changed; nor are the weights."""
     ids, valid = batch
     before, weights = lm.derive_state([row[v].tolist() for row, v in zip(*batch, strict=True)]), lm.fingerprint()
     kept = {name: tensor.clone() for name, tensor in before.tensors.items()}
@@ -40,7 +40,7 @@ def test_a_tuned_state_makes_its_prompt_likelier(lm, batch):
 
 @FAMILIES
 def test_lora_makes_its_prompt_likelier_and_leaves_the_weights(lm, batch):
-    """Every prompt's loss falls with its adapter in the weights; without it the model says what it said."""
+    """Every prompt's loss falls with its adapter in the weights; without it the model is unchanged."""
     ids, valid = batch
     weights = lm.fingerprint()
     with torch.no_grad():
