@@ -1,4 +1,4 @@
-"""Evaluation on pairs: one forward pass says what real generation would, each way is told what it should be, and the
+"""Evaluation on pairs: one forward pass decides as real generation would, every method gets the right contexts, and the
 tables are their formulas."""
 
 import math
@@ -37,7 +37,7 @@ PAIRS = (
     lives("Fay", "far away"),
 )
 
-_SAYS = {  # what the model of these tests has learned by heart: with the context, and without it
+_LEARNED = {  # what the model of these tests has learned by heart: with the context, and without it
     "Ann": ("in a mill", "in a tent"),
     "old Bartholomew Quill": ("by the wooden bridge", "by the wooden bridge"),
     "Cy": ("there", "here"),
@@ -58,8 +58,8 @@ def lm(tokenizer):
     lm = RWKV4(RWKV4Config(tokenizer.vocab, 32, 2, 64))
     lm.tokenizer = tokenizer
     texts = []
-    for pair, (told, untold) in zip(PAIRS, _SAYS.values(), strict=True):
-        texts += [f"{pair.context}\n{pair.query} {told}\n", f"{pair.query} {untold}\n"]
+    for pair, (with_context, without) in zip(PAIRS, _LEARNED.values(), strict=True):
+        texts += [f"{pair.context}\n{pair.query} {with_context}\n", f"{pair.query} {without}\n"]
     ids, valid = left_padded([tokenizer.encode(text) for text in texts])
     optimiser = torch.optim.Adam(lm.parameters(), lr=0.02)
     for _ in range(60):
@@ -77,42 +77,42 @@ def generates(lm, prompt, answer):
 
 
 class Looking:
-    """Knows what to say exactly where one of its contexts is that of the query, and keeps what it was told."""
+    """Answers right exactly where one of its contexts is that of the query, and keeps the contexts it was given."""
 
     def __init__(self, pairs, tokenizer):
         self.rows = {pair.context: [t for part in encoded(pair, tokenizer)[1:] for t in part] for pair in pairs}
         self.tokenizer = tokenizer
-        self.told = []
+        self.calls = []
 
     def adapt(self, lm, contexts, successive):
         texts = [
             [self.tokenizer.decode(one[where].tolist()).strip() for one, where in zip(*many, strict=True)]
             for many in zip(*contexts, strict=True)
         ]
-        self.told.append((texts, successive))
+        self.calls.append((texts, successive))
 
         def logits_of(ids, valid, last=None):
-            says = torch.zeros(*ids.shape, lm.config.vocab)
+            logits = torch.zeros(*ids.shape, lm.config.vocab)
             for b, row in product(range(len(ids)), self.rows):
                 known = self.rows[row]
                 if row in texts[b] and ids[b][valid[b]].tolist() == known[:-1]:
-                    says[b, torch.arange(1 - len(known), 0), known[1:]] = 1.0
-            return says if last is None else says[:, -last:]
+                    logits[b, torch.arange(1 - len(known), 0), known[1:]] = 1.0
+            return logits if last is None else logits[:, -last:]
 
         return logits_of
 
 
 def by_length(pairs, tokenizer):
-    """As they are asked, those of as many tokens in their order."""
+    """In the order in which they are measured."""
     return sorted(pairs, key=lambda pair: sum(map(len, encoded(pair, tokenizer))))
 
 
 # What is answered
 
 
-def test_prompted_and_none_are_what_generation_says(lm):
+def test_prompted_and_none_are_decided_as_by_generation(lm):
     """Greedy generation, from texts and one pair at a time, gives the gold answer and ends it exactly where the table
-    says so; there is a right and a wrong one with the context and without it, and they are not the same ones."""
+    says so; with the context and without it some are right and some wrong, and not the same ones."""
     frame = answered(lm, {}, PAIRS, lm.tokenizer)
     assert list(frame) == ["prompted", "none"]
     assert frame.prompted.tolist() == [generates(lm, f"{p.context}\n{p.query}", p.answer) for p in PAIRS]
@@ -121,25 +121,25 @@ def test_prompted_and_none_are_what_generation_says(lm):
     assert frame.none.tolist() == [False, True, True, False, False, False]
 
 
-def test_a_way_is_told_its_own_contexts_and_then_anothers(lm):
-    """Who knows the context is right after it and wrong after the pair's before; the first one's is the last's."""
-    way = Looking(PAIRS, lm.tokenizer)
-    frame = answered(lm, {"look": way}, PAIRS, lm.tokenizer)
+def test_a_method_gets_its_own_contexts_and_then_anothers(lm):
+    """One that knows the context is right after it, and wrong after the previous pair's; the first gets the last's."""
+    method = Looking(PAIRS, lm.tokenizer)
+    frame = answered(lm, {"look": method}, PAIRS, lm.tokenizer)
     assert list(frame) == ["prompted", "none", "look", "wrong look"]
     assert frame.look.tolist() == [True] * 6
     assert frame["wrong look"].tolist() == [False] * 6
-    (own, _), (others, _) = way.told
-    told = {mine: other for (mine,), (other,) in zip(own, others, strict=True)}
-    assert told == {PAIRS[i].context: PAIRS[i - 1].context for i in range(6)}
+    (own, _), (others, _) = method.calls
+    control = {mine: other for (mine,), (other,) in zip(own, others, strict=True)}
+    assert control == {PAIRS[i].context: PAIRS[i - 1].context for i in range(6)}
 
 
 @pytest.mark.parametrize("successive", [False, True])
 def test_of_several_contexts_one_is_the_pairs_own(lm, successive):
-    """Others are there, too, none twice, in an order that is the pair's, whatever the batch; the prompt has them in the
-    same one, and says what generation does."""
-    way = Looking(PAIRS, lm.tokenizer)
-    frame = answered(lm, {"look": way}, PAIRS, lm.tokenizer, contexts=3, seed=2, successive=successive)
-    (own, one_by_one), _ = way.told
+    """The others differ, in an order that depends on the pair alone, whatever the batch; the prompt has the same order,
+    and is answered as generation would."""
+    method = Looking(PAIRS, lm.tokenizer)
+    frame = answered(lm, {"look": method}, PAIRS, lm.tokenizer, contexts=3, seed=2, successive=successive)
+    (own, one_by_one), _ = method.calls
     assert one_by_one == successive
     assert frame.look.all()
     for pair, texts in zip(by_length(PAIRS, lm.tokenizer), own, strict=True):
@@ -150,55 +150,55 @@ def test_of_several_contexts_one_is_the_pairs_own(lm, successive):
     assert any(texts[0] != pair.context for pair, texts in zip(by_length(PAIRS, lm.tokenizer), own, strict=True))
     in_pieces = Looking(PAIRS, lm.tokenizer)
     answered(lm, {"look": in_pieces}, PAIRS, lm.tokenizer, contexts=3, seed=2, successive=successive, batch=2)
-    assert [*chain(*(texts for texts, _ in in_pieces.told[::2]))] == own
+    assert [*chain(*(texts for texts, _ in in_pieces.calls[::2]))] == own
 
 
-def test_trainings_of_a_way_are_measured_side_by_side(lm):
-    """Each has its own column, and is told the same contexts; wrong ones only where they are asked for."""
-    ways = {"look": [Looking(PAIRS[:n], lm.tokenizer) for n in (2, 4)], "all": Looking(PAIRS, lm.tokenizer)}
-    frame = answered(lm, ways, PAIRS, lm.tokenizer, controls=("look",))
+def test_trainings_of_a_method_are_measured_side_by_side(lm):
+    """Each has its own column and gets the same contexts; wrong ones only where they are wanted."""
+    methods = {"look": [Looking(PAIRS[:n], lm.tokenizer) for n in (2, 4)], "all": Looking(PAIRS, lm.tokenizer)}
+    frame = answered(lm, methods, PAIRS, lm.tokenizer, controls=("look",))
     assert list(frame) == ["prompted", "none", "look #0", "wrong look #0", "look #1", "wrong look #1", "all"]
     assert hits(frame, "look").tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
     assert hits(frame, "wrong look").tolist() == [[0] * 6] * 2
     assert hits(frame, "all").tolist() == [[1] * 6]
-    assert ways["look"][0].told == ways["look"][1].told
-    assert len(ways["all"].told) == 1
-    assert list(answered(lm, {"all": ways["all"]}, PAIRS, lm.tokenizer, controls=())) == ["prompted", "none", "all"]
+    assert methods["look"][0].calls == methods["look"][1].calls
+    assert len(methods["all"].calls) == 1
+    assert list(answered(lm, {"all": methods["all"]}, PAIRS, lm.tokenizer, controls=())) == ["prompted", "none", "all"]
 
 
-def test_what_is_known_is_not_measured_again(lm):
-    """Its columns come first, as they are, right or not; a way is asked for what is not among them."""
+def test_known_columns_are_not_measured_again(lm):
+    """They come first, unchanged, right or not; a method is run only for what is not among them."""
     once = answered(lm, {"look": Looking(PAIRS[:2], lm.tokenizer)}, PAIRS, lm.tokenizer)
-    told = once.assign(prompted=~once.prompted)
+    known = once.assign(prompted=~once.prompted)
     again, new = Looking(PAIRS, lm.tokenizer), Looking(PAIRS[:4], lm.tokenizer)
-    frame = answered(lm, {"look": again, "new": new}, PAIRS, lm.tokenizer, known=told)
+    frame = answered(lm, {"look": again, "new": new}, PAIRS, lm.tokenizer, known=known)
     assert list(frame) == ["prompted", "none", "look", "wrong look", "new", "wrong new"]
-    pd.testing.assert_frame_equal(frame[list(told)], told)
-    assert not again.told
+    pd.testing.assert_frame_equal(frame[list(known)], known)
+    assert not again.calls
     assert frame.new.tolist() == [True] * 4 + [False] * 2
     with pytest.raises(UserError, match="5 pairs, but the known table has 6; pass the table of these pairs"):
-        answered(lm, {}, PAIRS[:5], lm.tokenizer, known=told)
+        answered(lm, {}, PAIRS[:5], lm.tokenizer, known=known)
 
 
 def test_the_seed_draws_the_other_contexts(lm):
-    """The same ones with the same seed, others with another."""
-    told = []
+    """The same with the same seed, different with another."""
+    drawn = []
     for seed in (0, 0, 1):
-        way = Looking(PAIRS, lm.tokenizer)
-        answered(lm, {"look": way}, PAIRS, lm.tokenizer, contexts=2, seed=seed)
-        told.append([sorted(texts) for texts in way.told[0][0]])
-    assert told[0] == told[1] != told[2]
+        method = Looking(PAIRS, lm.tokenizer)
+        answered(lm, {"look": method}, PAIRS, lm.tokenizer, contexts=2, seed=seed)
+        drawn.append([sorted(texts) for texts in method.calls[0][0]])
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_many_pairs_are_in_their_order(lm):
-    """More than one batch of them, of other lengths: row i is pair i, and a batch is of pairs about as long."""
+    """Several batches of different lengths: row i is pair i, and a batch has pairs of about the same length."""
     pairs = [lives(f"Gus {i}", f"in house {i}" + ", on the top floor" * (i % 2)) for i in range(60)]
-    way = Looking(pairs[::3], lm.tokenizer)
-    frame = answered(lm, {"look": way}, pairs, lm.tokenizer)
+    method = Looking(pairs[::3], lm.tokenizer)
+    frame = answered(lm, {"look": method}, pairs, lm.tokenizer)
     assert frame.index.tolist() == list(range(60))
     assert frame.look.tolist() == [i % 3 == 0 for i in range(60)]
-    told = [text for texts, _ in way.told[::2] for (text,) in texts]
-    assert ["top floor" in text for text in told] == [False] * 30 + [True] * 30
+    given = [text for texts, _ in method.calls[::2] for (text,) in texts]
+    assert ["top floor" in text for text in given] == [False] * 30 + [True] * 30
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,9 @@ def test_many_pairs_are_in_their_order(lm):
 )
 def test_wrong_contexts_never_have_the_pairs_own(lm, pairs, contexts):
     """Whatever the number of pairs, of contexts, and of questions about the same context."""
-    way = Looking(pairs, lm.tokenizer)
-    answered(lm, {"look": way}, pairs, lm.tokenizer, contexts=contexts)
-    own, wrong = ([*chain(*(texts for texts, _ in told))] for told in (way.told[::2], way.told[1::2]))
+    method = Looking(pairs, lm.tokenizer)
+    answered(lm, {"look": method}, pairs, lm.tokenizer, contexts=contexts)
+    own, wrong = ([*chain(*(texts for texts, _ in calls))] for calls in (method.calls[::2], method.calls[1::2]))
     for pair, texts, others in zip(by_length(pairs, lm.tokenizer), own, wrong, strict=True):
         assert pair.context in texts
         assert pair.context not in others
@@ -231,9 +231,9 @@ def test_padding_changes_nothing(lm, tokenizer, monkeypatch):
     """Pairs of very different lengths, together and two at a time: the same probability of every answer, by every
     method, after a step, too."""
 
-    def nll(column, says, batch):
-        targets, answer = (t[:, -says.shape[1] :] for t in (batch.query.ids, batch.answer))
-        losses = cross_entropy(says.transpose(1, 2), targets, reduction="none")
+    def nll(column, logits, batch):
+        targets, answer = (t[:, -logits.shape[1] :] for t in (batch.query.ids, batch.answer))
+        losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         return (losses * answer).sum(1)
 
     news = [Pair(f"Of {p.answer}: {p.context}", p.query, p.answer) for p in PAIRS]  # the model knows those by heart
@@ -250,7 +250,7 @@ def test_padding_changes_nothing(lm, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize(("count", "contexts", "needed"), [(1, 1, 2), (0, 1, 2), (3, 4, 4)])
-def test_too_few_pairs_are_said(lm, count, contexts, needed):
+def test_too_few_pairs_are_refused(lm, count, contexts, needed):
     with pytest.raises(UserError, match=f"{count} pairs, but {needed} are needed"):
         answered(lm, {}, PAIRS[:count], lm.tokenizer, contexts)
 
@@ -277,9 +277,9 @@ def test_a_share_is_over_trainings_too():
     """The mean of all. Trainings that differ make the interval wide, however many pairs there are; such as do not
     leave it as it is with one, to the last bit."""
     same, other = "10" * 500, "11" * 500
-    one, alike = share(table(way=same), "way"), share(table(**{f"way #{i}": same for i in range(3)}), "way")
+    one, alike = share(table(step=same), "step"), share(table(**{f"step #{i}": same for i in range(3)}), "step")
     assert alike == one
-    apart = share(table(**{"way #0": same, "way #1": other, "way too": same, "wrong way #0": same}), "way")
+    apart = share(table(**{"step #0": same, "step #1": other, "step too": same, "wrong step #0": same}), "step")
     assert apart.value == 0.75
     assert (apart.low, apart.high) == (pytest.approx(0.47, abs=0.02), 1)
 
@@ -289,10 +289,10 @@ def test_the_spread_of_trainings_adds_to_that_of_pairs():
     formulas. One that is the same for all pairs is only the pairs'."""
     rng = np.random.default_rng(3)
     rates = np.array([0.2, 0.35, 0.5, 0.65, 0.8])
-    frame = pd.DataFrame({f"way #{i}": rng.random(200) < rate for i, rate in enumerate(rates)})
-    means = hits(frame, "way").mean(1)
-    variance = means.var() / drawn_trainings(5) + hits(frame, "way").mean(0).var() / 200
-    found = share(frame, "way")
+    frame = pd.DataFrame({f"step #{i}": rng.random(200) < rate for i, rate in enumerate(rates)})
+    means = hits(frame, "step").mean(1)
+    variance = means.var() / drawn_trainings(5) + hits(frame, "step").mean(0).var() / 200
+    found = share(frame, "step")
     assert found.high - found.low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.1)
 
 
