@@ -59,34 +59,30 @@ def test_loaded_tensors_survive_the_file_being_replaced(tmp_path):
     assert loaded["x"].eq(1).all()
 
 
-@pytest.mark.parametrize("keep", [0, 4, 40, -1])
-def test_truncated_file_is_named(tmp_path, keep):
-    """A file cut short anywhere (empty, in the length, in the header, in the data) is refused by name."""
-    path = tmp_path / "cut.safetensors"
-    files.save_tensors(path, {"x": torch.randn(50)}, {"step": 1})
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"cut\.safetensors.*cut short.*remove it"):
-        files.load_tensors(path)
+def whole() -> bytes:
+    return safetensors.torch.save({"x": torch.randn(50)}, metadata={files.META_KEY: "{}"})
 
 
-def test_missing_file_is_named(tmp_path):
-    """A missing file is a user's error, not a traceback from the library beneath."""
-    with pytest.raises(UserError, match=r"none\.safetensors does not exist"):
-        files.load_tensors(tmp_path / "none.safetensors")
-
-
-def test_text_is_no_tensor_file(tmp_path):
-    """A file of another format is refused by name."""
-    (tmp_path / "a.pth").write_text("not tensors at all, but long enough to have a header")
-    with pytest.raises(UserError, match=r"a\.pth.*not a safetensors file"):
-        files.load_tensors(tmp_path / "a.pth")
-
-
-def test_foreign_safetensors_file_is_refused(tmp_path):
-    """Somebody else's safetensors file has no description of ours, and is not taken for a checkpoint."""
-    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "foreign.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"foreign\.safetensors.*not one of this project's"):
-        files.load_tensors(tmp_path / "foreign.safetensors")
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        *((files.load_tensors, lambda n=n: whole()[:n], "cut short.*remove it") for n in (0, 4, 40, -1)),
+        (files.load_tensors, None, "does not exist; train it or copy it there"),
+        (files.load_tensors, lambda: b"long enough to have a header, but no tensors", "not a safetensors file"),
+        (files.load_tensors, lambda: safetensors.torch.save({"x": torch.ones(2)}), "not one of this project's"),
+        (files.load_meta, lambda: safetensors.torch.save({"x": torch.ones(2)}), "not one of this project's"),
+        (files.load_foreign_tensors, lambda: whole()[:-1], "cut short.*copy it again"),
+        (files.read_json, lambda: b'{"a": 1,\n "b": }', "line 2: not JSON"),
+        (files.read_json, lambda: b"\xff\xfe", "is not UTF-8"),
+        (files.read_json, None, "does not exist"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, read, content, message):
+    """Missing, cut short anywhere (in the length, the header, the data), of another format or project."""
+    if content is not None:
+        (tmp_path / "mine.file").write_bytes(content())
+    with pytest.raises(UserError, match=rf"mine\.file.*{message}"):
+        read(tmp_path / "mine.file")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -185,18 +181,6 @@ def test_json_refuses_what_json_has_not(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "a.json", {"x": float("nan")})
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b'{"a": 1,\n "b": }', r"a\.json, line 2: not JSON"), (b"\xff\xfe", r"a\.json is not UTF-8"), (None, "not exist")],
-)
-def test_unreadable_json_is_named(tmp_path, content, message):
-    """The file, and the line if there is one."""
-    if content is not None:
-        (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        files.read_json(tmp_path / "a.json")
 
 
 def test_permissions_are_those_of_an_ordinary_file(tmp_path):

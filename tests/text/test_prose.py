@@ -4,6 +4,7 @@ import random
 import shutil
 import socket
 
+import datasets
 import numpy as np
 import pytest
 
@@ -38,7 +39,7 @@ def write_books(folder, count, paragraphs=12):
 # Our own sentences
 
 
-def test_sha256_names_the_text():
+def test_sha256_identifies_the_text():
     """Neither the source nor the order of the splits matters; every paragraph, its end and its split do."""
     one = Prose("a", {"train": ["x", "y"], "validation": ["z"], "test": ["w"]})
     assert one.sha256 == Prose("b", dict(reversed(one.paragraphs.items()))).sha256
@@ -48,7 +49,7 @@ def test_sha256_names_the_text():
 
 
 def test_own_sentences_follow_from_the_split():
-    """The same split gives the same paragraphs; of two splits' paragraphs none is the same."""
+    """The same split gives the same paragraphs; no two splits have a paragraph in common."""
     made = {split: own_sentences(split) for split in SPLITS}
     assert made == {split: own_sentences(split) for split in SPLITS}
     sets = [set(lines) for lines in made.values()]
@@ -88,7 +89,7 @@ def test_fewer_than_three_books_are_divided(tmp_path, count):
 
 
 def test_hard_wrapped_books_are_read_by_paragraph(tmp_path):
-    """Lines between blank lines are joined where a file is hard-wrapped, and only there."""
+    """Lines between blank lines are joined if a file is hard-wrapped, and only then."""
     wrapped = "It was a dark and stormy night, and\nthe rain fell in torrents on us all.\n\n" * 40
     (tmp_path / "a.txt").write_text(wrapped)
     lines = [x for split in SPLITS for x in load_prose(str(tmp_path)).paragraphs[split]]
@@ -97,6 +98,11 @@ def test_hard_wrapped_books_are_read_by_paragraph(tmp_path):
         ("A line that is longer than a wrapped one, " * 4 + "\nand its neighbour below it, of some length\n\n") * 40
     )
     assert len([x for split in SPLITS for x in load_prose(str(tmp_path)).paragraphs[split]]) == 80
+
+
+def test_short_paragraphs_are_left_out(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(["x" * prose._SHORTEST] * 30 + ["y" * (prose._SHORTEST - 1)] * 30))
+    assert sum(map(len, load_prose(str(tmp_path)).paragraphs.values())) == 30
 
 
 @pytest.mark.parametrize(
@@ -121,12 +127,24 @@ def test_a_folder_that_cannot_be_used(tmp_path, prepare, message):
         load_prose(str(folder))
 
 
-# WikiText
+# WikiText, and the default
+
+
+def test_wikitext_from_the_hub(bare, monkeypatch):
+    """Short lines (headings) are left out; words are separated by single spaces."""
+    text = ["", " = Heading = \n", " A paragraph of WikiText ,  tokenised , long enough to stay . \n"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: {split: {"text": text} for split in SPLITS})
+    loaded = load_prose("wikitext")
+    assert loaded.source == "wikitext-2"
+    assert loaded.paragraphs["test"] == ["A paragraph of WikiText , tokenised , long enough to stay ."]
 
 
 def test_wikitext_without_a_network(bare, monkeypatch):
-    """`datasets` cannot reach the hub: one clear error, with what to do."""
-    import datasets
+    """If the hub cannot be reached, or in the libraries' offline mode: one clear error with a remedy."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", bare / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"WikiText cannot be loaded .*prose='own'"):
+        load_prose("wikitext")
 
     def unreachable(*_, **__):
         raise ConnectionError("no route")
@@ -136,45 +154,15 @@ def test_wikitext_without_a_network(bare, monkeypatch):
         load_prose("wikitext")
 
 
-def test_wikitext_in_offline_mode(bare, monkeypatch):
-    """The libraries' own offline switch gives the same error, without using the network."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", bare / "cache")
-    with pytest.raises(UserError, match="WikiText cannot be loaded"):
-        load_prose("wikitext")
-
-
-def test_wikitext_from_the_hub(bare, monkeypatch):
-    """Short lines (headings) go, white space is made even."""
-    import datasets
-
-    text = ["", " = Heading = \n", " A paragraph of WikiText ,  tokenised , long enough to stay . \n"]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_: {split: {"text": text} for split in SPLITS})
-    loaded = load_prose("wikitext")
-    assert loaded.source == "wikitext-2"
-    assert loaded.paragraphs["test"] == ["A paragraph of WikiText , tokenised , long enough to stay ."]
-
-
-# "auto"
-
-
-def test_auto_takes_the_books_first(bare, monkeypatch):
+def test_the_default_is_the_books_and_else_our_own(bare, monkeypatch):
+    """A variable that points nowhere is a mistake, not a request for other prose."""
+    assert load_prose().source == "own sentences"
     write_books(bare / "data" / "books", 3)
     monkeypatch.setenv("PROSG_TEST_DATA", str(bare / "data"))
     assert load_prose().source == "books"
-
-
-def test_auto_names_a_missing_folder(bare, monkeypatch):
-    """A variable that points nowhere is a mistake, not a wish for other prose."""
     monkeypatch.setenv("PROSG_TEST_DATA", str(bare / "elsewhere"))
     with pytest.raises(UserError, match=r"PROSG_TEST_DATA is .*elsewhere.*unset"):
         load_prose()
-
-
-def test_auto_falls_back_to_our_own(bare):
-    assert load_prose().source == "own sentences"
 
 
 # Tokens
@@ -226,9 +214,3 @@ def test_too_little_prose(use, message):
     short = Prose("own", {"test": ["Short."], "validation": []})
     with pytest.raises(UserError, match=message):
         use(lambda split: ProseTokens.of(short, split, load_tokenizer()))
-
-
-def test_shortest_paragraph_is_the_same_for_every_source(tmp_path):
-    """Paragraphs just long enough stay."""
-    (tmp_path / "a.txt").write_text("\n".join(["x" * prose._SHORTEST] * 30 + ["y" * (prose._SHORTEST - 1)] * 30))
-    assert sum(map(len, load_prose(str(tmp_path)).paragraphs.values())) == 30

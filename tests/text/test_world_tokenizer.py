@@ -1,4 +1,4 @@
-"""The World tokenizer: any text survives, the longest token wins, files are read whole or refused with their line."""
+"""The World tokenizer: any text survives, the longest token wins, and malformed files are refused with their line."""
 
 from pathlib import Path
 
@@ -141,16 +141,15 @@ def test_a_malformed_line_is_named(tmp_path, line, message):
         load_world_tokenizer(path)
 
 
-def test_what_is_no_vocabulary_is_refused(tmp_path):
-    for path in (tmp_path / "nowhere.txt", tmp_path):
-        with pytest.raises(UserError, match=r"no vocabulary at "):
-            load_world_tokenizer(path)
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(UserError, match=r"empty\.txt, line 1"):
-        load_world_tokenizer(tmp_path / "empty.txt")
-    (tmp_path / "weights.txt").write_bytes(b"1 'a' 1\n\xff\xfe")
-    with pytest.raises(UserError, match="byte 8 is not UTF-8"):
-        load_world_tokenizer(tmp_path / "weights.txt")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no vocabulary at "), (b"", r"mine\.txt, line 1"), (b"1 'a' 1\n\xff\xfe", "byte 8 is not UTF-8")],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "mine.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_world_tokenizer(tmp_path / "mine.txt")
 
 
 def test_lines_may_end_as_on_windows(tmp_path):
