@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from prosg_lib.backbones.memory import keep_freed_memory
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.config.profiles import get_profile
+from prosg_lib.config import get_profile
 from prosg_lib.generators.token_wise import TokenGenerator
-from prosg_lib.training import stages
+from prosg_lib.tasks.dialogue import load_dialogues
+from prosg_lib.training.distributed import device
 from prosg_lib.training.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 
 GOALS = {"one length": 1.5, "as drawn": 1.5, "generator": 1.5}
@@ -41,14 +42,14 @@ def model() -> RWKV4:
     for weight in lm.parameters():
         if not weight.any():
             nn.init.normal_(weight, std=0.02)
-    return lm.to(stages.device())
+    return lm.to(device())
 
 
 def one_length(compiled: bool):
     """The whole loss, compiled as one function."""
     lm = model()
     ids = torch.randint(0, lm.config.vocab, (BATCH, TOKENS + 1), generator=torch.Generator().manual_seed(1))
-    ids = ids.to(stages.device())
+    ids = ids.to(device())
 
     def loss_of(number: int) -> Tensor:
         hidden, _ = lm.step_through(ids[:, :-1], None, None)
@@ -60,7 +61,7 @@ def one_length(compiled: bool):
 def as_drawn(compiled: bool):
     """The language model's own objective; the blocks are compiled, for any length."""
     lm, sizes = model(), replace(get_profile("cpu").lm, batch=BATCH)
-    draw, objective = lm_draw(stages.dialogues("train", 0), sizes), lm_objective(lm)
+    draw, objective = lm_draw(load_dialogues("train", 0), sizes), lm_objective(lm)
     return _blocks_compiled(lm, lm, draw, objective, sizes.steps // 2, compiled)
 
 
@@ -69,16 +70,16 @@ def generator(compiled: bool):
     lm, profile = model().requires_grad_(False), get_profile("cpu")
     sizes = replace(profile.token_training, batch=BATCH)
     torch.manual_seed(1)
-    module = TokenGenerator(lm, profile.token.rank, profile.token.width, profile.token.maps).to(stages.device()).eval()
+    module = TokenGenerator(lm, profile.token.rank, profile.token.width, profile.token.maps).to(device()).eval()
     draw, objective = (
-        generator_draw(stages.dialogues("train", 0, True), sizes),
+        generator_draw(load_dialogues("train", 0, True), sizes),
         generator_objective(lm, module, sizes, 0),
     )
     return _blocks_compiled(module, lm, draw, objective, sizes.steps // 2, compiled)
 
 
 def _blocks_compiled(module, lm: RWKV4, draw: Callable, objective: Callable, first: int, compiled: bool):
-    batches = [draw(first + number).to(stages.device()) for number in range(BATCHES)]
+    batches = [draw(first + number).to(device()) for number in range(BATCHES)]
     if compiled:
         for block in lm.blocks:
             block.compile(dynamic=True)

@@ -12,7 +12,7 @@ import result
 import torch
 
 from prosg_lib.backbones.loading import load_model
-from prosg_lib.training.stages import load_generator
+from prosg_lib.training.checkpoints import load_generator
 
 GOALS = {"end-over-1000": 1.01}
 PROMPT = "User: You should know that my home town is Oslo. My pet is a parrot. Call me captain.\n"

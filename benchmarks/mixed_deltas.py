@@ -26,8 +26,8 @@ from prosg_lib.backbones.loading import load_model
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.deltas.applying import applied
 from prosg_lib.deltas.low_rank import LowRankDelta
-from prosg_lib.tasks.dialogue import Shape
-from prosg_lib.training.stages import dialogues, load_generator
+from prosg_lib.tasks.dialogue import Shape, load_dialogues
+from prosg_lib.training.checkpoints import load_generator
 
 GOALS = {"shipped": 3.0}
 BATCH, WARM_UP = 16, 5
@@ -36,7 +36,7 @@ BATCH, WARM_UP = 16, 5
 def shipped(device: torch.device) -> tuple[RWKV4, LowRankDelta]:
     lm = load_model("rwkv4-dialogue").to(device)
     generator = load_generator("rwkv4-dialogue-token", lm).to(device)
-    items = dialogues("validation", 0).items(BATCH, Shape(6, 0, 1))
+    items = load_dialogues("validation", 0).items(BATCH, Shape(6, 0, 1))
     return lm, generator.memorize(lm, [item.prompt for item in items])
 
 

@@ -26,7 +26,7 @@ from prosg_lib.backbones.memory import keep_freed_memory, peak_bytes
 from prosg_lib.backbones.recompute import recomputed
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.wkv import CHUNK
-from prosg_lib.config.profiles import get_profile
+from prosg_lib.config import get_profile
 from prosg_lib.config.sizes import RWKV4Config, Training
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.tasks.dialogue import ANSWER, TEXT, DialogueBatch
@@ -51,6 +51,7 @@ MEASURED = (  # (vocabulary, width, layers), (batch, tokens of prompt, tokens be
     ((2048, 512, 4), (1, 128, 128)),
 )
 SMALL = (16, 128)  # rank and width of the generators that are measured
+LARGE = (32, 512)  # of those whose needs are counted
 GOALS = {"memory/model": 0.15, "memory/generator": 0.15, "operations/model": 0.05, "operations/generator": 0.05}
 PROMPT, TEXT_BEHIND = 1024, 1024  # tokens of what is to fit
 GPUS = {"16 GB": (16e9, 1), "80 GB": (80e9, 1), "8 x 80 GB": (80e9, 8)}
@@ -266,24 +267,23 @@ def main() -> None:
                 for name, ratio in zip(("memory", "operations"), found, strict=True):
                     worst[f"{name}/{what}"] = max(worst[f"{name}/{what}"], abs(ratio - 1))
 
-    models = {name: get_profile(name).model for name in ("cpu", "paper")}
+    models = {"cpu": get_profile("cpu").model}
     models |= {name: RWKV4Config(50277, width, layers, 4 * width) for name, (layers, width) in PUBLISHED.items()}
-    large = get_profile("paper").token
-    generator = large.rank, large.width
-    print(f"\nOf a generator of rank {large.rank} and width {large.width}; float32.\n")
+    rank, width = LARGE
+    print(f"\nOf a generator of rank {rank} and width {width}; float32.\n")
     print(
         "| RWKV-4 | M weights | GB to train them | MB state | MB change | M weights of the generator | GFLOP a token, ",
         end="",
     )
     print("model | GFLOP a token, generator |\n|---|---|---|---|---|---|---|---|")
     for name, lm in models.items():
-        print(f"| {name} | {of_size(lm, generator)} |")
+        print(f"| {name} | {of_size(lm, LARGE)} |")
     print(f"\nLargest batch of {PROMPT:,} tokens of prompt and {TEXT_BEHIND:,} behind it: kept / run again.\n")
     print("| RWKV-4 | " + " | ".join(f"{what}, {gpu}" for what in ("model", "generator") for gpu in GPUS) + " |")
     print("|---" * (1 + 2 * len(GPUS)) + "|")
     counts = {}
     for name, lm in models.items():
-        batches = fitting(lm, generator)
+        batches = fitting(lm, LARGE)
         counts |= {f"{name}/{what}": batch for what, batch in batches.items()}
         numbers = list(batches.values())
         cells = (f"{kept} / {again}" for kept, again in zip(numbers[::2], numbers[1::2], strict=True))

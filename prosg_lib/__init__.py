@@ -8,8 +8,8 @@ from importlib import import_module
 _PUBLIC = {
     "load_model": "backbones.loading",
     "save_model": "backbones.loading",
-    "load_generator": "training.stages",
-    "load_or_train": "training.stages",
+    "load_generator": "training.checkpoints",
+    "load_or_train": "training.load_or_train",
     "RecurrentState": "backbones.state",
     "LowRankDelta": "deltas.low_rank",
     "UserError": "errors",

@@ -20,7 +20,7 @@ from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
 from prosg_lib.generators.several_prompts import append_prompt, delta_of_prompts
 from prosg_lib.generators.token_wise import Memory, TokenGenerator
-from prosg_lib.training.stages import load_generator, own_generator
+from prosg_lib.training.checkpoints import load_generator, own_generator
 
 _ANSWER_TOKENS = 200
 

@@ -6,7 +6,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from prosg_lib.config import get_profile
 from prosg_lib.errors import Diverged, UserError
@@ -16,7 +15,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _LAUNCH = """\
 With several GPUs or machines, let accelerate start it:
 
-  accelerate launch --num_processes 8 -m prosg_lib.cli train token --profile paper
+  accelerate launch --num_processes 8 -m prosg_lib.cli train rwkv4-dialogue-token
 
 Every process takes its part of each batch, so that the result is that of one process, but for rounding and dropout. A
 training that was interrupted goes on with any number of them. The launcher calls processes GPUs; to have some on a
@@ -79,9 +78,6 @@ def _parser() -> argparse.ArgumentParser:
 
     command("check", _check, "check that notebooks are clean and that quoted numbers are the ledger's")
 
-    data = command("data", _data, "build the data that the repository ships, or check that it is what would be built")
-    data.add_argument("action", choices=("build", "check"))
-
     chat = command(
         "chat",
         _chat,
@@ -98,7 +94,6 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--temperature", type=float, default=0.0, help="0: the likeliest answer; above: drawn (default: 0)"
     )
-
     _add_evaluated(
         command(
             "evaluate",
@@ -108,9 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
-    train = command("train", _train, "train one model, or load the checkpoint that fits")
+    train = command("train", _train, "train one model, generator or gradient step, or load the checkpoint that fits")
     train.formatter_class, train.epilog = argparse.RawDescriptionHelpFormatter, _LAUNCH
-    _add_trained(train.add_subparsers(title="what to train", metavar="WHAT", dest="what", required=True))
+    _add_trained(train)
     return parser
 
 
@@ -128,52 +123,23 @@ def _add_evaluated(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=_positive, metavar="N", help="a cell and seed (default: the profile's)")
 
 
-def _add_trained(whats) -> None:
-    every = argparse.ArgumentParser(add_help=False)
-    _add_sizes(every)
-    every.add_argument(
-        "--at-once", type=_positive, metavar="N", help="hold so many examples in memory at a time, and add up gradients"
+def _add_trained(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("name", nargs="?", metavar="NAME", help="of a recipe, e.g. rwkv4-dialogue-token")
+    what.add_argument("--list", action="store_true", help="show all recipes: name, what it is, time, sizes, shipped")
+    _add_sizes(parser)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, e.g. training.steps=300, size.rank=8 or size.layers=0,1; repeatable",
     )
-    every.add_argument(
+    parser.add_argument(
+        "--at-once", type=_positive, metavar="N", help="hold N examples in memory at a time, and add up gradients"
+    )
+    parser.add_argument(
         "--recompute", action="store_true", help="keep fewer activations, and compute them again in the backward pass"
-    )
-    for name, summary in {
-        "lm": "the language model of the dialogues",
-        "token": "the token-wise generator for it",
-        "final": "the final-state generator for it",
-        "static": "the control: one change of its weights for all prompts",
-        "adapter": "an adapter for it, in which a real gradient step is taken",
-        "transformer": "a transformer of the dialogues, to compare with, that can look back",
-        "supervised": "the token-wise generator, first taught to predict true gradients",
-        "mend": "the generator that transforms a prompt's true gradient",
-        "pairs-recurrent": "the recurrent model that knows the tasks of context and query",
-        "pairs-transformer": "the transformer that knows them",
-        "pairs-reader": "that transformer after more of prose, for the cloze and SQuAD",
-        "suite-recurrent": "the recurrent model that knows the established tests",
-        "suite-transformer": "the transformer that knows them",
-        "suite-token": "the token-wise generator for the recurrent one",
-        "suite-adapter": "an adapter for it, in which a real gradient step is taken",
-        "suite": "all four, and asks them the tests",
-        "ablation": "a generator that is another than the profile's in some respects, or of another seed",
-        "ablations": "all generators of the study of ablations, and measures them",
-        "way": "a way to take a context in, for one of those models or another",
-    }.items():
-        way = whats.add_parser(name, help=summary, description=f"Trains {summary}.", parents=[every])
-    varied = whats.choices["ablation"]
-    varied.add_argument("--stage", required=True, help="token, final, supervised or mend")
-    varied.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="e.g. rank=8 or layers=0,1; repeatable"
-    )
-    # The last one has more options.
-    way.add_argument("--method", required=True, help="adapter, maps, weights, weights-RANK, token or final")
-    way.add_argument("--task", action="append", required=True, metavar="NAME", help="trained on it; repeatable")
-    way.add_argument("--after", action="append", default=[], metavar="NAME", help="trained on it before; repeatable")
-    way.add_argument("--objective", choices=("LC", "LG"), default="LC", help="default: LC")
-    way.add_argument("--contexts", type=_positive, default=1, metavar="N", help="of every query (default: 1)")
-    way.add_argument(
-        "--backbone",
-        default="recurrent",
-        help="recurrent (default), transformer, reader, or a model's hub id or folder",
     )
 
 
@@ -198,18 +164,12 @@ def _reproduce(options: argparse.Namespace) -> int:
 
     # Being told to end is like Ctrl-C: the running notebook is stopped, and the report is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    parameters = {}
-    for text in options.param:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UserError(f"--param takes NAME=VALUE, not {text!r}.")
-        parameters[name] = value
     return reproduce(
         options.profile,
         seed=options.seed,
         retrain=options.retrain,
         names=options.notebook,
-        parameters=parameters,
+        parameters=_assignments("--param", options.param),
         update_expected=options.update_expected,
     )
 
@@ -228,15 +188,6 @@ def _check(options: argparse.Namespace) -> int:
         print(problem)
     print(f"{len(problems)} problems" if problems else "notebooks, ledger and quoted numbers are in order")
     return FAILED if problems else 0
-
-
-def _data(options: argparse.Namespace) -> int:
-    from prosg_lib.tasks import build
-
-    if options.action == "check":
-        return 0 if build.check() else FAILED
-    build.build()
-    return 0
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -261,43 +212,37 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from prosg_lib.evaluation import ablation_study, memory_tests
-    from prosg_lib.training import ablations, distributed, pair_stages, stages, suite_stages, transformer_stages
+    from prosg_lib.training import recipes
+
+    profile, name = options.profile, options.name
+    changes = _assignments("--set", options.set)
+    if options.list:
+        print(recipes.table(profile))
+        return 0
+    stem = recipes.checkpoint_name(name, profile, options.seed, changes)  # refuses what is unknown, without torch
+
+    from prosg_lib.training import checkpoints, distributed, load_or_train
 
     distributed.accelerator()
-    profile, what = options.profile, options.what
-    if what == "ablations":
-        names = [variant.name(profile) for variant in ablation_study.variants(profile, options.seed)]
-        train = ablation_study.measure
-    elif what == "suite":
-        names, train = memory_tests.study_names(profile), memory_tests.study
-    elif what == "way":
-        tasks, after = tuple(options.task), tuple(options.after)
-        spec = pair_stages.WaySpec(options.method, tasks, options.objective, options.contexts, after)
-        names = [pair_stages.way_name(spec, options.backbone, profile, options.seed)]
-        train = partial(pair_stages.pair_way, spec, options.backbone)
-    elif what == "transformer":
-        names, train = [transformer_stages.checkpoint_name(profile)], transformer_stages.dialogue_transformer
-    elif what == "ablation":
-        varied = ablations.Ablation.of(options.stage, options.set)
-        names = [ablations.checkpoint_name(varied, profile, options.seed)]
-        train = partial(ablations.ablated, varied)
-    elif what.startswith("suite-"):
-        part = what.removeprefix("suite-")
-        names = [suite_stages.checkpoint_name(part, profile)]
-        train = partial(suite_stages.suite_model if part in suite_stages.MODELS else suite_stages.suite_way, part)
-    elif what.startswith("pairs-"):
-        backbone = what.removeprefix("pairs-")
-        names, train = [pair_stages.model_name(backbone, profile)], partial(pair_stages.pair_model, backbone)
-    else:
-        names, train = [stages.checkpoint_name(what, profile)], partial(stages.load_or_train, what)
     try:
         if options.retrain:
-            stages.forget(profile, names)
-        train(profile, options.seed, options.retrain, stages.Thrift(options.at_once, options.recompute))
+            checkpoints.forget(profile, [stem])
+        memory = load_or_train.MemoryBudget(options.at_once, options.recompute)
+        load_or_train.load_or_train(name, profile, options.seed, options.retrain, changes, memory=memory)
     finally:
         distributed.leave()
     return 0
+
+
+def _assignments(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE texts as a dictionary."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UserError(f"{option} takes NAME=VALUE, not {text!r}.")
+        found[name] = value
+    return found
 
 
 if __name__ == "__main__":

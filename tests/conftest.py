@@ -11,9 +11,10 @@ from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.config import profiles
 from prosg_lib.config.sizes import RWKV4Config
 from prosg_lib.evaluation import memory_tests
+from prosg_lib.tasks import dialogue
 from prosg_lib.text.prose import SPLITS, Prose, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
-from prosg_lib.training import stages, suite_stages
+from prosg_lib.training import load_or_train, work
 
 torch.set_num_threads(1)
 
@@ -26,7 +27,7 @@ FRESH = {
 @pytest.fixture(autouse=True)
 def _nothing_said():
     """What is said once a process is said once a test."""
-    stages._say_once.cache_clear()
+    load_or_train._say_once.cache_clear()
 
 
 @pytest.fixture
@@ -80,14 +81,14 @@ def small_world():
     prose is a few sentences, enough for bodies of no tokens; afterwards nothing remembers it."""
 
     def forget():
-        stages.dialogues.cache_clear()
-        stages._prose.cache_clear()
+        dialogue.load_dialogues.cache_clear()
+        dialogue._prose.cache_clear()
 
     @contextlib.contextmanager
     def world(profile, runs):
         prose = Prose("a little", dict.fromkeys(SPLITS, own_sentences("test")[:40]))
         with pytest.MonkeyPatch.context() as patch:
-            for room in (stages, suite_stages, memory_tests):
+            for room in (dialogue, work, load_or_train, memory_tests):
                 patch.setattr(room, "load_prose", lambda: prose)
             patch.setenv("PROSG_RUNS", str(runs))
             patch.setitem(profiles.PROFILES, "tiny", profile)

@@ -20,6 +20,7 @@ from prosg_lib.backbones.rwkv import RWKV
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.rwkv7 import RWKV7
 from prosg_lib.backbones.rwkv_layouts import from_author, from_hf, to_author, to_hf
+from prosg_lib.config import Mamba2Size, TransformerConfig
 from prosg_lib.errors import UserError
 from prosg_lib.text.tokenizer import Tokenizer, folder_tokenizer, load_tokenizer
 from prosg_lib.text.world_tokenizer import WorldTokenizer
@@ -137,15 +138,21 @@ def _from_prosg(path: Path) -> LanguageModel:
 
 
 def _of_transformers(weights: dict[str, Tensor], record: dict) -> LanguageModel | None:
-    """The model of a `transformers` class that this project has trained; None for others."""
+    """The model of a `transformers` class that this project has trained; None for others.
+
+    Args:
+        record: what it was trained as; `module` has its sizes.
+    """
+    sizes = record.get("module", {})
     if "model.backbone.layers.0.mixer.A_log" in weights:
         from prosg_lib.backbones.hub_families import new_mamba2
 
-        model = new_mamba2(record["model"])
+        sizes = {name: value for name, value in sizes.items() if name != "kind"}
+        model = new_mamba2(Mamba2Size(**sizes).settings)
     elif "model.model.layers.0.self_attn.q_proj.weight" in weights:
-        from prosg_lib.backbones.hub_transformer import TransformerConfig, new_llama
+        from prosg_lib.backbones.hub_transformer import new_llama
 
-        model = new_llama(TransformerConfig(**record["model"]))
+        model = new_llama(TransformerConfig(**sizes))
     else:
         return None
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})

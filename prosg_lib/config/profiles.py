@@ -1,9 +1,9 @@
 """Profiles: sizes only, never another code path.
 
-`smoke` trains everything in minutes, `cpu` is what is shipped, `gpu` asks the same models more than two CPU cores have
-time for. `paper` has larger models, to be trained, and the second paper's own numbers where they are public: batch 16,
-inner learning rate 1e-3, one epoch, SQuAD and WikiText whole, on a model of the hub (a parameter of notebook 07). Its
-outer optimiser, rank and maps are not.
+`smoke` trains everything in minutes, `cpu` is what is shipped, `gpu` evaluates the same models on more items and at
+larger distances than two CPU cores have time for. `paper` is `cpu` with the second paper's sizes for pairs of context
+and query, where they are public: batch 16, inner learning rate 1e-3, one epoch, all of SQuAD and WikiText, on a model
+of the hub (parameter `model` of notebook 07). Their outer optimiser, rank and maps are not public.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from prosg_lib.config.sizes import (
     Evaluation,
     Forgetting,
     GeneratorSize,
+    Mamba2Size,
     PairSizes,
     PairTraining,
     PretrainedSizes,
@@ -30,13 +31,6 @@ from prosg_lib.config.sizes import (
     TransformerConfig,
 )
 from prosg_lib.errors import UserError
-
-
-def _mamba2(width: int, layers: int, heads: int, state: int) -> tuple[tuple[str, int], ...]:
-    """Settings of a Mamba-2 with input and output embeddings tied, and chunks as short as a CPU likes them."""
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_heads": heads, "head_dim": 2 * width // heads}
-    return tuple((sizes | {"state_size": state, "n_groups": 1, "chunk_size": 32, "vocab_size": VOCAB}).items())
-
 
 _MAPS = ("att.output", "att.value", "ffn.key", "ffn.value")
 _ALL_FACTS = (3, 6, 12, 24)
@@ -74,7 +68,7 @@ PROFILES = {
             low_rank=PairTraining(4, 4, 1e-2, warmup=2),
             generator=PairTraining(20, 8, 3e-3, warmup=5),
             maps=PairTraining(4, 4, 1e-3, warmup=2),
-            echoes=2,
+            repeats=2,
             maps_after=PairTraining(4, 4, 1e-3, warmup=2),
             questions=PairTraining(4, 4, 1e-3, warmup=2),
             items=20,
@@ -84,7 +78,7 @@ PROFILES = {
             tasks=TASKS[:2],
         ),
         pretrained=PretrainedSizes(
-            _mamba2(32, 2, 2, 16),
+            Mamba2Size(VOCAB, 32, 2, 2, 16),
             Training(20, 8, 6e-3, (2, 3), (0, 16), warmup=5),
             4,
             Training(10, 8, 4e-3, (3,), (0, 32), warmup=5),
@@ -97,7 +91,7 @@ PROFILES = {
         study=Study(6, 8, (3,), (0, 32), prompts=4, groups=("basis", "rank", "maps")),
         suite=SuiteSizes(*4 * (PairTraining(20, 8, 3e-3, warmup=5),), longest=150, practice=_SMALL_TESTS),
         supervised=SupervisedSize(8, 64, _MAPS),
-        mend=TransformedSize(8, 20, _MAPS, 0.1),
+        mend=TransformedSize(8, 20, _MAPS),
     ),
     "cpu": Profile(
         name="cpu",
@@ -122,13 +116,13 @@ PROFILES = {
             low_rank=PairTraining(600, 8, 1e-2),
             generator=PairTraining(400, 32, 2e-3),
             maps=PairTraining(700, 32, 1e-3, warmup=20),
-            echoes=200,
+            repeats=200,
             maps_after=PairTraining(500, 16, 1e-3, warmup=20),
             questions=PairTraining(0, 8, 1e-3, warmup=10),
             rank_one=PairTraining(1200, 8, 1e-2),
         ),
         pretrained=PretrainedSizes(
-            _mamba2(128, 4, 4, 32),
+            Mamba2Size(VOCAB, 128, 4, 4, 32),
             Training(1200, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
             32,
             Training(1500, 32, 2e-3, (3, 6), (0, 64, 256), warmup=50),
@@ -139,7 +133,7 @@ PROFILES = {
             2000, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128, 0, 0, 16, 32, 64, 128, 256, 512, 1024)
         ),
         supervised=SupervisedSize(32, 256, _MAPS),
-        mend=TransformedSize(32, 42, _MAPS, 0.1),
+        mend=TransformedSize(32, 42, _MAPS),
     ),
 }
 
@@ -157,30 +151,18 @@ PROFILES["gpu"] = replace(
     forgetting=_SWEEP,
 )
 
-PROFILES["paper"] = Profile(
+PROFILES["paper"] = replace(
+    PROFILES["cpu"],
     name="paper",
-    model=RWKV4Config(VOCAB, 512, 12, 2048),
-    lm=Training(6000, 128, 1e-3, (2, 3, 4, 6, 6, 8, 12), (0, 0, 16, 32, 64, 128)),
-    token=GeneratorSize(32, 512, _MAPS),
-    token_training=Training(2000, 128, 1e-3, (3, 6, 12, 24, 24), (0, 64, 256, 512), warmup=50),
-    final=GeneratorSize(8, 384, ("att.output", "ffn.value")),
-    final_training=Training(2000, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
-    static_training=Training(400, 128, 1e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
-    adapter=AdapterSize(32, _MAPS, 100.0),
-    adapter_training=Training(1000, 64, 1e-3, (3, 6, 12, 24, 24), (0, 64, 256, 512), warmup=50),
-    evaluation=Evaluation(64, 32, 24, (0, 1, 2, 3, 4), (0, 64, 128, 256, 512, 1024, 4096), _ALL_FACTS),
-    pairs=PairSizes(
-        TransformerConfig("llama", VOCAB, 512, 12, 1536, 8),
-        PairTraining(2000, 128, 5e-4),
-        PairTraining(6000, 128, 5e-4, (1, 1, 1, 4, 16)),
-        PairTraining(200, 128, 2e-4, warmup=20),
+    models_of="cpu",
+    pairs=replace(
+        PROFILES["cpu"].pairs,
         adapter=_EPOCH,
-        recurrent_adapter=PairTraining(1000, 64, 1e-3),
         weights=replace(_EPOCH, lr=1e-5),
         low_rank=_EPOCH,
-        generator=_EPOCH,
+        rank_one=None,
         maps=replace(_EPOCH, lr=1e-5),
-        echoes=0,
+        repeats=0,
         maps_after=replace(_EPOCH, lr=1e-5),
         questions=replace(_EPOCH, lr=1e-5),
         adapter_lr=0.1,  # times the adapter's own scale, twice: 1e-3
@@ -192,25 +174,6 @@ PROFILES["paper"] = Profile(
         query=256,
         words=None,
         hub=True,
-    ),
-    pretrained=PretrainedSizes(
-        _mamba2(512, 12, 16, 64),
-        Training(4000, 64, 1e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
-        32,
-        Training(1500, 64, 1e-3, (3, 6, 12), (0, 64, 256, 512), warmup=50),
-        prompts=64,
-        distances=(0, 256, 1024, 4096),
-    ),
-    transformer_training=Training(
-        6000, 128, 1e-3, (2, 3, 4, 6, 6, 8, 12), (0, 0, 16, 32, 64, 128, 256, 512, 1024, 2048)
-    ),
-    supervised=SupervisedSize(32, 512, _MAPS),
-    mend=TransformedSize(32, 64, _MAPS, 0.1),
-    autocast=True,
-    forgetting=_SWEEP,
-    study=Study(600, 128, (3, 6, 12), (0, 64, 256), prompts=64),
-    suite=SuiteSizes(
-        *3 * (PairTraining(6000, 128, 1e-3),), PairTraining(1000, 64, 1e-3), longest=1200, practice=_SWEEP
     ),
 )
 

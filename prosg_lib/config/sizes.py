@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from prosg_lib.errors import UserError
+
 
 @dataclass(frozen=True)
 class RWKV4Config:
@@ -29,6 +31,24 @@ class TransformerConfig:
     ffn: int = 0
     heads: int = 0
     rest: str = ""
+
+
+@dataclass(frozen=True)
+class Mamba2Size:
+    """Sizes of a Mamba-2 of `transformers`, input and output embeddings tied. state: per channel."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    state: int
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """As `Mamba2Config` names them; chunks as short as a CPU likes them."""
+        sizes = {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_heads": self.heads}
+        sizes |= {"head_dim": 2 * self.width // self.heads, "state_size": self.state, "n_groups": 1, "chunk_size": 32}
+        return sizes | {"vocab_size": self.vocab}
 
 
 VOCAB = 2048
@@ -73,39 +93,106 @@ class PairTraining:
 
 @dataclass(frozen=True)
 class GeneratorSize:
-    """Sizes of a generator: rank of the delta, width of the hidden layers, the maps of every block it changes."""
+    """Sizes of a generator.
+
+    Attributes:
+        rank: of the delta.
+        width: of the hidden layers; 0: twice the model's.
+        maps: endings of the names of the linear maps it changes; "" is the ending of all.
+        layers: numbers of the blocks in which it changes them; none: all blocks.
+        label: whether a token-wise generator sees the next token.
+    """
 
     rank: int
     width: int
     maps: tuple[str, ...]
+    layers: tuple[int, ...] = ()
+    label: bool = True
 
 
 @dataclass(frozen=True)
 class SupervisedSize(GeneratorSize):
-    """Sizes of a token-wise generator that is first taught to predict true gradients (`supervised`).
+    """Sizes of a token-wise generator that first learns to predict true gradients (`training.supervised`).
 
     Attributes:
-        lessons: share of the training's steps; the others are the end-to-end ones of every generator.
-        teacher: whose gradient (`true_gradient.TEACHERS`).
-        strength: norm of a usual change that it is to predict, over its weight's.
-        directions: whether the reading directions start as those that read the most of the teacher's gradients.
-        rank_of_teacher: only the best so many directions of it; None: all.
-        foresight: weight of the auxiliary task, to predict the next token's synthetic gradient.
+        lessons: share of the steps that teach this; the others are the end-to-end ones of every generator.
+        teacher: whose gradient it predicts (`supervised.TEACHERS`).
+        strength: norm of a typical delta that it should predict, relative to its weight's.
+        directions: whether the reading directions start as those that capture most of the teacher's gradients.
     """
 
     lessons: float = 0.1
     teacher: str = "answers"
     strength: float = 0.3
     directions: bool = True
-    rank_of_teacher: int | None = None
-    foresight: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.lessons <= 1 or self.strength <= 0:
+            raise UserError(f"lessons={self.lessons} is a share from 0 to 1, and strength={self.strength} is above 0")
 
 
 @dataclass(frozen=True)
 class TransformedSize(GeneratorSize):
-    """Sizes of a transformed true gradient (`mend`): width is the blocks' rank, step the step size before training."""
+    """Sizes of a transformed true gradient (MEND). width: rank of its blocks; step: step size before training."""
 
-    step: float
+    step: float = 0.1
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """One gradient step on all weights.
+
+    Attributes:
+        lr: inner learning rate, before training where it is learned.
+        rank: of the change of the model's weights that the step starts from; 0: any change.
+    """
+
+    lr: float
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Phases of a generator's training on dialogues.
+
+    With the state always carried over, the model answers from it at short distances and never needs the delta. So a
+    generator first trains with the delta alone: blank state, questions immediately after the prompt.
+
+    Attributes:
+        alone: share of the steps with the delta alone.
+        blank: share of the later steps that also start from a blank state.
+        local: share of the steps after which locality counts as well: KL to the model without the delta, on text.
+        locality: its weight. With the loss on the text alone, perplexity of prose rose by 17 %.
+    """
+
+    alone: float = 0.4
+    blank: float = 0.5
+    local: float = 0.6
+    locality: float = 3.0
+
+    def __post_init__(self):
+        if not all(0 <= share <= 1 for share in (self.alone, self.blank, self.local)) or self.locality < 0:
+            raise UserError(f"{self}: alone, blank and local are shares from 0 to 1, and locality is not negative")
+
+
+@dataclass(frozen=True)
+class PairCourse:
+    """What a training on pairs of context and query consists of.
+
+    Attributes:
+        tasks: names (`TASKS`) of the tasks; those that this machine has no data for are left out.
+        objective: "LM" (next-token loss), "LC" (match the prompted model) or "LG" (gold answers).
+        practice: pairs made from any prose, in turn with the tasks: "copied" (complete any sentence of a passage),
+            "named" (complete one that breaks off before a name), "" (none).
+        repeats: number of first steps with random tokens that are repeated, where copying is learned.
+        everywhere: the loss is a mean over all positions of the query, not the answer's alone.
+    """
+
+    tasks: tuple[str, ...]
+    objective: str
+    practice: str = ""
+    repeats: int = 0
+    everywhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,8 +212,7 @@ class Evaluation:
         prompts: with the main number of facts; other_prompts: with every other number.
         probes: at most one a fact.
         seeds: of the draws of items.
-        trainings: of the token-wise generator, each a number to be added to the run's seed; 0, the run's own, is first
-            (`ablations.trainings`).
+        trainings: of the token-wise generator: numbers added to the run's seed; 0, the run's own, comes first.
     """
 
     prompts: int
@@ -160,9 +246,9 @@ class PairSizes:
         rank_one: as `low_rank`, of rank one, which learns more slowly; None: the same.
         recurrent_adapter: as `adapter`, of the recurrent model, on as many examples as the generators beside it.
         generator: training of the two generators.
-        adapter_lr, weights_lr: of the inner step. Chosen on the validation split, see notebook 07.
+        adapter_lr, recurrent_adapter_lr, weights_lr: inner learning rates, chosen on the validation split.
         maps: meta-training of a step on all linear maps at learned rates, which are maps_lr at first.
-        echoes: so many first steps of it are random tokens said twice, so that it learns to store before it reads.
+        repeats: number of its first steps with random tokens that are repeated: it learns to store before it reads.
         maps_after: as `maps`, of one that goes on from such a training; questions: the same on SQuAD alone.
         at_once: examples in memory at a time; None: the whole batch.
         items: pairs of a split that are evaluated, at most; fewer: where many starts are asked for many cells.
@@ -184,12 +270,13 @@ class PairSizes:
     low_rank: PairTraining
     generator: PairTraining
     maps: PairTraining
-    echoes: int
+    repeats: int
     maps_after: PairTraining
     questions: PairTraining
     rank_one: PairTraining | None = None
     rank: int = 8
     adapter_lr: float = 100.0
+    recurrent_adapter_lr: float = 100.0
     weights_lr: float = 0.1
     maps_lr: float = 0.01
     at_once: int | None = None
@@ -209,7 +296,7 @@ class PretrainedSizes:
     """A generator for a model of `transformers`, and the small model that stands in where no hub is reached.
 
     Attributes:
-        settings: the small model's configuration, a Mamba-2's; it is made and trained here.
+        model: the small model, made and trained here.
         lm: its training.
         rank: of the generator; its width is twice the model's.
         token_training: of the generator.
@@ -217,7 +304,7 @@ class PretrainedSizes:
         together: numbers of prompts in one memory.
     """
 
-    settings: tuple[tuple[str, int], ...]
+    model: Mamba2Size
     lm: Training
     rank: int
     token_training: Training
@@ -243,7 +330,18 @@ class Study:
     distances: tuple[int, ...] = (0, 64, 256)
     others: int = 2
     prompts: int = 24
-    groups: tuple[str, ...] = ("basis", "seed", "rank", "width", "maps", "layers", "label", "course", "method", "state")
+    groups: tuple[str, ...] = (
+        "basis",
+        "seed",
+        "rank",
+        "width",
+        "maps",
+        "layers",
+        "label",
+        "curriculum",
+        "method",
+        "state",
+    )
 
 
 @dataclass(frozen=True)
@@ -272,7 +370,7 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class SuiteSizes:
-    """Trainings on the established tests (`suite_stages`); the defaults are the cpu profile's.
+    """Trainings on the established tests; the defaults are the cpu profile's.
 
     Attributes:
         recurrent, transformer: of the two language models; token, adapter: of what writes into the first one's weights.
@@ -294,7 +392,6 @@ class Profile:
     Attributes:
         transformer_training: of the transformer that the dialogues' model is compared with, of `pairs`' size; as `lm`,
             with distances as long as it is to look back, because it does not look further than it was trained to.
-        autocast: train under bfloat16 autocast where the device has it.
         models_of: the profile whose trained models it has, with the same sizes; None: its own.
 
     The ways to make a delta that are compared with the token-wise generator, supervised and mend, have its training:
@@ -317,7 +414,6 @@ class Profile:
     transformer_training: Training
     supervised: SupervisedSize
     mend: TransformedSize
-    autocast: bool = False
     models_of: str | None = None
     forgetting: Forgetting = Forgetting()
     study: Study = Study()

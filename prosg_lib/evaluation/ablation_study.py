@@ -7,7 +7,9 @@ with other seeds as well. Measurements are kept as JSON Lines, so that the check
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -17,10 +19,11 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.config import Profile
 from prosg_lib.evaluation import predictions, recall
 from prosg_lib.generators.base import Generator
-from prosg_lib.tasks.dialogue import Shape
-from prosg_lib.training import distributed, stages
-from prosg_lib.training.ablations import Ablation, checkpoint_name, plan_of
-from prosg_lib.training.stages import PLENTY, Thrift
+from prosg_lib.tasks.dialogue import Shape, load_dialogues
+from prosg_lib.training import distributed
+from prosg_lib.training.checkpoints import MEASURED, kept
+from prosg_lib.training.load_or_train import load_or_train, record_of
+from prosg_lib.training.recipes import checkpoint_name
 
 SPLIT = "validation"
 """Choices are made on it; the test split has no say here."""
@@ -35,17 +38,19 @@ class Variant:
 
     Attributes:
         group: what kind of choice; label: which one.
+        recipe: its name; changes: settings that differ from the recipe's, as in `load_or_train`.
         seed: of the training.
     """
 
     group: str
     label: str
-    spec: Ablation
+    recipe: str
+    changes: Mapping[str, object]
     seed: int
 
     def name(self, profile: Profile) -> str:
         """Of its checkpoint and its measurement."""
-        return checkpoint_name(self.spec, profile, self.seed)
+        return checkpoint_name(self.recipe, profile, self.seed, self.changes)
 
 
 def variants(profile: Profile, seed: int = 0) -> tuple[Variant, ...]:
@@ -56,74 +61,77 @@ def variants(profile: Profile, seed: int = 0) -> tuple[Variant, ...]:
     """
     study, size, layers = profile.study, profile.token, range(profile.model.layers)
     half = len(layers) // 2
-    common = {"steps": study.steps, "batch": study.batch, "facts": study.facts, "distances": study.distances}
-    token, final, supervised, mend = (Ablation(stage, **common) for stage in ("token", "final", "supervised", "mend"))
+    common = {f"training.{name}": getattr(study, name) for name in ("steps", "batch", "facts", "distances")}
+
+    def variant(
+        group: str, label: str, changes: Mapping[str, object], kind: str = "token", seed: int = seed
+    ) -> Variant:
+        return Variant(group, label, f"rwkv4-dialogue-{kind}", common | changes, seed)
 
     def maps(word: str) -> tuple[str, ...]:
         return tuple(name for name in size.maps if name.startswith(word))
 
     choices = {
-        "rank": {f"rank {rank}": {"rank": rank} for rank in (1, 4, 16) if rank < size.rank},
-        "width": {f"width {size.width // 4}": {"width": size.width // 4}},
-        "maps": {"time mixing alone": {"maps": maps("att")}, "channel mixing alone": {"maps": maps("ffn")}},
+        "rank": {f"rank {rank}": {"size.rank": rank} for rank in (1, 4, 16) if rank < size.rank},
+        "width": {f"width {size.width // 4}": {"size.width": size.width // 4}},
+        "maps": {"time mixing alone": {"size.maps": maps("att")}, "channel mixing alone": {"size.maps": maps("ffn")}},
         "layers": {
-            f"layers 0 to {half - 1}": {"layers": tuple(layers[:half])},
-            f"layers {half} to {layers[-1]}": {"layers": tuple(layers[half:])},
+            f"layers 0 to {half - 1}": {"size.layers": tuple(layers[:half])},
+            f"layers {half} to {layers[-1]}": {"size.layers": tuple(layers[half:])},
         },
-        "label": {"no next token": {"label": False}},
-        "course": {
-            "never alone first": {"alone": 0.0},
-            "never a blank state": {"alone": 0.0, "blank": 0.0},
-            "always a blank state": {"blank": 1.0},
-            "no locality": {"locality": 0.0},
-            "more locality": {"locality": 10.0},
+        "label": {"no next token": {"size.label": False}},
+        "curriculum": {
+            "never alone first": {"curriculum.alone": 0.0},
+            "never a blank state": {"curriculum.alone": 0.0, "curriculum.blank": 0.0},
+            "always a blank state": {"curriculum.blank": 1.0},
+            "no locality": {"curriculum.locality": 0.0},
+            "more locality": {"curriculum.locality": 10.0},
         },
     }
-    found = [Variant("basis", "token-wise", token, seed)]
-    found += [Variant("seed", f"another seed ({seed + n})", token, seed + n) for n in range(1, study.others + 1)]
+    found = [variant("basis", "token-wise", {})]
+    found += [variant("seed", f"another seed ({seed + n})", {}, seed=seed + n) for n in range(1, study.others + 1)]
     for group, labels in choices.items():
-        found += [Variant(group, label, replace(token, **changes), seed) for label, changes in labels.items()]
-    methods = {
-        "V2, directions alone": replace(supervised, lessons=0.0),
-        "V2, taught by answers": supervised,
-        "V2, taught by prompts": replace(supervised, teacher="prompt"),
-        "V3": mend,
-        "V3, smaller steps": replace(mend, step=0.01),
-        "V3, larger steps": replace(mend, step=1.0),
-        "V3, much larger steps": replace(mend, step=10.0),
-    }
-    found += [Variant("method", label, spec, seed) for label, spec in methods.items()]
-    found.append(Variant("state", "final state, all", final, seed))
+        found += [variant(group, label, changes) for label, changes in labels.items()]
+    found += [
+        variant("method", "V2, directions alone", {"size.lessons": 0.0}, "supervised"),
+        variant("method", "V2, taught by answers", {}, "supervised"),
+        variant("method", "V2, taught by prompts", {"size.teacher": "prompt"}, "supervised"),
+        variant("method", "V3", {}, "mend"),
+        variant("method", "V3, smaller steps", {"size.step": 0.01}, "mend"),
+        variant("method", "V3, larger steps", {"size.step": 1.0}, "mend"),
+        variant("method", "V3, much larger steps", {"size.step": 10.0}, "mend"),
+        variant("state", "final state, all", {}, "final"),
+    ]
     return tuple(v for v in found if v.group in study.groups)
 
 
-def measure(profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> pd.DataFrame:
+def measure(profile: Profile, seed: int = 0, retrain: bool = False) -> pd.DataFrame:
     """Recall of all variants: kept measurements that fit are taken, missing ones are trained, measured and kept.
 
     Args:
         seed: of the language model and of the trainings, except those with other seeds.
-        retrain: take nothing that is shipped; what was measured here since `stages.forget` is taken.
-        thrift: of what is trained.
+        retrain: take nothing that is shipped; what was measured here since `checkpoints.forget` is taken.
     Returns:
         As `recall.measure`, method being the variant's label, and also group and state (`BLANK`, at distance 0, or
         `CARRIED`).
     Raises:
         UserError: a damaged file; diverged training.
     """
-    lm = stages.load_or_train("lm", profile, seed, retrain, thrift)
+    lm = load_or_train("rwkv4-dialogue", profile, seed, retrain)
     shipped = [] if retrain or not shipped_path().is_file() else [predictions.read(shipped_path())]
     parts = []
     for variant in variants(profile, seed):
-        plan, name = plan_of(variant.spec, profile, lm, variant.seed, thrift), variant.name(profile)
-        record = {"generator": plan.record, "measured": stages.plain(_measuring(profile))}
-        own = stages.kept(profile) / f"{name}{stages.MEASURED}"
-        kept = [*shipped, *([predictions.read(own)] if own.is_file() else [])]
-        entries = ((header["variants"].get(name), rows[rows.variant == name]) for header, rows in kept)
+        given, name = (variant.recipe, profile, variant.seed), variant.name(profile)
+        trained = record_of(*given, variant.changes, lm).as_json()
+        record = {"trained": trained, "measured": json.loads(json.dumps(_measuring(profile)))}
+        own = kept(name, profile).with_suffix(MEASURED)
+        found = [*shipped, *([predictions.read(own)] if own.is_file() else [])]
+        entries = ((header["variants"].get(name), rows[rows.variant == name]) for header, rows in found)
         entry, rows = next(((e, r) for e, r in entries if e and e["record"] == record), (None, None))
         if entry:
             distributed.say(f"{variant.label}: measured before, on {entry['device']}: same sizes, seed and data")
         else:
-            rows = _measure(lm, variant.spec.stage, stages.obtain(plan, profile, retrain), profile)
+            rows = _measure(lm, load_or_train(*given, retrain, variant.changes, lm), profile)
             rows = rows.assign(variant=name)
             if distributed.first():
                 predictions.write(own, {"variants": {name: {"record": record, **provenance.facts()}}}, rows)
@@ -146,12 +154,21 @@ def _distances(profile: Profile) -> list[int]:
     return [0, max(profile.study.distances)]
 
 
-def _measure(lm: LanguageModel, stage: str, generator: Generator, profile: Profile) -> pd.DataFrame:
+def _measure(lm: LanguageModel, generator: Generator, profile: Profile) -> pd.DataFrame:
     evaluation, found = profile.evaluation, []
     facts, probes = evaluation.main_facts, min(evaluation.probes, evaluation.main_facts)
     for seed in evaluation.seeds:
-        data = stages.dialogues(SPLIT, seed)
-        given = (lm, {stage: generator}, [stage], data, _distances(profile), facts, profile.study.prompts, probes)
+        data = load_dialogues(SPLIT, seed)
+        given = (
+            lm,
+            {"generator": generator},
+            ["generator"],
+            data,
+            _distances(profile),
+            facts,
+            profile.study.prompts,
+            probes,
+        )
         found.append(recall.measure(*given).assign(state=CARRIED))
         items = data.items(profile.study.prompts, Shape(facts, 0, probes, instructions=2))
         delta = generator.memorize(lm, [list(data.encode_prompt(item)) for item in items])

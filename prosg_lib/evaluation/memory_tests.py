@@ -14,6 +14,7 @@ Glossary of shapes: B problems, M tokens of memory, T tokens of the rest, D mode
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,9 +43,10 @@ from prosg_lib.tasks.problems import Problem, ProblemBatch, problem_batch
 from prosg_lib.tasks.suite import SPLIT, Material, Setting, problem_of, settings
 from prosg_lib.text.padding import left_padded
 from prosg_lib.text.prose import ProseTokens, load_prose
-from prosg_lib.training import distributed, stages
-from prosg_lib.training.stages import PLENTY, Thrift
-from prosg_lib.training.suite_stages import MODELS, WAYS, checkpoint_name, suite_model, suite_way
+from prosg_lib.training import distributed
+from prosg_lib.training.checkpoints import PREDICTED, kept
+from prosg_lib.training.load_or_train import load_or_train
+from prosg_lib.training.recipes import checkpoint_name
 
 
 class Test(NamedTuple):
@@ -269,7 +271,7 @@ def described(
         "generator_fingerprint": None if generator is None else fingerprint(generator),
         "methods": list(methods_of(generator)),
         "profile": profile.name,
-        "cells": stages.plain(profile.forgetting.cells),
+        "cells": json.loads(json.dumps(profile.forgetting.cells)),
         "split": SPLIT,
         "seeds": list(seeds),
         "items": items,
@@ -331,31 +333,25 @@ SHOWN = {
 """Of the study: part -> its methods that are compared, and what they are called there."""
 
 
-def study_names(profile: Profile) -> list[str]:
-    """Of all checkpoints of the study."""
-    return [checkpoint_name(what, profile) for what in (*MODELS, *WAYS)]
+RECIPES = {"token": "rwkv4-suite-token", "adapter": "rwkv4-suite-adapter", "transformer": "llama-suite"}
+"""Of the study: part -> the recipe of what is measured."""
 
 
-def study(profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift = PLENTY) -> pd.DataFrame:
+def study(profile: Profile, seed: int = 0, retrain: bool = False) -> pd.DataFrame:
     """Answers of the models that were trained on these tests: what is kept and fits is taken, the rest is trained,
     asked and kept.
 
     Args:
         seed: of the trainings and of the problems.
-        retrain: take nothing that is shipped; what was made here since `stages.forget` is taken.
-        thrift: of what is trained.
+        retrain: take nothing that is shipped; what was made here since `checkpoints.forget` is taken.
     Returns:
         As `answers`, of all methods in `SHOWN`.
     Raises:
         UserError: a damaged file; diverged training.
     """
-    given = (profile, seed, retrain, thrift)
-    lm = suite_model("recurrent", *given)
-    models = {
-        "token": (lm, suite_way("token", *given)),
-        "adapter": (lm, suite_way("adapter", *given)),
-        "transformer": (suite_model("transformer", *given), None),
-    }
+    lm = load_or_train("rwkv4-suite", profile, seed, retrain)
+    models = {what: (lm, load_or_train(RECIPES[what], profile, seed, retrain, lm=lm)) for what in ("token", "adapter")}
+    models["transformer"] = load_or_train(RECIPES["transformer"], profile, seed, retrain), None
     parts = []
     for what, (model, generator) in models.items():
         rows = _kept_or_run(what, model, generator, profile, seed, retrain)
@@ -364,28 +360,28 @@ def study(profile: Profile, seed: int = 0, retrain: bool = False, thrift: Thrift
     return pd.concat(parts, ignore_index=True)
 
 
-def shipped(what: str, profile: Profile) -> Path:
+def shipped(what: str, profile: Profile, seed: int = 0) -> Path:
     """Where the repository keeps the answers of a part of the study, if it does."""
-    return paths.data_dir() / "measured" / f"{checkpoint_name(what, profile)}{stages.PREDICTED}"
+    return paths.data_dir() / "measured" / f"{checkpoint_name(RECIPES[what], profile, seed)}{PREDICTED}"
 
 
 def _kept_or_run(
     what: str, lm: LanguageModel, generator: Generator | None, profile: Profile, seed: int, retrain: bool
 ) -> pd.DataFrame:
     items = profile.forgetting.items
-    wanted = stages.plain(described(lm, generator, profile, (seed,), items))
-    own = stages.kept(profile) / f"{checkpoint_name(what, profile)}{stages.PREDICTED}"
-    for path in (own,) if retrain else (shipped(what, profile), own):
+    wanted = json.loads(json.dumps(described(lm, generator, profile, (seed,), items)))
+    own = kept(checkpoint_name(RECIPES[what], profile, seed), profile).with_suffix(PREDICTED)
+    for path in (own,) if retrain else (shipped(what, profile, seed), own):
         if path.is_file():
             header, rows = predictions.read(path)
             if wanted.items() <= header.items():
                 distributed.say(f"{path.name}: measured before, on {header['device']}, for this model and generator")
                 return rows
-    recurrent = checkpoint_name("recurrent", profile)
+    recurrent = checkpoint_name("rwkv4-suite", profile, seed)
     named = {
-        "model": recurrent if generator else checkpoint_name(what, profile),
-        "generator": checkpoint_name(what, profile) if generator else None,
-        "command": f"prosg train suite --profile {profile.name} --seed {seed}",
+        "model": recurrent if generator else checkpoint_name(RECIPES[what], profile, seed),
+        "generator": checkpoint_name(RECIPES[what], profile, seed) if generator else None,
+        "command": f"prosg reproduce --notebook 06_forgetting_evaluation --profile {profile.name} --seed {seed}",
     }
     header, rows = run(lm, generator, named, profile, (seed,), items)
     if distributed.first():

@@ -109,7 +109,7 @@ def reproduce(
     arguments = bind(selected, {"profile": profile.name, "seed": seed, "retrain": retrain}, parameters or {})
     run_dir = paths.runs_dir(profile.name).resolve()
     if retrain:
-        from prosg_lib.training.stages import forget
+        from prosg_lib.training.checkpoints import forget
 
         forget(profile)
     _forget(run_dir, [path.stem for path in selected])

@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from prosg_lib import files, plots
+from prosg_lib.backbones.loading import load_model
 from prosg_lib.config import Profile
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import memory_tests, predictions, recall
@@ -32,8 +33,8 @@ from prosg_lib.evaluation.statistics import (
     locality,
     mean,
 )
-from prosg_lib.training import stages
-from prosg_lib.training.model_choice import choose_generator, choose_model
+from prosg_lib.training.checkpoints import load_generator, own_generator
+from prosg_lib.training.distributed import device
 
 FILE = "predictions.jsonl.gz"
 
@@ -79,7 +80,7 @@ def evaluate(
     """`prosg evaluate --model`: the memory tests' predictions for all methods, and the report on them.
 
     Args:
-        model: as `model_choice.choose_model` takes it; generator: as `choose_generator` does; None: the model's own,
+        model: as `load_model` takes it; generator: as `load_generator` does; None: the model's own,
             if one is shipped.
         items: problems a cell and seed; None: the profile's.
         command: the command line, for the record.
@@ -92,9 +93,9 @@ def evaluate(
         raise UserError(f"a seed is repeated ({', '.join(map(str, seeds))}); name each once")
     if items < 2:
         raise UserError(f"{items} item a cell; at least two are needed, because one is the other's wrong memory")
-    lm = choose_model(model)
-    generator = generator or stages.own_generator(model)
-    chosen = None if generator is None else choose_generator(generator, lm)
+    lm = load_model(model).to(device()).requires_grad_(False)
+    generator = generator or own_generator(model)
+    chosen = None if generator is None else load_generator(generator, lm)
     named = {"model": model, "generator": generator, "command": command}
     predictions.write(folder / FILE, *memory_tests.run(lm, chosen, named, profile, seeds, items))
     recompute(folder / FILE, folder)

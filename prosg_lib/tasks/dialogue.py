@@ -22,7 +22,7 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 from torch import Tensor
 
@@ -31,8 +31,8 @@ from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.text.padding import left_padded, right_padded
-from prosg_lib.text.prose import ProseTokens, check_split
-from prosg_lib.text.tokenizer import Tokenizer
+from prosg_lib.text.prose import ProseTokens, check_split, load_prose
+from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = 1
 """Increased whenever the same seed would give different items; checkpoints of another version are not loaded."""
@@ -373,3 +373,19 @@ def data_hash(tokenizer: Tokenizer, rich: bool = False) -> str:
     if rich:
         digest.update(json.dumps(asides(), sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=8)
+def load_dialogues(split: str, seed: int, rich: bool = False, tokenizer: Tokenizer | None = None) -> Dialogues:
+    """The data set of a split and seed, with the prose that this machine has; distances count the tokenizer's tokens.
+
+    Args:
+        tokenizer: a model's; None: the project's own.
+    """
+    tokenizer = tokenizer or load_tokenizer()
+    return Dialogues(tokenizer, _prose(split, tokenizer), split, seed, rich)
+
+
+@lru_cache(maxsize=6)
+def _prose(split: str, tokenizer: Tokenizer) -> ProseTokens:
+    return ProseTokens.of(load_prose(), split, tokenizer)

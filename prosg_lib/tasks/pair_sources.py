@@ -12,7 +12,7 @@ from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pairs import Fitted, Pair, fitted
 from prosg_lib.tasks.reversal import reversal
 from prosg_lib.tasks.squad import squad
-from prosg_lib.tasks.wikitext import wikitext
+from prosg_lib.tasks.wikitext import copied, named, wikitext
 from prosg_lib.text.prose import books_folder
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,14 +46,31 @@ def pairs_of(task: str, split: str, profile: Profile, tokenizer: Tokenizer | Non
     """
     sizes = profile.pairs
     if not available(task, profile):
-        raise _missing(task, profile)
+        raise missing(task, profile)
     return fitted(_pairs(task, split, sizes), tokenizer or load_tokenizer(), sizes.context, sizes.query)
 
 
-def _missing(task: str, profile: Profile) -> UserError:
+def missing(task: str, profile: Profile) -> UserError:
+    """The error for a task that a profile does not have, or that this machine has no data for."""
     if task not in profile.pairs.tasks:
         return UserError(f"{task} is no task of {profile.name}; take cpu or gpu")
     return UserError(f"the data of {task} are not here; set PROSG_TEST_DATA to a folder with xquad/ or wikitext-2/")
+
+
+def prose_pairs(kind: str, profile: Profile) -> dict[str, tuple[Pair, ...]]:
+    """Pairs of the training split from every source of prose on this machine, by "KIND from SOURCE".
+
+    Args:
+        kind: "copied": any sentence of a passage is completed; "named": one that breaks off before a name.
+    """
+    sizes, make = profile.pairs, {"copied": copied, "named": named}[kind]
+    sources = _sources("wikitext", sizes) if "wikitext" in sizes.tasks and not sizes.hub else []
+    return {
+        f"{kind} from {source.name}": fitted(
+            make("train", source, sizes.words), load_tokenizer(), sizes.context, sizes.query
+        ).pairs
+        for source in sources
+    }
 
 
 def _pairs(task: str, split: str, sizes: PairSizes) -> tuple[Pair, ...]:

@@ -56,10 +56,9 @@ def device() -> torch.device:
     return found if found.type == "cuda" else torch.device(found.type)
 
 
-def bfloat16(wanted: bool) -> bool:
-    """Whether to calculate under bfloat16 autocast: where it is wanted and the GPU has it, or the launcher says so."""
-    on_gpu = device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return accelerator().mixed_precision == "bf16" or (wanted and on_gpu)
+def bfloat16() -> bool:
+    """Whether to compute under bfloat16 autocast: where the launcher says so (`--mixed_precision bf16`)."""
+    return accelerator().mixed_precision == "bf16"
 
 
 def count() -> int:

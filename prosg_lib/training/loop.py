@@ -1,4 +1,4 @@
-"""The one training loop: progress, checkpoints, resume; in one process or several. On what: `stages.py`.
+"""The one training loop: progress, checkpoints, resume; in one process or several. On what: `work.py`.
 
 Under `accelerate launch` each process takes its part of a step's batch, and the gradients of all are added up once a
 step; so every process has the same weights, and the step is the one that a single process would take.
@@ -31,9 +31,6 @@ from prosg_lib.errors import Diverged, NotFinite, UserError
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.training import distributed
 
-RECIPE = 1
-"""Goes up when the same sizes, seed and data would train to something else; other recipes' checkpoints do not load."""
-
 SAVE_EVERY_S = 60.0
 _LINES = 100  # of a log, at most
 _GROUP = {"factor": 1.0, "clip": 1.0}
@@ -57,7 +54,7 @@ def fit(
     record: dict,
     save_every_s: float = SAVE_EVERY_S,
     at_once: int | None = None,
-    held: int = 0,
+    peak_until: int = 0,
 ) -> None:
     """Train `module` in place; safe to kill at any moment and to call again, with as many processes or others.
 
@@ -73,7 +70,7 @@ def fit(
         folder: `<name>.checkpoint.safetensors` is kept here while training, `<name>.jsonl` logs every line.
         record: what was trained on which data; a checkpoint with another record is not continued.
         at_once: so many examples are in memory at a time, and their gradients summed; None: all of the process's part.
-        held: so many first steps keep the peak learning rate, once it is reached.
+        peak_until: number of first steps at the peak learning rate, after warm-up.
     Raises:
         Diverged: the loss is not finite, in whichever process; the last good checkpoint stays.
         UserError: the checkpoint in `folder` belongs to another configuration, or is damaged; a batch has fewer
@@ -91,10 +88,10 @@ def fit(
     with _told_to_end() as told:
         for step, batch in enumerate(_drawn_ahead(batch_of, start, sizes.steps, device), start):
             for group in optimiser.param_groups:
-                group["lr"] = group["factor"] * (sizes.lr * schedule(step, sizes, held))
+                group["lr"] = group["factor"] * (sizes.lr * schedule(step, sizes, peak_until))
             optimiser.zero_grad(set_to_none=True)
             if not distributed.first():  # the first one's random numbers are those of a single process
-                torch.manual_seed(random.Random(f"{record}/{step}/{distributed.index()}").getrandbits(63))
+                torch.manual_seed(random.Random(f"{name}/{step}/{distributed.index()}").getrandbits(63))
             try:
                 loss = _backward(step, _own(batch), at_once, loss_of, parameters)
             except NotFinite as error:
@@ -221,9 +218,9 @@ def _deaf(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def schedule(step: int, sizes: Training, held: int = 0) -> float:
-    """Share of the peak learning rate: a linear warm-up, then a cosine, from step `held` on, down to a twentieth."""
-    progress = max(0, step - held) / max(1, sizes.steps - held)
+def schedule(step: int, sizes: Training, peak_until: int = 0) -> float:
+    """Share of the peak learning rate: linear warm-up, then from step `peak_until` on a cosine down to a twentieth."""
+    progress = max(0, step - peak_until) / max(1, sizes.steps - peak_until)
     return min(1.0, (step + 1) / sizes.warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

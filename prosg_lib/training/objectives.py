@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.config.sizes import Training
+from prosg_lib.config import Curriculum, Training
 from prosg_lib.deltas.applying import applied
-from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator
 from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, DialogueBatch, Dialogues, Shape, dialogue_batch
 from prosg_lib.training.loop import Loss
@@ -114,45 +113,11 @@ def _all_kinds(batch: DialogueBatch) -> Tensor:
     return torch.cat([batch.prompt_valid.long() * TEXT, batch.kind], 1)
 
 
-ALONE = 0.4
-"""Share of a generator's training in which it works alone: blank state, questions right behind the prompt.
-
-With the state always carried over, the model answers from it at short distances and the change is never needed."""
-
-_BLANK_LATER = 0.5  # share of later steps that still start from a blank state
-
-
-LOCAL = 0.6
-"""Share of a generator's training after which it is also held to what the model says without it, word for word."""
-
-_LOCALITY = 3.0  # weight of that term; with the text's own loss alone, prose came out 17 % more perplexing
-
-
-@dataclass(frozen=True)
-class Curriculum:
-    """The course of a generator's training.
-
-    Attributes:
-        alone: share of the steps in which the change works alone; blank: share of the later ones that start from a
-            blank state, too.
-        local, locality: share of the steps after which locality counts, and its weight.
-    """
-
-    alone: float = ALONE
-    blank: float = _BLANK_LATER
-    local: float = LOCAL
-    locality: float = _LOCALITY
-
-    def __post_init__(self):
-        if not all(0 <= share <= 1 for share in (self.alone, self.blank, self.local)) or self.locality < 0:
-            raise UserError(f"no training has {self}; shares are 0 to 1, and the weight of locality is not negative")
-
-
 USUAL = Curriculum()
 
 
-def generator_draw(data: Dialogues, sizes: Training, course: Curriculum = USUAL) -> Draw:
-    return Draw(data, sizes, int(course.alone * sizes.steps), 24, (0, 1, 2, 2))
+def generator_draw(data: Dialogues, sizes: Training, curriculum: Curriculum = USUAL) -> Draw:
+    return Draw(data, sizes, int(curriculum.alone * sizes.steps), 24, (0, 1, 2, 2))
 
 
 def generator_objective(
@@ -161,7 +126,7 @@ def generator_objective(
     sizes: Training,
     seed: int,
     autocast: bool = False,
-    course: Curriculum = USUAL,
+    curriculum: Curriculum = USUAL,
 ) -> Callable[[int, DialogueBatch], Loss]:
     """End to end (V1): loss of the answers, given the change of the weights; the model itself stays frozen.
 
@@ -170,8 +135,8 @@ def generator_objective(
     """
 
     def loss_of(step: int, batch: DialogueBatch) -> Loss:
-        alone, local = step < int(course.alone * sizes.steps), step >= int(course.local * sizes.steps)
-        blank = alone or random.Random(f"blank/{seed}/{step}").random() < course.blank
+        alone, local = step < int(curriculum.alone * sizes.steps), step >= int(curriculum.local * sizes.steps)
+        blank = alone or random.Random(f"blank/{seed}/{step}").random() < curriculum.blank
         ids, targets, kind = batch.rest[:, :-1], batch.rest[:, 1:], batch.kind[:, 1:]
         within = Within(batch.whole.kind[:, 1:], batch.rows)
         with autocast_on(ids.device, autocast):
@@ -187,7 +152,7 @@ def generator_objective(
                 parts["locality"] = divergence(lm, plain, hidden, kind, 0.3, step, within)
         weights = {ANSWER: 1.0} if alone else {TEXT: 0.5, ANSWER: 1.0, COMPETING: 1.0}
         total = sum(weight * losses[k] for k, weight in weights.items() if k in losses)
-        return Loss(total + course.locality * parts["locality"] if local else total, parts)
+        return Loss(total + curriculum.locality * parts["locality"] if local else total, parts)
 
     return loss_of
 

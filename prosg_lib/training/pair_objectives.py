@@ -54,7 +54,7 @@ def _predicted(batch: PairBatch) -> dict[str, Tensor]:
 
 
 def pair_objective(
-    lm: LanguageModel, way: Method, objective: str, everywhere: bool = False, successive: bool = False, echoes: int = 0
+    lm: LanguageModel, way: Method, objective: str, everywhere: bool = False, successive: bool = False, repeats: int = 0
 ) -> Callable[[int, PairBatch], Loss]:
     """The outer loss of a way to take contexts in; the model itself stays as it is.
 
@@ -65,7 +65,7 @@ def pair_objective(
     Args:
         everywhere: over the query's positions as well, not the answer's alone.
         successive: one step a context, in their order, instead of one for all.
-        echoes: so many first steps are random tokens said twice (`PairDraw`). They are LG's under either objective: a
+        repeats: so many first steps are random tokens said twice (`PairDraw`). They are LG's under either objective: a
             model of language does not go on with random tokens, even where it has just read them.
     Raises:
         UserError: unknown objective.
@@ -82,7 +82,7 @@ def pair_objective(
         says = adapted(way, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1], last)
         student = F.log_softmax(says[where].float(), -1)
         gold = (F.nll_loss(student, targets[where], reduction="none") * share).sum()
-        if objective == "LG" or step < echoes:
+        if objective == "LG" or step < repeats:
             return Loss(gold, {"gold": gold})
         with torch.no_grad():
             given = hidden_of(lm, batch.prompted)[:, -last:][where]

@@ -1,9 +1,9 @@
-"""Objectives on the established memory tests."""
+"""Training on the established tests of memory: the problems of every step, and what is minimised on them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.config import PairTraining, Profile
 from prosg_lib.deltas.applying import applied
+from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator
 from prosg_lib.tasks.examples import Examples
-from prosg_lib.tasks.problems import ProblemBatch
+from prosg_lib.tasks.problems import Problem, ProblemBatch, problem_batch
+from prosg_lib.tasks.suite import Material, Setting, problem_of, settings
 from prosg_lib.training.loop import Loss
 from prosg_lib.training.objectives import autocast_on
 
@@ -65,7 +68,7 @@ def _losses(lm: LanguageModel, hidden: Tensor, batch: ProblemBatch) -> Tensor:
     return F.cross_entropy(said, batch.gold[batch.judged], reduction="sum") / batch.whole.judged.sum()
 
 
-def model_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, Mixed], Loss]:
+def lm_problem_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, Mixed], Loss]:
     """Next-token loss over memory and rest in one pass; the judged positions count, the others hardly."""
 
     def loss_of(step: int, batch: ProblemBatch) -> Loss:
@@ -83,16 +86,70 @@ def model_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int,
     return _mean(loss_of)
 
 
-def way_objective(lm: LanguageModel, way: Generator, seed: int, autocast: bool = False) -> Callable[[int, Mixed], Loss]:
+def generator_problem_objective(
+    lm: LanguageModel, generator: Generator, seed: int, autocast: bool = False
+) -> Callable[[int, Mixed], Loss]:
     """Loss of the judged positions with the memory in the weights, from a blank state or from the memory's."""
 
     def loss_of(step: int, batch: ProblemBatch) -> Loss:
         carried = random.Random(f"carried/{seed}/{step}").random() < _CARRIED
         with autocast_on(batch.rest.device, autocast):
-            delta, state = way(lm, batch.memory.ids, batch.memory.valid)
+            delta, state = generator(lm, batch.memory.ids, batch.memory.valid)
             with applied(lm, delta):
                 hidden, _ = lm.step_through(batch.rest, state if carried else None, None)
             answer = _losses(lm, hidden, batch)
         return Loss(answer, {"answer": answer})
 
     return _mean(loss_of)
+
+
+@dataclass(frozen=True)
+class ProblemDraw:
+    """Step -> problems of all tests, training split; a cell of each.
+
+    The first steps have the shortest cells alone, and half-way through the training there are all of them: with long
+    ones from the start nothing was looked up after half of it.
+
+    Attributes:
+        cells: by test, each with the tokens of a problem of it.
+        longest: tokens that a problem has at most; training: its steps, and problems a step.
+    """
+
+    cells: Mapping[str, Sequence[tuple[int, Setting]]]
+    longest: int
+    material: Material
+    training: PairTraining
+    seed: int
+
+    def __call__(self, step: int) -> Mixed:
+        rng = random.Random(f"suite/{self.seed}/{step}")
+        shortest = min(size for cells in self.cells.values() for size, _ in cells)
+        room = shortest + (self.longest - shortest) * min(1.0, 2 * step / self.training.steps)
+        fitting = {test: [cell for size, cell in cells if size <= room] for test, cells in self.cells.items()}
+        found = [rng.choice(cells) for _, cells in sorted(fitting.items()) if cells]
+        numbers = range(step * self.training.batch, (step + 1) * self.training.batch)
+        # A small batch has not all tests in it; later steps have the others.
+        own = [(cell, numbers[n :: len(found)]) for n, cell in enumerate(rng.sample(found, len(found)))]
+        return Mixed(tuple(problem_batch([self.problem(cell, n) for n in some]) for cell, some in own if some))
+
+    def problem(self, cell: Setting, number: int) -> Problem:
+        return problem_of(cell, self.material, self.seed, number, "train")
+
+
+def practice(profile: Profile, material: Material) -> dict[str, list[tuple[int, Setting]]]:
+    """The cells that are trained on, by test, each with the tokens of a problem of it.
+
+    Raises:
+        UserError: none is short enough.
+    """
+    sizes = profile
+    cells, _ = settings(sizes.suite.practice, material.tokenizer.vocab)
+    short: dict[str, list[tuple[int, Setting]]] = {}
+    for cell in cells:
+        first = problem_of(cell, material, 0, 0, "train")
+        size = len(first.memory) + len(first.rest)
+        if size <= sizes.suite.longest:
+            short.setdefault(first.task, []).append((size, cell))
+    if not short:
+        raise UserError(f"no test of the profile {profile.name} has at most {sizes.suite.longest} tokens to train on")
+    return short

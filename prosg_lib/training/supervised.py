@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.config.sizes import SupervisedSize, Training
+from prosg_lib.config import Curriculum, SupervisedSize, Training
 from prosg_lib.deltas.gradient_factors import TokenFactors, sequence_factors
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
@@ -31,7 +31,7 @@ from prosg_lib.generators.true_gradient import (
 )
 from prosg_lib.tasks.dialogue import ANSWER, DialogueBatch
 from prosg_lib.training.loop import Loss
-from prosg_lib.training.objectives import USUAL, Curriculum, autocast_on, generator_objective
+from prosg_lib.training.objectives import USUAL, autocast_on, generator_objective
 
 
 def supervised_objective(
@@ -42,7 +42,7 @@ def supervised_objective(
     size: SupervisedSize,
     sample: DialogueBatch,
     autocast: bool = False,
-    course: Curriculum = USUAL,
+    curriculum: Curriculum = USUAL,
 ) -> Callable[[int, DialogueBatch], Loss]:
     """First (V2) the error of what the generator predicts, then (V1) the loss of the answers given the change.
 
@@ -55,16 +55,11 @@ def supervised_objective(
         sample: dialogues by which c is chosen, once.
         generator: of any kind.
     Raises:
-        UserError: unknown teacher, or a share of lessons that is none.
+        UserError: unknown teacher.
     """
-    if not 0 <= size.lessons <= 1 or size.strength <= 0:
-        raise UserError(
-            f"lessons are a share of the steps, {size.lessons} is none; or a strength of {size.strength}, which has to "
-            "be above 0"
-        )
     gradient_of = teacher(size.teacher)
     lessons = int(size.lessons * sizes.steps)
-    end_to_end = generator_objective(lm, generator, sizes, seed, autocast, course)
+    end_to_end = generator_objective(lm, generator, sizes, seed, autocast, curriculum)
     kind = next(generator.parameters()).dtype  # under autocast, gradients come in another
     steps = steps_of(lm, gradient_of(lm, generator.names, sample), size.strength)
 
@@ -82,7 +77,7 @@ def supervised_objective(
 
 
 @torch.no_grad()
-def read_as(lm: LanguageModel, generator: Generator, size: SupervisedSize, sample: DialogueBatch) -> None:
+def start_directions(lm: LanguageModel, generator: Generator, size: SupervisedSize, sample: DialogueBatch) -> None:
     """Let the generator's reading directions start as those that read the most of the teacher's gradients.
 
     Random ones read r of `in` dimensions, and what they do not read can be no lesson.

@@ -23,7 +23,7 @@ from prosg_lib.backbones.rwkv_layouts import to_author, to_hf
 from prosg_lib.errors import UserError
 from prosg_lib.text.tokenizer import Tokenizer
 from prosg_lib.text.world_tokenizer import WorldTokenizer
-from prosg_lib.training.stages import load_generator
+from prosg_lib.training.checkpoints import load_generator
 
 NAMES = {"prosg": "m.safetensors", "transformers": "folder", "author": "m.pth"}
 

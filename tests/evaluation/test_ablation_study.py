@@ -5,15 +5,15 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
-from test_ablations import TINY
+from tiny import TINY
 
-from prosg_lib import cli
 from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.config.sizes import Evaluation, Study
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import ablation_study, predictions
 from prosg_lib.evaluation.ablation_study import BLANK, CARRIED, measure, variants
-from prosg_lib.training import stages
+from prosg_lib.training import load_or_train
+from prosg_lib.training.checkpoints import MEASURED, forget, kept
 
 SMALL = replace(
     TINY,
@@ -26,7 +26,7 @@ SMALL = replace(
 def place(small_world, tmp_path):
     """An empty folder of checkpoints."""
     with small_world(SMALL, tmp_path):
-        yield stages.kept(get_profile("tiny"))
+        yield kept("any", SMALL).parent
 
 
 def test_a_variant_is_the_basis_in_all_but_its_own_choice():
@@ -53,8 +53,8 @@ def test_every_choice_of_the_study_is_in_the_large_profiles():
 def test_measured_once(place, monkeypatch, capsys):
     """The second time nothing is trained and nothing asked, and the table is the same; prompts, states and distances
     are all there."""
-    assert cli.main(["train", "ablations", "--profile", "tiny"]) == 0
-    monkeypatch.setattr(stages, "fit", None)
+    measure(SMALL)
+    monkeypatch.setattr(load_or_train, "fit", None)
     monkeypatch.setattr(ablation_study, "_measure", None)
     first = measure(get_profile("tiny"))
     assert "rank 1: measured before" in capsys.readouterr().out
@@ -67,19 +67,19 @@ def test_measured_once(place, monkeypatch, capsys):
 
 
 def test_a_measurement_of_another_training_is_not_taken(place):
-    """A file whose record differs is measured anew; `stages.forget` removes it; a damaged one is named."""
+    """A file whose record differs is measured anew; `forget` removes it; a damaged one is named."""
     tiny = get_profile("tiny")
     first, (basis, *_) = measure(tiny), variants(tiny)
-    path = place / f"{basis.name(tiny)}{stages.MEASURED}"
+    path = place / f"{basis.name(tiny)}{MEASURED}"
     header, rows = predictions.read(path)
-    header["variants"][basis.name(tiny)]["record"]["generator"]["seed"] = 7
+    header["variants"][basis.name(tiny)]["record"]["trained"]["seed"] = 7
     predictions.write(path, header, rows.assign(recall=9.0))
     assert_frame_equal(measure(tiny), first)
-    assert predictions.read(path)[0]["variants"][basis.name(tiny)]["record"]["generator"]["seed"] == 0
+    assert predictions.read(path)[0]["variants"][basis.name(tiny)]["record"]["trained"]["seed"] == 0
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=path.name.replace("+", r"\+")):
         measure(tiny)
-    stages.forget(tiny)
+    forget(tiny)
     assert not path.exists()
 
 
@@ -88,10 +88,10 @@ def test_shipped_measurements_are_taken_but_not_when_training_anew(place, monkey
     tiny = get_profile("tiny")
     first = measure(tiny)
     monkeypatch.setattr(ablation_study.paths, "data_dir", lambda: tmp_path / "data")
-    headers, parts = zip(*(predictions.read(path) for path in place.glob(f"*{stages.MEASURED}")), strict=True)
+    headers, parts = zip(*(predictions.read(path) for path in place.glob(f"*{MEASURED}")), strict=True)
     every = {name: entry for header in headers for name, entry in header["variants"].items()}
     predictions.write(ablation_study.shipped_path(), {"variants": every}, pd.concat(parts))
-    stages.forget(tiny)
+    forget(tiny)
     measured = []
     monkeypatch.setattr(ablation_study, "_measure", lambda *given: measured.append(given[1]) or first.head(1))
     assert_frame_equal(measure(tiny), first)
@@ -102,6 +102,6 @@ def test_shipped_measurements_are_taken_but_not_when_training_anew(place, monkey
 
 def test_what_is_shipped_fits_the_profile(monkeypatch):
     """Nothing is trained or measured for the reference's numbers."""
-    monkeypatch.setattr(stages, "fit", None)
+    monkeypatch.setattr(load_or_train, "fit", None)
     monkeypatch.setattr(ablation_study, "_measure", None)
     assert set(measure(get_profile("cpu")).method) == {variant.label for variant in variants(get_profile("cpu"))}

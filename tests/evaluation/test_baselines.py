@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from prosg_lib.backbones.hub_families import new_mamba2
 from prosg_lib.backbones.hub_transformer import new_llama
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.config.profiles import PROFILES
@@ -28,7 +29,6 @@ from prosg_lib.evaluation.baselines import (
 )
 from prosg_lib.evaluation.reading import answering, read
 from prosg_lib.gradient_steps.one_step import context_nll
-from prosg_lib.training.pretrained_stages import new_small
 
 NEWLINE, ANSWER = 7, 8
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -291,7 +291,7 @@ def test_other_families_states_are_mixed_and_tuned(prompts, texts):
     """A Mamba-2 of `transformers`: its matrices are mixed as they are, its convolution goes on with the text's last
     tokens; and from a tuned state every prompt is likelier."""
     torch.manual_seed(0)
-    lm = new_small(PROFILES["smoke"].pretrained).eval()
+    lm = new_mamba2(PROFILES["smoke"].pretrained.model.settings).eval()
     prompts = [prompts[0], prompts[3]]
     begin = start(Reinjection(6, 0.25), lm, {}, prompts)
     with torch.no_grad():

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_suite_stages import SMALL
+from tiny import TINY as SMALL
 from torch import nn
 
-from prosg_lib import cli, files
+from prosg_lib import files
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub_transformer import TransformerConfig, new_llama
 from prosg_lib.backbones.state import RecurrentState
@@ -39,7 +39,8 @@ from prosg_lib.tasks import mqar
 from prosg_lib.tasks.problems import Problem
 from prosg_lib.tasks.suite import Material, problem_of, settings
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
-from prosg_lib.training import stages
+from prosg_lib.training import load_or_train
+from prosg_lib.training.checkpoints import PREDICTED, forget, kept
 
 TINY = Forgetting(3, (1, 2), ((16, 2),), (3,), (32,), (0.0, 1.0))
 LITTLE = Prose("a little", dict.fromkeys(SPLITS, own_sentences("test")[:20]))
@@ -353,19 +354,18 @@ def test_the_most_words_that_are_copied():
 @pytest.fixture
 def place(small_world, tmp_path):
     with small_world(SMALL, tmp_path / "runs"):
-        yield stages.kept(get_profile("tiny"))
+        yield kept("any", SMALL).parent
 
 
 def test_all_methods_of_the_study_answer_the_same_problems(place):
     """By the command line; what is kept are files as `prosg evaluate` writes them."""
-    assert cli.main(["train", "suite", "--profile", "tiny"]) == 0
     rows = study(get_profile("tiny"))
     assert list(rows.method.unique()) == [m for shown in SHOWN.values() for m in shown.values()]
     assert list(rows.task.unique()) == ["copy", "mqar", "phonebook", "passkey"]
     assert rows.groupby("method").size().nunique() == 1
-    kept = sorted(path.name for path in place.glob(f"*{stages.PREDICTED}"))
+    found = sorted(path.name for path in place.glob(f"*{PREDICTED}"))
     names = ("llama-suite", "rwkv4-suite-adapter", "rwkv4-suite-token")
-    assert kept == [f"{name}-tiny{stages.PREDICTED}" for name in names]
+    assert found == [f"{name}-tiny{PREDICTED}" for name in names]
     own = predictions.read(place / kept[0])[1]
     assert own[own.method == "base"].predicted.tolist() == rows[rows.method == "transformer"].predicted.tolist()
 
@@ -377,7 +377,7 @@ def test_the_study_is_measured_once_unless_something_differs(place, monkeypatch,
     monkeypatch.setattr(memory_tests, "run", lambda *given: measured.append(given[2]["model"]) or once(*given))
     pd.testing.assert_frame_equal(study(profile), first)
     assert "measured before" in capsys.readouterr().out
-    own = place / f"rwkv4-suite-token-tiny{stages.PREDICTED}"
+    own = place / f"rwkv4-suite-token-tiny{PREDICTED}"
     monkeypatch.setattr(memory_tests.paths, "data_dir", lambda: place.parent / "data")
     shipped = memory_tests.shipped("token", profile)
     for path in (own, predictions.header_path(own)):
@@ -392,13 +392,13 @@ def test_the_study_is_measured_once_unless_something_differs(place, monkeypatch,
     own.write_bytes(own.read_bytes()[:-20])
     with pytest.raises(UserError, match=own.name):
         study(profile)
-    stages.forget(profile, ["rwkv4-suite-token-tiny"])
+    forget(profile, ["rwkv4-suite-token-tiny"])
     assert not own.exists()
 
 
 def test_what_is_shipped_fits_the_shipped_models(monkeypatch):
     """Nothing is trained or measured for the reference's numbers."""
-    monkeypatch.setattr(stages, "fit", None)
+    monkeypatch.setattr(load_or_train, "fit", None)
     monkeypatch.setattr(memory_tests, "run", None)
     rows = study(get_profile("cpu"))
     assert set(rows.method) == {m for shown in SHOWN.values() for m in shown.values()}

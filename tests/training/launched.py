@@ -23,6 +23,7 @@ from prosg_lib.evaluation.recall import answers, judged
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.gradient_steps.map_step import MapStep
+from prosg_lib.tasks import dialogue
 from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.dialogue import Dialogues
 from prosg_lib.tasks.examples import Examples
@@ -30,7 +31,7 @@ from prosg_lib.tasks.pair_batches import PairDraw
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import distributed as processes
-from prosg_lib.training import stages
+from prosg_lib.training import load_or_train
 from prosg_lib.training.loop import Loss, fit
 from prosg_lib.training.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 from prosg_lib.training.pair_objectives import pair_lm_objective, pair_objective
@@ -169,11 +170,11 @@ def measured():
 def main(folder: Path) -> None:
     """All of it, written by each process into a folder of its own; the last is a command that fails."""
     own = folder / f"process-{os.environ['RANK']}"
-    stages.load_prose = little_prose
+    dialogue.load_prose = load_or_train.load_prose = little_prose
     profiles.PROFILES |= {"tiny": TINY, "broken": BROKEN}
     os.environ["PROSG_RUNS"] = str(folder / "runs")
     for name in ("first", "again"):
-        module = stages.load_or_train("token", get_profile("tiny"))
+        module = load_or_train.load_or_train("rwkv4-dialogue-token", get_profile("tiny"))
         files.save_tensors(own / f"{name}.safetensors", module.state_dict(), {})
     for name in trainings():
         weights = trained(name, folder / "whole", at_once=AT_ONCE.get(name))
@@ -183,7 +184,7 @@ def main(folder: Path) -> None:
     for name, frame in zip(("recall", "pairs"), measured(), strict=True):
         frame.to_csv(own / f"{name}.csv")
     numbers = lots(folder / "lots")
-    code = cli.main(["train", "lm", "--profile", "broken"])
+    code = cli.main(["train", "rwkv4-dialogue", "--profile", "broken"])
     files.write_json(own / "done.json", {"errors": errors, "lots": numbers, "code": code})
     sys.exit(code)
 

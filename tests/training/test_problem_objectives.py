@@ -1,26 +1,24 @@
-"""Models of the established tests: what they are trained on, and that each is trained once, kept and found again."""
+"""Training on the established tests: what a step has, and what is minimised."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_stages import TINY
+from tiny import TINY as SMALL
 from torch.testing import assert_close
 
-from prosg_lib import cli
-from prosg_lib.config import get_profile, profiles
-from prosg_lib.config.sizes import Forgetting, PairTraining, SuiteSizes
+from prosg_lib.config import PairTraining
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.suite import problem_of
-from prosg_lib.training import stages, suite_stages
-from prosg_lib.training.problem_objectives import model_objective, way_objective
-from prosg_lib.training.suite_stages import checkpoint_name, suite_model, suite_way
-
-SMALL = replace(
-    TINY,
-    forgetting=Forgetting(2, (1, 3), ((64, 4),), (3,), (40,), (0.5,)),
-    suite=SuiteSizes(*4 * (PairTraining(2, 2, 1e-3, warmup=1),), longest=150),
+from prosg_lib.tasks.suite import Material, problem_of
+from prosg_lib.text.prose import ProseTokens
+from prosg_lib.text.tokenizer import load_tokenizer
+from prosg_lib.training import work
+from prosg_lib.training.problem_objectives import (
+    ProblemDraw,
+    generator_problem_objective,
+    lm_problem_objective,
+    practice,
 )
 
 
@@ -31,10 +29,12 @@ def place(small_world, tmp_path):
 
 
 def draw():
-    return suite_stages._draw(get_profile("tiny"), SMALL.suite.recurrent, 0)
+    tokenizer = load_tokenizer()
+    material = Material(tokenizer, ProseTokens.of(work.load_prose(), "train", tokenizer))
+    return ProblemDraw(practice(SMALL, material), SMALL.suite.longest, material, SMALL.suite.recurrent, 0)
 
 
-def test_cells_are_the_short_ones_and_problems_those_of_training(monkeypatch):
+def test_cells_are_the_short_ones_and_problems_those_of_training():
     """All four tests are there; what is drawn is of the training split, and nothing that is asked later."""
     material, cells = draw().material, draw().cells
     assert set(cells) == {"copy", "mqar", "phonebook", "passkey"}
@@ -43,10 +43,7 @@ def test_cells_are_the_short_ones_and_problems_those_of_training(monkeypatch):
             problem = problem_of(cell, material, 0, 0, "train")
             assert problem.task == task
             assert len(problem.memory) + len(problem.rest) == size <= SMALL.suite.longest
-    shorter = replace(SMALL, suite=replace(SMALL.suite, longest=60))
-    monkeypatch.setitem(profiles.PROFILES, "tiny", shorter)
-    assert "mqar" not in suite_stages.practice(get_profile("tiny"), material)
-    monkeypatch.setitem(profiles.PROFILES, "tiny", SMALL)
+    assert "mqar" not in practice(replace(SMALL, suite=replace(SMALL.suite, longest=60)), material)
     held = {problem_of(c, material, 0, n).memory for cs in cells.values() for _, c in cs for n in (0, 1)}
     for step in range(8):
         for test in draw()(step).tests:
@@ -100,42 +97,19 @@ def test_losses_are_the_mean_over_tests_of_their_judged_positions(lm):
         return sum(found) / len(found)
 
     wanted = mean(lambda test: lm.step_through(test.memory.ids, None, test.memory.valid)[1])
-    parts = [model_objective(lm)(0, part).parts["answer"] for part in batch.split(1)]
-    assert_close(model_objective(lm)(0, batch).parts["answer"], wanted, rtol=1e-4, atol=1e-4)
+    parts = [lm_problem_objective(lm)(0, part).parts["answer"] for part in batch.split(1)]
+    assert_close(lm_problem_objective(lm)(0, batch).parts["answer"], wanted, rtol=1e-4, atol=1e-4)
     assert_close(sum(parts), wanted, rtol=1e-4, atol=1e-4)
 
     def nothing_written(lm, ids, valid):
         return None, lm.step_through(ids, None, valid)[1]
 
-    found = {round(way_objective(lm, nothing_written, 0)(step, batch).total.item(), 4) for step in range(12)}
+    found = {
+        round(generator_problem_objective(lm, nothing_written, 0)(step, batch).total.item(), 4) for step in range(12)
+    }
     assert found == {round(wanted.item(), 4), round(mean(lambda test: None).item(), 4)}
 
 
-def test_trained_once_and_then_loaded(monkeypatch, capsys):
-    """By the command line; each is found by its file's name afterwards, and the suite runs with it."""
-    for what in ("recurrent", "transformer", "token", "adapter"):
-        assert cli.main(["train", f"suite-{what}", "--profile", "tiny"]) == 0
-    assert "suite adapter: training" in capsys.readouterr().out
-    monkeypatch.setattr(stages, "fit", None)
-    lm = suite_model("recurrent", get_profile("tiny"))
-    assert suite_model("transformer", get_profile("tiny")).state_grows
-    for what in ("token", "adapter"):
-        way = suite_way(what, get_profile("tiny"))
-        path = stages.kept(get_profile("tiny")) / f"{checkpoint_name(what, get_profile('tiny'))}.safetensors"
-        same = stages.load_generator(str(path), lm)
-        for a, b in zip(way.parameters(), same.parameters(), strict=True):
-            assert torch.equal(a, b)
-    assert checkpoint_name("transformer", get_profile("cpu")) == "llama-suite"
-    assert checkpoint_name("token", get_profile("cpu")) == "rwkv4-suite-token"
-
-
-def test_what_is_not_there_is_refused(monkeypatch):
-    with pytest.raises(UserError, match="unknown backbone 'rwkv5'; there are recurrent, transformer"):
-        suite_model("rwkv5", get_profile("tiny"))
-    with pytest.raises(UserError, match="unknown method 'final'; there are token, adapter"):
-        suite_way("final", get_profile("tiny"))
-    with pytest.raises(UserError, match="adapter needs second derivatives"):
-        suite_way("adapter", get_profile("tiny"), thrift=stages.Thrift(recompute=True))
-    monkeypatch.setitem(profiles.PROFILES, "tiny", replace(SMALL, suite=replace(SMALL.suite, longest=3)))
-    with pytest.raises(UserError, match="no test of profile 'tiny' has at most 3 tokens"):
-        suite_model("recurrent", get_profile("tiny"))
+def test_without_a_short_test_there_is_nothing_to_train_on():
+    with pytest.raises(UserError, match="no test of the profile tiny has at most 3 tokens"):
+        practice(replace(SMALL, suite=replace(SMALL.suite, longest=3)), draw().material)

@@ -1,0 +1,216 @@
+"""Checkpoints: what each was trained as, the module it holds, and where it is.
+
+A checkpoint is a safetensors file whose header has `kind` ("lm" or "generator"), `record` and `provenance`. The record
+decides whether it is taken for a recipe; the provenance says where it came from and decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from prosg_lib import files, paths
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.hub_families import new_mamba2
+from prosg_lib.backbones.hub_transformer import new_llama
+from prosg_lib.backbones.rwkv4 import RWKV4
+from prosg_lib.config import (
+    AdapterSize,
+    GeneratorSize,
+    Mamba2Size,
+    Profile,
+    RWKV4Config,
+    StepSize,
+    SupervisedSize,
+    TransformedSize,
+    TransformerConfig,
+)
+from prosg_lib.errors import UserError
+from prosg_lib.generators.base import Generator, edited_maps
+from prosg_lib.generators.final_state import FinalStateGenerator
+from prosg_lib.generators.mend import TransformedGradient
+from prosg_lib.generators.static import StaticDelta
+from prosg_lib.generators.token_wise import TokenGenerator
+from prosg_lib.gradient_steps.adapter_step import AdapterStep
+from prosg_lib.gradient_steps.map_step import MapStep
+from prosg_lib.gradient_steps.weight_step import WeightStep
+from prosg_lib.text.tokenizer import load_tokenizer
+from prosg_lib.training import distributed
+from prosg_lib.training.recipes import Size
+
+VERSION = 1
+"""Goes up when the same recipe, seed and data would train to something else; other versions do not load."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint was trained as; it fits where training now would write the same.
+
+    Attributes:
+        recipe: name; version: `VERSION`.
+        data: names the data (`work.data_of`).
+        module: its kind and sizes; training: steps, batch, learning rate.
+        course: how the steps differ from one another (`work.course_of`).
+        lm: fingerprint of the language model it is for; None: it is one itself.
+        start: record of the checkpoint whose weights it started from.
+    """
+
+    recipe: str
+    version: int
+    seed: int
+    data: str | dict
+    module: dict
+    training: dict
+    course: dict
+    lm: str | None = None
+    start: dict | None = None
+
+    @classmethod
+    def of(cls, meta: dict, path: Path) -> Record:
+        """The record in a checkpoint's header.
+
+        Raises:
+            UserError: it has none, or one with other fields.
+        """
+        found, names = meta.get("record"), {field.name for field in fields(cls)}
+        if not isinstance(found, dict) or found.keys() != names:
+            raise UserError(f"{path} has no record that this version reads; remove it, and it is trained again")
+        return cls(**found)
+
+    def as_json(self) -> dict:
+        """As a checkpoint's header gives it back: tuples are lists."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def differs(self, other: Record) -> str:
+        """Names of the fields that differ."""
+        ours, theirs = self.as_json(), other.as_json()
+        return ", ".join(name for name in ours if ours[name] != theirs[name])
+
+
+def _maps(size: GeneratorSize, lm: LanguageModel) -> tuple[str, ...]:
+    """Endings of the names of the maps that a generator changes, or the names of those in its layers."""
+    if not size.layers:
+        return size.maps
+    found = {layer: [n for n in edited_maps(lm, size.maps) if f".{layer}." in f".{n}"] for layer in size.layers}
+    missing = [str(layer) for layer, names in found.items() if not names]
+    if missing:
+        raise UserError(f"no map {', '.join(size.maps)} in layer {', '.join(missing)}; layers count from 0")
+    return tuple(name for names in found.values() for name in names)
+
+
+def _width(size: GeneratorSize, lm: LanguageModel) -> int:
+    return size.width or 2 * lm.config.width
+
+
+def _token_wise(size: GeneratorSize, lm: LanguageModel) -> TokenGenerator:
+    return TokenGenerator(lm, size.rank, _width(size, lm), _maps(size, lm), label=size.label)
+
+
+def _final_state(size: GeneratorSize, lm: LanguageModel) -> FinalStateGenerator:
+    return FinalStateGenerator(lm, size.rank, _width(size, lm), _maps(size, lm))
+
+
+def _transformed(size: TransformedSize, lm: LanguageModel) -> TransformedGradient:
+    return TransformedGradient(lm, size.rank, _width(size, lm), _maps(size, lm), size.step)
+
+
+MODULES: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
+    "rwkv4": (RWKV4Config, lambda size, lm: RWKV4(size)),
+    "llama": (TransformerConfig, lambda size, lm: new_llama(size)),
+    "mamba2": (Mamba2Size, lambda size, lm: new_mamba2(size.settings)),
+    "token": (GeneratorSize, _token_wise),
+    "supervised": (SupervisedSize, _token_wise),
+    "final": (GeneratorSize, _final_state),
+    "mend": (TransformedSize, _transformed),
+    "static": (GeneratorSize, lambda size, lm: StaticDelta(lm, size.rank, _maps(size, lm))),
+    "adapter": (AdapterSize, lambda size, lm: AdapterStep(lm, size.rank, size.maps, size.lr)),
+    "weights": (StepSize, lambda size, lm: WeightStep(lm, size.rank or None, size.lr)),
+    "maps": (StepSize, lambda size, lm: MapStep(lm, size.lr)),
+}
+"""Kind -> its class of sizes, and (sizes, language model that it is for) -> the untrained module."""
+
+
+def new_module(kind: str, size: Size, lm: LanguageModel | None = None) -> nn.Module:
+    """The untrained module of a kind; lm: the model it is for, None for a language model.
+
+    Raises:
+        UserError: the sizes do not fit the model.
+    """
+    return MODULES[kind][1](size, lm)
+
+
+def built(module: nn.Module, path: Path, tensors: dict[str, Tensor]) -> nn.Module:
+    """The module with a checkpoint's tensors, frozen, in evaluation mode, on the device; `checkpoint` is the path."""
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    module.checkpoint = path
+    if isinstance(module, LanguageModel):
+        module.tokenizer = load_tokenizer()
+    return module.to(distributed.device()).eval().requires_grad_(False)
+
+
+def shipped(name: str) -> Path:
+    """Where the repository ships a checkpoint, if it does."""
+    return paths.data_dir() / "checkpoints" / f"{name}.safetensors"
+
+
+def kept(name: str, profile: Profile) -> Path:
+    """Where a checkpoint that was trained here is kept."""
+    return paths.runs_dir(profile.name) / "checkpoints" / f"{name}.safetensors"
+
+
+MEASURED, PREDICTED = ".measured.jsonl.gz", ".predictions.jsonl.gz"
+"""Endings of files beside a checkpoint with what was measured of it, and with all its answers."""
+
+
+def forget(profile: Profile, names: Iterable[str] | None = None) -> None:
+    """Remove checkpoints that were trained here, and what was measured of them, so that it is done anew.
+
+    Trainings that were interrupted still go on.
+
+    Args:
+        names: of checkpoints; None: all.
+    """
+    for path in kept("any", profile).parent.glob("*.safetensors"):
+        if not path.name.endswith(".checkpoint.safetensors") and (names is None or path.stem in names):
+            for suffix in (path.suffix, MEASURED, PREDICTED):
+                path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def load_generator(name: str, lm: LanguageModel) -> Generator:
+    """A shipped generator (`rwkv4-dialogue-token`) or one in a file, for the model it was trained for, on its device.
+
+    Raises:
+        UserError: there is none of that name, the file is damaged or holds no generator, or it was trained for another
+            model.
+    """
+    path = generator_file(name)
+    tensors, meta = files.load_tensors(path)
+    if meta.get("kind") != "generator":
+        raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a generator")
+    record = Record.of(meta, path)
+    if record.lm != lm.fingerprint():
+        raise UserError(f"{path.name} was trained for model {record.lm}, not for this one ({lm.fingerprint()})")
+    kind, sizes = record.module["kind"], {k: v for k, v in record.module.items() if k != "kind"}
+    if kind in ("weights", "maps"):
+        raise UserError(
+            f"{path.name} changes all weights of the model ({kind}), which is no low-rank delta; take an adapter or a "
+            "generator"
+        )
+    size = MODULES[kind][0](**{key: tuple(v) if isinstance(v, list) else v for key, v in sizes.items()})
+    return built(new_module(kind, size, lm), path, tensors).to(next(lm.parameters()).device)
+
+
+def generator_file(name: str) -> Path:
+    """Where a shipped generator of that name is, or would be; a name that ends in .safetensors is a path itself."""
+    return Path(name) if name.endswith(".safetensors") else shipped(name)
+
+
+def own_generator(model: str) -> str | None:
+    """The name of the token-wise generator that is shipped with a shipped model; None where there is none."""
+    own = f"{model}-token"
+    named = Path(model).name == model and not Path(model).exists()
+    return own if named and generator_file(own).is_file() else None

@@ -1,0 +1,208 @@
+"""`load_or_train`: the only way to a trained module by its recipe's name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prosg_lib import files, provenance
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.memory import keep_freed_memory
+from prosg_lib.backbones.recompute import recomputed
+from prosg_lib.config import Profile
+from prosg_lib.errors import UserError
+from prosg_lib.text.prose import load_prose
+from prosg_lib.text.tokenizer import load_tokenizer
+from prosg_lib.training import distributed
+from prosg_lib.training.checkpoints import VERSION, Record, built, kept, new_module, shipped
+from prosg_lib.training.loop import fit
+from prosg_lib.training.recipes import GRADIENT_STEPS, Recipe, checkpoint_name, recipe, recipes
+from prosg_lib.training.work import course_of, data_of, steps_of, work
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """How a training uses less memory. It ends with the same weights, up to rounding.
+
+    Attributes:
+        at_once: examples in memory at a time, gradients are added up; None: the profile's number, or all of a batch.
+        recompute: keep only the inputs of every block, and compute its activations again in the backward pass.
+    """
+
+    at_once: int | None = None
+    recompute: bool = False
+
+
+def load_or_train(
+    name: str,
+    profile: Profile,
+    seed: int = 0,
+    retrain: bool = False,
+    changes: Mapping[str, object] | None = None,
+    lm: LanguageModel | None = None,
+    memory: MemoryBudget = MemoryBudget(),
+) -> nn.Module:
+    """The trained module of a recipe, frozen and in evaluation mode; prints in one line what it loaded, or trains it.
+
+    A checkpoint is loaded if its record (sizes, seed, data, model) is the one that training now would write: a shipped
+    one first, then one that was trained here. Otherwise the module is trained, and kept in runs/<profile>/checkpoints.
+    Of several processes all load, or all train.
+
+    Args:
+        name: of the recipe (`recipes`), e.g. "rwkv4-dialogue-token".
+        seed: of this training, and of the one whose weights it starts from. The model it is for has seed 0.
+        retrain: load nothing that is shipped. What was trained here since `checkpoints.forget` is loaded, so that
+            several notebooks of one run train each module once.
+        changes: settings that differ from the recipe's, e.g. {"training.steps": 300, "size.rank": 8}; see
+            `recipes.recipe`. They are part of the checkpoint's name.
+        lm: the language model that it is for; None: the recipe's own. Any other has a checkpoint of its own.
+        memory: of all that is trained.
+    Returns:
+        The module; its `checkpoint` is the path of its file, with the training's log (.jsonl) beside it.
+    Raises:
+        UserError: unknown recipe or setting; data that this machine lacks; a damaged checkpoint; a diverged training.
+    """
+    if memory.recompute and recipe(name, profile).kind in GRADIENT_STEPS:
+        raise UserError(f"{name} needs second derivatives, which recomputed blocks do not have; leave out recompute")
+    lm = _model_for(recipe(name, profile, changes), profile, retrain, lm, memory)
+    made, record = _resolved(recipe(name, profile, changes), profile, seed, lm)
+    keep_freed_memory()
+    plain = checkpoint_name(name, profile, seed, changes)
+    own = lm is None or _stem(lm) == checkpoint_name(made.lm, profile)
+    mine = plain if own else checkpoint_name(name, profile, seed, changes, lm.fingerprint())
+    path = kept(mine, profile)
+    places = [path] if retrain else [shipped(plain), kept(plain, profile), path]
+    found = _found(places, record, mine)
+    if distributed.agreed(found is not None, f"whether {mine} is trained"):
+        return built(new_module(made.kind, made.size, lm), *found)
+    start = None
+    if made.start:
+        start = load_or_train(made.start, profile, seed, retrain, lm=lm, memory=memory)
+    return _train(made, profile, path, record, lm, start, memory)
+
+
+def record_of(
+    name: str,
+    profile: Profile,
+    seed: int = 0,
+    changes: Mapping[str, object] | None = None,
+    lm: LanguageModel | None = None,
+) -> Record:
+    """What a checkpoint of a recipe is trained as; the arguments are those of `load_or_train`.
+
+    Args:
+        lm: needed for every recipe that is for a language model.
+    """
+    return _resolved(recipe(name, profile, changes), profile, seed, lm)[1]
+
+
+def _resolved(made: Recipe, profile: Profile, seed: int, lm: LanguageModel | None) -> tuple[Recipe, Record]:
+    """The recipe with its number of steps, and its record."""
+    tokenizer = load_tokenizer() if lm is None else lm.needed_tokenizer()
+    made = replace(made, training=replace(made.training, steps=steps_of(made, profile, tokenizer)))
+    start = _resolved(recipe(made.start, profile), profile, seed, lm)[1].as_json() if made.start else None
+    record = Record(
+        recipe=made.name,
+        version=VERSION,
+        seed=seed,
+        data=data_of(made, profile, tokenizer),
+        module={"kind": made.kind, **asdict(made.size)},
+        training=asdict(made.training),
+        course=course_of(made),
+        lm=None if lm is None else lm.fingerprint(),
+        start=start,
+    )
+    return made, record
+
+
+def _model_for(
+    made: Recipe, profile: Profile, retrain: bool, lm: LanguageModel | None, memory: MemoryBudget
+) -> LanguageModel | None:
+    """The language model that a recipe is for."""
+    if made.is_model:
+        if lm is not None:
+            raise UserError(f"{made.name} is a language model itself; leave out lm")
+        return None
+    if lm is None and made.lm not in recipes(profile):
+        raise UserError(
+            f"the profile {profile.name} has no model {made.lm} of its own; give one of the hub, as "
+            "lm=load_model(HUB_ID), or to notebook 07 as --param model=HUB_ID"
+        )
+    return load_or_train(made.lm, profile, 0, retrain, memory=memory) if lm is None else lm
+
+
+def _stem(lm: LanguageModel) -> str:
+    return getattr(lm, "checkpoint", Path()).stem
+
+
+def _found(places: list[Path], record: Record, name: str) -> tuple[Path, dict] | None:
+    """The first checkpoint that fits, and its tensors."""
+    for path in dict.fromkeys(places):
+        if not path.exists():
+            continue
+        tensors, meta = files.load_tensors(path)
+        if meta.get("record") == record.as_json():
+            where, saved = meta["provenance"]["device"], path.stat().st_mtime_ns
+            _say_once(f"{path.stem}: loaded, trained on {where}: same sizes, seed and data", saved)
+            return path, tensors
+        if path.stem == name:
+            why = record.differs(Record.of(meta, path))
+            distributed.say(f"{name}: {path} was trained otherwise ({why}); not used")
+    return None
+
+
+@cache
+def _say_once(text: str, saved: int) -> None:
+    """About a file as it is now: a model is loaded again for everything that is for it."""
+    distributed.say(text)
+
+
+def _train(
+    made: Recipe,
+    profile: Profile,
+    path: Path,
+    record: Record,
+    lm: LanguageModel | None,
+    start: nn.Module | None,
+    memory: MemoryBudget,
+) -> nn.Module:
+    torch.manual_seed(record.seed)
+    module = new_module(made.kind, made.size, lm).to(distributed.device())
+    if start is not None:
+        module.load_state_dict(start.state_dict())
+    began = time.monotonic()
+    batch_of, loss_of = work(made, profile, module, lm, record.seed)
+    many = f"{distributed.count()} processes, " if distributed.count() > 1 else ""
+    where = f"{made.training.steps} steps of {made.training.batch} on {many}{provenance.device()}"
+    weights = sum(p.numel() for p in module.parameters()) / 1e6
+    distributed.say(f"{path.stem}: training, {weights:.2f} M parameters, {where}")
+    at_once = memory.at_once or made.at_once
+    peak = made.pairs.repeats if made.pairs and made.kind == "maps" else 0
+    with recomputed(lm or module) if memory.recompute else nullcontext():
+        fit(
+            path.stem,
+            module,
+            batch_of,
+            loss_of,
+            made.training,
+            path.parent,
+            record.as_json(),
+            at_once=at_once,
+            peak_until=peak,
+        )
+    facts = provenance.facts() | {"prose": load_prose().source, "seconds": round(time.monotonic() - began, 1)}
+    # Generators are kept in half precision, and used so: what is loaded later is what was measured now.
+    keep = {n: t if made.is_model else t.half() for n, t in module.state_dict().items()}
+    if distributed.first():
+        kind = "lm" if made.is_model else "generator"
+        files.save_tensors(path, keep, {"kind": kind, "record": record.as_json(), "provenance": facts})
+        (path.parent / f"{path.stem}.checkpoint.safetensors").unlink(missing_ok=True)
+    distributed.wait()
+    return built(new_module(made.kind, made.size, lm), path, keep)

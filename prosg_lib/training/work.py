@@ -1,0 +1,187 @@
+"""What a recipe's training consists of: the batches and the loss of every step.
+
+Each of the three kinds of data has a function (recipe, profile, module, language model, seed) -> `Work`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from itertools import chain
+from typing import NamedTuple
+
+from torch import nn
+
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.config import PROFILES, TASKS, Profile, SupervisedSize
+from prosg_lib.tasks import mqar
+from prosg_lib.tasks.dialogue import data_hash, load_dialogues
+from prosg_lib.tasks.examples import Examples
+from prosg_lib.tasks.pair_batches import PairDraw, echoed
+from prosg_lib.tasks.pair_sources import PEOPLE, available, missing, pairs_of, prose_pairs
+from prosg_lib.tasks.pairs import Pair
+from prosg_lib.tasks.problems import VERSION
+from prosg_lib.tasks.suite import Material
+from prosg_lib.text.prose import ProseTokens, load_prose
+from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
+from prosg_lib.training import distributed
+from prosg_lib.training.loop import Loss
+from prosg_lib.training.objectives import generator_draw, generator_objective, lm_draw, lm_objective
+from prosg_lib.training.pair_objectives import pair_lm_objective, pair_objective
+from prosg_lib.training.problem_objectives import (
+    ProblemDraw,
+    generator_problem_objective,
+    lm_problem_objective,
+    practice,
+)
+from prosg_lib.training.recipes import GRADIENT_STEPS, Recipe
+from prosg_lib.training.supervised import start_directions, supervised_objective
+
+
+class Work(NamedTuple):
+    """A training's steps: step -> its batch, and (step, batch or a part of it) -> loss."""
+
+    batch_of: Callable[[int], Examples]
+    loss_of: Callable[[int, Examples], Loss]
+
+
+def work(recipe: Recipe, profile: Profile, module: nn.Module, lm: LanguageModel | None, seed: int) -> Work:
+    """The work of a recipe; a model is given its tokenizer, and a generator's statistics are collected.
+
+    Args:
+        module: untrained; lm: the model it is for, None where it is one itself.
+    Raises:
+        UserError: this machine lacks the data.
+    """
+    if recipe.is_model:
+        module.tokenizer = load_tokenizer()
+        if recipe.kind == "llama" and recipe.data != "pairs":
+            # Fused attention has no second derivative, which is not needed here, and takes a third of the time.
+            module.model.set_attn_implementation("sdpa")
+    return {"dialogues": _dialogue_work, "pairs": _pair_work, "problems": _problem_work}[recipe.data](
+        recipe, profile, module, lm, seed
+    )
+
+
+def data_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> str | dict:
+    """Names the data of a recipe, as far as every machine has them; a checkpoint's provenance names the prose."""
+    if recipe.data == "dialogues":
+        return data_hash(tokenizer, rich=not recipe.is_model)
+    if recipe.data == "problems":
+        suite = profile.suite
+        return {"problems": VERSION, "mqar": mqar.VOCAB, "cells": suite.practice.cells, "longest": suite.longest}
+    digest = hashlib.sha256()
+    for task in sorted(set(PEOPLE if recipe.is_model else recipe.pairs.tasks) & set(PEOPLE)):
+        for pair in pairs_of(task, "train", PROFILES["cpu"]).pairs:
+            digest.update(f"{task}\n{pair.context}\n{pair.query}\n{pair.answer}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def course_of(recipe: Recipe) -> dict:
+    """How a recipe's steps differ from one another, for its record."""
+    course = recipe.curriculum or recipe.pairs
+    return {"repeats": recipe.repeats} if course is None else asdict(course)
+
+
+def steps_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> int:
+    """Steps of a training; where the recipe names none, as many as an epoch of its tasks has.
+
+    Raises:
+        UserError: the first task is not one of the profile, or its data are not on this machine.
+    """
+    if recipe.pairs and recipe.pairs.objective != "LM":
+        _tasks(recipe, profile)
+    if recipe.training.steps:
+        return recipe.training.steps
+    pairs = sum(len(pairs_of(task, "train", profile, tokenizer).pairs) for task in _tasks(recipe, profile))
+    return -(-pairs // recipe.training.batch)
+
+
+def _dialogue_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:
+    data = load_dialogues("train", seed, rich=lm is not None, tokenizer=(lm or module).needed_tokenizer())
+    training, autocast = recipe.training, distributed.bfloat16()
+    if lm is None:
+        return _repeats_first(recipe, module, seed, Work(lm_draw(data, training), lm_objective(module, autocast)))
+    batch_of = generator_draw(data, training, recipe.curriculum)
+    sample = batch_of(-1).to(distributed.device())
+    module.fit_normaliser(lm, sample.prompt, sample.prompt_valid)
+    given = lm, module, training, seed
+    if not isinstance(recipe.size, SupervisedSize):
+        return Work(batch_of, generator_objective(*given, autocast, recipe.curriculum))
+    if recipe.size.directions:
+        start_directions(lm, module, recipe.size, sample)
+    return Work(batch_of, supervised_objective(*given, recipe.size, sample, autocast, recipe.curriculum))
+
+
+def _problem_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:
+    tokenizer, autocast = load_tokenizer(), distributed.bfloat16()
+    material = Material(tokenizer, ProseTokens.of(load_prose(), "train", tokenizer))
+    draw = ProblemDraw(practice(profile, material), profile.suite.longest, material, recipe.training, seed)
+    if lm is None:
+        return _repeats_first(recipe, module, seed, Work(draw, lm_problem_objective(module, autocast)))
+    return Work(draw, generator_problem_objective(lm, module, seed, autocast))
+
+
+def _repeats_first(recipe: Recipe, model: LanguageModel, seed: int, then: Work) -> Work:
+    """The same work, with random tokens that are repeated in the recipe's first steps."""
+    vocab, loss_of_repeat = model.tokenizer.vocab, pair_lm_objective(model)
+
+    def batch_of(step):
+        return (
+            echoed(recipe.training.batch, vocab, f"{seed}/{step}")
+            if 0 <= step < recipe.repeats
+            else then.batch_of(step)
+        )
+
+    def loss_of(step, batch):
+        return (loss_of_repeat if step < recipe.repeats else then.loss_of)(step, batch)
+
+    return Work(batch_of, loss_of) if recipe.repeats else then
+
+
+def _pair_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:
+    course, training = recipe.pairs, recipe.training
+    tokenizer = (lm or module).needed_tokenizer()
+    tasks = {task: pairs_of(task, "train", profile, tokenizer).pairs for task in _tasks(recipe, profile)}
+    # A model that others trained is trained on the tasks alone.
+    tasks |= prose_pairs(course.practice, profile) if course.practice and tokenizer == load_tokenizer() else {}
+    batch, contexts, repeats = training.batch, training.contexts, course.repeats
+    if lm is None:
+        turns = tuple(chain.from_iterable(_model_turns(tasks)))
+        draw = PairDraw(tasks, tokenizer, batch, contexts, seed, turns, repeats)
+        return Work(draw, pair_lm_objective(module))
+    turns = _practice_turns(tasks) if recipe.kind == "maps" else tuple(sorted(tasks))
+    room = contexts[0] * profile.pairs.context  # so that all contexts are always there
+    draw = PairDraw(tasks, tokenizer, batch, contexts, seed, turns, repeats, 96 if repeats else 0, room)
+    if recipe.kind not in GRADIENT_STEPS:
+        context = draw(-1).to(distributed.device()).context
+        module.fit_normaliser(lm, context.ids[:, 0], context.valid[:, 0])
+    return Work(draw, pair_objective(lm, module, course.objective, course.everywhere, repeats=repeats))
+
+
+def _tasks(recipe: Recipe, profile: Profile) -> list[str]:
+    """Those of a recipe's tasks that this machine has the data of; a UserError where it has none that are needed."""
+    found = [task for task in recipe.pairs.tasks if available(task, profile)]
+    needed = recipe.pairs.tasks or ("wikitext",)
+    if not found and not available(needed[0], profile):
+        raise missing(needed[0], profile)
+    return found
+
+
+def _model_turns(tasks: Iterable[str]) -> Iterable[tuple[str, ...]]:
+    """Order of a model's tasks: of five turns the people's tasks have two, the practice two, and a task with few pairs
+    one; without such a task the people's have two each."""
+    people, practised = [t for t in PEOPLE if t in tasks], [t for t in tasks if t not in TASKS]
+    few = [t for t in tasks if t in TASKS and t not in PEOPLE]
+    for other in few:
+        yield (*people, *practised, other)
+    if not few:
+        yield (*people, *people, *practised)
+
+
+def _practice_turns(tasks: Mapping[str, tuple[Pair, ...]]) -> tuple[str, ...]:
+    """Order of a step's tasks: each once, and its practice twice, each source of it as often as another. Few pairs,
+    repeated often, are learned by heart; and if all practice were one, books would be nearly all of it."""
+    practised = sorted(name for name in tasks if name not in TASKS)
+    return tuple(name for task in sorted(set(tasks) - set(practised)) for name in (task, *practised, *practised))

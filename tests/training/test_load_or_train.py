@@ -1,0 +1,346 @@
+"""Load or train: a checkpoint is used where its record fits, and only there; what was decided is printed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import STEPS, TINY
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
+
+from prosg_lib import files, paths
+from prosg_lib.backbones.hub_families import new_mamba2
+from prosg_lib.backbones.hub_transformer import CausalTransformer
+from prosg_lib.backbones.loading import load_model, save_model
+from prosg_lib.config import PROFILES, VOCAB, Mamba2Size, RWKV4Config, get_profile
+from prosg_lib.errors import UserError
+from prosg_lib.generators.base import ALL_MAPS, edited_maps
+from prosg_lib.text.tokenizer import folder_tokenizer, load_tokenizer
+from prosg_lib.training import checkpoints, load_or_train, work
+from prosg_lib.training.checkpoints import forget, kept, load_generator, new_module
+from prosg_lib.training.load_or_train import MemoryBudget
+from prosg_lib.training.recipes import checkpoint_name, recipe, recipes
+
+LM, TOKEN = "rwkv4-dialogue", "rwkv4-dialogue-token"
+TRAINED = [name for name in recipes(TINY) if "wikitext" not in name and "squad" not in name and "reader" not in name]
+
+
+def get(name, profile=TINY, **given):
+    return load_or_train.load_or_train(name, profile, **given)
+
+
+@pytest.fixture(scope="module")
+def trained(small_world, tmp_path_factory):
+    """A folder with the checkpoints of all recipes of the profile `tiny` that need no other data."""
+    folder = tmp_path_factory.mktemp("trained")
+    with small_world(TINY, folder):
+        for name in TRAINED:
+            get(name)
+    return folder / "tiny" / "checkpoints"
+
+
+@pytest.fixture
+def place(tmp_path, small_world, trained):
+    """This test's own folder of checkpoints, with the trained ones in it."""
+    with small_world(TINY, tmp_path):
+        folder = tmp_path / "tiny" / "checkpoints"
+        folder.mkdir(parents=True)
+        for path in trained.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        yield folder
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*arguments, **named):
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(load_or_train, "fit", refuse)
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """What would be trained: the arguments of `fit`, which does nothing."""
+    seen = []
+    monkeypatch.setattr(load_or_train, "fit", lambda *given, **named: seen.append((given, named)))
+    return seen
+
+
+def same(one, other):
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a)
+
+
+def test_training_keeps_checkpoint_log_and_provenance(trained):
+    """What is left: one file a recipe that says what it is and came from, its log, and no resume file."""
+    stems = {f"{name}-tiny": recipe(name, TINY) for name in TRAINED}
+    assert {path.name for path in trained.iterdir()} == {
+        f"{s}.{end}" for s in stems for end in ("safetensors", "jsonl")
+    }
+    for stem, made in stems.items():
+        _, meta = files.load_tensors(trained / f"{stem}.safetensors")
+        assert meta["kind"] == ("lm" if made.is_model else "generator")
+        assert meta["record"]["recipe"] == made.name
+        assert meta["record"]["module"]["kind"] == made.kind
+        assert (meta["record"]["start"] or {}).get("recipe") == made.start
+        assert meta["provenance"].keys() >= {"commit", "device", "versions", "prose", "seconds"}
+        assert json.loads((trained / f"{stem}.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_fitting_checkpoint_is_loaded(place, no_training, capsys, name):
+    """Of every recipe; it says so; the module is ready for use, frozen, and was trained."""
+    module = get(name)
+    assert f"{name}-tiny: loaded, trained on" in capsys.readouterr().out
+    assert not module.training
+    assert not any(p.requires_grad for p in module.parameters())
+    assert same(module, get(name))
+    assert module.checkpoint == place / f"{name}-tiny.safetensors"
+    made = recipe(name, TINY)
+    torch.manual_seed(0)
+    fresh = new_module(made.kind, made.size, None if made.is_model else get(made.lm))
+    assert not same(module, fresh.half().float() if not made.is_model else fresh)
+    if made.is_model:
+        assert module.tokenizer.encode("Oslo")
+
+
+def test_shipped_checkpoint_comes_first(place, tmp_path, no_training, monkeypatch, capsys):
+    """A checkpoint in data/ is taken before one that was trained here; with retrain it is not looked at."""
+    shipped = tmp_path / "data" / "checkpoints" / f"{LM}-tiny.safetensors"
+    shipped.parent.mkdir(parents=True)
+    (place / shipped.name).rename(shipped)
+    monkeypatch.setattr(paths, "data_dir", lambda: tmp_path / "data")
+    assert get(LM).checkpoint == shipped
+    monkeypatch.setattr(load_or_train, "data_of", lambda *given: "other data")
+    with pytest.raises(AssertionError, match="it trained"):
+        get(LM, retrain=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "seed", "why"),
+    [({"lm": replace(STEPS, steps=3)}, 0, "training"), ({"model": RWKV4Config(VOCAB, 12, 1, 16)}, 0, "module")],
+)
+def test_other_sizes_train_anew(place, capsys, change, seed, why):
+    """It says what differs, does not use the file, and replaces it in the end."""
+    old, other = get(LM), replace(TINY, **change)
+    new = get(LM, other)
+    said = capsys.readouterr().out
+    assert f"{LM}-tiny: {place / f'{LM}-tiny.safetensors'} was trained otherwise ({why}); not used" in said
+    assert f"{LM}-tiny: training, " in said
+    assert not same(old, new)
+    assert same(get(LM, other), new)
+
+
+@pytest.mark.parametrize(("name", "value"), [("VERSION", 0), ("data_of", lambda *given: "other data")])
+def test_another_version_or_data_trains_anew(place, monkeypatch, capsys, name, value):
+    """The same sizes with other code or data are another model."""
+    monkeypatch.setattr(load_or_train, name, value)
+    get(LM)
+    assert f"trained otherwise ({'version' if name == 'VERSION' else 'data'})" in capsys.readouterr().out
+
+
+def test_a_seed_is_of_one_training(place, capsys):
+    """A generator's other trainings are for the same model, each with its own checkpoint."""
+    one, two = get(TOKEN), get(TOKEN, seed=2)
+    assert two.checkpoint.name == f"{TOKEN}-seed2-tiny.safetensors"
+    assert not same(one, two)
+    assert {files.load_meta(g.checkpoint)["record"]["lm"] for g in (one, two)} == {get(LM).fingerprint()}
+    assert all(p.evaluation.trainings[0] == 0 for p in PROFILES.values())
+
+
+def test_a_generator_belongs_to_its_model(place, capsys):
+    """One for another model has a checkpoint of its own, and nobody's is taken for it."""
+    other = get(LM, seed=1)
+    mine = get(TOKEN, lm=other)
+    assert mine.checkpoint.stem == f"{TOKEN}-for-{other.fingerprint()}-tiny"
+    capsys.readouterr()
+    assert same(get(TOKEN, lm=other), mine)
+    assert f"{mine.checkpoint.stem}: loaded" in capsys.readouterr().out
+    assert get(TOKEN, lm=get(LM)).checkpoint.stem == f"{TOKEN}-tiny"
+    with pytest.raises(UserError, match="is a language model itself"):
+        get(LM, lm=other)
+
+
+def test_what_was_forgotten_is_trained_anew(place, capsys):
+    """Only that: the language model of a generator, trained here too, is still loaded; the same seed gives the same
+    bits, and what training returns is what loading gives, half precision and all."""
+    first = get("rwkv4-dialogue-final")
+    (place / "rwkv4-dialogue-final-tiny.measured.jsonl.gz").touch()
+    (place / "rwkv4-dialogue-static-tiny.checkpoint.safetensors").touch()
+    forget(TINY, ["rwkv4-dialogue-final-tiny", "rwkv4-dialogue-static-tiny"])
+    assert not list(place.glob("rwkv4-dialogue-final-tiny.[ms]*"))
+    assert (place / "rwkv4-dialogue-static-tiny.checkpoint.safetensors").exists()
+    again = get("rwkv4-dialogue-final", retrain=True)
+    said = capsys.readouterr().out
+    assert f"{LM}-tiny: loaded" in said
+    assert "rwkv4-dialogue-final-tiny: training" in said
+    assert same(first, again)
+
+
+@pytest.mark.parametrize(
+    "name", [LM, "rwkv4-dialogue-static", "rwkv4-dialogue-mend", "rwkv4-pairs-token-characters-lc"]
+)
+def test_less_memory_trains_the_same(place, name):
+    """One example at a time, with recomputed blocks: the same weights, up to rounding."""
+    whole = get(name).state_dict()
+    forget(TINY, [f"{name}-tiny"])
+    pieces = get(name, memory=MemoryBudget(at_once=1, recompute=True)).state_dict()
+    tolerance = 1e-5 if name == LM else 1e-3  # generators are kept in half precision
+    torch.testing.assert_close(pieces, whole, rtol=tolerance, atol=tolerance)
+
+
+def test_blocks_are_recomputed_only_while_a_training_asks_for_it(place, monkeypatch):
+    """The model underneath is in use afterwards."""
+    seen, lm = [], get(LM)
+
+    def fit(*arguments, at_once, **named):
+        seen.append((at_once, [block for block in lm.blocks if "forward" in vars(block)]))
+
+    monkeypatch.setattr(load_or_train, "fit", fit)
+    get(TOKEN, seed=7, lm=lm, memory=MemoryBudget(3, True))
+    assert seen == [(3, list(lm.blocks))]
+    assert not any("forward" in vars(block) for block in lm.blocks)
+
+
+@pytest.mark.parametrize("name", ["rwkv4-dialogue-adapter", "llama-pairs-weights-characters-lc"])
+def test_second_derivatives_are_not_recomputed(name):
+    """Said before anything is trained."""
+    with pytest.raises(UserError, match=f"{name} needs second derivatives"):
+        get(name, memory=MemoryBudget(recompute=True))
+
+
+def test_a_damaged_checkpoint_is_no_reason_to_train_silently(place):
+    """It is named, with its remedy; so is one that has another version's record."""
+    path = place / f"{LM}-tiny.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    with pytest.raises(UserError, match=r"rwkv4-dialogue-tiny\.safetensors .*cut short"):
+        get(LM)
+    path.write_bytes(whole)
+    tensors, meta = files.load_tensors(path)
+    files.save_tensors(path, tensors, meta | {"record": meta["record"] | {"stage": "lm"}})
+    with pytest.raises(UserError, match="has no record that this version reads; remove it"):
+        get(LM)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (TOKEN, {"size.rank": 1, "size.maps": ("ffn.key",), "size.layers": (1,)}),
+        (TOKEN, {"size.label": False, "curriculum.blank": 1.0}),
+        ("rwkv4-dialogue-supervised", {"size.teacher": "prompt", "size.lessons": 1.0}),
+        ("rwkv4-dialogue-mend", {"size.width": 2, "size.step": 0.5}),
+    ],
+)
+def test_a_variant_is_trained_kept_and_found_again(place, monkeypatch, name, changes):
+    """Under its own name; loading it by file alone gives the same generator."""
+    lm, first = get(LM), get(name, changes=changes)
+    assert first.checkpoint == kept(checkpoint_name(name, TINY, 0, changes), TINY)
+    monkeypatch.setattr(load_or_train, "fit", None)
+    for again in (get(name, changes=changes), load_generator(str(first.checkpoint), lm)):
+        assert same(first, again)
+        assert first.names == again.names
+    if "size.layers" in changes:
+        assert (first.rank, first.names) == (1, ["blocks.1.ffn.key"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (TOKEN, {"size.layers": (7,)}, "no map att.output, ffn.key in layer 7"),
+        (TOKEN, {"size.maps": ("att.gate",)}, "no linear map"),
+        (TOKEN, {"size.rank": 1000}, "rank 1000 asked for"),
+        ("llama-reader-pairs", {}, "wikitext is no task of tiny; take cpu or gpu"),
+        ("llama-reader-pairs-maps-squad-lc", {}, "squad is no task of tiny"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(place, no_training, name, changes, message):
+    with pytest.raises(UserError, match=message):
+        get(name, changes=changes)
+
+
+def test_the_paper_profiles_models_are_to_be_given(monkeypatch):
+    """It says how; and what needs data that is not here says that."""
+    monkeypatch.delenv("PROSG_TEST_DATA", raising=False)
+    with pytest.raises(UserError, match=r"paper has no model llama-pairs of its own; give one .* --param model=HUB_ID"):
+        get("llama-pairs-adapter-characters-lc", get_profile("paper"))
+    with pytest.raises(UserError, match="the data of wikitext are not here; set PROSG_TEST_DATA"):
+        get("llama-reader-pairs", get_profile("cpu"), retrain=True)
+
+
+def test_an_interrupted_start_is_trained_first(place, fits):
+    """What goes on from another training starts with its weights, of the same seed; once it is there, the other is not
+    needed any more."""
+    name, first = "llama-pairs-weights-reversal-after-characters-lc", "llama-pairs-weights-characters-lc"
+    forget(TINY, [f"{name}-tiny"])
+    get(name)
+    assert same(fits[-1][0][1], get(first))
+    forget(TINY, [f"{first}-tiny"])
+    get(name)
+    assert [given[0] for given, _ in fits] == [f"{name}-tiny"]
+    get(name, seed=5)
+    assert [given[0] for given, _ in fits[1:]] == [f"{first}-seed5-tiny", f"{name}-seed5-tiny"]
+
+
+def test_a_model_of_another_class_or_tokenizer_gets_what_a_recipe_makes(place, tmp_path, fits):
+    """By its fingerprint, wherever it was loaded from; an adapter is on every map, whatever the class calls them."""
+    save_model(get("mamba2-dialogue"), tmp_path / "model", "transformers")
+    lm = load_model(tmp_path / "model").requires_grad_(False)
+    assert get("mamba2-dialogue-token", lm=lm).checkpoint.stem == "mamba2-dialogue-token-tiny"
+    lm = new_mamba2(Mamba2Size(VOCAB, 16, 1, 2, 8).settings)
+    with pytest.raises(UserError, match="no tokenizer"):
+        get("mamba2-dialogue-token", lm=lm)
+    ByT5Tokenizer().save_pretrained(tmp_path / "tokenizer")
+    lm.tokenizer = folder_tokenizer(tmp_path / "tokenizer", lm.config.vocab)
+    made = get("mamba2-dialogue-token", lm=lm)
+    assert made.checkpoint.stem == f"mamba2-dialogue-token-for-{lm.fingerprint()}-tiny"
+    data = files.load_meta(made.checkpoint)["record"]["data"]
+    lm.tokenizer = load_tokenizer()
+    get("mamba2-dialogue-token", lm=lm)
+    assert files.load_meta(made.checkpoint)["record"]["data"] != data  # and so it was not taken
+    sizes = GPT2Config(
+        vocab_size=VOCAB, n_positions=512, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    gpt = CausalTransformer(AutoModelForCausalLM.from_config(sizes)).eval()
+    gpt.tokenizer = load_tokenizer()
+    ends = [name.rpartition("h.0.")[2] for name in get("llama-pairs-adapter-characters-lc", lm=gpt).names]
+    assert (
+        ends
+        == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+        == [name.rpartition("h.0.")[2] for name in edited_maps(gpt, ALL_MAPS)]
+    )
+
+
+SHIPPED = sorted(path.stem for path in (paths.data_dir() / "checkpoints").glob("*.safetensors"))
+FINGERPRINTS = {
+    "rwkv4-dialogue": "b0b08865b6d7ffb7",
+    "mamba2-dialogue": "eb73e910bb229db8",
+    "rwkv4-pairs": "fa67fbb0bd69f094",
+    "llama-pairs": "50bfe4ffde1f1606",
+    "llama-dialogue": "5b4a86cfeebb17ed",
+    "rwkv4-suite": "4fa5b7da089fb391",
+}
+CPU = get_profile("cpu")
+
+
+@pytest.mark.parametrize("name", [name for name in recipes(CPU) if name in SHIPPED])
+def test_what_is_shipped_still_loads(tmp_path, no_training, monkeypatch, name):
+    """The records are those that training now would write, and models have the weights that they were shipped with."""
+    monkeypatch.setenv("PROSG_RUNS", str(tmp_path))
+    if "squad" in name:
+        pytest.skip("its number of steps depends on data that are not here")
+    monkeypatch.setattr(work, "available", lambda task, profile: True)
+    module = get(name, CPU)
+    assert module.checkpoint.parent == paths.data_dir() / "checkpoints"
+    if name in FINGERPRINTS:
+        assert module.fingerprint() == FINGERPRINTS[name]
+
+
+def test_every_shipped_file_is_of_a_recipe():
+    """Its record reads, and its name is the one of that recipe and seed, perhaps changed."""
+    for stem in SHIPPED:
+        path = checkpoints.shipped(stem)
+        record = checkpoints.Record.of(files.load_meta(path), path)
+        assert stem.startswith(record.recipe)
+        assert record.recipe in recipes(CPU)
+        assert stem.endswith(f"-seed{record.seed}") == bool(record.seed)

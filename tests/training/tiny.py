@@ -1,0 +1,55 @@
+"""The profile `tiny`: everything that can be trained, in seconds."""
+
+from dataclasses import replace
+
+from prosg_lib.config import (
+    PROFILES,
+    VOCAB,
+    AdapterSize,
+    Evaluation,
+    Forgetting,
+    GeneratorSize,
+    Mamba2Size,
+    PairTraining,
+    RWKV4Config,
+    SuiteSizes,
+    SupervisedSize,
+    Training,
+    TransformedSize,
+    TransformerConfig,
+)
+
+STEPS = Training(steps=2, batch=2, lr=1e-2, facts=(1,), distances=(0,), warmup=1)
+PAIRS = PairTraining(steps=2, batch=2, lr=1e-2, warmup=1)
+MAPS = ("att.output", "ffn.key")
+SMOKE = PROFILES["smoke"]
+STAGES = ("recurrent", "transformer", "reader", "adapter", "recurrent_adapter", "weights", "maps", "maps_after")
+TINY = replace(
+    SMOKE,
+    name="tiny",
+    model=RWKV4Config(VOCAB, 8, 2, 16),
+    lm=STEPS,
+    token=GeneratorSize(2, 8, MAPS),
+    token_training=STEPS,
+    final=GeneratorSize(2, 8, MAPS),
+    final_training=STEPS,
+    static_training=STEPS,
+    adapter=AdapterSize(2, MAPS, 1.0),
+    adapter_training=STEPS,
+    supervised=SupervisedSize(2, 8, MAPS, lessons=0.5),
+    mend=TransformedSize(2, 3, MAPS),
+    transformer_training=STEPS,
+    evaluation=Evaluation(1, 1, 1, (0,), (0,), (1,), trainings=(0, 2)),
+    pairs=replace(
+        SMOKE.pairs,
+        transformer_size=TransformerConfig("llama", VOCAB, 16, 1, 32, 2),
+        **dict.fromkeys(STAGES, PAIRS),
+        questions=PAIRS,
+        low_rank=PAIRS,
+        generator=PAIRS,
+        rank=2,
+    ),
+    pretrained=replace(SMOKE.pretrained, model=Mamba2Size(VOCAB, 16, 1, 2, 8), lm=STEPS, rank=2, token_training=STEPS),
+    forgetting=Forgetting(2, (1, 3), ((64, 4),), (3,), (40,), (0.5,)),
+    suite=SuiteSizes(*4 * (PairTraining(2, 2, 1e-3, warmup=1),), longest=150),
+)
