@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from prosg_lib.backbones.hub_transformer import CausalTransformer, TransformerConfig, new_llama
 from prosg_lib.backbones.loading import load_model
@@ -17,7 +17,7 @@ from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.text.tokenizer import load_tokenizer
 
 VOCAB = load_tokenizer().vocab
-KINDS = ("new", "gpt2", "llama", "qwen3")
+KINDS = ("new", "gpt2")  # Llama and Qwen3 are in `test_backbones.py`
 SIZES = TransformerConfig("llama", VOCAB, width=16, layers=2, ffn=32, heads=2)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -25,19 +25,14 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 def transformer(kind, seed=0):
     """Tiny and random, every weight large enough to matter."""
     torch.manual_seed(seed)
-    narrow = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
     ends = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": VOCAB}
     if kind == "new":
         lm = new_llama(SIZES)
-    elif kind == "gpt2":
+    else:
         lm = CausalTransformer(
             AutoModelForCausalLM.from_config(GPT2Config(**ends, n_positions=32, n_embd=16, n_layer=2, n_head=2))
         )
-    elif kind == "llama":
-        lm = CausalTransformer(AutoModelForCausalLM.from_config(LlamaConfig(**ends, **narrow)))
-    else:
-        sizes = Qwen3Config(**ends, **narrow, num_key_value_heads=1, head_dim=8)
-        lm = CausalTransformer(AutoModelForCausalLM.from_config(sizes))
     for name, weight in lm.named_parameters():
         torch.nn.init.normal_(weight, mean=float(weight.ndim == 1 and name.endswith("weight")), std=0.3)
     lm.tokenizer = load_tokenizer()
@@ -93,54 +88,7 @@ def test_double_precision(kind):
         assert_close(many[-len(row) :], theirs(lm, [row])[0], rtol=1e-5, atol=1e-6)  # they normalise in float32
 
 
-def test_gradients_through_padding_are_finite_and_right(lm):
-    """With respect to an embedding matrix: the sum of those of the rows alone."""
-    rows = rows_of(2, 8)
-    ids, valid = lm.encode_prompts(rows)
-    weight = lm.model.get_input_embeddings().weight
-    try:
-        weight.requires_grad_()
-        (together,) = torch.autograd.grad(lm(ids, valid=valid)[0][:, -1].square().sum(), weight)
-        alone = sum(torch.autograd.grad(theirs(lm, [row])[:, -1].square().sum(), weight)[0] for row in rows)
-    finally:
-        weight.requires_grad_(False)
-    assert_close(together, alone, rtol=1e-4, atol=1e-5 * alone.abs().max().item())
-    assert together.abs().max() > 0.1
-
-
-def test_nothing_looks_ahead(lm):
-    """Another last token changes the last logits alone."""
-    (ids,) = rows_of(9)
-    other = [*ids[:-1], (ids[-1] + 1) % VOCAB]
-    one, two = (lm(torch.tensor([row]))[0][0] for row in (ids, other))
-    assert torch.equal(one[:-1], two[:-1])
-    assert (one[-1] - two[-1]).abs().max() > 1e-3
-
-
 # Going on
-
-
-def test_going_on_from_a_state_is_reading_at_once(lm):
-    """In three pieces; a given state is not changed, and can be gone on from again."""
-    (row,) = rows_of(12)
-    whole = theirs(lm, [row])[0]
-    first, state = lm(torch.tensor([row[:5]]))
-    second, after = lm(torch.tensor([row[5:6]]), state)
-    third, _ = lm(torch.tensor([row[6:]]), after)
-    assert_close(torch.cat([first, second, third], 1)[0], whole, **CLOSE)
-    assert_close(lm(torch.tensor([row[5:]]), state)[0][0], whole[5:], **CLOSE)
-
-
-def test_going_on_with_padding_before_and_in_between(lm):
-    """Rows of different lengths from states of different lengths: each as its two texts in one."""
-    before, then = rows_of(6, 2, 4), rows_of(1, 7, 3)
-    state = lm.derive_state(before)
-    ids, valid = lm.encode_prompts(then)
-    logits = lm(ids, state, valid=valid)[0]
-    for b, t, many in zip(before, then, logits, strict=True):
-        assert_close(many[-len(t) :], theirs(lm, [b + t])[0, len(b) :], **CLOSE)
-    chosen = lm(ids[[2, 0]], state.select([2, 0]), valid=valid[[2, 0]])[0]
-    assert_close(chosen[:, -1], logits[[2, 0], -1], **CLOSE)
 
 
 def test_a_fresh_transformers_first_two_heads_look_at_the_token_before():
@@ -153,27 +101,6 @@ def test_a_fresh_transformers_first_two_heads_look_at_the_token_before():
     assert before[:, :2].min() > 0.4
     assert before[:, :2].mean() > 0.7
     assert before[:, 2:, 10:].mean() < 0.3
-
-
-def greedy(lm, row, steps):
-    row = list(row)
-    for _ in range(steps):
-        row.append(int(theirs(lm, [row])[0, -1].argmax()))
-    return row[-steps:]
-
-
-def test_generate_is_the_greedy_continuation(lm):
-    """Prompts of different lengths in one batch, and from a state: what the wrapped model says next, again and again;
-    the tokens, and their text."""
-    rows = rows_of(4, 9, 1)
-    expected = [greedy(lm, row, 6) for row in rows]
-    assert len({tuple(row) for row in expected}) == 3
-    found = torch.stack(list(lm.stream(rows, max_new_tokens=6, stop=None)), 1)
-    assert found.tolist() == expected
-    texts = [lm.tokenizer.decode(row) for row in expected]
-    assert lm.generate(rows, max_new_tokens=6, stop=None) == texts
-    state = lm.derive_state([row[:-1] or row for row in rows[:2]])
-    assert lm.generate([row[-1:] for row in rows[:2]], state, max_new_tokens=6, stop=None) == texts[:2]
 
 
 # Deltas
@@ -210,7 +137,7 @@ def test_a_delta_is_merged_weights(kind):
     ("kind", "maps"),
     [
         ("gpt2", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
-        ("llama", {f"self_attn.{n}_proj" for n in "qkvo"} | {f"mlp.{n}_proj" for n in ("gate", "up", "down")}),
+        ("new", {f"self_attn.{n}_proj" for n in "qkvo"} | {f"mlp.{n}_proj" for n in ("gate", "up", "down")}),
     ],
 )
 def test_the_maps_of_the_blocks_can_be_edited(kind, maps):
@@ -227,8 +154,7 @@ def test_the_maps_of_the_blocks_can_be_edited(kind, maps):
     ("kind", "ending"),
     [
         ("gpt2", "attn.c_proj"),
-        ("llama", "o_proj"),
-        ("qwen3", "down_proj"),
+        ("new", "o_proj"),
     ],
 )
 def test_an_adapter_step_fits_every_class(kind, ending):
@@ -280,17 +206,6 @@ def test_sizes_are_read_off():
     assert replace(transformer("gpt2").config, rest="") == TransformerConfig("gpt2", VOCAB, 16, 2, 0, 2)
 
 
-def test_the_fingerprint_names_the_weights():
-    """The same seed gives the same, another seed or one changed number another, and other sizes, too."""
-    lm = transformer("new")
-    before = lm.fingerprint()
-    assert before == transformer("new").fingerprint()
-    others = [transformer("new", seed=1), transformer("llama")]
-    assert len({before, *(other.fingerprint() for other in others)}) == 3
-    lm.model.get_input_embeddings().weight[3, 5] += 1e-3
-    assert lm.fingerprint() != before
-
-
 def test_the_fingerprint_names_what_else_decides():
     """The same weights with another base of the rotary positions say something else, and are another model."""
     one, other = transformer("new"), transformer("new")
@@ -298,12 +213,6 @@ def test_the_fingerprint_names_what_else_decides():
     config = copy.deepcopy(other.model.config)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 10.0}
     assert CausalTransformer(type(other.model)(config)).config != one.config
-
-
-def test_a_state_of_another_batch_is_refused():
-    lm = transformer("new")
-    with pytest.raises(UserError, match="2 sequences but a state of batch 1"):
-        lm.step_through(torch.ones(2, 1, dtype=torch.long), lm.derive_state([[1, 2]]))
 
 
 def test_keys_and_values_say_what_reading_everything_again_says(lm):

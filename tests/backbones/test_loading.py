@@ -252,35 +252,11 @@ def test_foreign_files_are_refused(lm, tmp_path):
     torch.save({"layers.0.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"these 1 tensors \(layers.0.weight\) belong to no known model"):
         load_model(tmp_path / "other.pth")
-    torch.save({}, tmp_path / "empty.pth")
-    with pytest.raises(UserError, match="belong to no known model"):
-        load_model(tmp_path / "empty.pth")
-    torch.save(to_author(lm) | {"blocks.0.att.ln_x.weight": torch.zeros(16)}, tmp_path / "more.pth")
-    with pytest.raises(UserError, match=r"not a whole RWKV4: .* 1 unknown \(blocks.0.att.ln_x.weight\)"):
-        load_model(tmp_path / "more.pth")
-    weights = {n.replace("time_first", "time_faaaa"): t for n, t in to_author(lm).items()}
-    torch.save(weights, tmp_path / "rwkv5.pth")
-    with pytest.raises(UserError, match=r"neither blocks.0.att.time_first \(RWKV4\) nor blocks.0.att.r_k \(RWKV7\)"):
-        load_model(tmp_path / "rwkv5.pth")
     safetensors.torch.save_file(to_hf(lm), tmp_path / "hf.safetensors")
     with pytest.raises(UserError, match="not one of this project's"):
         load_model(tmp_path / "hf.safetensors")
     with pytest.raises(UserError, match="does not exist"):
         load_model("no/such/file.pth")
-
-
-@pytest.mark.parametrize("family", ["rwkv7"])
-def test_rwkv7s_that_are_not_whole_are_refused(lm, tmp_path):
-    """A tensor lost, one too many, one quantised: the file is recognised, and the fault is named."""
-    weights = to_author(lm)
-    for change, message in (
-        ({}, r"not a whole RWKV7: 1 tensors missing \(blocks.2.att.g2\), 0 unknown"),
-        ({"blocks.2.att.g2": weights["blocks.2.att.g2"], "x": torch.zeros(2)}, r"0 tensors missing \(\), 1 unknown"),
-        ({"blocks.2.att.g2": torch.zeros(5, 16, dtype=torch.uint8)}, r"blocks.2.att.g2 is torch.uint8; quantised"),
-    ):
-        torch.save({n: t for n, t in weights.items() if n != "blocks.2.att.g2"} | change, tmp_path / "m.pth")
-        with pytest.raises(UserError, match=message):
-            load_model(tmp_path / "m.pth")
 
 
 def test_foreign_folders_are_refused(lm, tmp_path):
@@ -390,7 +366,7 @@ def test_any_tokenizer_of_a_folder(mamba2, lm, tmp_path):
     )
     lm.tokenizer = tokenizer
     with pytest.raises(
-        UserError, match=r"a ByT5Tokenizer is no tokenizer\.json; save the model in layout 'transformers'"
+        UserError, match=r"a ByT5Tokenizer has no tokenizer\.json; save the model in layout 'transformers'"
     ):
         save_model(lm, tmp_path / "m.safetensors", "prosg")
 
@@ -415,7 +391,7 @@ def test_tokenizers_that_do_not_fit_are_refused(mamba2, lm, tmp_path):
     save_model(mamba2, tmp_path, "transformers")
     lm.tokenizer.save(tmp_path)
     with pytest.raises(
-        UserError, match=r"the tokenizer in .* has 2048 tokens, but the model only 400; put the one there"
+        UserError, match=r"the tokenizer in .* has 2048 tokens, but the model only 400"
     ):
         load_model(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")

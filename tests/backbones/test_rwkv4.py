@@ -1,14 +1,12 @@
 """RWKV-4 is the RWKV-4 of others, and only its own weights become one."""
 
-import pytest
 import torch
 from torch.testing import assert_close
 from transformers import RwkvConfig, RwkvForCausalLM
 
 from prosg_lib.backbones.rwkv4 import RWKV4, training_flops
-from prosg_lib.backbones.rwkv_layouts import from_author, from_hf, to_author, to_hf
+from prosg_lib.backbones.rwkv_layouts import from_hf, to_hf
 from prosg_lib.config.sizes import RWKV4Config
-from prosg_lib.errors import UserError
 
 
 def peer(lm: RWKV4) -> RwkvForCausalLM:
@@ -60,34 +58,6 @@ def test_state_of_transformers_goes_on_alike(lm):
         out = theirs(ids[:, t : t + 1], state=out.state, use_cache=True)
         logits, state = lm(ids[:, t : t + 1], state)
         assert_close(logits, out.logits, rtol=1e-4, atol=1e-4)
-
-
-def test_author_layout_round_trip(lm):
-    weights = to_author(lm)
-    assert weights["blocks.0.att.time_mix_k"].shape == (1, 1, lm.config.width)
-    again = from_author({name: t.bfloat16().float() for name, t in weights.items()})
-    assert again.config == lm.config
-    again = from_author(weights)
-    for name, tensor in lm.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor)
-
-
-def test_foreign_weights_are_refused(lm):
-    weights = to_author(lm)
-    with pytest.raises(UserError, match=r"1 tensors missing \(ln_out.bias\)"):
-        from_author({n: t for n, t in weights.items() if n != "ln_out.bias"})
-    with pytest.raises(UserError, match=r"1 unknown \(blocks.0.att.gate.weight\)"):
-        from_author(weights | {"blocks.0.att.gate.weight": torch.zeros(16, 16)})
-    with pytest.raises(UserError, match=r"ffn.key.weight has shape \(16, 32\), expected \(32, 16\)"):
-        from_author(weights | {"blocks.1.ffn.key.weight": weights["blocks.1.ffn.key.weight"].t()})
-    with pytest.raises(UserError, match="quantised"):
-        from_author(weights | {"head.weight": weights["head.weight"].to(torch.int8)})
-    with pytest.raises(UserError, match=r"belong to no known model|not a whole RWKV4"):
-        from_author({"model.embed_tokens.weight": torch.zeros(3, 3)})
-    with pytest.raises(UserError, match="RwkvForCausalLM"):
-        from_hf({"model.embed_tokens.weight": torch.zeros(3, 3)})
-    with pytest.raises(UserError, match=r"belong to no known model|not a whole RWKV4"):
-        from_hf({n: t for n, t in to_hf(lm).items() if "feed_forward.key" not in n})
 
 
 def test_training_flops():

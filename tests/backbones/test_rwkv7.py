@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
-from prosg_lib.backbones.rwkv_layouts import from_author, to_author
+from prosg_lib.backbones.rwkv_layouts import to_author
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.errors import UserError
 
@@ -76,68 +76,6 @@ def test_logits_and_state_of_the_authors_package(tmp_path):
             theirs = load_file(tmp_path / f"{name}-{way}.safetensors")
             assert_close(ours[0], theirs["logits"], rtol=0, atol=1e-4)
             assert_close(end.tensors["wkv"][0], theirs["state"], rtol=0, atol=1e-3)
-
-
-def test_author_layout_round_trip(lm):
-    """Also in half precision, and from a plain state dict; the model has memory of its own, and the file's low-rank
-    sizes."""
-    weights = to_author(lm)
-    assert weights["blocks.0.att.x_k"].shape == weights["blocks.1.att.v0"].shape == (1, 1, 16)
-    assert weights["blocks.0.att.r_k"].shape == (2, 8)
-    assert weights["blocks.0.att.ln_x.weight"].shape == weights["ln_out.bias"].shape == (16,)
-    assert not [name for name in weights if name.startswith(("blocks.0.att.v0", "blocks.0.att.v1"))]
-    again = from_author(weights)
-    assert again.config == lm.config == RWKV7Config(lm.config.vocab, 16, 3, 32, 8, 4, 3, 2, 5)
-    assert again.fingerprint() == from_author(lm.state_dict()).fingerprint() == lm.fingerprint()
-    with torch.no_grad():
-        again.emb.weight.zero_()
-    assert lm.emb.weight.any()
-    half = from_author({name: t.bfloat16() for name, t in weights.items()})
-    assert {t.dtype for t in half.state_dict().values()} == {torch.float32}
-    assert_close(half.state_dict(), lm.state_dict(), rtol=1e-2, atol=0)
-
-
-@torch.no_grad()
-def test_values_of_a_first_layer_that_nothing_uses(lm):
-    """Some files have v0, v1, v2 in the first layer, some have not: the same model."""
-    weights = to_author(lm)
-    more = {f"blocks.0.att.{name}": torch.ones_like(weights[f"blocks.1.att.{name}"]) for name in ("v0", "v1", "v2")}
-    assert from_author(weights | more).fingerprint() == lm.fingerprint()
-
-
-def test_a_single_layer_round_trip():
-    """It has no map to v, whose size its file therefore cannot tell."""
-    lm = RWKV7(RWKV7Config(10, 8, 1, 16, 4, 2, 2, 2, 2))
-    assert from_author(to_author(lm)).config == lm.config
-    assert lm.config.value_rank == 0
-
-
-def test_foreign_weights_are_refused(lm):
-    weights = to_author(lm)
-
-    def with_change(name, change):
-        return from_author(weights | {name: change(weights[name])})
-
-    with pytest.raises(UserError, match=r"1 tensors missing \(blocks.1.att.k_a\)"):
-        from_author({n: t for n, t in weights.items() if n != "blocks.1.att.k_a"})
-    with pytest.raises(UserError, match=r"1 unknown \(blocks.0.ffn.s_emb.weight\)"):
-        from_author(weights | {"blocks.0.ffn.s_emb.weight": torch.zeros(16, 16)})
-    with pytest.raises(UserError, match=r"ffn.key.weight has shape \(16, 32\), expected \(32, 16\)"):
-        with_change("blocks.1.ffn.key.weight", torch.t)
-    with pytest.raises(UserError, match=r"blocks.2.att.r_k has shape \(8, 2\), expected \(2, 8\)"):
-        with_change("blocks.2.att.r_k", torch.t)
-    with pytest.raises(UserError, match=r"blocks.2.att.g1 has shape \(16, 4\), expected \(16, 5\)"):
-        with_change("blocks.2.att.g1", lambda t: t[:, :4])
-    with pytest.raises(UserError, match=r"head\.weight is torch.uint8; quantised"):
-        with_change("head.weight", lambda t: t.to(torch.uint8))
-    with pytest.raises(UserError, match=r"16 is not a multiple of the head size 5"):
-        with_change("blocks.0.att.r_k", lambda t: t.flatten()[:15].view(3, 5))
-    with pytest.raises(UserError, match=r"belong to no known model|not a whole RWKV7"):
-        with_change("blocks.0.att.r_k", torch.flatten)
-    with pytest.raises(UserError, match=r"belong to no known model|not a whole RWKV7"):
-        from_author({n: t for n, t in weights.items() if "blocks.0.att.w1" not in n})
-    with pytest.raises(UserError, match=r"belong to no known model|not a whole RWKV7"):
-        from_author({"model.embed_tokens.weight": torch.zeros(3, 3)})
 
 
 def test_a_width_that_heads_do_not_fill_is_refused():
