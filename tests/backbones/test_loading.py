@@ -19,7 +19,7 @@ from prosg_lib.backbones.hub_families import Mamba2
 from prosg_lib.backbones.hub_transformer import TransformerConfig, new_llama
 from prosg_lib.backbones.loading import load_model, save_model
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.backbones.rwkv_layouts import to_author, to_hf
+from prosg_lib.backbones.rwkv_layouts import to_author
 from prosg_lib.errors import UserError
 from prosg_lib.text.tokenizer import Tokenizer
 from prosg_lib.text.world_tokenizer import WorldTokenizer
@@ -78,16 +78,6 @@ def test_a_world_tokenizer_goes_with_the_model(lm, tmp_path):
     if isinstance(lm, RWKV4):
         save_model(lm, tmp_path / "folder", "transformers")
         assert load_model(tmp_path / "folder").tokenizer is None
-
-
-@pytest.mark.parametrize("family", ["rwkv7"])
-def test_layouts_that_a_model_does_not_have(lm, tmp_path):
-    with pytest.raises(UserError, match="no class for RWKV-7; save it in layout 'prosg' or 'author'"):
-        save_model(lm, tmp_path / "folder", "transformers")
-    assert not (tmp_path / "folder").exists()
-    transformer = new_llama(TransformerConfig("llama", 50, 16, 1, 32, 2))
-    with pytest.raises(UserError, match="a CausalTransformer has no layout 'author'"):
-        save_model(transformer, tmp_path / "m.pth", "author")
 
 
 @torch.no_grad()
@@ -235,58 +225,69 @@ def test_damaged_files_are_refused(lm, tmp_path, layout):
             load_model(source)
 
 
-def test_a_damaged_config_is_refused(lm, tmp_path):
-    save_model(lm, tmp_path / "folder", "transformers")
-    (tmp_path / "folder" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json, line 1: not JSON"):
-        load_model(tmp_path / "folder")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.pth", [torch.zeros(2)], "tensors by name"),
+        ("run.pth", {"epoch": 3, "model": {"a": torch.zeros(2)}}, "tensors by name"),
+        ("other.pth", {"layers.0.weight": torch.zeros(2)}, r"1 tensors \(layers.0.weight\) belong to no known model"),
+        ("hf.safetensors", {"rwkv.embeddings.weight": torch.zeros(2)}, "not one of this project's"),
+        ("missing.pth", None, "does not exist"),
+    ],
+)
+def test_foreign_files_are_refused(tmp_path, name, content, message):
+    if content is not None:
+        save = safetensors.torch.save_file if name.endswith("safetensors") else torch.save
+        save(content, tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / name)
 
 
-def test_foreign_files_are_refused(lm, tmp_path):
-    torch.save([torch.zeros(2)], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="tensors by name"):
-        load_model(tmp_path / "list.pth")
-    torch.save({"epoch": 3, "model": {"a": torch.zeros(2)}}, tmp_path / "run.pth")
-    with pytest.raises(UserError, match="tensors by name"):
-        load_model(tmp_path / "run.pth")
-    torch.save({"layers.0.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"these 1 tensors \(layers.0.weight\) belong to no known model"):
-        load_model(tmp_path / "other.pth")
-    safetensors.torch.save_file(to_hf(lm), tmp_path / "hf.safetensors")
-    with pytest.raises(UserError, match="not one of this project's"):
-        load_model(tmp_path / "hf.safetensors")
-    with pytest.raises(UserError, match="does not exist"):
-        load_model("no/such/file.pth")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "could not be loaded"),  # whose weights these are not
+        ({"model_type": None}, "could not be loaded"),
+        ({"layer_norm_epsilon": 1e-3}, r"layer_norm_epsilon = 0\.001"),
+        ({"num_hidden_layers": 4}, r"num_hidden_layers = 4, but .* have 3"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(lm, tmp_path, change, message):
+    save_model(lm, tmp_path, "transformers")
+    config = json.loads((tmp_path / "config.json").read_text())
+    files.write_json(tmp_path / "config.json", config | {"auto_map": {"AutoModel": "evil.Model"}})
+    assert_same_weights(load_model(tmp_path), lm)  # it names code, which nobody reads
+    files.write_json(tmp_path / "config.json", config | change)
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path)
 
 
-def test_foreign_folders_are_refused(lm, tmp_path):
+def test_folders_that_are_not_whole_are_refused(lm, tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json"):
         load_model(tmp_path)
     save_model(lm, tmp_path, "transformers")
-    config = json.loads((tmp_path / "config.json").read_text())
-
-    def with_config(change):
-        files.write_json(tmp_path / "config.json", config | change)
-        return load_model(tmp_path)
-
-    assert_same_weights(with_config({"auto_map": {"AutoModel": "evil.Model"}}), lm)  # names code; nobody reads it
-    with pytest.raises(UserError, match="could not be loaded"):
-        with_config({"model_type": "llama"})
-    with pytest.raises(UserError, match="could not be loaded"):
-        with_config({"model_type": None})
-    with pytest.raises(UserError, match=r"layer_norm_epsilon = 0\.001"):
-        with_config({"layer_norm_epsilon": 1e-3})
-    with pytest.raises(UserError, match=r"num_hidden_layers = 4, but .* have 3"):
-        with_config({"num_hidden_layers": 4})
-    files.write_json(tmp_path / "config.json", config)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"neither model\.safetensors"):
         load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json, line 1: not JSON"):
+        load_model(tmp_path)
 
 
-def test_unknown_layout(lm, tmp_path):
-    with pytest.raises(UserError, match="unknown layout 'gguf'; there are prosg, transformers, author"):
-        save_model(lm, tmp_path / "m", "gguf")
+@pytest.mark.parametrize(
+    ("family", "kind", "layout", "message"),
+    [
+        ("rwkv4", "rwkv", "gguf", "unknown layout 'gguf'; there are prosg, transformers, author"),
+        ("rwkv7", "rwkv", "transformers", "no class for RWKV-7; save it in layout 'prosg' or 'author'"),
+        ("rwkv4", "llama", "author", "a CausalTransformer has no layout 'author'; save it in layout 'transformers'"),
+        ("rwkv4", "mamba2", "prosg", "a Mamba2 has no layout 'prosg'; save it in layout 'transformers'"),
+    ],
+)
+def test_layouts_that_a_model_does_not_have(lm, mamba2, tmp_path, kind, layout, message):
+    model = {"rwkv": lm, "mamba2": mamba2, "llama": new_llama(TransformerConfig("llama", 50, 16, 1, 32, 2))}[kind]
+    with pytest.raises(UserError, match=message):
+        save_model(model, tmp_path / "m", layout)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path):
@@ -390,9 +391,7 @@ def test_tokenizers_that_do_not_fit_are_refused(mamba2, lm, tmp_path):
     """One with more tokens than the model, of either kind of file, and one that is damaged."""
     save_model(mamba2, tmp_path, "transformers")
     lm.tokenizer.save(tmp_path)
-    with pytest.raises(
-        UserError, match=r"the tokenizer in .* has 2048 tokens, but the model only 400"
-    ):
+    with pytest.raises(UserError, match=r"the tokenizer in .* has 2048 tokens, but the model only 400"):
         load_model(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="is not a tokenizer file"):
@@ -459,12 +458,3 @@ def test_code_in_a_folder_is_never_run(mamba2, tmp_path):
     with pytest.raises(UserError, match=r"the tokenizer in .* could not be loaded"):
         load_model(tmp_path)
     assert not (tmp_path / "exploded").exists()
-
-
-def test_layouts_of_other_classes(mamba2, tmp_path):
-    for layout in ("prosg", "author"):
-        with pytest.raises(UserError, match=f"a Mamba2 has no layout '{layout}'; save it in layout 'transformers'"):
-            save_model(mamba2, tmp_path / "m", layout)
-    with pytest.raises(UserError, match="unknown layout 'gguf'"):
-        save_model(mamba2, tmp_path / "m", "gguf")
-    assert not list(tmp_path.iterdir())
