@@ -80,7 +80,7 @@ def test_generated_text_is_escaped(table):
 
 @pytest.mark.parametrize(("distance", "prompt"), [(63, 0), (0, 1)])
 def test_what_was_not_asked_is_refused(table, distance, prompt):
-    """The message says what there is."""
+    """The message lists what there is."""
     with pytest.raises(UserError, match="distances 0, 64"):
         widgets.knowledge_html(table, distance, prompt)
 
@@ -103,7 +103,7 @@ def test_knowledge_tells_the_facts_in_the_order_of_the_prompt(measured):
         assert set(part.question) == {p.question for p in item.probes}
 
 
-def test_figures_say_what_the_table_says(table):
+def test_figures_show_what_the_table_has(table):
     """Grid: the answers of every cell, ticked or crossed; mosaic: as many squares as right answers."""
     figure, axes = plt.subplots(1, 2)
     plots.knowledge_grid(axes, table, prompt=0)

@@ -1,7 +1,7 @@
 """What every method answered, kept as JSON Lines that pandas reads; every number can be computed again from it.
 
 `predictions.jsonl.gz` has one row an item and method, and `predictions.json` beside it the header: what was measured,
-with what, when asked by which command. In a file about dialogues a row is one prompt at one distance::
+with what, and by which command. In a file about dialogues a row is one prompt at one distance::
 
     {"method": "base", "training": 0, "distance": 64, "facts": 6, "seed": 0, "prompt": 5,
      "instructions": {"closer": "over"}, "questions": ["Tell me my home town."], "gold": ["Oslo"],

@@ -82,24 +82,24 @@ def trained(kind, lm, endings=MAPS):
 
 
 @torch.no_grad()
-def says(lm, problem, ids, delta=None):
-    """What the model says at the judged positions of the rest, reading these tokens and then the rest, by itself."""
+def predicted_alone(lm, problem, ids, delta=None):
+    """What the model predicts at the judged positions of the rest after these tokens, in one pass of its own."""
     logits, _ = lm(torch.tensor([[*ids, *problem.rest]]), None, delta)
     return tuple(logits[0, [len(ids) + place for place in problem.judged]].argmax(-1).tolist())
 
 
 @pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
 @pytest.mark.parametrize("tokens", [16_384, 60])
-def test_plain_methods_say_what_one_reading_says(lm, problems, tokens, monkeypatch):
+def test_plain_methods_predict_as_one_forward_pass_does(lm, problems, tokens, monkeypatch):
     """Memory and rest, the rest alone, and the memory twice: each problem in one go, without batch, padding or state;
     in one batch and in several."""
     monkeypatch.setattr(memory_tests, "_TOKENS", tokens)
     found = answered(lm, None, problems)
     assert list(found) == list(PLAIN)
-    assert found["base"] == [says(lm, p, p.memory) for p in problems]
-    assert found["none"] == [says(lm, p, ()) for p in problems]
-    assert found["repeated"] == [says(lm, p, p.memory * 2) for p in problems]
-    assert len({tuple(said) for said in found.values()}) == 3  # the test could tell them apart
+    assert found["base"] == [predicted_alone(lm, p, p.memory) for p in problems]
+    assert found["none"] == [predicted_alone(lm, p, ()) for p in problems]
+    assert found["repeated"] == [predicted_alone(lm, p, p.memory * 2) for p in problems]
+    assert len({tuple(ids) for ids in found.values()}) == 3  # the test could tell them apart
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def test_a_generators_methods(lm, problems, kind, name):
 
     before = [problems[-1], *problems[:-1]]
     assert found[name] == [read_on(p, p.memory, d) for p, d in zip(problems, deltas, strict=True)]
-    assert found["alone"] == [says(lm, p, (), d) for p, d in zip(problems, deltas, strict=True)]
+    assert found["alone"] == [predicted_alone(lm, p, (), d) for p, d in zip(problems, deltas, strict=True)]
     others = zip(problems, before, [deltas[-1], *deltas[:-1]], strict=True)
     assert found["wrong"] == [read_on(p, b.memory, d) for p, b, d in others]
-    assert found["base"] == [says(lm, p, p.memory) for p in problems]
+    assert found["base"] == [predicted_alone(lm, p, p.memory) for p in problems]
     assert found[name] != found["base"]
     assert found["alone"] != found["none"]
 
@@ -152,12 +152,12 @@ def test_a_transformer_reads_all_in_one_pass(problems, monkeypatch):
     passes.clear()
     generator.memorize(lm, [list(p.memory) for p in problems])
     assert taken == len(found) + len(passes)
-    assert found["base"] == [says(lm, p, p.memory) for p in problems]
-    assert found["repeated"] == [says(lm, p, p.memory * 2) for p in problems]
-    assert found["none"] == [says(lm, p, ()) for p in problems]
+    assert found["base"] == [predicted_alone(lm, p, p.memory) for p in problems]
+    assert found["repeated"] == [predicted_alone(lm, p, p.memory * 2) for p in problems]
+    assert found["none"] == [predicted_alone(lm, p, ()) for p in problems]
     deltas = [generator.memorize(lm, [list(p.memory)]) for p in problems]
-    assert found["alone"] == [says(lm, p, (), d) for p, d in zip(problems, deltas, strict=True)]
-    assert found["adapter"] == [says(lm, p, p.memory, d) for p, d in zip(problems, deltas, strict=True)]
+    assert found["alone"] == [predicted_alone(lm, p, (), d) for p, d in zip(problems, deltas, strict=True)]
+    assert found["adapter"] == [predicted_alone(lm, p, p.memory, d) for p, d in zip(problems, deltas, strict=True)]
 
 
 def test_batches_hold_two_at_least(lm, problems, monkeypatch):
@@ -210,9 +210,9 @@ class Copier(LanguageModel):
         ids = ids if valid is None else ids.masked_fill(~valid, -1)
         read = ids if state is None else torch.cat([state.tensors["ids"], ids], 1)
         time = ids.shape[1]
-        says = [[self.next(row[:n]) for n in range(len(row) - time + 1, len(row) + 1)]
-                for row in read.tolist()]  # fmt: skip
-        return nn.functional.one_hot(torch.tensor(says), self.config.vocab).float(), RecurrentState({"ids": read})
+        ends = range(read.shape[1] - time + 1, read.shape[1] + 1)
+        predicted = [[self.next(row[:end]) for end in ends] for row in read.tolist()]
+        return nn.functional.one_hot(torch.tensor(predicted), self.config.vocab).float(), RecurrentState({"ids": read})
 
     @staticmethod
     def next(row):
@@ -241,8 +241,8 @@ def material_of(lm):
 
 def test_a_model_that_copies_solves_all_four(lm):
     """One that goes on as the text went on before gets everything right, with the memory once or twice, and without it
-    nothing except a few tokens of copies and a query by chance. So the gold is what the memory says, and the judged
-    positions are where it has to be said."""
+    nothing except a few tokens of copies and a query by chance. So the gold tokens are the memory's, and the judged
+    positions are where they belong."""
     copier = Copier(lm.tokenizer)
     cells, _ = settings(replace(TINY, copy=(1, 12), mqar=((64, 4),), phonebook=(3, 8), depths=(0.0, 0.4, 1.0)), 2048)
     scores = scored(answers(copier, None, cells, material_of(lm), (0,), 4))

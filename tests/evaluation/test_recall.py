@@ -184,10 +184,10 @@ def test_competing_answers_are_counted_across_pieces(rows):
     base = frame[frame.method == "base"].set_index(["distance", "prompt"])
     for number, item in enumerate(items):
         for distance, before in ((16, 0), (256, 16)):
-            asked = [t for t in range(before, distance) if item.body_kind[t] == COMPETING]
-            right = [lm.follows[item.body[t - 1]] == item.body[t] for t in asked]
-            assert base.competing_total[distance, number] == len(asked)
-            expected = np.mean(right) if asked else math.nan
+            stated = [t for t in range(before, distance) if item.body_kind[t] == COMPETING]
+            right = [lm.follows[item.body[t - 1]] == item.body[t] for t in stated]
+            assert base.competing_total[distance, number] == len(stated)
+            expected = np.mean(right) if stated else math.nan
             assert base.competing[distance, number] == pytest.approx(expected, nan_ok=True)
     assert base.competing_total.sum() > 10
     assert 0 < base.competing.mean() < 1
@@ -314,12 +314,12 @@ def test_sweep_takes_fewer_prompts_beside_the_main_number_of_facts(data):
 
 
 def test_every_training_answers_the_same(data):
-    """As the method alone would, with each generator, and each row says which it was."""
+    """As the method alone would, with each generator, and every row has its number."""
     items = data.items(2, Shape(2, 8, 1, instructions=2))
     lm, sizes = Window(data, items), Evaluation(2, 2, 1, (0,), (0, 8), (2,))
-    told = ("test", sizes, lambda split, seed: data)
-    found = answers_by_training(lm, {0: Copy(), 3: Copy(blind=True)}, *told)
+    given = ("test", sizes, lambda split, seed: data)
+    found = answers_by_training(lm, {0: Copy(), 3: Copy(blind=True)}, *given)
     for number, generator in {0: Copy(), 3: Copy(blind=True)}.items():
-        alone = answers(lm, {"token": generator}, ["prosg-token"], *told).assign(training=number)
+        alone = answers(lm, {"token": generator}, ["prosg-token"], *given).assign(training=number)
         pd.testing.assert_frame_equal(found[found.training == number].reset_index(drop=True), alone)
     assert judged(found).training.tolist() == [0] * 4 + [3] * 4

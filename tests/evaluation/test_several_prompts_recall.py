@@ -1,4 +1,4 @@
-"""Recall of several prompts in one delta: which facts are asked, and what the shipped generator still knows."""
+"""Recall of several prompts in one delta: which facts are where, and what the shipped generator still knows."""
 
 import pytest
 import torch
@@ -34,9 +34,9 @@ def test_a_prompt_as_several():
         texts = shared_out(item, prompts)
         assert f"User: {' '.join(texts)}\n" == item.prompt
         for i, text in enumerate(texts):
-            told = item.facts[i * 12 // prompts : (i + 1) * 12 // prompts]
-            assert all(fact.value in text for fact in told)
-            assert text.count(".") == len(told)
+            own = item.facts[i * 12 // prompts : (i + 1) * 12 // prompts]
+            assert all(fact.value in text for fact in own)
+            assert text.count(".") == len(own)
     with pytest.raises(UserError, match="cannot be shared out over 5 prompts"):
         shared_out(item, 5)
     with pytest.raises(UserError, match="2 instructions"):
@@ -44,12 +44,12 @@ def test_a_prompt_as_several():
 
 
 def test_compare_asks_about_everything(lm, generator, monkeypatch):
-    """One row per method, number and memory; the method's own delta is measured, and every fact is asked about."""
+    """One row per method, number and memory; the method's own delta is measured, and there is one question a fact."""
     data, common = dialogues("validation"), common_part(lm, generator, TEXTS)
     measured = []
 
-    def fake(model, delta, told, items):
-        assert (model, told) == (lm, data)
+    def fake(model, delta, dialogues, items):
+        assert (model, dialogues) == (lm, data)
         measured.append((delta, items[0]))
         return [len(measured) / 100]
 

@@ -121,7 +121,7 @@ def test_gap_recovered_is_its_formula():
 
 
 def test_no_gap_no_share_of_it():
-    """Where even the repeated prompt does not help, nothing is said to be recovered."""
+    """Where even the repeated prompt does not help, there is no share of a gap."""
     frame = made({"base": [[0.5, 0.0]], "none": [[0.2, 0.2]], "repeated": [[0.2, 0.2]]}, distances=(64,))
     found = gap_recovered(frame, "base", 64)
     assert math.isnan(found.value)
@@ -249,7 +249,7 @@ def test_other_trainings_each_are_not_compared():
 
 
 def test_what_was_not_measured_is_named():
-    """An estimate of a method or distance that is not in the frame says so."""
+    """An estimate of a method or distance that is not in the frame is an error that names it."""
     with pytest.raises(UserError, match="repeated was not measured here; there are base, none"):
         gap_recovered(made({"base": [[1.0]], "none": [[0.0]]}, distances=(64,)), "base", 64)
     with pytest.raises(UserError, match="nothing was measured at 65 tokens with 6 facts"):
