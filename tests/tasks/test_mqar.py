@@ -89,8 +89,8 @@ def test_all_gaps_against_a_derivation_step_by_step(drawn):
 
 
 def test_keys_values_and_filling_are_uniform(drawn):
-    """Keys over 1 .. vocab/2 - 1, values over vocab/2 .. vocab - 1, and all other places over the whole vocabulary, 0
-    included, including the places right after a query."""
+    """Keys over 1 .. vocab/2 - 1, values over vocab/2 .. vocab - 1, and all other places over the whole vocabulary,
+    including 0 and including the places right after a query."""
     keys, values, gaps, rests = drawn
     assert uniform(keys[:, 0], 1, 30) > LIKELY
     assert uniform(keys.ravel(), 1, 30) > LIKELY
@@ -101,15 +101,15 @@ def test_keys_values_and_filling_are_uniform(drawn):
     assert uniform(np.take_along_axis(rests, 2 * gaps + 1, 1).ravel(), 0, 60) > LIKELY
 
 
-def test_keys_and_values_go_together_by_chance(drawn):
-    """A key does not tell its value: chi-square of independence of their halves."""
+def test_keys_and_values_are_independent(drawn):
+    """Chi-square of independence of their halves."""
     keys, values, _, _ = drawn
     table = np.histogram2d(keys.ravel() > 15, values.ravel() >= 45, bins=2)[0]
     assert stats.chi2_contingency(table).pvalue > LIKELY
 
 
-def test_global_random_state_takes_no_part():
-    """Whatever it is, it stays, and the problem is the same."""
+def test_global_random_state_has_no_effect():
+    """Nor is it changed."""
     np.random.seed(0)  # noqa: NPY002 - it is what must not matter
     first, state = problem(SMALL, "test", 0, 0), np.random.get_state()[1].tolist()  # noqa: NPY002
     np.random.seed(1)  # noqa: NPY002
@@ -119,7 +119,7 @@ def test_global_random_state_takes_no_part():
 
 
 def test_a_smaller_models_vocabulary():
-    """All that the model has, split in halves; never more than published."""
+    """All tokens of the model, in two halves, but never more than published."""
     assert fitting(512, 64, 2048).vocab == 2048
     assert fitting(64, 4, 50_000).vocab == 8192
     found = problem(fitting(64, 4, 70), "test", 0, 0)

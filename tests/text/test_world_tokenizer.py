@@ -28,7 +28,7 @@ TEXTS = [
 
 
 def write(path, tokens):
-    """As the real file is written: printable text as a string, what is no text as bytes."""
+    """In the format of the real file: text as a string, other bytes as bytes."""
 
     def literal(token):
         try:
@@ -48,7 +48,7 @@ def tokenizer(tmp_path_factory):
 @settings(deadline=None)
 @given(st.text() | st.lists(st.sampled_from([*PIECES, "the", " ", "x", "東北"])).map("".join))
 def test_any_text_survives_the_round_trip(tokenizer, text):
-    """Whatever can be written in UTF-8 is decoded to what was encoded, bytes too, and no longer token would fit."""
+    """Decoding gives back any text that UTF-8 can write, and no longer token would match anywhere."""
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tuple(tokenizer.encode_long(text)) == ids
@@ -60,7 +60,7 @@ def test_any_text_survives_the_round_trip(tokenizer, text):
 
 
 def test_the_longest_match_is_not_the_first(tokenizer):
-    """A token that goes on beyond a shorter one, and one that is given up half-way: `there` is `ther` and `e`."""
+    """A token that extends a shorter one, and one that matches only half-way: `there` is `ther` and `e`."""
 
     def pieces(text):
         return [tokenizer.decode_bytes([i]) for i in tokenizer.encode(text)]
@@ -73,7 +73,7 @@ def test_the_longest_match_is_not_the_first(tokenizer):
 
 
 def test_parts_of_characters(tokenizer):
-    """Bytes come out as they are; as text they are what the project's own tokenizer makes of them."""
+    """Bytes are returned unchanged; as text they equal what the project's own tokenizer gives."""
     cut = [i for i, token in TOKENS.items() if token in CUT]
     assert tokenizer.decode_bytes(cut) == b"".join(CUT)
     own = load_tokenizer()
@@ -158,8 +158,8 @@ def test_lines_may_end_as_on_windows(tmp_path):
 
 
 def test_the_real_vocabulary_as_the_authors_package_reads_it(tmp_path):
-    """Ids of texts in several scripts. Theirs takes seconds and 300 MB to read all of the file, so it gets the lines
-    whose tokens are somewhere in the texts: a greedy match can meet no others."""
+    """Ids of texts in several scripts. Theirs takes seconds and 300 MB for the whole file, so it gets only the lines
+    whose tokens occur in the texts: a greedy match can use no others."""
     folder = Path(rwkv.__file__).parent
     ours = load_world_tokenizer(folder / "rwkv_vocab_v20230424.txt")
     assert ours.vocab == 65536
