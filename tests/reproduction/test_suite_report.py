@@ -233,8 +233,8 @@ def small(monkeypatch, make_lm):
             nn.init.normal_(p)
         return made.eval()
 
-    monkeypatch.setattr(suite_report, "choose_model", lambda name: lm)
-    monkeypatch.setattr(suite_report, "choose_generator", generator)
+    monkeypatch.setattr(suite_report, "load_model", lambda name: lm)
+    monkeypatch.setattr(suite_report, "load_generator", generator)
 
 
 @pytest.mark.usefixtures("small")
