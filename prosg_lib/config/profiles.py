@@ -99,7 +99,7 @@ PROFILES = {
         lm=Training(2000, 32, 3e-3, (2, 3, 4, 6, 6, 8), (0, 0, 16, 32, 64, 128)),
         token=GeneratorSize(32, 256, _MAPS),
         token_training=Training(1200, 48, 2e-3, (3, 6, 12, 24, 24), (0, 64, 256, 512), warmup=150),
-        final=GeneratorSize(16, 256, ("att.output", "ffn.value")),
+        final=GeneratorSize(8, 128, ("att.output", "ffn.value")),
         final_training=Training(500, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         static_training=Training(100, 48, 2e-3, (3, 6, 6, 12, 24), (0, 32, 64, 256), warmup=50),
         adapter=AdapterSize(32, _MAPS, 100.0),
