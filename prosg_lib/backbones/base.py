@@ -48,7 +48,6 @@ class LanguageModel(nn.Module, ABC):
         peft_refuses: endings of the names of maps on which PEFT refuses to put an adapter.
         supports_vmap: whether `torch.func.vmap` can run the model with different weights for each example.
         state_grows: whether the state grows with the text, because attention layers keep what they have read.
-        state_feature_names: kinds of `state_features`, where every layer has D numbers of each, in this order.
         short_term: parts of the names of state tensors that hold the last tokens alone, and no memory of the text.
     """
 
@@ -57,7 +56,6 @@ class LanguageModel(nn.Module, ABC):
     peft_refuses: tuple[str, ...] = ()
     supports_vmap = True
     state_grows = False
-    state_feature_names: tuple[str, ...] = ()
     short_term: tuple[str, ...] = ()
 
     @abstractmethod

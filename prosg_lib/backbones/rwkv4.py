@@ -108,8 +108,6 @@ class Block(nn.Module):
 class RWKV4(RWKV):
     """The language model. `forward`, `derive_state`, `generate`: see `LanguageModel`."""
 
-    state_feature_names = ("att_shift", "ffn_shift", "ratio", "weight")
-
     def __init__(self, config: RWKV4Config):
         super().__init__(config, Block)
 
