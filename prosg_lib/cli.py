@@ -114,7 +114,6 @@ def _add_evaluated(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--model", metavar="NAME", help="shipped name, path or hub id of what is measured")
     source.add_argument("--from-predictions", metavar="FILE", help="measure nothing: a file that was written before")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where results are written; made if need be")
-    parser.add_argument("--suite", choices=("forgetting",), default="forgetting", help="default: forgetting")
     parser.add_argument(
         "--generator", metavar="NAME", help="shipped name or file (default: the model's own, if shipped)"
     )

@@ -45,7 +45,7 @@ def test_help_is_there_and_needs_no_torch(arguments):
         ["evaluate", "--model", "rwkv4-dialogue"],
         ["evaluate", "--out", "here"],
         ["evaluate", "--out", "here", "--model", "a", "--from-predictions", "b"],
-        ["evaluate", "--out", "here", "--model", "a", "--suite", "riddles"],
+        ["evaluate", "--out", "here", "--model", "a", "--items", "0"],
         ["evaluate", "--out", "here", "--model", "a", "--items", "none"],
         ["train"],
         ["train", "rwkv4-dialogue", "--list"],
