@@ -228,7 +228,6 @@ def test_a_model_without_a_generator_is_explained(monkeypatch, capsys):
         (["--remember", " "], "nothing to remember: the text is empty"),
         (["--model", "rwkv4-pairs", "--generator", "rwkv4-dialogue-token"], "was trained for model"),
         (["--model", "rwkv4-pairs", "--remember", "I am Ada."], "nothing can be remembered: this model has no"),
-        (["--model", "rwkv4-pairs", "--generator", "rwkv4-pairs-token-characters-lc"], "was trained on pairs"),
         (["--generator", "rwkv4-dialogue-final"], "is a FinalStateGenerator"),
         (["--temperature", "-1"], "temperature is -1.0"),
     ],
