@@ -24,7 +24,7 @@ from prosg_lib.training import distributed
 from prosg_lib.training.checkpoints import VERSION, Record, built, kept, new_module, shipped
 from prosg_lib.training.loop import fit
 from prosg_lib.training.recipes import GRADIENT_STEPS, Recipe, checkpoint_name, recipe, recipes
-from prosg_lib.training.work import course_of, data_of, steps_of, work
+from prosg_lib.training.work import check_data, course_of, data_of, steps_of, work
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def load_or_train(
     """
     if memory.recompute and recipe(name, profile).kind in GRADIENT_STEPS:
         raise UserError(f"{name} needs second derivatives, which recomputed blocks do not have; leave out recompute")
+    check_data(recipe(name, profile), profile)
     lm = _model_for(recipe(name, profile, changes), profile, retrain, lm, memory)
     made, record = _resolved(recipe(name, profile, changes), profile, seed, lm)
     keep_freed_memory()

@@ -84,14 +84,14 @@ def course_of(recipe: Recipe) -> dict:
     return {"repeats": recipe.repeats} if course is None else asdict(course)
 
 
-def steps_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> int:
-    """Steps of a training; where the recipe names none, as many as an epoch of its tasks has.
-
-    Raises:
-        UserError: the first task is not one of the profile, or its data are not on this machine.
-    """
-    if recipe.pairs and recipe.pairs.objective != "LM":
+def check_data(recipe: Recipe, profile: Profile) -> None:
+    """Raises a UserError where the profile does not have the recipe's tasks, or this machine not their data."""
+    if recipe.pairs:
         _tasks(recipe, profile)
+
+
+def steps_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> int:
+    """Steps of a training; where the recipe names none, as many as an epoch of its tasks has."""
     if recipe.training.steps:
         return recipe.training.steps
     pairs = sum(len(pairs_of(task, "train", profile, tokenizer).pairs) for task in _tasks(recipe, profile))

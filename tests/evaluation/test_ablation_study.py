@@ -36,17 +36,18 @@ def test_a_variant_is_the_basis_in_all_but_its_own_choice():
         assert len({v.label for v in found}) == len({v.name(profile) for v in found}) == len(found)
         assert found[0].group == "basis"
         for variant in found:
-            shared = {"steps": study.steps, "batch": study.batch, "facts": study.facts, "distances": study.distances}
-            own = {k: v for k, v in variant.spec.changes.items() if k not in shared}
-            assert shared.items() <= variant.spec.changes.items()
+            shared = {f"training.{name}": getattr(study, name) for name in ("steps", "batch", "facts", "distances")}
+            own = {k: v for k, v in variant.changes.items() if k not in shared}
+            assert shared.items() <= variant.changes.items()
             assert len(own) <= (2 if variant.label == "never a blank state" else 1)
 
 
 def test_every_choice_of_the_study_is_in_the_large_profiles():
     """rank, width, maps, layers, what is seen of token and state, the course, and other seeds."""
     for profile in map(get_profile, ("cpu", "gpu", "paper")):
-        changed = set().union(*(v.spec.changes for v in variants(profile)))
-        assert {"rank", "width", "maps", "layers", "label", "alone", "blank", "locality"} <= changed
+        changed = set().union(*(v.changes for v in variants(profile)))
+        sizes = {f"size.{name}" for name in ("rank", "width", "maps", "layers", "label")}
+        assert sizes | {f"curriculum.{name}" for name in ("alone", "blank", "locality")} <= changed
         assert {v.seed for v in variants(profile, 5)} == {5, 6, 7}
 
 

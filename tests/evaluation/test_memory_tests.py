@@ -366,7 +366,7 @@ def test_all_methods_of_the_study_answer_the_same_problems(place):
     found = sorted(path.name for path in place.glob(f"*{PREDICTED}"))
     names = ("llama-suite", "rwkv4-suite-adapter", "rwkv4-suite-token")
     assert found == [f"{name}-tiny{PREDICTED}" for name in names]
-    own = predictions.read(place / kept[0])[1]
+    own = predictions.read(place / found[0])[1]
     assert own[own.method == "base"].predicted.tolist() == rows[rows.method == "transformer"].predicted.tolist()
 
 

@@ -158,7 +158,7 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import test_training as t
+import test_loop as t
 from prosg_lib import files
 t.torch.set_num_threads(1)
 net = t.module()
@@ -370,7 +370,7 @@ def test_schedule_rises_then_falls_to_a_twentieth():
 
 def test_first_steps_may_be_held_at_the_peak():
     """After the warm-up, and then the whole cosine in the steps that are left."""
-    rates = [schedule(step, SIZES, held=9) for step in range(SIZES.steps + 1)]
+    rates = [schedule(step, SIZES, peak_until=9) for step in range(SIZES.steps + 1)]
     left = replace(SIZES, steps=SIZES.steps - 9, warmup=1)
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:9] == [1.0] * 4

@@ -114,7 +114,7 @@ def test_echoes_are_held_to_their_own_tokens(lm):
     found, way = examples(1), adapter(lm)
     kl, _, _, gold = by_hand(lm, way, found)
     assert abs(kl - gold) > 1e-2
-    loss_of = pair_objective(lm, way, "LC", echoes=2)
+    loss_of = pair_objective(lm, way, "LC", repeats=2)
     for step, expected in ((0, gold), (1, gold), (2, kl)):
         assert_close(loss_of(step, batch_of(found)).total.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -149,7 +149,7 @@ class Reading(nn.Module):
         super().__init__()
         self.push = nn.Parameter(torch.zeros(VOCAB, dtype=torch.float64))
 
-    def after(self, lm, contexts, successive):
+    def adapt(self, lm, contexts, successive):
         _, state = lm.step_through(contexts.ids[:, 0], None, contexts.valid[:, 0])
         return lambda ids, valid, last=None: lm(ids, state, None, valid, last)[0] + self.push
 
@@ -181,7 +181,7 @@ def test_lc_is_zero_and_flat_where_nothing_is_lost(lm, everywhere):
 class Plain:
     """Takes nothing in."""
 
-    def after(self, lm, contexts, successive):
+    def adapt(self, lm, contexts, successive):
         return lambda ids, valid, last=None: lm(ids, None, None, valid, last)[0]
 
 
