@@ -95,7 +95,6 @@ PARTS = {
     "wrong": "control: another memory's delta",
     "none": "control: no memory",
 }
-MEMORY_FILES = {"token": "rwkv4-suite-token", "adapter": "rwkv4-suite-adapter", "transformer": "llama-suite"}
 SIZES = [
     ("copy", 20, "20 words copied"),
     ("copy", 50, "50"),
@@ -107,13 +106,7 @@ SIZES = [
 
 
 def established() -> str:
-    parts = []
-    for part, shown in memory_tests.SHOWN.items():
-        answers = read(f"{MEMORY_FILES[part]}.predictions.jsonl.gz")
-        parts.append(
-            answers[answers.method.isin(shown)].assign(method=lambda rows, shown=shown: rows.method.map(shown))
-        )
-    scores = memory_tests.scored(pd.concat(parts, ignore_index=True))
+    scores = memory_tests.scored(read("established_tests.jsonl.gz"))
     tables = {task: memory_tests.by_size(part, list(PARTS)) for task, part in scores.groupby("task")}
     rows = [[label, *(f"{tables[t].loc[m, size].value:.2f}" for t, size, _ in SIZES)] for m, label in PARTS.items()]
     return grid(rows, ["", *(head for *_, head in SIZES)])

@@ -2,27 +2,22 @@
 
 Every variant is trained for as long, on the same dialogues in the same order, and answers the same questions of the
 validation split. A difference comes from the choice, or from one training's luck, which is why the basis is trained
-with other seeds as well. Measurements are kept as JSON Lines, so that the checkpoints need not be.
+with other seeds as well.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
-from prosg_lib import paths, provenance
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.config import Profile
-from prosg_lib.evaluation import predictions, recall
+from prosg_lib.evaluation import recall
 from prosg_lib.generators.base import Generator
 from prosg_lib.tasks.dialogue import Shape, load_dialogues
-from prosg_lib.training import distributed
-from prosg_lib.training.checkpoints import MEASURED, kept
-from prosg_lib.training.load_or_train import load_or_train, record_of
+from prosg_lib.training.load_or_train import load_or_train
 from prosg_lib.training.recipes import checkpoint_name
 
 SPLIT = "validation"
@@ -106,48 +101,22 @@ def variants(profile: Profile, seed: int = 0) -> tuple[Variant, ...]:
 
 
 def measure(profile: Profile, seed: int = 0, retrain: bool = False) -> pd.DataFrame:
-    """Recall of all variants: kept measurements that fit are taken, missing ones are trained, measured and kept.
+    """Recall of all variants, each loaded or trained, as in data/measured/ablations.jsonl.gz.
 
     Args:
         seed: of the language model and of the trainings, except those with other seeds.
-        retrain: take nothing that is shipped; what was measured here since `checkpoints.forget` is taken.
+        retrain: as in `load_or_train`.
     Returns:
-        As `recall.measure`, method being the variant's label, and also group and state (`BLANK`, at distance 0, or
-        `CARRIED`).
+        As `recall.measure`, but for the method; and also variant (its label), group and state (`BLANK`, at distance 0,
+        or `CARRIED`).
     Raises:
-        UserError: a damaged file; diverged training.
+        UserError: diverged training.
     """
-    lm = load_or_train("rwkv4-dialogue", profile, seed, retrain)
-    shipped = [] if retrain or not shipped_path().is_file() else [predictions.read(shipped_path())]
-    parts = []
+    lm, parts = load_or_train("rwkv4-dialogue", profile, seed, retrain), []
     for variant in variants(profile, seed):
-        given, name = (variant.recipe, profile, variant.seed), variant.name(profile)
-        trained = record_of(*given, variant.changes, lm).as_json()
-        record = {"trained": trained, "measured": json.loads(json.dumps(_measuring(profile)))}
-        own = kept(name, profile).with_suffix(MEASURED)
-        found = [*shipped, *([predictions.read(own)] if own.is_file() else [])]
-        entries = ((header["variants"].get(name), rows[rows.variant == name]) for header, rows in found)
-        entry, rows = next(((e, r) for e, r in entries if e and e["record"] == record), (None, None))
-        if entry:
-            distributed.say(f"{variant.label}: measured before, on {entry['device']}: same sizes, seed and data")
-        else:
-            rows = _measure(lm, load_or_train(*given, retrain, variant.changes, lm), profile)
-            rows = rows.assign(variant=name)
-            if distributed.first():
-                predictions.write(own, {"variants": {name: {"record": record, **provenance.facts()}}}, rows)
-            distributed.wait()
-        parts.append(rows.drop(columns="variant").assign(method=variant.label, group=variant.group))
+        generator = load_or_train(variant.recipe, profile, variant.seed, retrain, variant.changes, lm)
+        parts.append(_measure(lm, generator, profile).assign(variant=variant.label, group=variant.group))
     return pd.concat(parts, ignore_index=True)
-
-
-def shipped_path() -> Path:
-    """Where the repository keeps the measurements of all variants."""
-    return paths.data_dir() / "measured" / "ablations.jsonl.gz"
-
-
-def _measuring(profile: Profile) -> dict:
-    own = {"prompts": profile.study.prompts, "probes": profile.evaluation.probes, "seeds": profile.evaluation.seeds}
-    return own | {"split": SPLIT, "facts": profile.evaluation.main_facts, "distances": _distances(profile)}
 
 
 def _distances(profile: Profile) -> list[int]:

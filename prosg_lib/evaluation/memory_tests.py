@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -25,12 +24,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prosg_lib import paths, provenance
+from prosg_lib import provenance
 from prosg_lib.backbones.base import LanguageModel, fingerprint
 from prosg_lib.config import Profile
 from prosg_lib.deltas.applying import applied
 from prosg_lib.errors import NotFinite, UserError
-from prosg_lib.evaluation import predictions
 from prosg_lib.evaluation.baselines import Start, start
 from prosg_lib.evaluation.statistics import mean
 from prosg_lib.generators.base import Generator
@@ -43,10 +41,7 @@ from prosg_lib.tasks.problems import Problem, ProblemBatch, problem_batch
 from prosg_lib.tasks.suite import SPLIT, Material, Setting, problem_of, settings
 from prosg_lib.text.padding import left_padded
 from prosg_lib.text.prose import ProseTokens, load_prose
-from prosg_lib.training import distributed
-from prosg_lib.training.checkpoints import PREDICTED, kept
 from prosg_lib.training.load_or_train import load_or_train
-from prosg_lib.training.recipes import checkpoint_name
 
 
 class Test(NamedTuple):
@@ -325,66 +320,30 @@ def most_copied(scores: pd.DataFrame, method: str, share: float) -> int:
     return int(means[means >= share - 1e-6].index.max()) if (means >= share - 1e-6).any() else 0
 
 
-SHOWN = {
-    "token": {m: m for m in ("base", "none", "repeated", "prosg-token", "alone", "wrong")},
-    "adapter": {"adapter": "adapter", "alone": "adapter-alone", "wrong": "adapter-wrong"},
-    "transformer": {"base": "transformer"},
+STUDY = {
+    "rwkv4-suite-token": {m: m for m in ("base", "none", "repeated", "prosg-token", "alone", "wrong")},
+    "rwkv4-suite-adapter": {"adapter": "adapter", "alone": "adapter-alone", "wrong": "adapter-wrong"},
+    "llama-suite": {"base": "transformer"},
 }
-"""Of the study: part -> its methods that are compared, and what they are called there."""
-
-
-RECIPES = {"token": "rwkv4-suite-token", "adapter": "rwkv4-suite-adapter", "transformer": "llama-suite"}
-"""Of the study: part -> the recipe of what is measured."""
+"""Recipe -> its methods that are compared, and what they are called there."""
 
 
 def study(profile: Profile, seed: int = 0, retrain: bool = False) -> pd.DataFrame:
-    """Answers of the models that were trained on these tests: what is kept and fits is taken, the rest is trained,
-    asked and kept.
+    """Answers of the models that are trained on these tests, as in data/measured/established_tests.jsonl.gz.
 
     Args:
         seed: of the trainings and of the problems.
-        retrain: take nothing that is shipped; what was made here since `checkpoints.forget` is taken.
+        retrain: as in `load_or_train`.
     Returns:
-        As `answers`, of all methods in `SHOWN`.
+        As `answers`, of all methods in `STUDY`.
     Raises:
-        UserError: a damaged file; diverged training.
+        UserError: diverged training.
     """
-    lm = load_or_train("rwkv4-suite", profile, seed, retrain)
-    models = {what: (lm, load_or_train(RECIPES[what], profile, seed, retrain, lm=lm)) for what in ("token", "adapter")}
-    models["transformer"] = load_or_train(RECIPES["transformer"], profile, seed, retrain), None
-    parts = []
-    for what, (model, generator) in models.items():
-        rows = _kept_or_run(what, model, generator, profile, seed, retrain)
-        rows = rows[rows.method.isin(SHOWN[what])]
-        parts.append(rows.assign(method=rows.method.map(SHOWN[what])))
+    recurrent, parts = load_or_train("rwkv4-suite", profile, seed, retrain), []
+    for name, shown in STUDY.items():
+        of_recurrent = name.startswith("rwkv4-suite")
+        module = load_or_train(name, profile, seed, retrain, lm=recurrent if of_recurrent else None)
+        models = (recurrent, module) if of_recurrent else (module, None)
+        _, rows = run(*models, {}, profile, (seed,), profile.forgetting.items)
+        parts.append(rows[rows.method.isin(shown)].assign(method=rows.method.map(shown)))
     return pd.concat(parts, ignore_index=True)
-
-
-def shipped(what: str, profile: Profile, seed: int = 0) -> Path:
-    """Where the repository keeps the answers of a part of the study, if it does."""
-    return paths.data_dir() / "measured" / f"{checkpoint_name(RECIPES[what], profile, seed)}{PREDICTED}"
-
-
-def _kept_or_run(
-    what: str, lm: LanguageModel, generator: Generator | None, profile: Profile, seed: int, retrain: bool
-) -> pd.DataFrame:
-    items = profile.forgetting.items
-    wanted = json.loads(json.dumps(described(lm, generator, profile, (seed,), items)))
-    own = kept(checkpoint_name(RECIPES[what], profile, seed), profile).with_suffix(PREDICTED)
-    for path in (own,) if retrain else (shipped(what, profile, seed), own):
-        if path.is_file():
-            header, rows = predictions.read(path)
-            if wanted.items() <= header.items():
-                distributed.say(f"{path.name}: measured before, on {header['device']}, for this model and generator")
-                return rows
-    recurrent = checkpoint_name("rwkv4-suite", profile, seed)
-    named = {
-        "model": recurrent if generator else checkpoint_name(RECIPES[what], profile, seed),
-        "generator": checkpoint_name(RECIPES[what], profile, seed) if generator else None,
-        "command": f"prosg reproduce --notebook 06_forgetting_evaluation --profile {profile.name} --seed {seed}",
-    }
-    header, rows = run(lm, generator, named, profile, (seed,), items)
-    if distributed.first():
-        predictions.write(own, header, rows)
-    distributed.wait()
-    return predictions.read(own)[1]

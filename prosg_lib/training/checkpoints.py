@@ -162,12 +162,8 @@ def kept(name: str, profile: Profile) -> Path:
     return paths.runs_dir(profile.name) / "checkpoints" / f"{name}.safetensors"
 
 
-MEASURED, PREDICTED = ".measured.jsonl.gz", ".predictions.jsonl.gz"
-"""Endings of files beside a checkpoint with what was measured of it, and with all its answers."""
-
-
 def forget(profile: Profile, names: Iterable[str] | None = None) -> None:
-    """Remove checkpoints that were trained here, and what was measured of them, so that it is done anew.
+    """Remove checkpoints that were trained here, so that it is done anew.
 
     Trainings that were interrupted still go on.
 
@@ -176,8 +172,7 @@ def forget(profile: Profile, names: Iterable[str] | None = None) -> None:
     """
     for path in kept("any", profile).parent.glob("*.safetensors"):
         if not path.name.endswith(".checkpoint.safetensors") and (names is None or path.stem in names):
-            for suffix in (path.suffix, MEASURED, PREDICTED):
-                path.with_suffix(suffix).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def load_generator(name: str, lm: LanguageModel) -> Generator:

@@ -132,16 +132,7 @@ def test_shipped_names(lm, tmp_path, monkeypatch):
         load_model("tiny-token")
 
 
-SHIPPED = {
-    "rwkv4-dialogue": "RWKV4",
-    "rwkv4-pairs": "RWKV4",
-    "mamba2-dialogue": "Mamba2",
-    "llama-pairs": "CausalTransformer",
-    "llama-reader-pairs": "CausalTransformer",
-    "llama-dialogue": "CausalTransformer",
-    "rwkv4-suite": "RWKV4",
-    "llama-suite": "CausalTransformer",
-}
+SHIPPED = {"rwkv4-dialogue": "RWKV4", "mamba2-dialogue": "Mamba2", "llama-pairs": "CausalTransformer"}
 
 
 def test_every_shipped_model_loads_by_its_name():
@@ -155,7 +146,7 @@ def test_every_shipped_model_loads_by_its_name():
         assert not lm.training
         assert lm.tokenizer.vocab == lm.config.vocab == 2048
         own = {who for generator, who in made_for.items() if generator.startswith(f"{name}-")}
-        assert own == (set() if name in ("llama-dialogue", "llama-suite") else {lm.fingerprint()})
+        assert own == {lm.fingerprint()}
     with pytest.raises(UserError, match=rf"there are: {', '.join(sorted(SHIPPED))}\)"):
         load_model("rwkv4-dialogue-tokens")
 

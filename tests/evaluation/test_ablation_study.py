@@ -1,32 +1,21 @@
-"""The study of ablations: what differs in a variant, that it is measured once, and which files are taken for it."""
+"""The study of ablations: what differs in a variant, and what is measured of it."""
 
+import json
 from dataclasses import replace
 
 import pandas as pd
-import pytest
-from pandas.testing import assert_frame_equal
 from tiny import TINY
 
+from prosg_lib import paths
 from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.config.sizes import Evaluation, Study
-from prosg_lib.errors import UserError
-from prosg_lib.evaluation import ablation_study, predictions
 from prosg_lib.evaluation.ablation_study import BLANK, CARRIED, measure, variants
-from prosg_lib.training import load_or_train
-from prosg_lib.training.checkpoints import MEASURED, forget, kept
 
 SMALL = replace(
     TINY,
     evaluation=Evaluation(2, 2, 1, (0, 1), (0, 8), (1,)),
     study=Study(2, 2, (1,), (0, 8), others=1, prompts=2, groups=("basis", "seed", "rank")),
 )
-
-
-@pytest.fixture
-def place(small_world, tmp_path):
-    """An empty folder of checkpoints."""
-    with small_world(SMALL, tmp_path):
-        yield kept("any", SMALL).parent
 
 
 def test_a_variant_is_the_basis_in_all_but_its_own_choice():
@@ -51,58 +40,30 @@ def test_every_choice_of_the_study_is_in_the_large_profiles():
         assert {v.seed for v in variants(profile, 5)} == {5, 6, 7}
 
 
-def test_measured_once(place, monkeypatch, capsys):
-    """The second time nothing is trained and nothing asked, and the table is the same; prompts, states and distances
-    are all there."""
-    measure(SMALL)
-    monkeypatch.setattr(load_or_train, "fit", None)
-    monkeypatch.setattr(ablation_study, "_measure", None)
-    first = measure(get_profile("tiny"))
-    assert "rank 1: measured before" in capsys.readouterr().out
-    assert set(first.method) == {"token-wise", "another seed (1)", "rank 1"}
-    rows = first.groupby(["method", "state", "distance"]).size()
-    assert (rows == 4).all()
-    assert set(rows.index.droplevel(0)) == {(BLANK, 0), (CARRIED, 0), (CARRIED, 8)}
-    assert first.recall.between(0, 1).all()
-    assert_frame_equal(measure(get_profile("tiny")), first)
+def test_every_variant_is_measured_on_the_same_prompts(small_world, tmp_path):
+    """From a blank state at distance 0, and with the state carried over at the nearest and the farthest."""
+    with small_world(SMALL, tmp_path):
+        rows = measure(get_profile("tiny"))
+    assert list(rows.variant.unique()) == ["token-wise", "another seed (1)", "rank 1"]
+    counts = rows.groupby(["variant", "state", "distance"]).size()
+    assert (counts == 4).all()
+    assert set(counts.index.droplevel(0)) == {(BLANK, 0), (CARRIED, 0), (CARRIED, 8)}
+    assert rows.recall.between(0, 1).all()
 
 
-def test_a_measurement_of_another_training_is_not_taken(place):
-    """A file whose record differs is measured anew; `forget` removes it; a damaged one is named."""
-    tiny = get_profile("tiny")
-    first, (basis, *_) = measure(tiny), variants(tiny)
-    path = place / f"{basis.name(tiny)}{MEASURED}"
-    header, rows = predictions.read(path)
-    header["variants"][basis.name(tiny)]["record"]["trained"]["seed"] = 7
-    predictions.write(path, header, rows.assign(recall=9.0))
-    assert_frame_equal(measure(tiny), first)
-    assert predictions.read(path)[0]["variants"][basis.name(tiny)]["record"]["trained"]["seed"] == 0
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match=path.name.replace("+", r"\+")):
-        measure(tiny)
-    forget(tiny)
-    assert not path.exists()
-
-
-def test_shipped_measurements_are_taken_but_not_when_training_anew(place, monkeypatch, tmp_path):
-    """What the repository keeps, all variants in one file, stands for a training, unless one is asked for."""
-    tiny = get_profile("tiny")
-    first = measure(tiny)
-    monkeypatch.setattr(ablation_study.paths, "data_dir", lambda: tmp_path / "data")
-    headers, parts = zip(*(predictions.read(path) for path in place.glob(f"*{MEASURED}")), strict=True)
-    every = {name: entry for header in headers for name, entry in header["variants"].items()}
-    predictions.write(ablation_study.shipped_path(), {"variants": every}, pd.concat(parts))
-    forget(tiny)
-    measured = []
-    monkeypatch.setattr(ablation_study, "_measure", lambda *given: measured.append(given[1]) or first.head(1))
-    assert_frame_equal(measure(tiny), first)
-    assert not measured
-    measure(tiny, retrain=True)
-    assert len(measured) == len(variants(tiny))
-
-
-def test_what_is_shipped_fits_the_profile(monkeypatch):
-    """Nothing is trained or measured for the reference's numbers."""
-    monkeypatch.setattr(load_or_train, "fit", None)
-    monkeypatch.setattr(ablation_study, "_measure", None)
-    assert set(measure(get_profile("cpu")).method) == {variant.label for variant in variants(get_profile("cpu"))}
+def test_the_shipped_measurements_are_of_all_variants():
+    """And of some that later versions cannot train."""
+    folder = paths.data_dir() / "measured"
+    rows = pd.read_json(folder / "ablations.jsonl.gz", lines=True)
+    trained = pd.read_json(folder / "ablation_variants.jsonl", lines=True)
+    found = {(v.label, v.group) for v in variants(get_profile("cpu"))}
+    assert (
+        found
+        <= set(zip(rows.variant, rows.group, strict=True))
+        == set(zip(trained.variant, trained.group, strict=True))
+    )
+    assert rows.groupby("variant").size().nunique() == 1
+    for variant in variants(get_profile("cpu")):
+        kept = trained[trained.variant == variant.label].iloc[0]
+        assert (kept.recipe, kept.seed) == (variant.recipe, variant.seed)
+        assert kept.changes == json.loads(json.dumps(variant.changes))

@@ -10,17 +10,17 @@ import torch
 from tiny import TINY as SMALL
 from torch import nn
 
-from prosg_lib import files
+from prosg_lib import paths
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub_transformer import TransformerConfig, new_llama
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.config.sizes import Forgetting
 from prosg_lib.errors import NotFinite, UserError
-from prosg_lib.evaluation import memory_tests, predictions
+from prosg_lib.evaluation import memory_tests
 from prosg_lib.evaluation.memory_tests import (
     PLAIN,
-    SHOWN,
+    STUDY,
     answered,
     answers,
     by_size,
@@ -39,8 +39,6 @@ from prosg_lib.tasks import mqar
 from prosg_lib.tasks.problems import Problem
 from prosg_lib.tasks.suite import Material, problem_of, settings
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
-from prosg_lib.training import load_or_train
-from prosg_lib.training.checkpoints import PREDICTED, forget, kept
 
 TINY = Forgetting(3, (1, 2), ((16, 2),), (3,), (32,), (0.0, 1.0))
 LITTLE = Prose("a little", dict.fromkeys(SPLITS, own_sentences("test")[:20]))
@@ -351,54 +349,16 @@ def test_the_most_words_that_are_copied():
 # The study
 
 
-@pytest.fixture
-def place(small_world, tmp_path):
+def test_all_methods_of_the_study_answer_the_same_problems(small_world, tmp_path):
     with small_world(SMALL, tmp_path / "runs"):
-        yield kept("any", SMALL).parent
-
-
-def test_all_methods_of_the_study_answer_the_same_problems(place):
-    """By the command line; what is kept are files as `prosg evaluate` writes them."""
-    rows = study(get_profile("tiny"))
-    assert list(rows.method.unique()) == [m for shown in SHOWN.values() for m in shown.values()]
+        rows = study(get_profile("tiny"))
+    assert list(rows.method.unique()) == [m for shown in STUDY.values() for m in shown.values()]
     assert list(rows.task.unique()) == ["copy", "mqar", "phonebook", "passkey"]
     assert rows.groupby("method").size().nunique() == 1
-    found = sorted(path.name for path in place.glob(f"*{PREDICTED}"))
-    names = ("llama-suite", "rwkv4-suite-adapter", "rwkv4-suite-token")
-    assert found == [f"{name}-tiny{PREDICTED}" for name in names]
-    own = predictions.read(place / found[0])[1]
-    assert own[own.method == "base"].predicted.tolist() == rows[rows.method == "transformer"].predicted.tolist()
 
 
-def test_the_study_is_measured_once_unless_something_differs(place, monkeypatch, capsys):
-    """What is kept is taken, from the repository too; another generator's is not; a damaged file is named."""
-    profile, measured, once = get_profile("tiny"), [], memory_tests.run
-    first = study(profile)
-    monkeypatch.setattr(memory_tests, "run", lambda *given: measured.append(given[2]["model"]) or once(*given))
-    pd.testing.assert_frame_equal(study(profile), first)
-    assert "measured before" in capsys.readouterr().out
-    own = place / f"rwkv4-suite-token-tiny{PREDICTED}"
-    monkeypatch.setattr(memory_tests.paths, "data_dir", lambda: place.parent / "data")
-    shipped = memory_tests.shipped("token", profile)
-    for path in (own, predictions.header_path(own)):
-        files.write_bytes(shipped.parent / path.name, path.read_bytes())
-        path.unlink()
-    pd.testing.assert_frame_equal(study(profile), first)
-    assert not measured
-    header, rows = predictions.read(shipped)
-    predictions.write(shipped, header | {"generator_fingerprint": "another"}, rows)
-    pd.testing.assert_frame_equal(study(profile), first)
-    assert measured == ["rwkv4-suite-tiny"]
-    own.write_bytes(own.read_bytes()[:-20])
-    with pytest.raises(UserError, match=own.name):
-        study(profile)
-    forget(profile, ["rwkv4-suite-token-tiny"])
-    assert not own.exists()
-
-
-def test_what_is_shipped_fits_the_shipped_models(monkeypatch):
-    """Nothing is trained or measured for the reference's numbers."""
-    monkeypatch.setattr(load_or_train, "fit", None)
-    monkeypatch.setattr(memory_tests, "run", None)
-    rows = study(get_profile("cpu"))
-    assert set(rows.method) == {m for shown in SHOWN.values() for m in shown.values()}
+def test_the_shipped_answers_are_of_all_methods_to_the_same_problems():
+    rows = pd.read_json(paths.data_dir() / "measured" / "established_tests.jsonl.gz", lines=True)
+    assert set(rows.method) == {m for shown in STUDY.values() for m in shown.values()}
+    assert rows.groupby("method").size().nunique() == 1
+    assert set(scored(rows).task) == set(memory_tests.TESTS)
