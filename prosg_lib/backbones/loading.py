@@ -37,8 +37,8 @@ _SMALL_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "
 def load_model(source: str | Path) -> LanguageModel:
     """A language model in evaluation mode, in float32 on the CPU, whatever the precision of its file.
 
-    Shipped are `rwkv4-dialogue`, `rwkv4-pairs` and `mamba2-dialogue`, and, for comparison, the transformer
-    `llama-pairs`; the error for an unknown name lists them.
+    Shipped are `rwkv4-dialogue`, `mamba2-dialogue` and, for other tasks, the transformer `llama-pairs`; the error for
+    an unknown name lists them.
 
     Args:
         source: an existing path, else the name of a shipped checkpoint, else a hub id ("owner/name"). A path is one of
