@@ -139,7 +139,7 @@ def test_the_table_that_is_shown():
     assert len(lines) == 1 + len(recipes(CPU))
     (line,) = [line for line in lines if line.startswith("rwkv4-dialogue-final ")]
     assert "final-state generator" in line
-    assert "rank 16, 500 steps of 48" in line
+    assert "rank 8, 500 steps of 48" in line
     assert "21 min, CPU" in line
     assert line.endswith("yes")
     assert "min, CPU" not in table(TINY)
