@@ -314,37 +314,6 @@ class PretrainedSizes:
 
 
 @dataclass(frozen=True)
-class Study:
-    """Of the generators that are another in one respect (`ablation_study`); the defaults are the cpu profile's.
-
-    Attributes:
-        steps, batch, facts, distances: as in `Training`, of every variant.
-        others: number of the basis' other trainings, with the seeds that follow.
-        prompts: that each is asked about, a seed of the evaluation.
-        groups: of the choices that are looked at.
-    """
-
-    steps: int = 300
-    batch: int = 32
-    facts: tuple[int, ...] = (3, 6)
-    distances: tuple[int, ...] = (0, 64, 256)
-    others: int = 2
-    prompts: int = 24
-    groups: tuple[str, ...] = (
-        "basis",
-        "seed",
-        "rank",
-        "width",
-        "maps",
-        "layers",
-        "label",
-        "curriculum",
-        "method",
-        "state",
-    )
-
-
-@dataclass(frozen=True)
 class Forgetting:
     """Sizes of the established tests of memory; the defaults are the cpu profile's.
 
@@ -416,7 +385,6 @@ class Profile:
     mend: TransformedSize
     models_of: str | None = None
     forgetting: Forgetting = Forgetting()
-    study: Study = Study()
     suite: SuiteSizes = SuiteSizes()
 
     @property
