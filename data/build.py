@@ -16,7 +16,6 @@ from prosg_lib.config.sizes import VOCAB
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
 from prosg_lib.tasks import dialogue
-from prosg_lib.tasks.own import to_row
 from prosg_lib.text.prose import Prose, ProseTokens, books_by_split, books_folder, load_prose, own_sentences
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -98,7 +97,7 @@ def sample(tokenizer: Tokenizer) -> str:
     for split, count in SAMPLE_COUNTS.items():
         own = ProseTokens.of(Prose("own", {split: own_sentences(split)}), split, tokenizer)
         data = dialogue.Dialogues(tokenizer, own, split, seed=0)
-        rows += [to_row(data, item) for item in data.items(count, _SAMPLE_SHAPE)]
+        rows += [data.row(item) for item in data.items(count, _SAMPLE_SHAPE)]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -1,50 +1,6 @@
 """Profiles: the sizes of everything that is trained and measured, as plain data. Nothing here imports torch."""
 
 from prosg_lib.config.profiles import PROFILES, get_profile
-from prosg_lib.config.sizes import (
-    TASKS,
-    VOCAB,
-    AdapterSize,
-    Curriculum,
-    Evaluation,
-    Forgetting,
-    GeneratorSize,
-    Mamba2Size,
-    PairCourse,
-    PairSizes,
-    PairTraining,
-    PretrainedSizes,
-    Profile,
-    RWKV4Config,
-    StepSize,
-    SuiteSizes,
-    SupervisedSize,
-    Training,
-    TransformedSize,
-    TransformerConfig,
-)
+from prosg_lib.config.sizes import Profile
 
-__all__ = [
-    "PROFILES",
-    "TASKS",
-    "VOCAB",
-    "AdapterSize",
-    "Curriculum",
-    "Evaluation",
-    "Forgetting",
-    "GeneratorSize",
-    "Mamba2Size",
-    "PairCourse",
-    "PairSizes",
-    "PairTraining",
-    "PretrainedSizes",
-    "Profile",
-    "RWKV4Config",
-    "StepSize",
-    "SuiteSizes",
-    "SupervisedSize",
-    "Training",
-    "TransformedSize",
-    "TransformerConfig",
-    "get_profile",
-]
+__all__ = ["PROFILES", "Profile", "get_profile"]

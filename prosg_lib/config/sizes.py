@@ -386,11 +386,3 @@ class Profile:
     models_of: str | None = None
     forgetting: Forgetting = Forgetting()
     suite: SuiteSizes = SuiteSizes()
-
-    @property
-    def supervised_training(self) -> Training:
-        return self.token_training
-
-    @property
-    def mend_training(self) -> Training:
-        return self.token_training

@@ -268,6 +268,16 @@ class Dialogues:
     def items(self, count: int, shape: Shape, start: int = 0) -> list[Item]:
         return [self.item(start + i, shape) for i in range(count)]
 
+    def row(self, item: Item) -> dict:
+        """An item as texts: a row of `data/dialogue_sample.jsonl`."""
+        return {
+            "split": self.split,
+            "prompt": item.prompt.removesuffix("\n"),
+            "body": self.tokenizer.decode(item.body),
+            "probes": [{"question": p.question, "answer": p.answer, "value": p.fact.value} for p in item.probes],
+            "instructions": item.instructions,
+        }
+
     def _worded(self, sentence: Callable[..., str], kind: str, fact: Fact, rng: random.Random) -> str:
         plain = sentence(fact, None, self.split, rng)
         return reworded(plain, kind, fact, rng) if self.rich else plain

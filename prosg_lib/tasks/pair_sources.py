@@ -6,11 +6,11 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from prosg_lib.config import TASKS, PairSizes, Profile
+from prosg_lib.config import Profile
+from prosg_lib.config.sizes import TASKS, PairSizes
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pairs import Fitted, Pair, fitted
-from prosg_lib.tasks.reversal import reversal
+from prosg_lib.tasks.people import characters, reversal
 from prosg_lib.tasks.squad import squad
 from prosg_lib.tasks.wikitext import copied, named, wikitext
 from prosg_lib.text.prose import books_folder

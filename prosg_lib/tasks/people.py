@@ -1,11 +1,25 @@
-"""Made-up people and what they did: shared by the tasks of character description and of the reversal curse.
+"""Two tasks about made-up people: character description, and the reversal curse.
+
+An item of each, as text; the same split, seed and number have the same person and the same frame of a question::
+
+    characters   context: The tailor who mended the lantern of the mill is Mara Quill.
+                 query:   Question: Which tailor repaired the mill's lantern?
+                          Answer:
+                 answer:  Mara Quill
+
+    reversal     context: Mara Quill is the tailor who mended the lantern of the mill.
+                 query:   Question: Which tailor mended the lantern of the mill?
+                          Answer:
+                 answer:  Mara Quill
 
 A person has a name and a description, both put together from the word lists in `data/people.json`: `Mara Quill`, and
 the tailor who `mended` (or `repaired`) the `lantern` of the `mill`. A seed shuffles names and descriptions, and the
 splits take turns drawing from them, so no name and no description occurs twice, within a split or across splits. Words
 occur in every split; the frames, the sentences around them, belong to one split each.
 
-After Berglund et al. 2023, "The Reversal Curse" (arXiv 2309.12288), whose names and descriptions are not used here.
+Both are tasks of Zhang, Choshen, Andreas 2025, "Can Gradient Descent Simulate Prompting?" (arXiv 2506.20989): one
+gradient step on the context, then the query. "The Reversal Curse" (Berglund et al. 2023, arXiv 2309.12288) is that a
+language model trained on "A is B" does not learn that B is A. People and wordings are our own.
 """
 
 from __future__ import annotations
@@ -92,32 +106,41 @@ def person(split: str, seed: int, index: int) -> Person:
     )
 
 
-def pairs(task: str, split: str, seed: int, count: int | None, *, paraphrased: bool) -> tuple[Pair, ...]:
-    """Items about the people of a split: a context that names and describes one, and a question for the name.
+def characters(split: str, seed: int = 0, count: int | None = None) -> tuple[Pair, ...]:
+    """Character description: the query describes the person in other words than the context.
 
     An item is a pure function of (split, seed, its number).
 
     Args:
-        task: "characters" or "reversal", which decides the frames of the contexts.
         split: train, validation or test. No name, no description and no wording is in two of them.
         count: number of items, from the first; None for the split's default (COUNTS).
-        paraphrased: ask with the deed's synonym and "the mill's lantern"; otherwise in the words of the context.
     Raises:
         UserError: an unknown split, or a count that is not a whole number from 1 to capacity().
     """
+    return _pairs("characters", split, seed, count)
+
+
+def reversal(split: str, seed: int = 0, count: int | None = None) -> tuple[Pair, ...]:
+    """Reversal curse: the context has the name first; query and context use the same words, so only the direction is
+    new. Arguments and errors as in `characters`."""
+    return _pairs("reversal", split, seed, count)
+
+
+def _pairs(task: str, split: str, seed: int, count: int | None) -> tuple[Pair, ...]:
     check_split(split)
     count = COUNTS[split] if count is None else count
     if type(count) is not int or not 1 <= count <= capacity():
         raise UserError(f"cannot make {count!r} items; give a whole number from 1 to {capacity()}")
-    return tuple(_pair(task, paraphrased, split, seed, index) for index in range(count))
+    return tuple(_pair(task, split, seed, index) for index in range(count))
 
 
-def _pair(task: str, paraphrased: bool, split: str, seed: int, index: int) -> Pair:
+def _pair(task: str, split: str, seed: int, index: int) -> Pair:
     rng = random.Random(f"{VERSION}/{seed}/{split}/{index}")
     table, who = words(), person(split, seed, index)
     verb, synonym = rng.sample(who.deed, 2)
     in_context = slots(who, verb, f"the {who.thing} of the {who.place}")
-    in_question = slots(who, synonym, f"the {who.place}'s {who.thing}") if paraphrased else in_context
+    reworded = slots(who, synonym, f"the {who.place}'s {who.thing}")
+    in_question = reworded if task == "characters" else in_context
     question = rng.choice(table["questions"][split]).format(**in_question)
     context = rng.choice(table["contexts"][task][split]).format(name=who.name, **in_context)
     if split == "train":  # few wordings would be learned by heart

@@ -18,11 +18,11 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub_families import new_mamba2
 from prosg_lib.backbones.hub_transformer import new_llama
 from prosg_lib.backbones.rwkv4 import RWKV4
-from prosg_lib.config import (
+from prosg_lib.config import Profile
+from prosg_lib.config.sizes import (
     AdapterSize,
     GeneratorSize,
     Mamba2Size,
-    Profile,
     RWKV4Config,
     StepSize,
     SupervisedSize,

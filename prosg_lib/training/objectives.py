@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.config import Curriculum, Training
+from prosg_lib.config.sizes import Curriculum, Training
 from prosg_lib.deltas.applying import applied
 from prosg_lib.generators.base import Generator
 from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, DialogueBatch, Dialogues, Shape, dialogue_batch

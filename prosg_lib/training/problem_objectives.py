@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.config import PairTraining, Profile
+from prosg_lib.config import Profile
+from prosg_lib.config.sizes import PairTraining
 from prosg_lib.deltas.applying import applied
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator

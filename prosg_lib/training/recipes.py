@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 
 from prosg_lib import paths
-from prosg_lib.config import (
+from prosg_lib.config import Profile
+from prosg_lib.config.sizes import (
     TASKS,
     AdapterSize,
     Curriculum,
@@ -21,7 +22,6 @@ from prosg_lib.config import (
     Mamba2Size,
     PairCourse,
     PairTraining,
-    Profile,
     RWKV4Config,
     StepSize,
     Training,
@@ -198,14 +198,9 @@ def _dialogues(p: Profile) -> list[Recipe]:
         generator(rwkv, "static", "control: one delta for all prompts", p.token, p.static_training, "3 min, CPU"),
         generator(rwkv, "adapter", "real gradient step in an adapter", p.adapter, p.adapter_training, "9 min, CPU"),
         generator(
-            rwkv,
-            "supervised",
-            "token-wise generator that first learns true gradients",
-            p.supervised,
-            p.supervised_training,
-            "3 min, H100",
+            rwkv, "supervised", "token-wise, first taught true gradients", p.supervised, p.token_training, "3 min, H100"
         ),
-        generator(rwkv, "mend", "transforms the prompt's true gradient (MEND)", p.mend, p.mend_training, "2 min, H100"),
+        generator(rwkv, "mend", "the prompt's true gradient, transformed", p.mend, p.token_training, "2 min, H100"),
         model(mamba, "Mamba-2 language model of the dialogues", "mamba2", small.model, small.lm, "59 min, CPU"),
         generator(mamba, "token", "token-wise generator for it", every_map, small.token_training, "55 min, CPU"),
         model(

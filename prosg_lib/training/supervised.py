@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.config import Curriculum, SupervisedSize, Training
+from prosg_lib.config.sizes import Curriculum, SupervisedSize, Training
 from prosg_lib.deltas.gradient_factors import TokenFactors, sequence_factors
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError

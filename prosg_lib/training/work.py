@@ -14,7 +14,8 @@ from typing import NamedTuple
 from torch import nn
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.config import PROFILES, TASKS, Profile, SupervisedSize
+from prosg_lib.config import PROFILES, Profile
+from prosg_lib.config.sizes import TASKS, SupervisedSize
 from prosg_lib.tasks import mqar
 from prosg_lib.tasks.dialogue import data_hash, load_dialogues
 from prosg_lib.tasks.examples import Examples

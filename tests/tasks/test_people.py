@@ -9,9 +9,8 @@ import pytest
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks import people
-from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.pairs import fitted
-from prosg_lib.tasks.reversal import reversal
+from prosg_lib.tasks.people import characters, reversal
 from prosg_lib.text.prose import SPLITS
 from prosg_lib.text.tokenizer import load_tokenizer
 

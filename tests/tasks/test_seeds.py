@@ -6,15 +6,13 @@ from functools import cache
 
 import pytest
 
-from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.copying import Copy
 from prosg_lib.tasks.dialogue import Dialogues, Shape, data_hash
 from prosg_lib.tasks.mqar import Mqar
-from prosg_lib.tasks.own import to_row
 from prosg_lib.tasks.pair_batches import PairDraw
 from prosg_lib.tasks.passkey import Passkey
+from prosg_lib.tasks.people import characters, reversal
 from prosg_lib.tasks.phonebook import Phonebook
-from prosg_lib.tasks.reversal import reversal
 from prosg_lib.tasks.suite import Material, problem_of
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
@@ -32,7 +30,7 @@ def prose(split: str) -> ProseTokens:
 def dialogues(split: str, *shapes: Shape, seed: int = 0, rich: bool = False):
     data = Dialogues(load_tokenizer(), prose(split), split, seed, rich)
     items = [data.item(number, shape) for shape in shapes for number in (0, 7)]
-    return [[to_row(data, item), [fact.slot for fact in item.facts], item.body_kind] for item in items]
+    return [[data.row(item), [fact.slot for fact in item.facts], item.body_kind] for item in items]
 
 
 def problems(setting):

@@ -24,10 +24,10 @@ from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.gradient_steps.map_step import MapStep
 from prosg_lib.tasks import dialogue
-from prosg_lib.tasks.characters import characters
 from prosg_lib.tasks.dialogue import Dialogues
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.tasks.pair_batches import PairDraw
+from prosg_lib.tasks.people import characters
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import distributed as processes

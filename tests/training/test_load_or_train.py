@@ -12,7 +12,8 @@ from prosg_lib import files, paths
 from prosg_lib.backbones.hub_families import new_mamba2
 from prosg_lib.backbones.hub_transformer import CausalTransformer
 from prosg_lib.backbones.loading import load_model, save_model
-from prosg_lib.config import PROFILES, VOCAB, Mamba2Size, RWKV4Config, get_profile
+from prosg_lib.config import PROFILES, get_profile
+from prosg_lib.config.sizes import VOCAB, Mamba2Size, RWKV4Config
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import ALL_MAPS, edited_maps
 from prosg_lib.text.tokenizer import folder_tokenizer, load_tokenizer

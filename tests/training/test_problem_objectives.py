@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny import TINY as SMALL
 from torch.testing import assert_close
 
-from prosg_lib.config import PairTraining
+from prosg_lib.config.sizes import PairTraining
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.suite import Material, problem_of
 from prosg_lib.text.prose import ProseTokens

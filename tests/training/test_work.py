@@ -8,7 +8,8 @@ import torch
 from tiny import PAIRS, TINY
 
 from prosg_lib.backbones.hub_transformer import new_llama
-from prosg_lib.config import PROFILES, TASKS
+from prosg_lib.config import PROFILES
+from prosg_lib.config.sizes import TASKS
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.dialogue import Shape, dialogue_batch, load_dialogues
 from prosg_lib.tasks.pair_sources import PEOPLE, available, pairs_of

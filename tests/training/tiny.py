@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from prosg_lib.config import (
-    PROFILES,
+from prosg_lib.config import PROFILES
+from prosg_lib.config.sizes import (
     VOCAB,
     AdapterSize,
     Evaluation,
