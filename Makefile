@@ -34,8 +34,9 @@ $(STAMP): requirements.lock pyproject.toml
 reproduce: $(STAMP)
 	$(VENV)/bin/prosg reproduce --profile $(PROFILE) $(if $(filter-out 0,$(RETRAIN)),--retrain)
 
+# A process a core, of one thread each; the tests of a file that share something slow stay together (xdist_group).
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
