@@ -8,7 +8,7 @@ states, the memory and the delta have a fixed size, so a conversation may have a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from prosg_lib.backbones import generation
@@ -105,36 +105,6 @@ class Chat:
         self._plain_state = self.lm.derive_state([text], self._plain_state)
 
 
-def _plain(chat: Chat, argument: str) -> str:
-    return f"Without the change:{chat.plain()}"
-
-
-def _remember(chat: Chat, argument: str) -> str:
-    chat.remember(argument)
-    return "It is in the weights now."
-
-
-def _scale(chat: Chat, argument: str) -> str:
-    if argument:
-        try:
-            scale = float(argument)
-        except ValueError:
-            scale = math.nan
-        if not math.isfinite(scale):
-            raise UserError(f"/scale takes a number, as in /scale 0.5, not {argument!r}")
-        chat.scale = scale
-    return f"The change in the weights is scaled by {chat.scale:g}."
-
-
-def _forget(chat: Chat, argument: str) -> str:
-    chat.forget()
-    return "Everything is forgotten; the weights are the model's own."
-
-
-def _help(chat: Chat, argument: str) -> str:
-    return "\n".join(f"{usage:<16} {what}" for usage, what in _HELP.items())
-
-
 _HELP = {
     "/plain": "the last answer without anything written into the weights",
     "/remember TEXT": "write a text into the weights, in addition to what is there",
@@ -143,13 +113,32 @@ _HELP = {
     "/help": "this list",
     "/quit": "end the conversation; so do the end of input and Ctrl-C",
 }
-_COMMANDS: dict[str, Callable[[Chat, str], str]] = {
-    "/plain": _plain,
-    "/remember": _remember,
-    "/scale": _scale,
-    "/forget": _forget,
-    "/help": _help,
-}
+
+
+def _obey(chat: Chat, command: str, argument: str) -> str:
+    """Does what a command says, and returns what to show."""
+    match command:
+        case "/plain":
+            return f"Without the change:{chat.plain()}"
+        case "/remember":
+            chat.remember(argument)
+            return "It is in the weights now."
+        case "/scale":
+            if argument:
+                try:
+                    scale = float(argument)
+                except ValueError:
+                    scale = math.nan
+                if not math.isfinite(scale):
+                    raise UserError(f"/scale takes a number, as in /scale 0.5, not {argument!r}")
+                chat.scale = scale
+            return f"The change in the weights is scaled by {chat.scale:g}."
+        case "/forget":
+            chat.forget()
+            return "Everything is forgotten; the weights are the model's own."
+        case "/help":
+            return "\n".join(f"{usage:<16} {what}" for usage, what in _HELP.items())
+    raise UserError(f"there is no command {command}; /help lists the commands")
 
 
 def converse(chat: Chat, source: TextIO, out: TextIO) -> None:
@@ -166,10 +155,8 @@ def converse(chat: Chat, source: TextIO, out: TextIO) -> None:
             if not line or command == "/quit":
                 break
             try:
-                if command in _COMMANDS:
-                    out.write(_COMMANDS[command](chat, argument.strip()) + "\n")
-                elif command.startswith("/"):
-                    raise UserError(f"there is no command {command}; /help lists the commands")
+                if command.startswith("/"):
+                    out.write(_obey(chat, command, argument.strip()) + "\n")
                 elif command:
                     out.write("Bot:")
                     for piece in chat.answer(line):

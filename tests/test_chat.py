@@ -212,10 +212,10 @@ def test_a_model_finds_its_own_generator(monkeypatch, capsys):
 
 def test_a_model_without_a_generator_is_explained(monkeypatch, capsys):
     """It can talk, and says what it cannot do and what to do about it."""
-    code, shown = command(monkeypatch, capsys, "--model", "rwkv4-pairs", lines="Hello\n/remember I am Ada.\n")
+    code, shown = command(monkeypatch, capsys, "--model", "llama-pairs", lines="Hello\n/remember I am Ada.\n")
     assert code == 0
     assert shown.out.startswith(
-        "rwkv4-pairs, plain. /help lists the commands.\nIt can talk but not remember: this model has no generator"
+        "llama-pairs, plain. /help lists the commands.\nIt can talk but not remember: this model has no generator"
     )
     assert "\nBot:" in shown.out
     assert "(nothing can be remembered: this model has no generator" in shown.out
@@ -226,8 +226,8 @@ def test_a_model_without_a_generator_is_explained(monkeypatch, capsys):
     [
         (["--model", "nowhere"], "no model 'nowhere'"),
         (["--remember", " "], "nothing to remember: the text is empty"),
-        (["--model", "rwkv4-pairs", "--generator", "rwkv4-dialogue-token"], "was trained for model"),
-        (["--model", "rwkv4-pairs", "--remember", "I am Ada."], "nothing can be remembered: this model has no"),
+        (["--model", "llama-pairs", "--generator", "rwkv4-dialogue-token"], "was trained for model"),
+        (["--model", "llama-pairs", "--remember", "I am Ada."], "nothing can be remembered: this model has no"),
         (["--generator", "rwkv4-dialogue-final"], "is a FinalStateGenerator"),
         (["--temperature", "-1"], "temperature is -1.0"),
     ],

@@ -22,6 +22,7 @@ from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.deltas.applying import applied
 from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
+from prosg_lib.text.padding import left_padded
 from prosg_lib.text.tokenizer import Tokenizer
 
 
@@ -181,18 +182,15 @@ class LanguageModel(nn.Module, ABC):
         for i, row in enumerate(rows):
             if not row:
                 raise UserError(f"prompt {i} is empty; a prompt needs at least one token")
-        longest = max(map(len, rows))
-        device = next(self.parameters()).device
-        ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=device)
+        ids, valid = left_padded(rows)
         lowest, highest = int(ids.min()), int(ids.max())
         if lowest < 0 or highest >= self.config.vocab:
             raise UserError(
                 f"token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of "
                 f"{self.config.vocab}; was the text encoded with another model's tokenizer?"
             )
-        lengths = torch.tensor([len(r) for r in rows], device=device)
-        valid = torch.arange(longest, device=device) >= (longest - lengths)[:, None]
-        return ids, valid
+        device = next(self.parameters()).device
+        return ids.to(device), valid.to(device)
 
     @torch.no_grad()
     def derive_state(

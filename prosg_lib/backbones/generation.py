@@ -6,7 +6,6 @@ Users call `LanguageModel.generate`, `stream` and `stream_text`, which are thin;
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -98,7 +97,7 @@ def stream(
     lm: GenerativeModel, prompts: Prompts, state: RecurrentState | None, delta: LowRankDelta | None, decoding: Decoding
 ) -> Iterator[Tensor]:
     """The tokens step by step: see `LanguageModel.stream`."""
-    texts = _texts(lm.needed_tokenizer(), len(prompts), decoding) if decoding.stops() else []
+    texts = _texts(lm, len(prompts), decoding) if decoding.stops() else []
     steps = _steps(lm, prompts, state, delta, decoding, texts)
     return (tokens for tokens, _ in steps if (tokens >= 0).any())
 
@@ -107,7 +106,7 @@ def stream_text(
     lm: GenerativeModel, prompts: Prompts, state: RecurrentState | None, delta: LowRankDelta | None, decoding: Decoding
 ) -> Iterator[list[str]]:
     """The texts piece by piece: see `LanguageModel.stream_text`."""
-    texts = _texts(lm.needed_tokenizer(), len(prompts), decoding)
+    texts = _texts(lm, len(prompts), decoding)
     steps = _steps(lm, prompts, state, delta, decoding, texts)
 
     def pieces() -> Iterator[list[str]]:
@@ -120,8 +119,8 @@ def stream_text(
     return pieces()
 
 
-def _texts(tokenizer: Tokenizer, count: int, decoding: Decoding) -> list[_Text]:
-    return [_Text(tokenizer, decoding.stops()) for _ in range(count)]
+def _texts(lm: GenerativeModel, count: int, decoding: Decoding) -> list[_Text]:
+    return [_Text(lm.needed_tokenizer(), decoding.stops()) for _ in range(count)]
 
 
 class _Text:
@@ -169,53 +168,40 @@ def _steps(
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Token by token: (B,), -1 where the text has ended; and the new piece of each text. Checks arguments at once."""
     ids, valid = lm.encode_prompts(prompts)
-    choose = _chooser(decoding, len(ids), ids.device)
+    batch = len(ids)
+    choose = _chooser(decoding, batch, ids.device)
     ends = () if decoding.ignore_eos else lm.end_tokens()
     change = applied(lm, delta)  # checks it
-    return _loop(
-        lm, ids, None if valid.all() else valid, state, delta, change, choose, decoding.max_new_tokens, ends, texts
-    )
 
+    @torch.no_grad()
+    def steps(lm, ids, valid, state, change) -> Iterator[tuple[Tensor, list[str]]]:
+        rows = list(range(batch))  # the sequences that are computed
+        ended = [False] * batch
+        for _ in range(decoding.max_new_tokens):
+            with change:  # for this step only: the caller may use the model between two tokens
+                hidden, state = lm.step_through(ids, state, valid)
+            ids, valid = choose(lm.read_out(hidden[:, -1]), rows)[:, None], None
+            tokens, pieces = [-1] * batch, [""] * len(texts)
+            for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
+                if ended[row]:
+                    continue
+                ended[row] = token in ends
+                if texts:
+                    pieces[row] = texts[row].rest() if ended[row] else texts[row].push(token)
+                    ended[row] = texts[row].ended
+                if not ended[row]:
+                    tokens[row] = token
+            yield torch.tensor(tokens, device=ids.device), pieces
+            if all(ended):
+                return
+            places = [place for place, row in enumerate(rows) if not ended[row]]
+            if 2 * len(places) <= len(rows):  # continue without the texts that have ended
+                rows = [rows[place] for place in places]
+                ids, state, lm = ids[places], state.select(places), lm.select(places)
+                if delta is not None and delta.batch > 1:
+                    change = applied(lm, delta.select(rows))
 
-@torch.no_grad()
-def _loop(
-    lm: GenerativeModel,
-    ids: Tensor,
-    valid: Tensor | None,
-    state: RecurrentState | None,
-    delta: LowRankDelta | None,
-    change: AbstractContextManager[None],
-    choose: Callable[[Tensor, list[int]], Tensor],
-    count: int,
-    ends: Sequence[int],
-    texts: list[_Text],
-) -> Iterator[tuple[Tensor, list[str]]]:
-    batch = len(ids)
-    rows = list(range(batch))  # the sequences that are computed
-    ended = [False] * batch
-    for _ in range(count):
-        with change:  # for this step only: the caller may use the model between two tokens
-            hidden, state = lm.step_through(ids, state, valid)
-        ids, valid = choose(lm.read_out(hidden[:, -1]), rows)[:, None], None
-        tokens, pieces = [-1] * batch, [""] * len(texts)
-        for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
-            if ended[row]:
-                continue
-            ended[row] = token in ends
-            if texts:
-                pieces[row] = texts[row].rest() if ended[row] else texts[row].push(token)
-                ended[row] = texts[row].ended
-            if not ended[row]:
-                tokens[row] = token
-        yield torch.tensor(tokens, device=ids.device), pieces
-        if all(ended):
-            return
-        places = [place for place, row in enumerate(rows) if not ended[row]]
-        if 2 * len(places) <= len(rows):  # continue without the texts that have ended
-            rows = [rows[place] for place in places]
-            ids, state, lm = ids[places], state.select(places), lm.select(places)
-            if delta is not None and delta.batch > 1:
-                change = applied(lm, delta.select(rows))
+    return steps(lm, ids, None if valid.all() else valid, state, change)
 
 
 def _chooser(decoding: Decoding, batch: int, device: torch.device) -> Callable[[Tensor, list[int]], Tensor]:

@@ -24,9 +24,9 @@ CHUNK = 64
 """Tokens whose Mamba states, width x 16 numbers each, are in memory at once (all of them where a graph is kept)."""
 
 
-@register("mamba", "falcon_mamba")
+@register("mamba", "falcon_mamba", "jamba")
 class Mamba(Recurrent):
-    """Mamba (Gu & Dao 2023) and FalconMamba.
+    """Mamba (Gu & Dao 2023), FalconMamba, and Jamba (Lieber et al. 2024), which has some attention layers and experts.
 
     Given several tokens, the class silently ignores the recurrent part of the state. It uses the weight of `dt_proj`
     without calling it, so a delta there would have no effect. And its loop over time takes minutes to differentiate.
@@ -37,21 +37,9 @@ class Mamba(Recurrent):
     kernels = ()
 
     def apply_workarounds(self):
-        for block in self.model.backbone.layers:
-            block.mixer.forward = MethodType(selective_scan, block.mixer)
-
-
-@register("jamba")
-class Jamba(Recurrent):
-    """Jamba (Lieber et al. 2024): Mamba's mixers, replaced likewise, some attention layers, and experts."""
-
-    continues_from_state = handles_padding = True
-    kernels = ()
-
-    def apply_workarounds(self):
-        for layer in self.model.model.layers:
-            if hasattr(layer, "mamba"):
-                layer.mamba.forward = MethodType(selective_scan, layer.mamba)
+        for mixer in self.model.modules():
+            if hasattr(mixer, "dt_proj"):
+                mixer.forward = MethodType(selective_scan, mixer)
 
 
 def selective_scan(self, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None, **_) -> Tensor:

@@ -205,7 +205,7 @@ def _rwkv4_from_folder(folder: Path, config: dict) -> RWKV4:
         raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; copy the weights there")
     weights: dict[str, Tensor] = {}
     for shard in shards:
-        weights |= _safe_tensors(shard) if shard.suffix == ".safetensors" else _unpickled_tensors(shard)
+        weights |= (files.load_foreign_tensors if shard.suffix == ".safetensors" else _unpickled_tensors)(shard)
     model = from_hf(weights)
     for name, ours in _hf_sizes(model).items():
         if config.get(name) not in (None, ours):
@@ -246,19 +246,6 @@ def _hf_sizes(model: RWKV4) -> dict[str, int | float]:
         "intermediate_size": c.ffn,
         "layer_norm_epsilon": model.ln_out.eps,
     }
-
-
-# Files of tensors
-
-
-def _safe_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is cut short or not a safetensors file ({error}); copy it again") from error
 
 
 def _unpickled_tensors(path: Path) -> dict[str, Tensor]:

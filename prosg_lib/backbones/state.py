@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -39,37 +38,11 @@ class RecurrentState:
 
     def select(self, rows: Tensor | list[int] | slice) -> Self:
         """The states of some sequences of the batch; rows may repeat (one state, many continuations)."""
-        return self._map(lambda t: t[rows])
+        return type(self)({name: tensor[rows] for name, tensor in self.tensors.items()})
 
     def detach(self) -> Self:
-        return self._map(Tensor.detach)
-
-    def to(self, *args, **kwargs) -> Self:
-        """As `nn.Module.to`: move to a device, or change the dtype of floating-point tensors."""
-        return self._map(lambda t: _moved(t, t.to(*args, **kwargs)))
-
-    @classmethod
-    def cat(cls, states: list[Self]) -> Self:
-        """Several batches as one. Tensors that grow with the text are left-padded with zeros to the longest."""
-        return cls({name: torch.cat(_as_long([s.tensors[name] for s in states])) for name in states[0].tensors})
-
-    def _map(self, f) -> Self:
-        return type(self)({name: f(t) for name, t in self.tensors.items()})
-
-
-def _moved(before: Tensor, after: Tensor) -> Tensor:
-    return after if before.is_floating_point() else before.to(after.device)
-
-
-def _as_long(tensors: list[Tensor]) -> list[Tensor]:
-    longest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
-    return [
-        F.pad(
-            t,
-            [n for have, need in zip(reversed(t.shape[1:]), reversed(longest), strict=True) for n in (need - have, 0)],
-        )
-        for t in tensors
-    ]
+        """The same numbers, cut off from the graph that they were computed in."""
+        return type(self)({name: tensor.detach() for name, tensor in self.tensors.items()})
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -60,85 +59,69 @@ def measure(
     if min(tokens, distance, answer, rounds) < 1:
         raise UserError("measuring a cost needs at least 1 token of prompt, text and answer, and 1 round")
     keep_freed_memory()
-    timed = {name_of(m): _Timed(lm, m, generators, tokens, distance, answer) for m in methods}
-    timed |= {name: _Timed(*other, {}, tokens, distance, answer) for name, other in (others or {}).items()}
+    sizes = tokens, distance, answer
+    timed = {name_of(m): _timed(lm, m, generators, *sizes) for m in methods}
+    timed |= {name: _timed(*other, {}, *sizes) for name, other in (others or {}).items()}
+    taken = {name: [] for name in timed}
     for number in range(_WARM_UP + rounds):
-        for one in timed.values():
-            one.once(keep=number >= _WARM_UP)
-    return pd.DataFrame([{"method": name} | one.row() for name, one in timed.items()])
+        for name, (once, _) in timed.items():
+            found = once()
+            if number >= _WARM_UP:
+                taken[name].append(found)
+    rows = []
+    for name, (_, kept) in timed.items():
+        low, middle, high = np.percentile(np.array(taken[name]) * 1e3, [25, 50, 75], axis=0)
+        row = {"method": name}
+        for number, column in enumerate(("absorb_ms", "token_ms")):
+            row |= {column: middle[number], f"{column}_low": low[number], f"{column}_high": high[number]}
+        rows.append(row | {"kept_bytes": kept})
+    return pd.DataFrame(rows)
 
 
-@dataclass
-class _Timed:
-    """One method with what it is timed on: a prompt of random tokens, and its state `distance` tokens later."""
+def _timed(
+    lm: LanguageModel,
+    method: str | Baseline,
+    generators: Mapping[str, Generator],
+    tokens: int,
+    distance: int,
+    answer: int,
+) -> tuple[Callable[[], tuple[float, float]], int]:
+    """What times a method once, on a prompt of random tokens and its state `distance` tokens later: seconds to absorb
+    the prompt, and seconds a token; and the bytes that it keeps."""
+    drawn = torch.Generator().manual_seed(0)
+    draw = torch.randint(0, lm.config.vocab, (2 * tokens + distance,), generator=drawn).tolist()
+    prompts, text = [draw[:tokens], draw[tokens : 2 * tokens]], draw[2 * tokens :]
+    two = start(method, lm, generators, prompts)
+    begin = two.select([0])
+    *_, end = reading.read(lm, begin, [text], [distance])
+    edited, model = applied(lm, begin.delta), reading.answering(lm, begin)
+    device = next(lm.parameters()).device
+    prompt, last = (torch.tensor([row], device=device) for row in (prompts[0], text[-1:]))
 
-    lm: LanguageModel
-    method: str | Baseline
-    generators: Mapping[str, Generator]
-    tokens: int
-    distance: int
-    answer: int
-    absorb: list[float] = field(default_factory=list)
-    token: list[float] = field(default_factory=list)
+    def read_tokens() -> None:
+        for _ in range(_STEPS):
+            with edited:
+                hidden, _ = model.step_through(last, end.state)
+            lm.read_out(hidden[:, -1]).argmax(-1)
 
-    def __post_init__(self):
-        drawn = torch.Generator().manual_seed(0)
-        draw = torch.randint(0, self.lm.config.vocab, (2 * self.tokens + self.distance,), generator=drawn).tolist()
-        self.prompts = [draw[: self.tokens], draw[self.tokens : 2 * self.tokens]]
-        text = draw[2 * self.tokens :]
-        two = self._started(self.prompts)
-        self.begin = two.select([0])
-        *_, end = reading.read(self.lm, self.begin, [text], [self.distance])
-        self.state = end.state
-        self.kept = kept_bytes(two, self.state)
-        if two.repeat:
-            self.kept += _TOKEN_BYTES * self.tokens
-        self.ids = self._ids(text[-1:])
-        self.edited = applied(self.lm, self.begin.delta)
-        self.model = reading.answering(self.lm, self.begin)
+    def read_prompt() -> None:
+        with edited:
+            lm.step_through(prompt, end.state, None)
 
-    def _started(self, prompts: list[list[int]]) -> Start:
-        return start(self.method, self.lm, self.generators, prompts)
-
-    def _ids(self, row: list[int]) -> torch.Tensor:
-        return torch.tensor([row], device=next(self.lm.parameters()).device)
-
-    def once(self, keep: bool) -> None:
-        absorb = seconds(lambda: self._started(self.prompts[:1]))
-        step = seconds(lambda: [self._step() for _ in range(_STEPS)]) / _STEPS
-        step += self._occasional()
-        if keep:
-            self.absorb.append(absorb)
-            self.token.append(step)
-
-    def _step(self) -> torch.Tensor:
-        with self.edited:
-            hidden, _ = self.model.step_through(self.ids, self.state)
-        return self.lm.read_out(hidden[:, -1]).argmax(-1)
-
-    def _occasional(self) -> float:
-        """Seconds a token of what does not happen at every token."""
-        reread, update = self.begin.reread, self.begin.update
-        each = 0.0
-        if reread or self.begin.repeat:
-            each += seconds(self._read_prompt) / (reread.every if reread else self.answer)
+    def once() -> tuple[float, float]:
+        absorb = seconds(lambda: start(method, lm, generators, prompts[:1]))
+        token, reread, update = seconds(read_tokens) / _STEPS, begin.reread, begin.update
+        if reread or begin.repeat:
+            token += seconds(read_prompt) / (reread.every if reread else answer)
         if update and update.every > 1:
-            each += seconds(lambda: update(self.lm, self.state)) / update.every
-        return each
+            token += seconds(lambda: update(lm, end.state)) / update.every
+        return absorb, token
 
-    def _read_prompt(self) -> None:
-        with self.edited:
-            self.lm.step_through(self._ids(self.prompts[0]), self.state, None)
-
-    def row(self) -> dict[str, float]:
-        found = {}
-        for name, taken in (("absorb_ms", self.absorb), ("token_ms", self.token)):
-            low, middle, high = np.percentile(np.array(taken) * 1e3, [25, 50, 75])
-            found |= {name: middle, f"{name}_low": low, f"{name}_high": high}
-        return found | {"kept_bytes": self.kept}
+    kept = _kept_bytes(two, end.state) + (_TOKEN_BYTES * tokens if two.repeat else 0)
+    return once, kept
 
 
-def kept_bytes(begin: Start, state: RecurrentState) -> int:
+def _kept_bytes(begin: Start, state: RecurrentState) -> int:
     """Bytes kept of one text to go on from `state`, besides the model.
 
     Args:

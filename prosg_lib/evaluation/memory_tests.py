@@ -240,6 +240,9 @@ def run(
 ) -> tuple[dict, pd.DataFrame]:
     """`answers` to all problems of a profile, and the header of a file of them (`predictions.write`).
 
+    Which model and problems it is about is in the header: with equal ones, two files have equal predictions, apart from
+    the prose around passkeys and from rounding.
+
     Args:
         named: "model", "generator" and "command", as the header is to name them.
         items: problems a cell and seed, at least 2.
@@ -251,16 +254,7 @@ def run(
         print(f"left out: {reason}", file=sys.stderr)
     prose, tokenizer = load_prose(), lm.needed_tokenizer()
     rows = answers(lm, generator, cells, Material(tokenizer, ProseTokens.of(prose, SPLIT, tokenizer)), seeds, items)
-    about = {"left_out": left_out, "prose": {"source": prose.source, "sha256": prose.sha256}}
-    return {**named, **described(lm, generator, profile, seeds, items), **about, **provenance.facts()}, rows
-
-
-def described(
-    lm: LanguageModel, generator: Generator | None, profile: Profile, seeds: Sequence[int], items: int
-) -> dict:
-    """The part of a header that says which model and problems it is about: with equal ones, two files have equal
-    predictions, apart from the prose around passkeys and from rounding."""
-    return {
+    header = {
         "suite": "forgetting",
         "fingerprint": lm.fingerprint(),
         "generator_fingerprint": None if generator is None else fingerprint(generator),
@@ -271,7 +265,10 @@ def described(
         "seeds": list(seeds),
         "items": items,
         "vocabulary": {"model": lm.config.vocab, "mqar": min(mqar.VOCAB, lm.config.vocab)},
+        "left_out": left_out,
+        "prose": {"source": prose.source, "sha256": prose.sha256},
     }
+    return {**named, **header, **provenance.facts()}, rows
 
 
 def scored(rows: pd.DataFrame) -> pd.DataFrame:

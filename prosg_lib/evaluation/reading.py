@@ -17,6 +17,7 @@ from prosg_lib.backbones.generation import Decoding
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.deltas.applying import applied
 from prosg_lib.evaluation.baselines import Reread, Start, StateUpdate
+from prosg_lib.text.padding import left_padded
 
 _PIECE = 256  # tokens that a model with attention reads at a time; attention takes memory for every pair of them
 
@@ -83,11 +84,8 @@ def _stretch(
                 mark += [False] * len(prompt)
         rows.append(row)
         marks.append(mark)
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-    own = torch.tensor([[False] * (longest - len(mark)) + mark for mark in marks], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, own, torch.arange(longest, device=device) >= (longest - lengths)[:, None]
+    ids, valid = left_padded(rows)
+    return ids.to(device), left_padded(marks).ids.bool().to(device), valid.to(device)
 
 
 def _through(

@@ -264,22 +264,6 @@ def answers(
     return pd.DataFrame([row for rows in distributed.shared(units, rows_of) for row in rows])
 
 
-def answers_by_training(
-    lm: LanguageModel, trainings: Mapping[int, Generator], split: str, sizes: Evaluation, *options, **named
-) -> pd.DataFrame:
-    """`answers` of the method "prosg-token" for several trainings of its generator, all to the same questions.
-
-    Args:
-        trainings: number -> token-wise generator; the number becomes the column `training`.
-        split, sizes and further arguments: as in `answers`.
-    """
-    every = [
-        answers(lm, {"token": generator}, ["prosg-token"], split, sizes, *options, **named).assign(training=number)
-        for number, generator in trainings.items()
-    ]
-    return pd.concat(every, ignore_index=True) if every else pd.DataFrame()
-
-
 @torch.no_grad()
 def prose_nll(
     lm: LanguageModel,

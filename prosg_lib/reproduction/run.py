@@ -1,6 +1,5 @@
 """Runs the course's notebooks in order, compares their claims with the ledger, and writes the report."""
 
-import ast
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from prosg_lib.reproduction import claims, notebook_files, promises, quotes, rep
 # Only these runs' figures are kept in the repository, and where.
 REFERENCE_FIGURES = {"cpu": ".", "gpu": "gpu"}
 INTERRUPTED = "it was interrupted"
-GIVEN = ("profile", "seed", "retrain")  # parameters that have an option of their own
 
 
 def select(course: Sequence[Path], names: Sequence[str]) -> list[Path]:
@@ -32,50 +30,24 @@ def select(course: Sequence[Path], names: Sequence[str]) -> list[Path]:
     return [path for path in course if not wanted or path.stem in wanted]
 
 
-def bind(selected: Sequence[Path], given: Mapping[str, Any], extra: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """What each notebook is started with, by its name.
+def bind(selected: Sequence[Path], given: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What each notebook is started with, by its name: of all values those that it takes.
 
     Args:
-        given: profile, seed and retrain; a notebook gets those that it takes.
-        extra: parameters as typed, name -> text; each goes to the notebooks that take it.
+        given: profile, seed and retrain.
+        texts: values of the notebooks' own parameters; all of them are texts.
     Raises:
-        UserError: no selected notebook takes a parameter (papermill would only warn), it has an option of its own, or
-            its value is of another kind than the notebook's default.
+        UserError: no selected notebook takes such a parameter (papermill would only warn).
     """
     defaults = {path.stem: notebook_files.parameters(path) for path in selected}
-    for name in extra:
-        if name in GIVEN:
-            raise UserError(f"The parameter {name!r} has its own option; use --{name}.")
-        if not any(name in known for known in defaults.values()):
-            known = sorted({key for names in defaults.values() for key in names} - set(GIVEN))
-            raise UserError(
-                f"No notebook takes a parameter {name!r}; they take --profile, --seed, --retrain"
-                + (f" and --param {', '.join(known)}." if known else ", and none that --param could set.")
-            )
-    bound = {}
-    for notebook, known in defaults.items():
-        bound[notebook] = {name: value for name, value in given.items() if name in known}
-        for name, text in extra.items():
-            if name in known:
-                bound[notebook][name] = _parse(notebook, name, text, known[name])
-    return bound
-
-
-def _parse(notebook: str, name: str, text: str, default: Any) -> Any:
-    if isinstance(default, str):
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    if default is not None and type(value) is not type(default):
+    known = {name for own in defaults.values() for name, value in own.items() if isinstance(value, str)} - given.keys()
+    for name in texts.keys() - known:
+        others = ", ".join(sorted(known)) or "nothing else"
         raise UserError(
-            f"The parameter {name!r} of {notebook} is of type {type(default).__name__} (its default is {default!r}); "
-            f"{text!r} is not."
+            f"No notebook takes a text {name!r}; they take --profile, --seed and --retrain, and with --param {others}."
         )
-    return value
+    values = {**texts, **given}
+    return {notebook: {name: values[name] for name in own if name in values} for notebook, own in defaults.items()}
 
 
 def reproduce(
@@ -95,7 +67,7 @@ def reproduce(
 
     Args:
         names: only these notebooks; what others of the profile recorded before stays in the report. All where empty.
-        parameters: further notebook parameters as typed, name -> text.
+        parameters: values of the notebooks' own parameters, which are texts.
         update_expected: write the ledger from this run (`claims.update`), and for the reference profiles the figures.
         root: the checkout; this one where None.
     Returns:
@@ -117,37 +89,35 @@ def reproduce(
     # The kernels shall run the code that runs here, installed or not.
     package = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    failed = None
-    for number, path in enumerate(selected, start=1):
-        label = f"[{number}/{len(selected)}] {path.stem}"
+    ran, error = [], None
+    for path in selected:
+        ran.append(path.stem)
+        label = f"[{len(ran)}/{len(selected)}] {path.stem}"
         print(f"{label} ...", flush=True)
         record = _run(path, run_dir, arguments[path.stem])
         files.write_json(run_dir / report.RUN_FILE, report.load_records(run_dir) | {path.stem: record})
         peak = "" if record["peak_mb"] is None else f", peak {record['peak_mb']:.0f} MB"
         print(f"{label} {record['status']}: {record['seconds']:.0f} s{peak}", flush=True)
-        if record["error"]:
-            failed = number - 1
+        if error := record["error"]:
             break
 
-    ran = [path.stem for path in selected[: len(selected) if failed is None else failed + 1]]
-    if update_expected and failed is None:
+    if update_expected and not error:
         for written in claims.update(run_dir, profile.name, root / "expected", ran):
             print(f"ledger: {written}")
         _keep_figures(profile.name, run_dir, root / "figures", ran)
     ended = show(profile, root, only=ran)
-    if failed is not None:
-        name = selected[failed].stem
+    if error:
         print(
-            f"\n{name} failed: {record['error']}\n"
-            f"Its executed copy: {run_dir / 'notebooks' / name}.ipynb\n"
+            f"\n{ran[-1]} failed: {error}\n"
+            f"Its executed copy: {run_dir / 'notebooks' / ran[-1]}.ipynb\n"
             f"What was finished is kept. To go on: prosg reproduce --profile {profile.name}"
             + (f" --seed {seed}" if seed else "")
             + "".join(f" --param {name}={text}" for name, text in (parameters or {}).items())
-            + "".join(f" --notebook {path.stem}" for path in selected[failed:])
+            + "".join(f" --notebook {path.stem}" for path in selected[len(ran) - 1 :])
             + ("\nThe ledger was not touched, because the run was not finished." if update_expected else "")
         )
         ended = 1
-        if record["error"] == INTERRUPTED:
+        if error == INTERRUPTED:
             raise KeyboardInterrupt
     return ended
 

@@ -145,26 +145,24 @@ def sections(rows: pd.DataFrame) -> list[Section]:
     if rows.empty:
         raise UserError("there are no predictions; evaluate at least one item")
     if predictions.suite_of(rows) == "dialogue":
-        _check_paired(rows, ["facts"], ["distance", "seed", "prompt"])
+        _check_paired(rows, "facts", ["distance", "seed", "prompt"])
         scores = recall.judged(rows)
         with plots.style():
             return [_dialogue(part, facts) for facts, part in scores.groupby("facts")]
-    _check_paired(rows, ["task"], ["cell", "seed", "item"])
+    _check_paired(rows.assign(cell=rows.cell.astype(str)), "task", ["cell", "seed", "item"])
     scores = memory_tests.scored(rows)
     with plots.style():
         return [_memory_test(part, task) for task, part in scores.groupby("task", sort=False)]
 
 
-def _check_paired(rows: pd.DataFrame, groups: list[str], item: list[str]) -> None:
+def _check_paired(rows: pd.DataFrame, group: str, item: list[str]) -> None:
     """Methods are compared item by item, so within a group all must have answered the same items, once each."""
-    keys = rows.assign(item=rows[[*item, "gold"]].astype(str).agg(" ".join, axis=1))
-    keys = keys if "training" in keys else keys.assign(training=0)
-    for name, part in keys.groupby(groups):
-        answered = {method: sorted(own.item) for method, own in part.groupby(["method", "training"])}
-        first = next(iter(answered.values()))
-        if any(own != first for own in answered.values()) or len(set(first)) < len(first):
+    rows = rows.assign(gold=rows.gold.astype(str), training=rows.training if "training" in rows else 0)
+    for name, part in rows.groupby(group):
+        answered = part.groupby([*item, "gold", "method", "training"]).size().unstack(["method", "training"])
+        if not (answered == 1).all(axis=None):
             raise UserError(
-                f"{groups[0]} {name[0]}: the methods {', '.join(part.method.unique())} did not answer the same items; "
+                f"{group} {name}: the methods {', '.join(part.method.unique())} did not answer the same items; "
                 "evaluate them together"
             )
 

@@ -5,7 +5,6 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -21,7 +20,6 @@ from prosg_lib.evaluation import reading, recall
 from prosg_lib.evaluation.baselines import METHODS, ReadAgain, ReadTwice, Reinjection, start
 from prosg_lib.evaluation.recall import (
     answers,
-    answers_by_training,
     judged,
     measure,
     prose_nll,
@@ -311,15 +309,3 @@ def test_sweep_takes_fewer_prompts_beside_the_main_number_of_facts(data):
     lm = Window(data, [])
     frame = judged(answers(lm, {}, ["base", "none"], "test", sizes, lambda split, seed: data))
     assert frame.groupby("facts").prompt.nunique().to_dict() == {2: 2, 3: 3}
-
-
-def test_every_training_answers_the_same(data):
-    """As the method alone would, with each generator, and every row has its number."""
-    items = data.items(2, Shape(2, 8, 1, instructions=2))
-    lm, sizes = Window(data, items), Evaluation(2, 2, 1, (0,), (0, 8), (2,))
-    given = ("test", sizes, lambda split, seed: data)
-    found = answers_by_training(lm, {0: Copy(), 3: Copy(blind=True)}, *given)
-    for number, generator in {0: Copy(), 3: Copy(blind=True)}.items():
-        alone = answers(lm, {"token": generator}, ["prosg-token"], *given).assign(training=number)
-        pd.testing.assert_frame_equal(found[found.training == number].reset_index(drop=True), alone)
-    assert judged(found).training.tolist() == [0] * 4 + [3] * 4
