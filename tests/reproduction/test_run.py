@@ -46,9 +46,10 @@ def write_notebook(folder, name, *cells, parameters=PARAMETERS, begin=True):
 
 @contextlib.contextmanager
 def runs_in(root):
-    """What is run goes to the folder `runs` beside the course."""
+    """What is run goes to the folder `runs` beside the course, and finds no books."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROSG_RUNS", str(root / "runs"))
+        patch.delenv("PROSG_TEST_DATA", raising=False)
         patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # which a run adds to
         yield
 
