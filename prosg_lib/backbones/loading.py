@@ -22,7 +22,8 @@ from prosg_lib.backbones.rwkv7 import RWKV7
 from prosg_lib.backbones.rwkv_layouts import from_author, from_hf, to_author, to_hf
 from prosg_lib.config.sizes import Mamba2Size, TransformerConfig
 from prosg_lib.errors import UserError
-from prosg_lib.text.tokenizer import Tokenizer, folder_tokenizer, load_tokenizer
+from prosg_lib.text.library_tokenizer import folder_tokenizer
+from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.text.world_tokenizer import WorldTokenizer
 
 LAYOUTS = ("prosg", "transformers", "author")

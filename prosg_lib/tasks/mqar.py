@@ -84,14 +84,10 @@ def fitting(length: int, pairs: int, vocab: int) -> Mqar:
     return Mqar(length, pairs, min(VOCAB, vocab))
 
 
+@lru_cache(maxsize=32)
 def gap_weights(config: Mqar) -> np.ndarray:
     """Probabilities of the first key's gap, (space,); those of later keys are the same without the gaps taken."""
-    return _gap_weights((config.length - 2 * config.pairs) // 2, config.power)
-
-
-@lru_cache(maxsize=32)
-def _gap_weights(space: int, power: float) -> np.ndarray:
-    weights = np.arange(1, space + 1) ** (power - 1.0)
+    weights = np.arange(1, (config.length - 2 * config.pairs) // 2 + 1) ** (config.power - 1.0)
     return weights / weights.sum()
 
 

@@ -56,12 +56,7 @@ def squad(split: str, source: str | Path = "hub") -> tuple[SquadPair, ...]:
             (the error gives the place); or no question is left.
     """
     check_split(split)
-    records = _hub(split) if source == "hub" else _file(split, Path(source))
-    pairs = tuple(
-        SquadPair(r.context, f"Question: {r.question}\nAnswer:", r.answers[0], r.answers)
-        for r in records
-        if r.answers and _needs_context(r)
-    )
+    pairs = tuple(filter(None, _hub(split) if source == "hub" else _file(split, Path(source))))
     if not pairs:
         raise UserError(
             f"the {split} split of {HUB if source == 'hub' else source} has no question that its paragraph answers; "
@@ -70,27 +65,20 @@ def squad(split: str, source: str | Path = "hub") -> tuple[SquadPair, ...]:
     return pairs
 
 
-@dataclass(frozen=True)
-class _Record:
-    title: str
-    context: str
-    question: str
-    answers: tuple[str, ...]  # none if SQuAD 2.0 marks the question as impossible
+def _pair(context: str, question: str, answers: Iterable[str]) -> SquadPair | None:
+    """None where there is no answer, or no need of the paragraph.
 
-    @classmethod
-    def of(cls, title: str, context: str, question: str, answers: Iterable[str]) -> _Record:
-        """With single spaces between words: some questions start or end with a space, and a paragraph is one line."""
-        title, context, question, *answers = (" ".join(text.split()) for text in (title, context, question, *answers))
-        return cls(title, context, question, tuple(dict.fromkeys(answers)))
-
-
-def _needs_context(record: _Record) -> bool:
-    question = f" {normalised(record.question)} "
-    answers = [normalised(answer) for answer in record.answers]
-    return all(answer and f" {answer} " not in question for answer in answers)
+    With single spaces between words: some questions start or end with a space, and a paragraph is one line.
+    """
+    context, question, *answers = (" ".join(text.split()) for text in (context, question, *answers))
+    asked, words = f" {normalised(question)} ", [normalised(answer) for answer in answers]
+    if not answers or not all(answer and f" {answer} " not in asked for answer in words):
+        return None
+    answers = tuple(dict.fromkeys(answers))
+    return SquadPair(context, f"Question: {question}\nAnswer:", answers[0], answers)
 
 
-def _hub(split: str) -> Iterator[_Record]:
+def _hub(split: str) -> Iterator[SquadPair | None]:
     from datasets import load_dataset
 
     try:
@@ -103,35 +91,36 @@ def _hub(split: str) -> Iterator[_Record]:
     validation = set(split_titles(data["train"]["title"])["validation"])
     for row in rows:
         if split == "test" or (row["title"] in validation) == (split == "validation"):
-            yield _Record.of(row["title"], row["context"], row["question"], row["answers"]["text"])
+            yield _pair(row["context"], row["question"], row["answers"]["text"])
 
 
-def _file(split: str, path: Path) -> list[_Record]:
+def _file(split: str, path: Path) -> list[SquadPair | None]:
     if not path.is_file():
         raise UserError(f"{path} is not a file; give a file in SQuAD's JSON format, or source='hub'")
-    records = list(_records(path, read_json(path)))
-    titles = split_titles(r.title for r in records)
+    found = list(_titled(path, read_json(path)))
+    titles = split_titles(title for title, _ in found)
     if not all(titles.values()):
         raise UserError(
-            f"{path} has questions on {len({r.title for r in records})} articles; three splits need at least "
+            f"{path} has questions on {len({title for title, _ in found})} articles; three splits need at least "
             f"{len(SPLITS)}; add articles"
         )
     kept = set(titles[split])
-    return [r for r in records if r.title in kept]
+    return [pair for title, pair in found if title in kept]
 
 
-def _records(path: Path, content) -> Iterator[_Record]:
-    """Every question of a file."""
+def _titled(path: Path, content) -> Iterator[tuple[str, SquadPair | None]]:
+    """Every question of a file, with the title of its article."""
     place = "data"
     try:
         for i, article in enumerate(content["data"]):
             place = f"data[{i}]"
+            title = " ".join(article["title"].split())
             for j, paragraph in enumerate(article["paragraphs"]):
                 place = f"data[{i}].paragraphs[{j}]"
                 for k, item in enumerate(paragraph["qas"]):
                     place = f"data[{i}].paragraphs[{j}].qas[{k}]"
                     answers = [] if item.get("is_impossible") is True else _answers(item, paragraph["context"])
-                    yield _Record.of(article["title"], paragraph["context"], item["question"], answers)
+                    yield title, _pair(paragraph["context"], item["question"], answers)
     except KeyError as error:
         raise UserError(f"{path}, {place}: {error} is missing; write it as SQuAD's own files do") from None
     except (TypeError, AttributeError, ValueError) as error:

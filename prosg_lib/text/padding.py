@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Rows(NamedTuple):
@@ -19,17 +19,15 @@ class Rows(NamedTuple):
 
 def left_padded(rows: Sequence[Sequence[int]]) -> Rows:
     """Sequences, (B, T) with T the longest of them; every row ends with its last token."""
-    table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    valid = np.zeros_like(table, dtype=bool)
-    for ids, mask, row in zip(table, valid, rows, strict=True):
-        start = len(ids) - len(row)
-        ids[start:], mask[start:] = row, True
-    return Rows(torch.from_numpy(table), torch.from_numpy(valid))
+    ids = _padded(rows, "left")
+    places = torch.arange(ids.shape[1], 0, -1)  # counted from the end
+    return Rows(ids, places <= torch.tensor([[len(row)] for row in rows]))
 
 
 def right_padded(rows: Sequence[Sequence[int]]) -> Tensor:
     """Sequences, (B, T) with T the longest of them; every row begins with its first token."""
-    table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for ids, row in zip(table, rows, strict=True):
-        ids[: len(row)] = row
-    return torch.from_numpy(table)
+    return _padded(rows, "right")
+
+
+def _padded(rows: Sequence[Sequence[int]], side: str) -> Tensor:
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_side=side)

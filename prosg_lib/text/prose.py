@@ -91,28 +91,15 @@ def books_folder() -> Path | None:
     return folder
 
 
-def books_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The .txt files of a folder by split: a tenth, at least one, each for validation and test.
-
-    The order depends on the titles (file names) alone. With fewer than three files every split has all of them, and
-    the paragraphs are divided instead.
-
-    Raises:
-        UserError: there is no such folder, or no .txt file in it.
-    """
+def _folder(folder: Path) -> Prose:
+    """The books of a folder, which their titles (file names) assign to the splits. With fewer than three files the
+    paragraphs are divided instead."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name a folder of plain-text books, or use prose='own'")
     paths = sorted(p for p in folder.glob("*.txt") if p.is_file())
     if not paths:
         raise UserError(f"no .txt files in {folder}; name a folder of plain-text books, or use prose='own'")
-    if len(paths) < 3:
-        return dict.fromkeys(SPLITS, paths)
-    return {split: [folder / name for name in names] for split, names in split_titles(p.name for p in paths).items()}
-
-
-def _folder(folder: Path) -> Prose:
-    books = books_by_split(folder)
-    texts = {p: _paragraphs(p) for p in sorted({p for part in books.values() for p in part})}
+    texts = {p.name: [line for line in text_lines(p) if len(line) >= _SHORTEST] for p in paths}
     if len(texts) < 3:
         lines = [line for text in texts.values() for line in text]
         if len(lines) < 30:
@@ -122,23 +109,17 @@ def _folder(folder: Path) -> Prose:
             )
         a, b = int(0.8 * len(lines)), int(0.9 * len(lines))
         return Prose(folder.name, dict(zip(SPLITS, (lines[:a], lines[a:b], lines[b:]), strict=True)))
-    _refuse_copies(texts)
-    return Prose(folder.name, {split: [x for p in part for x in texts[p]] for split, part in books.items()})
-
-
-def _refuse_copies(texts: dict[Path, list[str]]) -> None:
-    """Refuse the same book under two names, which could be in two splits."""
-    seen: dict[tuple[str, ...], Path] = {}
-    for path, lines in texts.items():
+    seen: dict[tuple[str, ...], str] = {}
+    for name, lines in texts.items():
         if not lines:
-            raise UserError(f"{path} has no paragraph of {_SHORTEST} characters or more; remove it from the folder")
-        twin = seen.setdefault(tuple(lines), path)
-        if twin is not path:
-            raise UserError(f"{twin} and {path.name} hold the same text; remove one of them from the folder")
-
-
-def _paragraphs(path: Path) -> list[str]:
-    return [line for line in text_lines(path) if len(line) >= _SHORTEST]
+            raise UserError(
+                f"{folder / name} has no paragraph of {_SHORTEST} characters or more; remove it from the folder"
+            )
+        twin = seen.setdefault(tuple(lines), name)
+        if twin != name:  # the same book could be in two splits
+            raise UserError(f"{folder / twin} and {name} hold the same text; remove one of them from the folder")
+    books = split_titles(texts)
+    return Prose(folder.name, {split: [line for name in books[split] for line in texts[name]] for split in SPLITS})
 
 
 def text_lines(path: Path) -> list[str]:

@@ -6,9 +6,7 @@ decides whether it is taken for a recipe; the provenance says where it came from
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -46,49 +44,20 @@ VERSION = 1
 """Goes up when the same recipe, seed and data would train to something else; other versions do not load."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """What a checkpoint was trained as; it fits where training now would write the same.
+RECORD = ("recipe", "version", "seed", "data", "module", "training", "course", "lm", "start")
+"""What a checkpoint was trained as, in its header; `load_or_train.record_of` says what each is."""
 
-    Attributes:
-        recipe: name; version: `VERSION`.
-        data: names the data (`work.data_of`).
-        module: its kind and sizes; training: steps, batch, learning rate.
-        course: how the steps differ from one another (`work.course_of`).
-        lm: fingerprint of the language model it is for; None: it is one itself.
-        start: record of the checkpoint whose weights it started from.
+
+def record_in(meta: dict, path: Path) -> dict:
+    """The record in a checkpoint's header.
+
+    Raises:
+        UserError: it has none, or one with other fields.
     """
-
-    recipe: str
-    version: int
-    seed: int
-    data: str | dict
-    module: dict
-    training: dict
-    course: dict
-    lm: str | None = None
-    start: dict | None = None
-
-    @classmethod
-    def of(cls, meta: dict, path: Path) -> Record:
-        """The record in a checkpoint's header.
-
-        Raises:
-            UserError: it has none, or one with other fields.
-        """
-        found, names = meta.get("record"), {field.name for field in fields(cls)}
-        if not isinstance(found, dict) or found.keys() != names:
-            raise UserError(f"{path} has no record that this version reads; remove it, and it is trained again")
-        return cls(**found)
-
-    def as_json(self) -> dict:
-        """As a checkpoint's header gives it back: tuples are lists."""
-        return json.loads(json.dumps(asdict(self)))
-
-    def differs(self, other: Record) -> str:
-        """Names of the fields that differ."""
-        ours, theirs = self.as_json(), other.as_json()
-        return ", ".join(name for name in ours if ours[name] != theirs[name])
+    found = meta.get("record")
+    if not isinstance(found, dict) or found.keys() != set(RECORD):
+        raise UserError(f"{path} has no record that this version reads; remove it, and it is trained again")
+    return found
 
 
 def _maps(size: GeneratorSize, lm: LanguageModel) -> tuple[str, ...]:
@@ -186,10 +155,10 @@ def load_generator(name: str, lm: LanguageModel) -> Generator:
     tensors, meta = files.load_tensors(path)
     if meta.get("kind") != "generator":
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a generator")
-    record = Record.of(meta, path)
-    if record.lm != lm.fingerprint():
-        raise UserError(f"{path.name} was trained for model {record.lm}, not for this one ({lm.fingerprint()})")
-    kind, sizes = record.module["kind"], {k: v for k, v in record.module.items() if k != "kind"}
+    record = record_in(meta, path)
+    if record["lm"] != lm.fingerprint():
+        raise UserError(f"{path.name} was trained for model {record['lm']}, not for this one ({lm.fingerprint()})")
+    kind, sizes = record["module"]["kind"], {k: v for k, v in record["module"].items() if k != "kind"}
     if kind in ("weights", "maps"):
         raise UserError(
             f"{path.name} changes all weights of the model ({kind}), which is no low-rank delta; take an adapter or a "

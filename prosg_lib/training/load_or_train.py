@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.text.prose import load_prose
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import distributed
-from prosg_lib.training.checkpoints import VERSION, Record, built, kept, new_module, shipped
+from prosg_lib.training.checkpoints import VERSION, built, kept, new_module, record_in, shipped
 from prosg_lib.training.loop import fit
 from prosg_lib.training.recipes import GRADIENT_STEPS, Recipe, checkpoint_name, recipe, recipes
 from prosg_lib.training.work import check_data, course_of, data_of, steps_of, work
@@ -69,11 +70,12 @@ def load_or_train(
     Raises:
         UserError: unknown recipe or setting; data that this machine lacks; a damaged checkpoint; a diverged training.
     """
-    if memory.recompute and recipe(name, profile).kind in GRADIENT_STEPS:
+    made = recipe(name, profile, changes)
+    if memory.recompute and made.kind in GRADIENT_STEPS:
         raise UserError(f"{name} needs second derivatives, which recomputed blocks do not have; leave out recompute")
-    check_data(recipe(name, profile), profile)
-    lm = _model_for(recipe(name, profile, changes), profile, retrain, lm, memory)
-    made, record = _resolved(recipe(name, profile, changes), profile, seed, lm)
+    check_data(made, profile)
+    lm = _model_for(made, profile, retrain, lm, memory)
+    made, record = _resolved(made, profile, seed, lm)
     keep_freed_memory()
     plain = checkpoint_name(name, profile, seed, changes)
     own = lm is None or _stem(lm) == checkpoint_name(made.lm, profile)
@@ -95,32 +97,38 @@ def record_of(
     seed: int = 0,
     changes: Mapping[str, object] | None = None,
     lm: LanguageModel | None = None,
-) -> Record:
+) -> dict:
     """What a checkpoint of a recipe is trained as; the arguments are those of `load_or_train`.
+
+    A checkpoint is taken for the recipe if its header has an equal record.
 
     Args:
         lm: needed for every recipe that is for a language model.
+    Returns:
+        recipe (its name), version (`checkpoints.VERSION`), seed; data (`work.data_of`); module (its kind and sizes);
+        training (steps, batch, learning rate); course (how the steps differ from one another, `work.course_of`); lm
+        (fingerprint of the language model it is for, None for one); start (record of the checkpoint whose weights it
+        started from, or None). As JSON gives it back: tuples are lists.
     """
     return _resolved(recipe(name, profile, changes), profile, seed, lm)[1]
 
 
-def _resolved(made: Recipe, profile: Profile, seed: int, lm: LanguageModel | None) -> tuple[Recipe, Record]:
+def _resolved(made: Recipe, profile: Profile, seed: int, lm: LanguageModel | None) -> tuple[Recipe, dict]:
     """The recipe with its number of steps, and its record."""
     tokenizer = load_tokenizer() if lm is None else lm.needed_tokenizer()
     made = replace(made, training=replace(made.training, steps=steps_of(made, profile, tokenizer)))
-    start = _resolved(recipe(made.start, profile), profile, seed, lm)[1].as_json() if made.start else None
-    record = Record(
-        recipe=made.name,
-        version=VERSION,
-        seed=seed,
-        data=data_of(made, profile, tokenizer),
-        module={"kind": made.kind, **asdict(made.size)},
-        training=asdict(made.training),
-        course=course_of(made),
-        lm=None if lm is None else lm.fingerprint(),
-        start=start,
-    )
-    return made, record
+    record = {
+        "recipe": made.name,
+        "version": VERSION,
+        "seed": seed,
+        "data": data_of(made, profile, tokenizer),
+        "module": {"kind": made.kind, **asdict(made.size)},
+        "training": asdict(made.training),
+        "course": course_of(made),
+        "lm": None if lm is None else lm.fingerprint(),
+        "start": _resolved(recipe(made.start, profile), profile, seed, lm)[1] if made.start else None,
+    }
+    return made, json.loads(json.dumps(record))
 
 
 def _model_for(
@@ -143,18 +151,19 @@ def _stem(lm: LanguageModel) -> str:
     return getattr(lm, "checkpoint", Path()).stem
 
 
-def _found(places: list[Path], record: Record, name: str) -> tuple[Path, dict] | None:
+def _found(places: list[Path], record: dict, name: str) -> tuple[Path, dict] | None:
     """The first checkpoint that fits, and its tensors."""
     for path in dict.fromkeys(places):
         if not path.exists():
             continue
         tensors, meta = files.load_tensors(path)
-        if meta.get("record") == record.as_json():
+        if meta.get("record") == record:
             where, saved = meta["provenance"]["device"], path.stat().st_mtime_ns
             _say_once(f"{path.stem}: loaded, trained on {where}: same sizes, seed and data", saved)
             return path, tensors
         if path.stem == name:
-            why = record.differs(Record.of(meta, path))
+            theirs = record_in(meta, path)
+            why = ", ".join(part for part in record if record[part] != theirs[part])
             distributed.say(f"{name}: {path} was trained otherwise ({why}); not used")
     return None
 
@@ -169,17 +178,17 @@ def _train(
     made: Recipe,
     profile: Profile,
     path: Path,
-    record: Record,
+    record: dict,
     lm: LanguageModel | None,
     start: nn.Module | None,
     memory: MemoryBudget,
 ) -> nn.Module:
-    torch.manual_seed(record.seed)
+    torch.manual_seed(record["seed"])
     module = new_module(made.kind, made.size, lm).to(distributed.device())
     if start is not None:
         module.load_state_dict(start.state_dict())
     began = time.monotonic()
-    batch_of, loss_of = work(made, profile, module, lm, record.seed)
+    batch_of, loss_of = work(made, profile, module, lm, record["seed"])
     many = f"{distributed.count()} processes, " if distributed.count() > 1 else ""
     where = f"{made.training.steps} steps of {made.training.batch} on {many}{provenance.device()}"
     weights = sum(p.numel() for p in module.parameters()) / 1e6
@@ -194,7 +203,7 @@ def _train(
             loss_of,
             made.training,
             path.parent,
-            record.as_json(),
+            record,
             at_once=at_once,
             peak_until=peak,
         )
@@ -203,7 +212,7 @@ def _train(
     keep = {n: t if made.is_model else t.half() for n, t in module.state_dict().items()}
     if distributed.first():
         kind = "lm" if made.is_model else "generator"
-        files.save_tensors(path, keep, {"kind": kind, "record": record.as_json(), "provenance": facts})
+        files.save_tensors(path, keep, {"kind": kind, "record": record, "provenance": facts})
         (path.parent / f"{path.stem}.checkpoint.safetensors").unlink(missing_ok=True)
     distributed.wait()
     return built(new_module(made.kind, made.size, lm), path, keep)

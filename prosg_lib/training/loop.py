@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,9 +83,10 @@ def fit(
     path = folder / f"{name}.checkpoint.safetensors"
     start = _resume(path, module, optimiser, record) if path.exists() else 0
     start = distributed.agreed(start, f"the step that {path} is at")
-    log = _Log(folder / f"{name}.jsonl", name, sizes.steps, start) if distributed.first() else None
+    log_file = folder / f"{name}.jsonl"
+    opened = closing(_Log(log_file, name, sizes.steps, start)) if distributed.first() else nullcontext()
     saved, device = time.monotonic(), parameters[0].device
-    with _told_to_end() as told:
+    with opened as log, _told_to_end() as told:
         for step, batch in enumerate(_drawn_ahead(batch_of, start, sizes.steps, device), start):
             for group in optimiser.param_groups:
                 group["lr"] = group["factor"] * (sizes.lr * schedule(step, sizes, peak_until))
@@ -95,8 +96,6 @@ def fit(
             try:
                 loss = _backward(step, _own(batch), at_once, loss_of, parameters)
             except NotFinite as error:
-                if log:
-                    log.close()
                 raise Diverged(
                     f"training {name}: {error} at step {step}; the last good checkpoint "
                     f"is {path if path.exists() else 'none (it happened before the first was written)'}; "
@@ -111,11 +110,7 @@ def fit(
                     _save(path, module, optimiser, step + 1, record)
                     saved = time.monotonic()
             if told:
-                if log:
-                    log.close()
                 raise KeyboardInterrupt
-    if log:
-        log.close()
 
 
 @contextmanager
@@ -190,21 +185,24 @@ def _backward(step: int, batch: Examples, at_once: int | None, loss_of: Callable
 
 
 class _Steps(Dataset):
-    def __init__(self, batch_of: Callable[[int], Examples], start: int, stop: int):
-        self.batch_of, self.start, self.stop = batch_of, start, stop
+    def __init__(self, batch_of: Callable[[int], Examples]):
+        self.batch_of = batch_of
 
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, index: int) -> Examples:
-        return self.batch_of(self.start + index)
+    def __getitem__(self, step: int) -> Examples:
+        return self.batch_of(step)
 
 
 def _drawn_ahead(batch_of: Callable[[int], Examples], start: int, stop: int, device: torch.device) -> DataLoader:
     """The batches in order. A GPU takes them faster than one core draws them; a CPU has no core to spare."""
     own = torch.Generator()  # the loader draws a seed; it must not touch the state that a resumed run restores
-    steps = _Steps(batch_of, start, stop)
-    return DataLoader(steps, batch_size=None, num_workers=_workers(device), generator=own, worker_init_fn=_deaf)
+    return DataLoader(
+        _Steps(batch_of),
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=_workers(device),
+        generator=own,
+        worker_init_fn=_deaf,
+    )
 
 
 def _workers(device: torch.device) -> int:

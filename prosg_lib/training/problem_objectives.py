@@ -143,14 +143,14 @@ def practice(profile: Profile, material: Material) -> dict[str, list[tuple[int, 
     Raises:
         UserError: none is short enough.
     """
-    sizes = profile
-    cells, _ = settings(sizes.suite.practice, material.tokenizer.vocab)
+    longest = profile.suite.longest
+    cells, _ = settings(profile.suite.practice, material.tokenizer.vocab)
     short: dict[str, list[tuple[int, Setting]]] = {}
     for cell in cells:
         first = problem_of(cell, material, 0, 0, "train")
         size = len(first.memory) + len(first.rest)
-        if size <= sizes.suite.longest:
+        if size <= longest:
             short.setdefault(first.task, []).append((size, cell))
     if not short:
-        raise UserError(f"no test of the profile {profile.name} has at most {sizes.suite.longest} tokens to train on")
+        raise UserError(f"no test of the profile {profile.name} has at most {longest} tokens to train on")
     return short

@@ -202,7 +202,7 @@ _AT = r"squad\.json, data\[3\]\.paragraphs\[1\]\.qas\[0\]: "
         ((), [], r"squad\.json, data: not in SQuAD's format"),
         (("data",), "text", r"squad\.json, data\[0\]: not in SQuAD's format"),
         (("data", 3), None, r"squad\.json, data\[3\]: not in SQuAD's format"),
-        (("data", 3, "title"), 5, r"squad\.json, data\[3\]\.paragraphs\[0\]\.qas\[0\]: not in SQuAD's format"),
+        (("data", 3, "title"), 5, r"squad\.json, data\[3\]: not in SQuAD's format"),
         (_Q[:4], {"qas": [{}]}, rf"{_AT}'context' is missing; write it as"),
         ((*_Q, "answers"), [], rf"{_AT}.*no answer and not marked"),
         ((*_Q, "answers"), "Bran", rf"{_AT}not in SQuAD's format"),

@@ -9,7 +9,8 @@ from prosg_lib import files
 from prosg_lib.config.sizes import VOCAB
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.dialogue import words
-from prosg_lib.text.tokenizer import LibraryTokenizer, TextPieces, Tokenizer, folder_tokenizer, load_tokenizer
+from prosg_lib.text.library_tokenizer import LibraryTokenizer, folder_tokenizer
+from prosg_lib.text.tokenizer import TextPieces, Tokenizer, load_tokenizer
 from prosg_lib.text.world_tokenizer import WorldTokenizer
 
 ENGLISH = st.lists(
