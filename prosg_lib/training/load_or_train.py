@@ -78,7 +78,7 @@ def load_or_train(
     made, record = _resolved(made, profile, seed, lm)
     keep_freed_memory()
     plain = checkpoint_name(name, profile, seed, changes)
-    own = lm is None or _stem(lm) == checkpoint_name(made.lm, profile)
+    own = lm is None or getattr(lm, "checkpoint", Path()).stem == checkpoint_name(made.lm, profile)
     mine = plain if own else checkpoint_name(name, profile, seed, changes, lm.fingerprint())
     path = kept(mine, profile)
     places = [path] if retrain else [shipped(plain), kept(plain, profile), path]
@@ -147,10 +147,6 @@ def _model_for(
     return load_or_train(made.lm, profile, 0, retrain, memory=memory) if lm is None else lm
 
 
-def _stem(lm: LanguageModel) -> str:
-    return getattr(lm, "checkpoint", Path()).stem
-
-
 def _found(places: list[Path], record: dict, name: str) -> tuple[Path, dict] | None:
     """The first checkpoint that fits, and its tensors."""
     for path in dict.fromkeys(places):
@@ -196,17 +192,7 @@ def _train(
     at_once = memory.at_once or made.at_once
     peak = made.pairs.repeats if made.pairs and made.kind == "maps" else 0
     with recomputed(lm or module) if memory.recompute else nullcontext():
-        fit(
-            path.stem,
-            module,
-            batch_of,
-            loss_of,
-            made.training,
-            path.parent,
-            record,
-            at_once=at_once,
-            peak_until=peak,
-        )
+        fit(path.stem, module, batch_of, loss_of, made.training, path.parent, record, at_once=at_once, peak_until=peak)
     facts = provenance.facts() | {"prose": load_prose().source, "seconds": round(time.monotonic() - began, 1)}
     # Generators are kept in half precision, and used so: what is loaded later is what was measured now.
     keep = {n: t if made.is_model else t.half() for n, t in module.state_dict().items()}

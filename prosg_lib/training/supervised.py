@@ -23,12 +23,7 @@ from prosg_lib.deltas.gradient_factors import TokenFactors, sequence_factors
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator, parameter_key
-from prosg_lib.generators.true_gradient import (
-    prompt_gradient,
-    reading_directions,
-    squared_error,
-    squared_norm,
-)
+from prosg_lib.generators.true_gradient import prompt_gradient, reading_directions, squared_error, squared_norm
 from prosg_lib.tasks.dialogue import ANSWER, DialogueBatch
 from prosg_lib.training.loop import Loss
 from prosg_lib.training.objectives import USUAL, autocast_on, generator_objective
