@@ -22,6 +22,8 @@ from prosg_lib.reproduction import notebook_files as notebooks
 from prosg_lib.reproduction import report
 from prosg_lib.reproduction import run as reproduce
 
+pytestmark = pytest.mark.xdist_group("course")
+
 PARAMETERS = 'profile = "smoke"\nseed = 0\nretrain = False\n'
 BEGIN = """from prosg_lib.config import get_profile
 from prosg_lib.reproduction import claims
