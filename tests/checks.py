@@ -1,10 +1,27 @@
-"""What the tests of several folders share: whole matrices of a delta, and a token-wise generator that has an effect."""
+"""What the tests of several folders share: random tokens and deltas, whole matrices of a delta, and a token-wise
+generator that has an effect."""
 
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.generators.token_wise import TokenGenerator
+
+
+def ids_of(batch, time, vocab=2000, seed=0):
+    """Random token ids, (batch, time)."""
+    return torch.randint(0, vocab, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def random_delta(lm, batch, rank=2, size=0.3):
+    """A change of every editable map, another one for each sequence."""
+    g, factors = torch.Generator().manual_seed(5), {}
+    for name, module in lm.editable().items():
+        out, into = module.weight.shape if isinstance(module, nn.Linear) else module.weight.t().shape  # GPT-2's Conv1D
+        u, v = size * torch.randn(batch, out, rank, generator=g), torch.randn(batch, into, rank, generator=g)
+        factors[name] = Factors(u.to(module.weight.device), (v / into**0.5).to(module.weight.device))
+    return LowRankDelta(factors, lm.fingerprint())
 
 
 def full_change(delta, name):

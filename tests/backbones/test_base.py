@@ -2,23 +2,11 @@
 
 import pytest
 import torch
+from checks import random_delta
 
-from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
 
 pytestmark = pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
-
-
-def random_delta(lm, batch, rank=2, scale=0.3):
-    g = torch.Generator().manual_seed(5)
-    factors = {
-        name: Factors(
-            scale * torch.randn(batch, m.out_features, rank, generator=g),
-            torch.randn(batch, m.in_features, rank, generator=g) / m.in_features**0.5,
-        )
-        for name, m in lm.editable().items()
-    }
-    return LowRankDelta(factors, lm.fingerprint())
 
 
 def test_a_stop_ends_only_its_own_sequence(lm, prompts):

@@ -5,25 +5,16 @@ import gc
 
 import pytest
 import torch
+from checks import random_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from prosg_lib.backbones import generation
-from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
 from prosg_lib.text.tokenizer import load_tokenizer
 
 DRAWN = {"stop": None, "temperature": 0.9, "top_p": 0.95}
-
-
-def delta_for(lm, batch):
-    g = torch.Generator().manual_seed(2)
-    factors = {
-        name: Factors(*(torch.randn(batch, n, 2, generator=g) / 4 for n in m.weight.shape))
-        for name, m in lm.editable().items()
-    }
-    return LowRankDelta(factors, lm.fingerprint())
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------
@@ -31,7 +22,7 @@ def delta_for(lm, batch):
 
 def test_a_sample_depends_on_its_own_seed_only(lm, prompts):
     """Not on the batch, nor on its place in it, with prompts of different lengths and one delta each."""
-    delta, seeds = delta_for(lm, 4), [5, 6, 7, 8]
+    delta, seeds = random_delta(lm, 4), [5, 6, 7, 8]
     together = lm.generate(prompts, delta=delta, max_new_tokens=40, seeds=seeds, **DRAWN)
     for row in range(4):
         alone = lm.generate([prompts[row]], delta=delta.select([row]), max_new_tokens=40, seeds=[seeds[row]], **DRAWN)
@@ -180,8 +171,8 @@ def test_a_finished_sample_costs_no_more_tokens(make_lm, prompts):
 @pytest.fixture
 def ending(lm, prompts):
     """A model, and what it would write behind the prompts: four texts that it ends at different places, one never."""
-    free = torch.stack(list(lm.stream(prompts, None, delta_for(lm, 4), 30, None)), 1).tolist()
-    lm.ends = (free[0][4], free[1][11], free[2][12])
+    free = torch.stack(list(lm.stream(prompts, None, random_delta(lm, 4), 30, None)), 1).tolist()
+    lm.ends = tuple(next(t for t in row[n:] if t not in free[3]) for row, n in zip(free[:3], (4, 11, 12), strict=True))
     cut = [next((n for n, token in enumerate(row) if token in lm.ends), 30) for row in free]
     assert sorted(cut)[-1] == 30 > sorted(cut)[-2] > sorted(cut)[0]
     return lm, [row[:n] for row, n in zip(free, cut, strict=True)], free
@@ -191,7 +182,7 @@ def test_a_text_ends_at_the_models_end(ending, prompts):
     """Before the token; as text, as tokens (-1 from there), and as token ids of a model without a tokenizer; unless
     one wants to go past it. A tokenizer that knows an end ends texts, too."""
     lm, expected, free = ending
-    delta, texts = delta_for(lm, 4), [lm.tokenizer.decode(row) for row in expected]
+    delta, texts = random_delta(lm, 4), [lm.tokenizer.decode(row) for row in expected]
     assert lm.generate(prompts, None, delta, 30, None) == texts
     steps = list(lm.stream_text(prompts, None, delta, 30, None))
     assert ["".join(row) for row in zip(*steps, strict=True)] == texts
@@ -209,10 +200,10 @@ def test_a_text_ends_at_the_models_end(ending, prompts):
 def test_a_text_may_end_at_once(ending, prompts):
     lm, _, free = ending
     lm.ends = tuple(row[0] for row in free)
-    assert lm.generate(prompts, None, delta_for(lm, 4), 30, None) == [""] * 4
-    assert list(lm.stream(prompts, None, delta_for(lm, 4), 30, None)) == []
+    assert lm.generate(prompts, None, random_delta(lm, 4), 30, None) == [""] * 4
+    assert list(lm.stream(prompts, None, random_delta(lm, 4), 30, None)) == []
     lm.tokenizer = None
-    assert lm.generate(prompts, None, delta_for(lm, 4), 30, None) == [[]] * 4
+    assert lm.generate(prompts, None, random_delta(lm, 4), 30, None) == [[]] * 4
 
 
 def test_a_stop_string_that_only_began_is_text(ending, prompts):
@@ -220,7 +211,7 @@ def test_a_stop_string_that_only_began_is_text(ending, prompts):
     lm, expected, _ = ending
     texts = [lm.tokenizer.decode(row) for row in expected]
     stops = [text[-2:] + "no such text" for text in texts]
-    assert lm.generate(prompts, None, delta_for(lm, 4), 30, stops) == texts
+    assert lm.generate(prompts, None, random_delta(lm, 4), 30, stops) == texts
 
 
 @pytest.mark.parametrize("drawn", [{}, {"temperature": 0.9, "seeds": [5, 6, 7, 8]}])
@@ -228,7 +219,7 @@ def test_a_stop_string_that_only_began_is_text(ending, prompts):
 def test_what_has_ended_is_computed_no_more(lm, prompts, shared, drawn, monkeypatch):
     """When half of a batch has ended, the rest goes on alone: every text is the one that it is by itself, drawn or
     not, with a change and a state of its own, or with the change of all."""
-    delta = delta_for(lm, 1 if shared else 4)
+    delta = random_delta(lm, 1 if shared else 4)
     state = lm.derive_state([row[::-1] for row in prompts])
     free = torch.stack(list(lm.stream(prompts, state, delta, 30, None, **drawn)), 1).tolist()
     lm.ends = (free[2][2], free[0][5], free[3][9])
@@ -275,7 +266,7 @@ def test_memory_does_not_grow_with_the_text(lm, prompts, drawn, monkeypatch):
 
     monkeypatch.setattr(lm, "step_through", spied)
     seen = []
-    steps = lm.stream_text(prompts, None, delta_for(lm, 4), 300, None, **drawn)
+    steps = lm.stream_text(prompts, None, random_delta(lm, 4), 300, None, **drawn)
     for n, _ in enumerate(steps, 1):
         if n in (5, 300):
             seen.append(live_bytes())
@@ -324,6 +315,6 @@ def test_values_that_cannot_be_meant_are_refused(lm, wrong, said, call):
 
 def test_states_and_changes_of_other_numbers_are_refused(lm):
     with pytest.raises(UserError, match="1 sequences but a delta of batch 2"):
-        lm.generate([[1]], delta=delta_for(lm, 2))
+        lm.generate([[1]], delta=random_delta(lm, 2))
     with pytest.raises(UserError, match="1 sequences but a state of batch 2"):
         lm.generate([[1]], lm.blank_state(2))

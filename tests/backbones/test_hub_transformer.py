@@ -1,4 +1,4 @@
-"""Transformers behind the interface: the numbers of `transformers`, whatever the padding, the pieces and the delta."""
+"""Transformers behind the interface, in what recurrent models have not; the rest is in `test_backbones.py`."""
 
 import copy
 from dataclasses import asdict, replace
@@ -10,14 +10,11 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from prosg_lib.backbones.hub_transformer import CausalTransformer, TransformerConfig, new_llama
 from prosg_lib.backbones.loading import load_model
-from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
-from prosg_lib.generators.base import edited_maps
-from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.text.tokenizer import load_tokenizer
 
 VOCAB = load_tokenizer().vocab
-KINDS = ("new", "gpt2")  # Llama and Qwen3 are in `test_backbones.py`
+KINDS = ("new", "gpt2")
 SIZES = TransformerConfig("llama", VOCAB, width=16, layers=2, ffn=32, heads=2)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -54,31 +51,6 @@ def theirs(lm, ids):
     return lm.model(torch.tensor(ids)).logits
 
 
-# Logits
-
-
-def test_logits_are_the_wrapped_models(lm):
-    """On rows without padding; `read_out` of the hidden states and `embed` are its own, too."""
-    ids = rows_of(9, 9, 9)
-    expected = theirs(lm, ids)
-    assert_close(lm(torch.tensor(ids))[0], expected, **CLOSE)
-    assert (expected[0] - expected[1]).abs().max() > 0.1
-    inside = lm.model(torch.tensor(ids), output_hidden_states=True).hidden_states
-    assert_close(lm.step_through(torch.tensor(ids))[0], inside[-1], **CLOSE)
-    assert torch.equal(lm.embed(torch.tensor(ids)), lm.model.get_input_embeddings().weight[torch.tensor(ids)])
-
-
-def test_padding_changes_nothing(lm):
-    """Each row of a left-padded batch is what the wrapped model says of it alone, whatever stands in the padding."""
-    rows = rows_of(3, 11, 1, 7)
-    ids, valid = lm.encode_prompts(rows)
-    for fill in (0, 5):
-        logits = lm(torch.where(valid, ids, fill), valid=valid)[0]
-        assert torch.isfinite(logits).all()
-        for row, many in zip(rows, logits, strict=True):
-            assert_close(many[-len(row) :], theirs(lm, [row])[0], **CLOSE)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_double_precision(kind):
     """A model in float64 is read in float64: with padding, the wrapped model's logits."""
@@ -86,9 +58,6 @@ def test_double_precision(kind):
     ids, valid = lm.encode_prompts(rows)
     for row, many in zip(rows, lm(ids, valid=valid)[0], strict=True):
         assert_close(many[-len(row) :], theirs(lm, [row])[0], rtol=1e-5, atol=1e-6)  # they normalise in float32
-
-
-# Going on
 
 
 def test_a_fresh_transformers_first_two_heads_look_at_the_token_before():
@@ -101,36 +70,6 @@ def test_a_fresh_transformers_first_two_heads_look_at_the_token_before():
     assert before[:, :2].min() > 0.4
     assert before[:, :2].mean() > 0.7
     assert before[:, 2:, 10:].mean() < 0.3
-
-
-# Deltas
-
-
-def delta_for(lm, batch, rank=2):
-    g = torch.Generator().manual_seed(1)
-    factors = {}
-    for name, module in lm.editable().items():
-        shape = module.weight.shape if isinstance(module, torch.nn.Linear) else module.weight.t().shape
-        factors[name] = Factors(*(torch.randn(batch, n, rank, generator=g) / 4 for n in shape))
-    return LowRankDelta(factors, lm.fingerprint(), scale=0.7)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_delta_is_merged_weights(kind):
-    """On every map of the blocks at once, one change a row, with padding; GPT-2 keeps its matrices transposed."""
-    lm = transformer(kind)
-    rows = rows_of(5, 9)
-    delta = delta_for(lm, 2)
-    ids, valid = lm.encode_prompts(rows)
-    logits, plain = lm(ids, None, delta, valid)[0], lm(ids, valid=valid)[0]
-    for number, row in enumerate(rows):
-        other = transformer(kind)
-        for name, (u, v) in delta.factors.items():
-            weight, change = other.editable()[name].weight, delta.scale * u[number] @ v[number].t()
-            weight += change if isinstance(other.editable()[name], torch.nn.Linear) else change.t()
-        assert_close(logits[number, -len(row) :], theirs(other, [row])[0], **CLOSE)
-    assert (logits - plain)[valid].abs().max() > 0.1
-    assert torch.equal(lm(ids, valid=valid)[0], plain)
 
 
 @pytest.mark.parametrize(
@@ -148,26 +87,6 @@ def test_the_maps_of_the_blocks_can_be_edited(kind, maps):
     assert len(lm.editable()) == 2 * len(maps)
     for name, module in lm.editable().items():
         assert lm.model.get_submodule(name) is module
-
-
-@pytest.mark.parametrize(
-    ("kind", "ending"),
-    [
-        ("gpt2", "attn.c_proj"),
-        ("new", "o_proj"),
-    ],
-)
-def test_an_adapter_step_fits_every_class(kind, ending):
-    """It changes the logits, at the maps asked for, and lowers the context's loss."""
-    lm = transformer(kind)
-    assert len(edited_maps(lm, (ending,))) == 2
-    torch.manual_seed(0)
-    way = AdapterStep(lm, 2, (ending,), lr=1.0)
-    rows = rows_of(8)
-    delta = way.memorize(lm, rows)
-    ids = torch.tensor(rows)
-    losses = [torch.nn.functional.cross_entropy(lm(ids[:, :-1], None, d)[0][0], ids[0, 1:]) for d in (None, delta)]
-    assert losses[1] < losses[0] - 1e-4
 
 
 # Files and names

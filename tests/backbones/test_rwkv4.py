@@ -1,6 +1,7 @@
 """RWKV-4 is the RWKV-4 of others, and only its own weights become one."""
 
 import torch
+from checks import ids_of
 from torch.testing import assert_close
 from transformers import RwkvConfig, RwkvForCausalLM
 
@@ -22,15 +23,11 @@ def peer(lm: RWKV4) -> RwkvForCausalLM:
     return RwkvForCausalLM(config).eval()
 
 
-def some_ids(batch, time, vocab=2000, seed=0):
-    return torch.randint(0, vocab, (batch, time), generator=torch.Generator().manual_seed(seed))
-
-
 @torch.no_grad()
 def test_logits_of_transformers_with_our_weights(lm):
     theirs = peer(lm)
     assert theirs.load_state_dict(to_hf(lm), strict=True)
-    ids = some_ids(3, 75)
+    ids = ids_of(3, 75)
     ours = lm(ids)[0]
     assert ours.std() > 0.1
     assert_close(ours, theirs(ids).logits, rtol=1e-4, atol=1e-4)
@@ -42,7 +39,7 @@ def test_logits_of_transformers_with_their_weights(lm):
     for p in theirs.parameters():  # theirs starts with blocks that barely matter
         p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     ours = from_hf(theirs.state_dict())
-    ids = some_ids(3, 75)
+    ids = ids_of(3, 75)
     assert_close(ours(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -51,7 +48,7 @@ def test_state_of_transformers_goes_on_alike(lm):
     """One token after the other, batch of one (theirs is wrong for more)."""
     theirs = peer(lm)
     theirs.load_state_dict(to_hf(lm))
-    ids = some_ids(1, 12)
+    ids = ids_of(1, 12)
     out = theirs(ids[:, :6], use_cache=True)
     logits, state = lm(ids[:, :6])
     for t in range(6, 12):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from checks import ids_of
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -18,10 +19,6 @@ from prosg_lib.errors import UserError
 @pytest.fixture
 def family():
     return "rwkv7"
-
-
-def some_ids(batch, time, vocab=2000, seed=0):
-    return torch.randint(0, vocab, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
 def random_model(head, vocab=90):
@@ -58,7 +55,7 @@ for name in sys.argv[1:]:
 @torch.no_grad()
 def test_logits_and_state_of_the_authors_package(tmp_path):
     """Read as a whole and token by token, more than two chunks: the logits everywhere, and the matrices at the end."""
-    ids, models = some_ids(1, 70, 90), {f"head{size}": random_model(size) for size in (64, 16)}
+    ids, models = ids_of(1, 70, 90), {f"head{size}": random_model(size) for size in (64, 16)}
     save_file({"ids": ids[0]}, tmp_path / "ids.safetensors")
     for name, lm in models.items():
         torch.save(to_author(lm), tmp_path / f"{name}.pth")
@@ -115,7 +112,7 @@ def test_features_of_a_state(lm, prompts):
 
 def test_autocast(lm):
     """The maps in bfloat16, sums and state in float32, and gradients for every weight."""
-    ids = some_ids(2, 40)
+    ids = ids_of(2, 40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, state = lm(ids)
     assert logits.dtype == torch.bfloat16
@@ -133,7 +130,7 @@ def test_a_fresh_model_learns():
     optimiser = torch.optim.AdamW(lm.parameters(), lr=5e-3)
     losses = []
     for step in range(120):
-        line = some_ids(32, 6, 12, seed=step)
+        line = ids_of(32, 6, 12, seed=step)
         ids = torch.cat([line, line], 1)
         logits = lm(ids[:, :-1])[0][:, 5:]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 6:].flatten())

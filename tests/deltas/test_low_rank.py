@@ -5,7 +5,7 @@ import hashlib
 
 import pytest
 import torch
-from checks import full_change
+from checks import full_change, ids_of
 from torch.testing import assert_close
 
 from prosg_lib import files
@@ -43,10 +43,6 @@ def merged(make_lm, lm, delta, row):
 
 def digest(lm):
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in lm.state_dict().values())).hexdigest()
-
-
-def ids_of(batch, time, seed=0):
-    return torch.randint(0, 2000, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import assert_same_change, full_change
+from checks import assert_same_change, full_change, ids_of
 from torch import nn
 from torch.testing import assert_close
 
@@ -30,10 +30,6 @@ def make(kind, lm, rank=3, trained=True, seed=0):
         for p in last.parameters():
             torch.nn.init.normal_(p, std=0.1)
     return generator.to(lm.emb.weight.dtype).eval()
-
-
-def ids_of(batch, time, seed=0):
-    return torch.randint(0, 2000, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
 @every_family
