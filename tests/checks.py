@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from prosg_lib.deltas.low_rank import Factors, LowRankDelta
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta, map_shape
 from prosg_lib.generators.token_wise import TokenGenerator
 
 
@@ -18,7 +18,7 @@ def random_delta(lm, batch, rank=2, size=0.3):
     """A change of every editable map, another one for each sequence."""
     g, factors = torch.Generator().manual_seed(5), {}
     for name, module in lm.editable().items():
-        out, into = module.weight.shape if isinstance(module, nn.Linear) else module.weight.t().shape  # GPT-2's Conv1D
+        out, into = map_shape(module)
         u, v = size * torch.randn(batch, out, rank, generator=g), torch.randn(batch, into, rank, generator=g)
         factors[name] = Factors(u.to(module.weight.device), (v / into**0.5).to(module.weight.device))
     return LowRankDelta(factors, lm.fingerprint())

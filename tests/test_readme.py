@@ -31,7 +31,7 @@ def test_example_runs(text, tmp_path, monkeypatch, capsys):
 
 
 def test_a_class_of_ones_own_is_registered_as_the_docstring_says(text):
-    """The second block is the one that `register` shows, which tests/test_backbones.py runs."""
+    """The second block is the one that `register` shows, which tests/backbones/test_backbones.py runs."""
     _, _, example = inspect.getdoc(hub_recurrent.register).partition("::\n")
     shown, tested = (ast.dump(ast.parse(code)) for code in (blocks(text)[1], inspect.cleandoc(example)))
     assert shown == tested

@@ -1,6 +1,6 @@
 """What `test_distributed.py` has done by one process and by two: trainings and measurements at tiny size.
 
-accelerate launch --multi_gpu --num_processes 2 tests/launched.py FOLDER
+accelerate launch --multi_gpu --num_processes 2 tests/training/launched.py FOLDER
 """
 
 import contextlib
