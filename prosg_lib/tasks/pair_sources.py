@@ -37,7 +37,7 @@ def pairs_of(task: str, split: str, profile: Profile, tokenizer: Tokenizer | Non
     """A task's pairs that fit, and how many did not.
 
     SQuAD's questions and WikiText's passages are read from $PROSG_TEST_DATA (`xquad/xquad.en.json`, and the texts of
-    `wikitext-2` and `books`), or, where the profile says so, from the hub.
+    `wikitext-2` and `books`), and otherwise, if the profile says so, from the hub.
 
     Args:
         tokenizer: None for the project's own.
@@ -85,9 +85,9 @@ def _pairs(task: str, split: str, sizes: PairSizes) -> tuple[Pair, ...]:
 
 
 def _sources(task: str, sizes: PairSizes) -> list[str | Path]:
-    if sizes.hub:
-        return ["hub"]
     root = Path(os.environ.get("PROSG_TEST_DATA", "/nonexistent"))
     if task == "squad":
-        return [p for p in (root / "xquad" / "xquad.en.json",) if p.is_file()]
-    return [p for p in (root / "wikitext-2", books_folder()) if p and p.is_dir()]
+        found = [p for p in (root / "xquad" / "xquad.en.json",) if p.is_file()]
+    else:
+        found = [p for p in (root / "wikitext-2", books_folder()) if p and p.is_dir()]
+    return found or (["hub"] if sizes.hub else [])

@@ -85,7 +85,8 @@ def _hub(split: str) -> Iterator[SquadPair | None]:
         data = load_dataset(HUB)
     except Exception as error:
         raise UserError(
-            f"{HUB} cannot be loaded ({type(error).__name__}); without a network give a file in SQuAD's JSON format"
+            f"{HUB} cannot be loaded ({type(error).__name__}); without a network, set PROSG_TEST_DATA to a folder with "
+            "xquad/xquad.en.json, which is in SQuAD's JSON format"
         ) from error
     rows = data["validation" if split == "test" else "train"]
     validation = set(split_titles(data["train"]["title"])["validation"])

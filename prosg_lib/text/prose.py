@@ -149,7 +149,7 @@ def _wikitext() -> Prose:
     except Exception as error:
         raise UserError(
             f"WikiText cannot be loaded ({type(error).__name__}); "
-            "without a network use a folder of .txt files or, for prose, prose='own'"
+            "without a network, set PROSG_TEST_DATA to a folder with wikitext-2/ or books/"
         ) from error
     lines = {s: [" ".join(x.split()) for x in data[s]["text"]] for s in SPLITS}
     return Prose("wikitext-2", {s: [x for x in lines[s] if len(x) >= _SHORTEST] for s in SPLITS})
