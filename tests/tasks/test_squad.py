@@ -152,7 +152,7 @@ def test_without_a_network(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"rajpurkar/squad cannot be loaded \(ConnectionError\).*give a file in SQuAD"):
+    with pytest.raises(UserError, match=r"rajpurkar/squad cannot be loaded \(ConnectionError\).*PROSG_TEST_DATA"):
         squad("train")
 
 
