@@ -16,7 +16,7 @@ from prosg_lib.config.sizes import VOCAB
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
 from prosg_lib.tasks import dialogue
-from prosg_lib.text.prose import Prose, ProseTokens, books_by_split, books_folder, load_prose, own_sentences
+from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, books_folder, load_prose, own_sentences, split_titles
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
 WORDS = ("dialogue_words.json", "dialogue_asides.json", "people.json", "own_sentences.json")
@@ -133,14 +133,15 @@ def _books() -> dict | None:
     folder = books_folder()
     if folder is None:
         return None
-    prose = load_prose(str(folder))
+    prose, titles = load_prose(str(folder)), [p.name for p in folder.glob("*.txt") if p.is_file()]
+    books = split_titles(titles) if len(titles) >= 3 else dict.fromkeys(SPLITS, titles)  # as `load_prose` divides them
     return {
         split: {
-            "files": sorted(p.name for p in paths),
+            "files": sorted(names),
             "characters": sum(map(len, prose.paragraphs[split])),
             "sha256": _sha("\n".join(prose.paragraphs[split])),
         }
-        for split, paths in books_by_split(folder).items()
+        for split, names in books.items()
     }
 
 
