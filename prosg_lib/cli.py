@@ -161,7 +161,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 def _reproduce(options: argparse.Namespace) -> int:
     from prosg_lib.reproduction.run import reproduce
 
-    # Being told to end is like Ctrl-C: the running notebook is stopped, and the report is written.
+    # SIGTERM acts like Ctrl-C: the running notebook is stopped, and the report is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return reproduce(
         options.profile,

@@ -60,7 +60,7 @@ class TransformedGradient(Generator):
 
     Attributes:
         blocks: by map, on [x; g], (in + out).
-        pace: logarithms of the maps' step sizes over `lr`, (maps,).
+        log_step_sizes: logarithms of the maps' step sizes over `lr`, (maps,).
     """
 
     def __init__(self, lm: LanguageModel, rank: int, width: int, endings: tuple[str, ...], lr: float):
@@ -74,11 +74,11 @@ class TransformedGradient(Generator):
             self.blocks[parameter_key(name)] = nn.Sequential(_Residual(size, width), _Residual(size, width))
             self.register_buffer(f"{parameter_key(name)}_mean", torch.zeros(size))
             self.register_buffer(f"{parameter_key(name)}_std", torch.ones(size))
-        self.pace = nn.Parameter(torch.zeros(len(self.names)))
+        self.log_step_sizes = nn.Parameter(torch.zeros(len(self.names)))
 
     def optimiser_groups(self) -> list[dict]:
         """See `training.loop.groups_of`."""
-        return [{"params": [*self.V.parameters(), *self.blocks.parameters()]}, step_size_group(self.pace)]
+        return [{"params": [*self.V.parameters(), *self.blocks.parameters()]}, step_size_group(self.log_step_sizes)]
 
     def _normaliser(self, name: str) -> Normaliser:
         return Normaliser(*(self.get_buffer(f"{parameter_key(name)}_{part}") for part in ("mean", "std")))
@@ -95,7 +95,7 @@ class TransformedGradient(Generator):
     def forward(self, lm, ids, valid=None):
         gradients, state = prompt_gradient(lm, self.names, ids, valid)
         u = {}
-        for (name, factors), log_step in zip(gradients.items(), self.pace, strict=True):
+        for (name, factors), log_step in zip(gradients.items(), self.log_step_sizes, strict=True):
             g, x = self.transformed(name, factors)
             if valid is not None:
                 g = g * valid[:, :-1, None]
@@ -105,7 +105,7 @@ class TransformedGradient(Generator):
     def transformed(self, name: str, factors: TokenFactors) -> TokenFactors:
         """A map's factors after its blocks, (B, T, out) and (B, T, in); unchanged before training."""
         g, x = factors
-        raw = torch.cat([x, g], -1).to(self.pace.dtype)
+        raw = torch.cat([x, g], -1).to(self.log_step_sizes.dtype)
         normaliser = self._normaliser(name)
         z = normaliser(raw)
         changed = raw + normaliser.std * (self.blocks[parameter_key(name)](z) - z)

@@ -58,7 +58,7 @@ class MapStep(nn.Module):
 
     Attributes:
         moved: the start's difference from the model, by name of the weight.
-        pace: logarithms of the maps' rates over `lr`, (maps + 1,), the readout's last.
+        log_rates: logarithms of the maps' rates over `lr`, (maps + 1,), the readout's last.
     """
 
     def __init__(self, lm: LanguageModel, lr: float):
@@ -67,15 +67,15 @@ class MapStep(nn.Module):
         self.moved = nn.ParameterDict(
             {parameter_key(n): nn.Parameter(torch.zeros_like(w)) for n, w in lm.named_parameters()}
         )
-        self.pace = nn.Parameter(torch.zeros(len(lm.editable()) + 1))
+        self.log_rates = nn.Parameter(torch.zeros(len(lm.editable()) + 1))
 
     def rates(self, lm: LanguageModel) -> dict[str, Tensor]:
         """The inner learning rate of every map, and of the readout."""
-        return dict(zip([*lm.editable(), _READOUT], self.lr * torch.exp(self.pace), strict=True))
+        return dict(zip([*lm.editable(), _READOUT], self.lr * torch.exp(self.log_rates), strict=True))
 
     def optimiser_groups(self) -> list[dict]:
         """See `training.loop.groups_of`."""
-        return [{"params": [*self.moved.parameters()], "weight_decay": 0.0}, step_size_group(self.pace)]
+        return [{"params": [*self.moved.parameters()], "weight_decay": 0.0}, step_size_group(self.log_rates)]
 
     def adapt(self, lm: LanguageModel, contexts: Rows, successive: bool):
         """The model after a step on its contexts, (B, n, C); see `one_step.adapted`.

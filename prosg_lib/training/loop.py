@@ -58,24 +58,24 @@ def fit(
 ) -> None:
     """Train `module` in place; safe to kill at any moment and to call again, with as many processes or others.
 
-    Told to end (Ctrl-C, SIGTERM), it ends its step and keeps it; told again, it ends at once.
+    On Ctrl-C or SIGTERM it finishes the current step and saves it; a second signal stops it at once.
 
-    The step number alone decides a step's data, so that a run continued from a checkpoint (weights, optimiser, random
-    state, step) ends with the weights of one that was never stopped, bit for bit on the same machine, threads and
-    number of processes. Another number of processes adds in another order, and has other dropout.
+    The step number alone determines a step's data, so a run continued from a checkpoint (weights, optimiser, random
+    state, step) ends with the weights of an uninterrupted one, bit for bit on the same machine with the same number of
+    threads and processes. A different number of processes adds up in a different order and draws different dropout.
 
     Args:
-        batch_of: step -> the step's data, on the CPU; next to a GPU it is drawn ahead by other processes.
+        batch_of: step -> the step's data, on the CPU; when training on a GPU, worker processes draw it ahead.
         loss_of: (step, its data or a part of it) -> Loss; the parts' losses must add up to the whole's.
         folder: `<name>.checkpoint.safetensors` is kept here while training, `<name>.jsonl` logs every line.
         record: what was trained on which data; a checkpoint with another record is not continued.
-        at_once: so many examples are in memory at a time, and their gradients summed; None: all of the process's part.
+        at_once: number of examples in memory at a time, whose gradients are summed; None: all of this process's share.
         peak_until: number of first steps at the peak learning rate, after warm-up.
     Raises:
         Diverged: the loss is not finite, in whichever process; the last good checkpoint stays.
         UserError: the checkpoint in `folder` belongs to another configuration, or is damaged; a batch has fewer
             examples than there are processes.
-        KeyboardInterrupt: it was told to end.
+        KeyboardInterrupt: a signal asked it to stop.
     """
     keep_freed_memory()
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -86,7 +86,7 @@ def fit(
     log_file = folder / f"{name}.jsonl"
     opened = closing(_Log(log_file, name, sizes.steps, start)) if distributed.first() else nullcontext()
     saved, device = time.monotonic(), parameters[0].device
-    with opened as log, _told_to_end() as told:
+    with opened as log, _stop_signals() as stop:
         for step, batch in enumerate(_drawn_ahead(batch_of, start, sizes.steps, device), start):
             for group in optimiser.param_groups:
                 group["lr"] = group["factor"] * (sizes.lr * schedule(step, sizes, peak_until))
@@ -106,30 +106,30 @@ def fit(
             optimiser.step()
             if log:
                 log.step(step, loss)
-                if told or time.monotonic() - saved > save_every_s:
+                if stop or time.monotonic() - saved > save_every_s:
                     _save(path, module, optimiser, step + 1, record)
                     saved = time.monotonic()
-            if told:
+            if stop:
                 raise KeyboardInterrupt
 
 
 @contextmanager
-def _told_to_end() -> Iterator[list[int]]:
-    """Signals that came and are to be obeyed after the step; a second one finds what was there before."""
-    told: list[int] = []
+def _stop_signals() -> Iterator[list[int]]:
+    """Stop signals received so far, for the loop to act on after a step; a second one gets the earlier handler."""
+    stop: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield told  # only the main thread hears of signals
+        yield stop  # only the main thread receives signals
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def hear(number, _):
-        told.append(number)
+        stop.append(number)
         signal.signal(number, before[number])
 
     try:
         for number in before:
             signal.signal(number, hear)
-        yield told
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -258,7 +258,7 @@ def _difference(theirs: dict, ours: dict) -> str:
 
 
 class _Log:
-    """Lines of JSON in a file, at most a hundred, whatever the machine's pace, so that runs can be compared; of
+    """Lines of JSON in a file, at most a hundred, however fast the machine, so that runs can be compared; of
     those a progress bar on a terminal, and elsewhere one every few seconds in words."""
 
     def __init__(self, path: Path, name: str, steps: int, start: int, every_s: float = 10.0):

@@ -54,9 +54,14 @@ def _predicted(batch: PairBatch) -> dict[str, Tensor]:
 
 
 def pair_objective(
-    lm: LanguageModel, way: Method, objective: str, everywhere: bool = False, successive: bool = False, repeats: int = 0
+    lm: LanguageModel,
+    method: Method,
+    objective: str,
+    everywhere: bool = False,
+    successive: bool = False,
+    repeats: int = 0,
 ) -> Callable[[int, PairBatch], Loss]:
-    """The outer loss of a way to take contexts in; the model itself stays as it is.
+    """The outer loss of a method that takes contexts in; the model itself stays as it is.
 
     LC: KL(model given the contexts || changed model without them), over the whole vocabulary, in nats. The log has the
     first one's entropy, too: the cross-entropy is their sum, and cannot be below it. LG: cross-entropy of the gold
@@ -65,8 +70,8 @@ def pair_objective(
     Args:
         everywhere: over the query's positions as well, not the answer's alone.
         successive: one step a context, in their order, instead of one for all.
-        repeats: so many first steps are random tokens said twice (`PairDraw`). They are LG's under either objective: a
-            model of language does not go on with random tokens, even where it has just read them.
+        repeats: number of first steps with repeated random tokens (`PairDraw`). They use LG under either objective: a
+            language model does not continue with random tokens, even where it has just read them.
     Raises:
         UserError: unknown objective.
     """
@@ -79,7 +84,7 @@ def pair_objective(
             where, last = batch.answer[:, -batch.answers :], batch.answers
         targets = batch.query.ids[:, -last:]
         share = (where / where.sum(1, keepdim=True) / len(batch.whole))[where]
-        says = adapted(way, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1], last)
+        says = adapted(method, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1], last)
         student = F.log_softmax(says[where].float(), -1)
         gold = (F.nll_loss(student, targets[where], reduction="none") * share).sum()
         if objective == "LG" or step < repeats:

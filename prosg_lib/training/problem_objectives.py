@@ -78,10 +78,10 @@ def lm_problem_objective(lm: LanguageModel, autocast: bool = False) -> Callable[
         with autocast_on(ids.device, autocast):
             hidden, _ = lm.step_through(ids, None, valid)
             answer = _losses(lm, hidden[:, -batch.rest.shape[1] :], batch)
-            told = batch.memory.valid[:, :-1]
-            logits = lm.read_out(hidden[:, : told.shape[1]][told]).float()
+            valid_memory = batch.memory.valid[:, :-1]
+            logits = lm.read_out(hidden[:, : valid_memory.shape[1]][valid_memory]).float()
             share = len(batch) / len(batch.whole)
-            text = F.cross_entropy(logits, batch.memory.ids[:, 1:][told]) * share
+            text = F.cross_entropy(logits, batch.memory.ids[:, 1:][valid_memory]) * share
         return Loss(answer + _TEXT_WEIGHT * text, {"answer": answer, "text": text})
 
     return _mean(loss_of)

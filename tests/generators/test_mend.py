@@ -25,7 +25,7 @@ def make(lm, trained=True, lr=0.2, rank=3):
     if trained:
         for block in generator.blocks.parameters():
             nn.init.normal_(block, std=0.1)
-        nn.init.normal_(generator.pace)
+        nn.init.normal_(generator.log_step_sizes)
     return generator.to(lm.emb.weight.dtype).eval()
 
 
@@ -80,7 +80,7 @@ def test_a_padded_batch_is_one_at_a_time(lm64, prompts):
 
 
 def test_it_is_the_sum_of_its_transformed_terms(lm64, prompts):
-    """-lr exp(pace) sum_t g~_t (V V^T x~_t)^T, token by token; of rank r and no more."""
+    """-lr exp(log_step_sizes) sum_t g~_t (V V^T x~_t)^T, token by token; of rank r and no more."""
     generator = fitted(make(lm64), lm64, prompts)
     ids = torch.tensor([prompts[0]])
     gradients, _ = prompt_gradient(lm64, generator.names, ids)
@@ -93,7 +93,7 @@ def test_it_is_the_sum_of_its_transformed_terms(lm64, prompts):
         total = sum(
             torch.outer(changed.grad_output[0, t], v @ (v.t() @ changed.x[0, t])) for t in range(len(prompts[0]) - 1)
         )
-        step = generator.lr * generator.pace[number].exp()
+        step = generator.lr * generator.log_step_sizes[number].exp()
         assert_close(full_change(delta, name)[0], -SCALE * step * total, rtol=1e-8, atol=1e-10)
         assert torch.linalg.matrix_rank(full_change(delta, name)[0]) == 3
 
@@ -126,7 +126,7 @@ def test_training_reaches_the_networks_and_not_the_model(lm):
     generator.fit_normaliser(lm, prompt, torch.ones_like(prompt, dtype=torch.bool))
     groups = groups_of(generator)
     assert sum(len(group["params"]) for group in groups) == len(list(generator.parameters()))
-    assert groups[1]["params"] == [generator.pace]
+    assert groups[1]["params"] == [generator.log_step_sizes]
     optimiser = torch.optim.Adam(generator.parameters(), 3e-3)
     losses = []
     for _ in range(8):

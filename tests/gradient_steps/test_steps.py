@@ -86,7 +86,7 @@ def maps(lm, lr=0.02):
     method = MapStep(lm, lr).to(next(lm.parameters()).dtype)
     for moved in method.moved.parameters():
         torch.nn.init.normal_(moved, std=0.1)
-    torch.nn.init.normal_(method.pace, std=0.02)
+    torch.nn.init.normal_(method.log_rates, std=0.02)
     return method
 
 
@@ -318,11 +318,11 @@ def test_rates_are_trained_apart_from_the_start(lm):
     method = MapStep(lm, 0.02)
     start, rates = groups_of(method)
     assert [id(p) for p in start["params"]] == [id(p) for p in method.moved.parameters()]
-    assert [id(p) for p in rates["params"]] == [id(method.pace)]
+    assert [id(p) for p in rates["params"]] == [id(method.log_rates)]
     assert len(list(method.parameters())) == len(start["params"]) + 1
     assert (start["factor"], start["clip"], rates["factor"], rates["clip"]) == (1.0, 1.0, 30.0, math.inf)
     with torch.no_grad():
-        method.pace[-1] += math.log(2)
+        method.log_rates[-1] += math.log(2)
     assert [rate.item() for rate in method.rates(lm).values()][-2:] == pytest.approx([0.02, 0.04])
 
 
