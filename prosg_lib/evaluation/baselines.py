@@ -7,6 +7,7 @@ immediately before the question.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import ClassVar, Self
@@ -132,7 +133,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Baseline:
+class Baseline(ABC):
     """What a user would try instead of ProSG, with its numbers; the subclasses are the baselines there are.
 
     Default numbers were chosen with the shipped RWKV-4 on 12 prompts of the validation split, by the mean recall at 0
@@ -156,9 +157,9 @@ class Baseline:
         """In tables and claims, e.g. "every-64"."""
         return "-".join([self.family, *(f"{number:g}" for number in astuple(self))])
 
+    @abstractmethod
     def start(self, lm: LanguageModel, prompts: list[list[int]]) -> Start:
         """See `start` below."""
-        raise NotImplementedError
 
 
 _MANY, _RATE = float("inf"), 1e-6
