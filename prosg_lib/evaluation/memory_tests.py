@@ -37,11 +37,13 @@ from prosg_lib.generators.static import StaticDelta
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.tasks import mqar
-from prosg_lib.tasks.problems import Problem, ProblemBatch, problem_batch
-from prosg_lib.tasks.suite import SPLIT, Material, Setting, problem_of, settings
+from prosg_lib.tasks.problems import Material, Problem, ProblemBatch, problem_batch
+from prosg_lib.tasks.suite import Setting, settings
 from prosg_lib.text.padding import left_padded
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.training.load_or_train import load_or_train
+
+SPLIT = "test"
 
 
 class Test(NamedTuple):
@@ -197,12 +199,12 @@ def answers(
     """
     numbers = [(seed, number) for seed in seeds for number in range(items)]
     for setting in cells:  # report what cannot be made or read before hours of measuring
-        _check_room(lm, [problem_of(setting, material, seeds[0], 0)])
+        _check_room(lm, [setting.problem(material, SPLIT, seeds[0], 0)])
     rows = []
     pause = 0.1 if sys.stderr.isatty() else 30.0  # in a log, one line now and then
     with tqdm(total=len(cells), desc="memory tests", unit="cell", mininterval=pause) as bar:
         for setting in cells:
-            problems = [problem_of(setting, material, seed, number) for seed, number in numbers]
+            problems = [setting.problem(material, SPLIT, seed, number) for seed, number in numbers]
             _check_room(lm, problems)
             bar.set_postfix_str(f"{problems[0].task} {cell_name(problems[0].cell)}", refresh=False)
             for method, predicted in answered(lm, generator, problems).items():

@@ -17,10 +17,16 @@ from dataclasses import dataclass
 from functools import cache
 
 from prosg_lib.tasks.dialogue import words
-from prosg_lib.tasks.problems import Problem, check_whole, draw_content, encode_pieces, with_answer
-from prosg_lib.text.tokenizer import Tokenizer
+from prosg_lib.tasks.problems import Material, Problem, check_whole, draw_content, encode_pieces, with_answer
 
 TASK = "copy"
+
+
+@cache
+def pool() -> tuple[str, ...]:
+    """The words that are drawn from: the values of the dialogues that are a single word."""
+    values = {value for slot in words()["slots"].values() for value in slot["values"]}
+    return tuple(sorted(value for value in values if value.isalpha()))
 
 
 @dataclass(frozen=True)
@@ -32,22 +38,15 @@ class Copy:
     def __post_init__(self):
         check_whole("the number of words to copy", self.words, 1)
 
+    def problem(self, material: Material, split: str, seed: int, number: int) -> Problem:
+        """Problem `number` of a split and seed; no sequence of words is in two splits.
 
-@cache
-def pool() -> tuple[str, ...]:
-    """The words that are drawn from: the values of the dialogues that are a single word."""
-    values = {value for slot in words()["slots"].values() for value in slot["values"]}
-    return tuple(sorted(value for value in values if value.isalpha()))
-
-
-def problem(config: Copy, tokenizer: Tokenizer, split: str, seed: int, number: int) -> Problem:
-    """Problem `number` of a split and seed; no sequence of words is in two splits.
-
-    Raises:
-        UserError: an unknown split, or a tokenizer that gives no tokens for the words.
-    """
-    name = f"{TASK}/{config.words}/{seed}/{number}"
-    chosen = draw_content(lambda rng: tuple(rng.choices(pool(), k=config.words)), split, name)
-    text = encode_pieces(tokenizer, *(f" {word}" for word in chosen))
-    memory = (*encode_pieces(tokenizer, "Text:"), *text, *tokenizer.encode("\n"))
-    return with_answer(TASK, {"words": config.words}, memory, encode_pieces(tokenizer, "The text once more:"), text)
+        Raises:
+            UserError: an unknown split, or a tokenizer that gives no tokens for the words.
+        """
+        tokenizer = material.tokenizer
+        name = f"{TASK}/{self.words}/{seed}/{number}"
+        chosen = draw_content(lambda rng: tuple(rng.choices(pool(), k=self.words)), split, name)
+        text = encode_pieces(tokenizer, *(f" {word}" for word in chosen))
+        memory = (*encode_pieces(tokenizer, "Text:"), *text, *tokenizer.encode("\n"))
+        return with_answer(TASK, {"words": self.words}, memory, encode_pieces(tokenizer, "The text once more:"), text)

@@ -25,7 +25,7 @@ from functools import lru_cache
 import numpy as np
 
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.problems import Problem, check_whole, draw_content
+from prosg_lib.tasks.problems import Material, Problem, check_whole, draw_content
 
 TASK = "mqar"
 VOCAB = 8192
@@ -42,8 +42,8 @@ class Mqar:
     Attributes:
         length: tokens of memory and rest together, even.
         pairs: number of keys, each with a value; every pair needs four tokens of the length.
-        vocab: token ids are below this number: 8,192 as published, or fewer for a model with fewer tokens (`fitting`),
-            with the same two halves.
+        vocab: token ids are below this number: 8,192 as published, or fewer for a model with fewer tokens, with the
+            same two halves.
         power: exponent of the gaps' distribution; 1 is uniform.
     """
 
@@ -74,14 +74,30 @@ class Mqar:
         """Enters the seed of every problem, so its characters must never change."""
         return f"Mqar(length={self.length}, pairs={self.pairs}, vocab={self.vocab}, power={self.power})"
 
+    def problem(self, material: Material, split: str, seed: int, number: int) -> Problem:
+        """Problem `number` of a split and seed; no sequence of tokens is in two splits. It needs no material.
 
-def fitting(length: int, pairs: int, vocab: int) -> Mqar:
-    """The published test, with as many of its 8,192 tokens as a model's vocabulary has.
+        Raises:
+            UserError: an unknown split.
+        """
 
-    Raises:
-        UserError: the vocabulary is too small for the length.
-    """
-    return Mqar(length, pairs, min(VOCAB, vocab))
+        def draw(source: random.Random) -> tuple[tuple[int, ...], ...]:
+            rng = np.random.default_rng(source.getrandbits(128))
+            half, space = self.vocab // 2, (self.length - 2 * self.pairs) // 2
+            keys = 1 + rng.choice(half - 1, self.pairs, replace=False)
+            values = half + rng.choice(self.vocab - half, self.pairs, replace=False)
+            gaps = rng.choice(space, self.pairs, replace=False, p=gap_weights(self))
+            fill = rng.integers(self.vocab, size=self.length - 2 * self.pairs)
+            return tuple(tuple(part.tolist()) for part in (keys, values, gaps, fill))
+
+        keys, values, gaps, rest = draw_content(draw, split, f"{TASK}/{self.name}/{seed}/{number}")
+        rest, places = list(rest), [2 * gap for gap in gaps]
+        for key, place in zip(keys, places, strict=True):
+            rest[place] = key
+        memory = tuple(token for pair in zip(keys, values, strict=True) for token in pair)
+        judged, gold = zip(*sorted(zip(places, values, strict=True)), strict=True)
+        cell = {"length": self.length, "pairs": self.pairs}
+        return Problem(TASK, cell, memory, tuple(rest), judged, gold)
 
 
 @lru_cache(maxsize=32)
@@ -89,29 +105,3 @@ def gap_weights(config: Mqar) -> np.ndarray:
     """Probabilities of the first key's gap, (space,); those of later keys are the same without the gaps taken."""
     weights = np.arange(1, (config.length - 2 * config.pairs) // 2 + 1) ** (config.power - 1.0)
     return weights / weights.sum()
-
-
-def problem(config: Mqar, split: str, seed: int, number: int) -> Problem:
-    """Problem `number` of a split and seed; no sequence of tokens is in two splits.
-
-    Raises:
-        UserError: an unknown split.
-    """
-
-    def draw(source: random.Random) -> tuple[tuple[int, ...], ...]:
-        rng = np.random.default_rng(source.getrandbits(128))
-        half, space = config.vocab // 2, (config.length - 2 * config.pairs) // 2
-        keys = 1 + rng.choice(half - 1, config.pairs, replace=False)
-        values = half + rng.choice(config.vocab - half, config.pairs, replace=False)
-        gaps = rng.choice(space, config.pairs, replace=False, p=gap_weights(config))
-        fill = rng.integers(config.vocab, size=config.length - 2 * config.pairs)
-        return tuple(tuple(part.tolist()) for part in (keys, values, gaps, fill))
-
-    keys, values, gaps, rest = draw_content(draw, split, f"{TASK}/{config.name}/{seed}/{number}")
-    rest, places = list(rest), [2 * gap for gap in gaps]
-    for key, place in zip(keys, places, strict=True):
-        rest[place] = key
-    memory = tuple(token for pair in zip(keys, values, strict=True) for token in pair)
-    judged, gold = zip(*sorted(zip(places, values, strict=True)), strict=True)
-    cell = {"length": config.length, "pairs": config.pairs}
-    return Problem(TASK, cell, memory, tuple(rest), judged, gold)

@@ -20,9 +20,7 @@ import random
 from dataclasses import dataclass
 
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.problems import VERSION, Problem, check_whole, draw_content, encode_pieces, with_answer
-from prosg_lib.text.prose import ProseTokens
-from prosg_lib.text.tokenizer import Tokenizer
+from prosg_lib.tasks.problems import VERSION, Material, Problem, check_whole, draw_content, encode_pieces, with_answer
 
 TASK = "passkey"
 
@@ -39,27 +37,24 @@ class Passkey:
         if not 0 <= self.depth <= 1:
             raise UserError(f"a passkey cannot stand at depth {self.depth}; depths are 0 (beginning) to 1 (end)")
 
+    def problem(self, material: Material, split: str, seed: int, number: int) -> Problem:
+        """Problem `number` of a split and seed; no key is in two splits. The prose must be of that split.
 
-def problem(config: Passkey, tokenizer: Tokenizer, prose: ProseTokens, split: str, seed: int, number: int) -> Problem:
-    """Problem `number` of a split and seed; no key is in two splits.
-
-    Args:
-        prose: of the same split and tokenizer.
-    Raises:
-        UserError: an unknown split, a length too small for the key, or prose that is shorter.
-    """
-    name = f"{TASK}/{config.length}/{config.depth}/{seed}/{number}"
-    key = draw_content(lambda rng: rng.randrange(10_000, 100_000), split, name)
-    answer = encode_pieces(tokenizer, f" {key}")
-    needle = (*encode_pieces(tokenizer, "\n", "The pass key is"), *answer, *encode_pieces(tokenizer, ".", "\n"))
-    room = config.length - len(needle)
-    if room < 0:
-        raise UserError(
-            f"a passkey's text cannot have {config.length} tokens: the sentence with the key alone has {len(needle)}; "
-            "choose a longer text"
-        )
-    filler = prose.passage(room, random.Random(f"{VERSION}/{name}/{split}/filler"))
-    before = round(config.depth * room)
-    memory = (*filler[:before], *needle, *filler[before:])
-    question = encode_pieces(tokenizer, "What is the pass key?", " The pass key is")
-    return with_answer(TASK, {"length": config.length, "depth": config.depth}, memory, question, answer)
+        Raises:
+            UserError: an unknown split, a length too small for the key, or prose that is shorter.
+        """
+        tokenizer, name = material.tokenizer, f"{TASK}/{self.length}/{self.depth}/{seed}/{number}"
+        key = draw_content(lambda rng: rng.randrange(10_000, 100_000), split, name)
+        answer = encode_pieces(tokenizer, f" {key}")
+        needle = (*encode_pieces(tokenizer, "\n", "The pass key is"), *answer, *encode_pieces(tokenizer, ".", "\n"))
+        room = self.length - len(needle)
+        if room < 0:
+            raise UserError(
+                f"a passkey's text cannot have {self.length} tokens: the sentence with the key has "
+                f"{len(needle)}; choose a longer text"
+            )
+        filler = material.prose.passage(room, random.Random(f"{VERSION}/{name}/{split}/filler"))
+        before = round(self.depth * room)
+        memory = (*filler[:before], *needle, *filler[before:])
+        question = encode_pieces(tokenizer, "What is the pass key?", " The pass key is")
+        return with_answer(TASK, {"length": self.length, "depth": self.depth}, memory, question, answer)

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.people import full_name, name_count
-from prosg_lib.tasks.problems import Problem, check_whole, draw_content, encode_pieces, with_answer
-from prosg_lib.text.tokenizer import Tokenizer
+from prosg_lib.tasks.problems import Material, Problem, check_whole, draw_content, encode_pieces, with_answer
 
 TASK = "phonebook"
 _LARGEST = 10_000  # lines; there are more than twice as many names
@@ -39,24 +38,24 @@ class Phonebook:
         if self.lines > _LARGEST:
             raise UserError(f"a phone book cannot have {self.lines} lines; the largest has {_LARGEST}")
 
+    def problem(self, material: Material, split: str, seed: int, number: int) -> Problem:
+        """Problem `number` of a split and seed. Names differ within a book; no book is in two splits, though names are.
 
-def problem(config: Phonebook, tokenizer: Tokenizer, split: str, seed: int, number: int) -> Problem:
-    """Problem `number` of a split and seed. Names differ within a book; no book is in two splits, though names are.
+        Raises:
+            UserError: an unknown split, or a tokenizer that gives no tokens for the text.
+        """
 
-    Raises:
-        UserError: an unknown split, or a tokenizer that gives no tokens for the text.
-    """
+        def draw(rng: random.Random) -> tuple[tuple[tuple[str, str], ...], tuple[int, ...]]:
+            book = tuple(
+                (full_name(who), f"{rng.randrange(100, 1000)}-{rng.randrange(1000):03d}-{rng.randrange(10000):04d}")
+                for who in rng.sample(range(name_count()), self.lines)
+            )
+            return book, tuple(rng.sample(range(self.lines), 3))
 
-    def draw(rng: random.Random) -> tuple[tuple[tuple[str, str], ...], tuple[int, ...]]:
-        book = tuple(
-            (full_name(who), f"{rng.randrange(100, 1000)}-{rng.randrange(1000):03d}-{rng.randrange(10000):04d}")
-            for who in rng.sample(range(name_count()), config.lines)
-        )
-        return book, tuple(rng.sample(range(config.lines), 3))
-
-    book, (*examples, wanted) = draw_content(draw, split, f"{TASK}/{config.lines}/{seed}/{number}")
-    lines = [encode_pieces(tokenizer, f"{name}:", f" {phone}", "\n") for name, phone in book]
-    name, phone = book[wanted]
-    question = [*(i for n in examples for i in lines[n]), *encode_pieces(tokenizer, f"{name}:")]
-    memory = [i for line in lines for i in line]
-    return with_answer(TASK, {"lines": config.lines}, memory, question, encode_pieces(tokenizer, f" {phone}"))
+        book, (*examples, wanted) = draw_content(draw, split, f"{TASK}/{self.lines}/{seed}/{number}")
+        tokenizer = material.tokenizer
+        lines = [encode_pieces(tokenizer, f"{name}:", f" {phone}", "\n") for name, phone in book]
+        name, phone = book[wanted]
+        question = [*(i for n in examples for i in lines[n]), *encode_pieces(tokenizer, f"{name}:")]
+        memory = [i for line in lines for i in line]
+        return with_answer(TASK, {"lines": self.lines}, memory, question, encode_pieces(tokenizer, f" {phone}"))

@@ -23,7 +23,7 @@ from torch import Tensor
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.text.padding import Rows, left_padded, right_padded
-from prosg_lib.text.prose import check_split
+from prosg_lib.text.prose import ProseTokens, check_split
 from prosg_lib.text.tokenizer import Tokenizer
 
 Content = TypeVar("Content")
@@ -33,6 +33,14 @@ VERSION = 1
 
 _TENTHS = {0: "validation", 1: "test"}  # the others are for training
 _ATTEMPTS = 10_000
+
+
+@dataclass(frozen=True)
+class Material:
+    """What problems are made from: a model's tokenizer, and prose of the split in its tokens."""
+
+    tokenizer: Tokenizer
+    prose: ProseTokens
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from prosg_lib.deltas.applying import applied
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator
 from prosg_lib.tasks.examples import Examples
-from prosg_lib.tasks.problems import Problem, ProblemBatch, problem_batch
-from prosg_lib.tasks.suite import Material, Setting, problem_of, settings
+from prosg_lib.tasks.problems import Material, ProblemBatch, problem_batch
+from prosg_lib.tasks.suite import Setting, settings
 from prosg_lib.training.loop import Loss
 from prosg_lib.training.objectives import autocast_on
 
@@ -131,10 +131,8 @@ class ProblemDraw:
         numbers = range(step * self.training.batch, (step + 1) * self.training.batch)
         # A small batch has not all tests in it; later steps have the others.
         own = [(cell, numbers[n :: len(found)]) for n, cell in enumerate(rng.sample(found, len(found)))]
-        return Mixed(tuple(problem_batch([self.problem(cell, n) for n in some]) for cell, some in own if some))
-
-    def problem(self, cell: Setting, number: int) -> Problem:
-        return problem_of(cell, self.material, self.seed, number, "train")
+        problems = [[cell.problem(self.material, "train", self.seed, n) for n in some] for cell, some in own if some]
+        return Mixed(tuple(map(problem_batch, problems)))
 
 
 def practice(profile: Profile, material: Material) -> dict[str, list[tuple[int, Setting]]]:
@@ -147,7 +145,7 @@ def practice(profile: Profile, material: Material) -> dict[str, list[tuple[int, 
     cells, _ = settings(profile.suite.practice, material.tokenizer.vocab)
     short: dict[str, list[tuple[int, Setting]]] = {}
     for cell in cells:
-        first = problem_of(cell, material, 0, 0, "train")
+        first = cell.problem(material, "train", 0, 0)
         size = len(first.memory) + len(first.rest)
         if size <= longest:
             short.setdefault(first.task, []).append((size, cell))

@@ -22,8 +22,7 @@ from prosg_lib.tasks.examples import Examples
 from prosg_lib.tasks.pair_batches import PairDraw, echoed
 from prosg_lib.tasks.pair_sources import PEOPLE, available, missing, pairs_of, prose_pairs
 from prosg_lib.tasks.pairs import Pair
-from prosg_lib.tasks.problems import VERSION
-from prosg_lib.tasks.suite import Material
+from prosg_lib.tasks.problems import VERSION, Material
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.training import distributed

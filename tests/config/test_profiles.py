@@ -8,7 +8,8 @@ from prosg_lib.backbones.hub_transformer import new_llama
 from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import memory_tests
-from prosg_lib.tasks.suite import Material, problem_of, settings
+from prosg_lib.tasks.problems import Material
+from prosg_lib.tasks.suite import settings
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.text.tokenizer import load_tokenizer
 
@@ -45,7 +46,7 @@ def test_the_transformer_has_places_for_every_established_test(profile):
     lm, tokenizer = new_llama(get_profile("smoke").pairs.transformer_size).with_kv_cache(), load_tokenizer()
     material = Material(tokenizer, ProseTokens.of(load_prose(), "test", tokenizer))
     cells, _ = settings(get_profile(profile).forgetting, tokenizer.vocab)
-    problems = [problem_of(cell, material, 0, number) for cell in cells for number in range(3)]
+    problems = [cell.problem(material, "test", 0, number) for cell in cells for number in range(3)]
     memory_tests._check_room(lm, problems)
     lm.model.config.max_position_embeddings = max(2 * len(p.memory) + len(p.rest) for p in problems) - 1
     with pytest.raises(UserError, match="with the memory repeated, but this model reads"):

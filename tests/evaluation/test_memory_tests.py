@@ -36,8 +36,8 @@ from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.gradient_steps.weight_step import WeightStep
 from prosg_lib.tasks import mqar
-from prosg_lib.tasks.problems import Problem
-from prosg_lib.tasks.suite import Material, problem_of, settings
+from prosg_lib.tasks.problems import Material, Problem
+from prosg_lib.tasks.suite import settings
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 
 TINY = Forgetting(3, (1, 2), ((16, 2),), (3,), (32,), (0.0, 1.0))
@@ -265,7 +265,7 @@ def test_every_method_answers_every_problem(make_lm, monkeypatch):
         for method in header["methods"]:
             for seed in (0, 3):
                 for number in range(2):
-                    problem, row = problem_of(cell, material_of(lm), seed, number), next(found)
+                    problem, row = cell.problem(material_of(lm), "test", seed, number), next(found)
                     assert (row["task"], row["cell"], row["method"]) == (problem.task, problem.cell, method)
                     assert (row["seed"], row["item"], row["gold"]) == (seed, number, list(problem.gold))
     plain = run(lm, None, {"model": "some"}, profile, (0, 3), 2)[1]

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prosg_lib.tasks.mqar import GRID, VOCAB, Mqar, fitting, gap_weights, problem
+from prosg_lib.config.sizes import Forgetting
+from prosg_lib.tasks.mqar import GRID, VOCAB, Mqar, gap_weights
+from prosg_lib.tasks.suite import settings
 
 SMALL = Mqar(length=48, pairs=4, vocab=60)
 SPACE = (48 - 2 * 4) // 2
@@ -16,7 +18,7 @@ def drawn():
     """3,000 problems as arrays: keys, values, gaps (each (N, pairs), in the order of the pairs), and rests (N, 40)."""
     keys, values, gaps, rests = [], [], [], []
     for number in range(3000):
-        found = problem(SMALL, "train", 0, number)
+        found = SMALL.problem(None, "train", 0, number)
         key, value = found.memory[0::2], found.memory[1::2]
         place = {found.rest[where]: where for where in found.judged}
         keys.append(key)
@@ -36,7 +38,7 @@ def test_every_problem_is_well_formed():
     at an even place, and its value the gold answer."""
     for length, pairs in GRID:
         for number in range(20):
-            found = problem(Mqar(length, pairs), "test", 0, number)
+            found = Mqar(length, pairs).problem(None, "test", 0, number)
             keys, values = found.memory[0::2], found.memory[1::2]
             assert len(found.memory) + len(found.rest) == length
             assert len(set(keys)) == len(set(values)) == len(found.judged) == pairs
@@ -108,19 +110,13 @@ def test_keys_and_values_are_independent(drawn):
     assert stats.chi2_contingency(table).pvalue > LIKELY
 
 
-def test_global_random_state_has_no_effect():
-    """Nor is it changed."""
-    np.random.seed(0)  # noqa: NPY002 - it is what must not matter
-    first, state = problem(SMALL, "test", 0, 0), np.random.get_state()[1].tolist()  # noqa: NPY002
-    np.random.seed(1)  # noqa: NPY002
-    assert problem(SMALL, "test", 0, 0) == first
-    np.random.seed(0)  # noqa: NPY002
-    assert np.random.get_state()[1].tolist() == state  # noqa: NPY002
-
-
 def test_a_smaller_models_vocabulary():
     """All tokens of the model, in two halves, but never more than published."""
-    assert fitting(512, 64, 2048).vocab == 2048
-    assert fitting(64, 4, 50_000).vocab == 8192
-    found = problem(fitting(64, 4, 70), "test", 0, 0)
+    sizes = Forgetting(copy=(), mqar=((64, 4), (512, 64)), phonebook=(), passkey=())
+    assert [[cell.vocab for cell in settings(sizes, vocab)[0]] for vocab in (50_000, 2048, 70)] == [
+        [8192, 8192],
+        [2048, 2048],
+        [70],
+    ]
+    found = Mqar(64, 4, 70).problem(None, "test", 0, 0)
     assert max(*found.memory, *found.rest) < 70

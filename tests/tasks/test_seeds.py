@@ -13,7 +13,7 @@ from prosg_lib.tasks.pair_batches import PairDraw
 from prosg_lib.tasks.passkey import Passkey
 from prosg_lib.tasks.people import characters, reversal
 from prosg_lib.tasks.phonebook import Phonebook
-from prosg_lib.tasks.suite import Material, problem_of
+from prosg_lib.tasks.problems import Material
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 
@@ -34,7 +34,7 @@ def dialogues(split: str, *shapes: Shape, seed: int = 0, rich: bool = False):
 
 
 def problems(setting):
-    found = [problem_of(setting, Material(load_tokenizer(), prose(s)), 1, n, s) for s in SPLITS for n in range(3)]
+    found = [setting.problem(Material(load_tokenizer(), prose(s)), s, 1, n) for s in SPLITS for n in range(3)]
     return [[p.task, p.cell, p.memory, p.rest, p.judged, p.gold] for p in found]
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from prosg_lib.config.sizes import PairTraining
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.suite import Material, problem_of
+from prosg_lib.tasks.problems import Material
 from prosg_lib.text.prose import ProseTokens
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import work
@@ -40,11 +40,11 @@ def test_cells_are_the_short_ones_and_problems_those_of_training():
     assert set(cells) == {"copy", "mqar", "phonebook", "passkey"}
     for task, settings in cells.items():
         for size, cell in settings:
-            problem = problem_of(cell, material, 0, 0, "train")
+            problem = cell.problem(material, "train", 0, 0)
             assert problem.task == task
             assert len(problem.memory) + len(problem.rest) == size <= SMALL.suite.longest
     assert "mqar" not in practice(replace(SMALL, suite=replace(SMALL.suite, longest=60)), material)
-    held = {problem_of(c, material, 0, n).memory for cs in cells.values() for _, c in cs for n in (0, 1)}
+    held = {c.problem(material, "test", 0, n).memory for cs in cells.values() for _, c in cs for n in (0, 1)}
     for step in range(8):
         for test in draw()(step).tests:
             assert not held & {tuple(ids[valid].tolist()) for ids, valid in zip(*test.memory, strict=True)}
