@@ -29,7 +29,7 @@ def quoted():
 @pytest.fixture
 def keep(tmp_path, monkeypatch, capsys):
     """Keeps a result as a benchmark called `race`, run with an option, would; -> its ledger and what was printed."""
-    monkeypatch.setattr(claims.paths, "expected_dir", lambda: tmp_path / "expected")
+    monkeypatch.setattr(paths, "repo_root", lambda: tmp_path)
     monkeypatch.setattr(sys, "argv", ["somewhere/benchmarks/race.py", "--rounds", "3", "--keep"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -75,7 +75,7 @@ def test_a_kept_number_is_quoted_as_a_claim(keep, tmp_path):
     keep({"a": 1.2345}, {"a": 1.5}, lower_is_better=True, keep=True)
     for number, problems in (("1.23", 0), ("1.24", 1), ("123 %", 0)):
         (tmp_path / "README.md").write_text(f"It takes {number}<!--claim benchmark race a--> times as long.")
-        assert len(quotes.check_quotes(tmp_path)) == problems
+        assert len(quotes.check_quotes()) == problems
 
 
 def test_one_command_keeps_all_that_readme_quotes():

@@ -136,9 +136,15 @@ def share_error(share: float, answers: int) -> float:
     return math.sqrt(adjusted * (1 - adjusted) / (answers + 4))
 
 
-def measured_path(run_dir: Path, notebook: str) -> Path:
-    """Where `finish` writes, in `run_dir` = runs/<profile>."""
-    return Path(run_dir) / "claims" / f"{notebook}.json"
+def measured_path(notebook: str, profile: str) -> Path:
+    """Where `finish` writes."""
+    return paths.runs_dir(profile) / "claims" / f"{notebook}.json"
+
+
+def measured(notebook: str, profile: str) -> dict[str, Any] | None:
+    """What `finish` wrote when the notebook was last run; None where it did not finish."""
+    path = measured_path(notebook, profile)
+    return files.read_json(path) if path.is_file() else None
 
 
 def books_digest() -> str | None:
@@ -170,7 +176,7 @@ def finish() -> None:
         "books": books_digest(),
         "claims": context.values,
     }
-    files.write_json(measured_path(paths.runs_dir(context.profile), context.notebook), found)
+    files.write_json(measured_path(context.notebook, context.profile), found)
     context.finished = True
     show(judge(found, context.notebook, context.profile))
 
@@ -178,18 +184,18 @@ def finish() -> None:
 # The ledger
 
 
-def ledger_path(notebook: str, profile: str, expected_dir: Path | None = None) -> Path:
+def ledger_path(notebook: str, profile: str) -> Path:
     """The ledger's file for a notebook and profile."""
-    return (expected_dir or paths.expected_dir()) / f"{notebook}.{profile}.json"
+    return paths.expected_dir() / f"{notebook}.{profile}.json"
 
 
-def expected(notebook: str, profile: str, expected_dir: Path | None = None) -> dict[str, Any]:
+def expected(notebook: str, profile: str) -> dict[str, Any]:
     """One file of the ledger: notebook, profile, own and books (seed, device, versions), claims.
 
     Raises:
         UserError: it is missing or malformed; names the file and the claim.
     """
-    path = ledger_path(notebook, profile, expected_dir)
+    path = ledger_path(notebook, profile)
     ledger = files.read_json(path)
     if not isinstance(ledger, dict) or not isinstance(ledger.get("claims"), dict):
         raise UserError(f"{path} has no object 'claims'; restore it or write it anew with --update-expected.")
@@ -199,11 +205,9 @@ def expected(notebook: str, profile: str, expected_dir: Path | None = None) -> d
     return ledger
 
 
-def expected_claims(notebook: str, profile: str, expected_dir: Path | None = None) -> dict[str, Row]:
+def expected_claims(notebook: str, profile: str) -> dict[str, Row]:
     """The ledger's claims for a notebook and profile; none where it has no file for them."""
-    if not ledger_path(notebook, profile, expected_dir).is_file():
-        return {}
-    return expected(notebook, profile, expected_dir)["claims"]
+    return expected(notebook, profile)["claims"] if ledger_path(notebook, profile).is_file() else {}
 
 
 def reference(entry: Row) -> Row:
@@ -211,16 +215,16 @@ def reference(entry: Row) -> Row:
     return entry if "reference" in entry else entry["books"]
 
 
-def judge(found: Mapping[str, Any] | None, notebook: str, profile: str, expected_dir: Path | None = None) -> list[Row]:
+def judge(found: Mapping[str, Any] | None, notebook: str, profile: str) -> list[Row]:
     """The rows of `compare` for what a notebook recorded.
 
     Args:
         found: what `finish` wrote; None: nothing, so that nothing holds.
     """
     measured = found["claims"] if found else {}
-    if not ledger_path(notebook, profile, expected_dir).is_file():
+    if not ledger_path(notebook, profile).is_file():
         return compare(measured, {})
-    ledger = expected(notebook, profile, expected_dir)
+    ledger = expected(notebook, profile)
     with_books = bool(found and found["books"] and found["books"] == ledger.get("books", {}).get("digest"))
     column = {
         name: entry.get("books", entry) if with_books else reference(entry)
@@ -309,37 +313,26 @@ def show(rows: Sequence[Row]) -> None:
         display(table(rows).set_index("claim"))
 
 
-def update(
-    run_dir: Path, profile: str, expected_dir: Path | None = None, notebooks: Iterable[str] | None = None
-) -> list[Path]:
+def update(profile: str, notebooks: Iterable[str]) -> list[Path]:
     """Writes the ledger from a finished run: its column (own prose, or the books) with what the run measured.
 
     What a notebook no longer records is dropped from that column. Promises are in another file, which is not touched.
 
     Args:
-        run_dir: runs/<profile>.
-        notebooks: only these; all that the run recorded where None.
+        notebooks: those that the run finished.
     Returns:
         The files written.
-    Raises:
-        UserError: there is nothing recorded, or it is of another profile.
     """
-    folder = Path(run_dir) / "claims"
-    names = sorted(path.stem for path in folder.glob("*.json")) if notebooks is None else list(notebooks)
-    if not names:
-        raise UserError(f"{folder} holds no claims; run `prosg reproduce --profile {profile}` first.")
     written = []
-    for notebook in names:
-        found = files.read_json(measured_path(run_dir, notebook))
-        if found["profile"] != profile:
-            raise UserError(
-                f"{measured_path(run_dir, notebook)} is of the profile {found['profile']!r}, not {profile!r}; "
-                "name the profile that was run."
-            )
-        path = ledger_path(notebook, profile, expected_dir)
-        ledger = expected(notebook, profile, expected_dir) if path.is_file() else {"claims": {}}
+    for notebook in notebooks:
+        found = files.read_json(measured_path(notebook, profile))
+        path = ledger_path(notebook, profile)
+        ledger = expected(notebook, profile) if path.is_file() else {"claims": {}}
         facts = {key: found[key] for key in ("seed", "device", "versions")}
-        new = {name: {"reference": entry["value"]} | _without_value(entry) for name, entry in found["claims"].items()}
+        new = {
+            name: {"reference": entry["value"]} | {key: entry[key] for key in entry if key != "value"}
+            for name, entry in found["claims"].items()
+        }
         own, books = _columns(ledger["claims"])
         if found["books"]:
             books, facts["digest"] = new, found["books"]
@@ -356,10 +349,6 @@ def update(
         files.write_json(path, {key: value for key, value in ledger.items() if value is not None})
         written.append(path)
     return written
-
-
-def _without_value(entry: Row) -> Row:
-    return {key: entry[key] for key in entry if key != "value"}
 
 
 def _columns(entries: Mapping[str, Row]) -> tuple[dict[str, Row], dict[str, Row]]:

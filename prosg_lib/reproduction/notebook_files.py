@@ -1,14 +1,13 @@
 """The course's notebooks as files: which there are, what they take, whether they are clean; and running one of them."""
 
 import ast
-import re
 import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prosg_lib import files
+from prosg_lib import files, paths
 from prosg_lib.errors import UserError
 
 PARAMETERS_TAG = "parameters"
@@ -19,15 +18,15 @@ CELL_S = 12 * 3600
 """The longest that a cell may take: more than any training of a shipped profile takes on two cores, or a download."""
 
 
-def course(folder: Path) -> list[Path]:
-    """The notebooks of a folder in the order of their numbers.
+def course() -> list[Path]:
+    """The course's notebooks in the order of their numbers.
 
     Raises:
         UserError: there are none.
     """
-    found = sorted(path for path in Path(folder).glob("*.ipynb") if re.match(r"\d\d_", path.name))
+    found = sorted(paths.notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
     if not found:
-        raise UserError(f"{folder} holds no notebook named like 00_tour.ipynb; give the checkout's notebooks folder.")
+        raise UserError(f"{paths.notebooks_dir()} holds no notebook named like 00_tour.ipynb; restore the checkout.")
     return found
 
 

@@ -15,7 +15,6 @@ Nothing writes the file. A broken promise stays there, and a test compares every
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prosg_lib import files, paths
@@ -30,13 +29,13 @@ KEYS = {"name", "sentence", "since", "notebook", "claims", "relation", "bar"}
 SIGNS = {"at_least": 1, "at_most": -1}
 
 
-def load(expected_dir: Path | None = None) -> list[dict[str, Any]]:
+def load() -> list[dict[str, Any]]:
     """All promises, in the file's order; none where there is no file.
 
     Raises:
         UserError: the file is malformed; names the promise.
     """
-    path = (expected_dir or paths.expected_dir()) / FILE
+    path = paths.expected_dir() / FILE
     if not path.is_file():
         return []
     found = files.read_json(path)
@@ -55,7 +54,7 @@ def kept(promise: Mapping[str, Any], value: float) -> bool:
     return sign * value >= sign * promise["bar"] - 1e-12 * max(1.0, abs(promise["bar"]))
 
 
-def judge(measured: Mapping[str, Mapping[str, claims.Row]], profile: str, expected_dir: Path | None = None) -> list:
+def judge(measured: Mapping[str, Mapping[str, claims.Row]], profile: str) -> list[dict[str, Any]]:
     """Every promise with its verdict, broken ones first.
 
     Args:
@@ -65,9 +64,9 @@ def judge(measured: Mapping[str, Mapping[str, claims.Row]], profile: str, expect
         profile, a benchmark, data that is not here), and newly_broken (kept by the reference run, and not by this one).
     """
     rows = []
-    for promise in load(expected_dir):
+    for promise in load():
         profiles = promise.get("profiles") or [profile, "cpu"]  # of a profile without a ledger, the reference is cpu's
-        told, source = _reference(promise, profiles, expected_dir)
+        told, source = _reference(promise, profiles)
         value = None
         if profile in profiles:
             found = measured.get(promise["notebook"], {})
@@ -81,9 +80,9 @@ def judge(measured: Mapping[str, Mapping[str, claims.Row]], profile: str, expect
     return sorted(rows, key=lambda row: row["kept"])
 
 
-def _reference(promise: Mapping[str, Any], profiles: Sequence[str], expected_dir: Path | None) -> tuple:
+def _reference(promise: Mapping[str, Any], profiles: Sequence[str]) -> tuple[float | None, str]:
     for profile in profiles:
-        ledger = claims.expected_claims(promise["notebook"], profile, expected_dir)
+        ledger = claims.expected_claims(promise["notebook"], profile)
         if all(name in ledger for name in promise["claims"]):
             entries = [ledger[name] for name in promise["claims"]]
             read = "" if all("reference" in entry for entry in entries) else " with the books"

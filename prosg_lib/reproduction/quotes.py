@@ -23,22 +23,19 @@ _QUOTE = re.compile(
 _FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.DOTALL | re.MULTILINE)
 
 
-def check_quotes(root: Path | None = None) -> list[str]:
-    """Compares every `NUMBER<!--claim PROFILE NOTEBOOK NAME-->` of a checkout's texts with the ledger's reference.
+def check_quotes() -> list[str]:
+    """Compares every `NUMBER<!--claim PROFILE NOTEBOOK NAME-->` of the checkout's texts with the ledger's reference.
 
     That is what the project's own prose gave, or the books where a claim needs them. A quote is right when it differs
     by no more than half a unit of its last digit; `97 %` quotes 0.97. Fenced code is no quote. Looks at README.md,
-    data/*.md and the Markdown cells of notebooks/*.ipynb.
+    docs/*.md, data/*.md and the Markdown cells of notebooks/*.ipynb.
 
-    Args:
-        root: the checkout; this one where None.
     Returns:
         What is wrong, one sentence each, in the order of the files; empty when every quote is right.
     """
-    root = Path(root) if root is not None else paths.repo_root()
-    ledger = functools.cache(functools.partial(claims.expected_claims, expected_dir=root / "expected"))
+    ledger = functools.cache(claims.expected_claims)
     problems = []
-    for file, text in _texts(root):
+    for file, text in _texts(paths.repo_root()):
         blanked = _FENCE.sub(lambda fence: re.sub(r"[^\n]", " ", fence.group()), text)
         for match in _QUOTE.finditer(blanked):
             if problem := _problem(match, ledger):

@@ -6,30 +6,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prosg_lib import files
+from prosg_lib import files, paths
+from prosg_lib.config import Profile
 from prosg_lib.errors import UserError
-from prosg_lib.reproduction import claims, promises
+from prosg_lib.reproduction import claims, notebook_files, promises
 
 RUN_FILE = "run.json"
 
 
 def load_records(run_dir: Path) -> dict[str, dict[str, Any]]:
     """What is known of the notebooks that were run last, by name; none where nothing was run."""
-    path = Path(run_dir) / RUN_FILE
+    path = run_dir / RUN_FILE
     return files.read_json(path) if path.is_file() else {}
 
 
-def measured(run_dir: Path, notebook: str) -> dict[str, Any] | None:
-    """What a notebook of the run recorded, None where it did not finish."""
-    path = claims.measured_path(run_dir, notebook)
-    return files.read_json(path) if path.is_file() else None
-
-
-def build(profile: str, run_dir: Path, expected_dir: Path, course: Iterable[str]) -> dict[str, Any]:
+def build(profile: Profile) -> dict[str, Any]:
     """The report of what runs/<profile> holds now.
 
-    Args:
-        course: names of all notebooks, in order.
     Returns:
         profile, seed, commit, device, prose, versions (several values are joined with commas where notebooks were run
         at different times), complete (every notebook finished), passed (complete, every measurement near its reference,
@@ -38,24 +31,25 @@ def build(profile: str, run_dir: Path, expected_dir: Path, course: Iterable[str]
     Raises:
         UserError: nothing was run.
     """
+    run_dir = paths.runs_dir(profile.name)
     records = load_records(run_dir)
     if not records:
-        raise UserError(f"{run_dir} holds no run; run `prosg reproduce --profile {profile}` first.")
+        raise UserError(f"{run_dir} holds no run; run `prosg reproduce --profile {profile.name}` first.")
     rows, notebooks, found = [], [], {}
-    for name in course:
+    for name in (path.stem for path in notebook_files.course()):
         record = records.get(name)
         if record is None:
             notebooks.append({"name": name, "status": "not run"})
             continue
-        found[name] = measured(run_dir, name)
-        rows += [{"notebook": name, **row} for row in claims.judge(found[name], name, profile, expected_dir)]
+        found[name] = claims.measured(name, profile.name)
+        rows += [{"notebook": name, **row} for row in claims.judge(found[name], name, profile.name)]
         notebooks.append({"name": name, **{key: value for key, value in record.items() if key != "notebook"}})
     facts = [made for made in found.values() if made]
-    verdicts = promises.judge({made["notebook"]: made["claims"] for made in facts}, profile, expected_dir)
+    verdicts = promises.judge({made["notebook"]: made["claims"] for made in facts}, profile.name)
     complete = all(notebook["status"] == "finished" for notebook in notebooks)
     wrong = any(row["holds"] is False for row in rows) or any(row["newly_broken"] for row in verdicts)
     return {
-        "profile": profile,
+        "profile": profile.name,
         "seed": _joined(record["seed"] for record in records.values()),
         "commit": _joined(made["commit"] for made in facts),
         "device": _joined(made["device"] for made in facts),
@@ -83,7 +77,7 @@ def figures(run_dir: Path) -> list[dict[str, Any]]:
     """The sidecars of a run's figures with the figures' names, in the order of the notebooks."""
     found = [
         {"name": sidecar.stem, **files.read_json(sidecar)}
-        for sidecar in sorted((Path(run_dir) / "figures").glob("*.json"))
+        for sidecar in sorted((run_dir / "figures").glob("*.json"))
         if sidecar.with_suffix(".png").is_file()
     ]
     return sorted(found, key=lambda figure: figure["notebook"])

@@ -58,7 +58,6 @@ def reproduce(
     names: Sequence[str] = (),
     parameters: Mapping[str, str] | None = None,
     update_expected: bool = False,
-    root: Path | None = None,
 ) -> int:
     """Runs notebooks, reports their progress on the terminal, and writes runs/<profile>/report.{json,html}.
 
@@ -69,22 +68,20 @@ def reproduce(
         names: only these notebooks; what others of the profile recorded before stays in the report. All where empty.
         parameters: values of the notebooks' own parameters, which are texts.
         update_expected: write the ledger from this run (`claims.update`), and for the reference profiles the figures.
-        root: the checkout; this one where None.
     Returns:
         0, or 1 where a notebook failed, or where `show` says so of those that ran.
     Raises:
         UserError: unknown notebook or parameter; nothing was run.
         KeyboardInterrupt: after the running notebook was stopped and the report written.
     """
-    root = root or paths.repo_root()
-    selected = select(notebook_files.course(root / "notebooks"), names)
+    selected = select(notebook_files.course(), names)
     arguments = bind(selected, {"profile": profile.name, "seed": seed, "retrain": retrain}, parameters or {})
     run_dir = paths.runs_dir(profile.name).resolve()
     if retrain:
         from prosg_lib.training.checkpoints import forget
 
         forget(profile)
-    _forget(run_dir, [path.stem for path in selected])
+    _forget(profile, [path.stem for path in selected])
 
     # The kernels shall run the code that runs here, installed or not.
     package = str(Path(__file__).resolve().parents[2])
@@ -94,7 +91,7 @@ def reproduce(
         ran.append(path.stem)
         label = f"[{len(ran)}/{len(selected)}] {path.stem}"
         print(f"{label} ...", flush=True)
-        record = _run(path, run_dir, arguments[path.stem])
+        record = _run(path, profile, arguments[path.stem])
         files.write_json(run_dir / report.RUN_FILE, report.load_records(run_dir) | {path.stem: record})
         peak = "" if record["peak_mb"] is None else f", peak {record['peak_mb']:.0f} MB"
         print(f"{label} {record['status']}: {record['seconds']:.0f} s{peak}", flush=True)
@@ -102,10 +99,10 @@ def reproduce(
             break
 
     if update_expected and not error:
-        for written in claims.update(run_dir, profile.name, root / "expected", ran):
+        for written in claims.update(profile.name, ran):
             print(f"ledger: {written}")
-        _keep_figures(profile.name, run_dir, root / "figures", ran)
-    ended = show(profile, root, only=ran)
+        _keep_figures(profile, ran)
+    ended = show(profile, only=ran)
     if error:
         print(
             f"\n{ran[-1]} failed: {error}\n"
@@ -122,11 +119,10 @@ def reproduce(
     return ended
 
 
-def show(profile: Profile, root: Path | None = None, only: Sequence[str] | None = None) -> int:
+def show(profile: Profile, only: Sequence[str] | None = None) -> int:
     """Writes the report of what runs/<profile> holds, and prints its promises and whatever does not hold.
 
     Args:
-        root: the checkout; this one where None.
         only: the notebooks whose claims decide the result; all where None.
     Returns:
         0, or 1 where a measurement is too far from the reference run's, or a promise is broken that the reference run
@@ -134,20 +130,16 @@ def show(profile: Profile, root: Path | None = None, only: Sequence[str] | None 
     Raises:
         UserError: nothing was run.
     """
-    root = root or paths.repo_root()
-    run_dir = paths.runs_dir(profile.name)
-    names = [path.stem for path in notebook_files.course(root / "notebooks")]
-    built = report.build(profile.name, run_dir, root / "expected", names)
-    page = report.write(built, run_dir)
+    built = report.build(profile)
+    page = report.write(built, paths.runs_dir(profile.name))
 
     print()
     for row in built["promises"]:
         state = "newly broken" if row["newly_broken"] else "kept" if row["kept"] else "broken"
         bar = f"{row['relation'].replace('_', ' ')} {row['bar']:g}"
         print(f"{state}: {row['sentence']} ({claims.number_text(row['value'])}, {bar}; {row['source']})")
-    decide = names if only is None else only
-    broken = [row for row in built["promises"] if row["newly_broken"] and row["notebook"] in decide]
-    wrong = [row for row in built["claims"] if row["holds"] is False and row["notebook"] in decide]
+    broken = [row for row in built["promises"] if row["newly_broken"] and (only is None or row["notebook"] in only)]
+    wrong = [row for row in built["claims"] if row["holds"] is False and (only is None or row["notebook"] in only)]
     print(f"\n{report.verdict(built)}")
     for row in wrong:
         value = "not measured" if row["value"] is None else f"measured {claims.number_text(row['value'])}"
@@ -158,28 +150,29 @@ def show(profile: Profile, root: Path | None = None, only: Sequence[str] | None 
     return 1 if wrong or broken else 0
 
 
-def _forget(run_dir: Path, names: Sequence[str]) -> None:
+def _forget(profile: Profile, names: Sequence[str]) -> None:
     """Removes what earlier runs recorded of these notebooks, so that nothing stale is reported.
 
     Checkpoints stay: whether one fits is for the notebooks to decide.
     """
+    run_dir = paths.runs_dir(profile.name)
     for figure in report.figures(run_dir):
         if figure["notebook"] in names:
             for suffix in (".png", ".json"):
                 (run_dir / "figures" / f"{figure['name']}{suffix}").unlink()
     for name in names:
-        claims.measured_path(run_dir, name).unlink(missing_ok=True)
+        claims.measured_path(name, profile.name).unlink(missing_ok=True)
     records = report.load_records(run_dir)
     files.write_json(run_dir / report.RUN_FILE, {key: value for key, value in records.items() if key not in names})
 
 
-def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+def _run(path: Path, profile: Profile, values: Mapping[str, Any]) -> dict[str, Any]:
     """Executes one notebook; returns its record."""
     started = time.time()
     error, found = None, None
     try:
-        notebook_files.execute(path, run_dir / "notebooks" / path.name, values)
-        found = report.measured(run_dir, path.stem)
+        notebook_files.execute(path, paths.runs_dir(profile.name).resolve() / "notebooks" / path.name, values)
+        found = claims.measured(path.stem, profile.name)
         if found is None:
             error = "it ended without claims.finish(), so its claims are not known; let its last cell call it"
     except UserError as caught:
@@ -187,7 +180,7 @@ def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> dict[str, Any]
     except KeyboardInterrupt:
         error = INTERRUPTED
     if error:
-        claims.measured_path(run_dir, path.stem).unlink(missing_ok=True)  # a cell after finish() may have failed
+        claims.measured_path(path.stem, profile.name).unlink(missing_ok=True)  # a cell after finish() may have failed
     return {
         "notebook": path.stem,
         "status": "failed" if error else "finished",
@@ -199,44 +192,40 @@ def _run(path: Path, run_dir: Path, values: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _keep_figures(profile: str, run_dir: Path, figures_dir: Path, names: Sequence[str]) -> None:
+def _keep_figures(profile: Profile, names: Sequence[str]) -> None:
     """Copies a reference run's figures with their sidecars into the repository."""
-    if profile not in REFERENCE_FIGURES:
+    if profile.name not in REFERENCE_FIGURES:
         return
+    run_dir, kept = paths.runs_dir(profile.name), paths.figures_dir() / REFERENCE_FIGURES[profile.name]
     for figure in report.figures(run_dir):
         if figure["notebook"] in names:
             for suffix in (".png", ".json"):
                 content = (run_dir / "figures" / f"{figure['name']}{suffix}").read_bytes()
-                files.write_bytes(figures_dir / REFERENCE_FIGURES[profile] / f"{figure['name']}{suffix}", content)
+                files.write_bytes(kept / f"{figure['name']}{suffix}", content)
 
 
-def check(root: Path | None = None) -> list[str]:
-    """What a checkout's notebooks, ledger, promises and quoted numbers get wrong, one line each.
-
-    Args:
-        root: the checkout; this one where None.
-    """
-    root = Path(root) if root is not None else paths.repo_root()
-    course = notebook_files.course(root / "notebooks")
+def check() -> list[str]:
+    """What the checkout's notebooks, ledger, promises and quoted numbers get wrong, one line each."""
+    course = notebook_files.course()
     found = [problem for path in course for problem in notebook_files.problems(path)]
     names = {path.stem for path in course}
-    for ledger in sorted((root / "expected").glob("*.*.json")):
+    for ledger in sorted(paths.expected_dir().glob("*.*.json")):
         name, _, profile = ledger.stem.partition(".")
         try:
             if profile == claims.BENCHMARK:
-                if not (root / "benchmarks" / f"{name.removesuffix(claims.ON_GPU)}.py").is_file():
+                if not (paths.repo_root() / "benchmarks" / f"{name.removesuffix(claims.ON_GPU)}.py").is_file():
                     raise UserError(f"there is no benchmark {name!r}")
             else:
                 if name not in names:
                     raise UserError(f"there is no notebook {name!r}")
                 get_profile(profile)
-            claims.expected(name, profile, root / "expected")
+            claims.expected(name, profile)
         except UserError as error:
             found.append(f"expected/{ledger.name}: {error}")
     try:
-        for row in promises.judge({}, "cpu", root / "expected"):
+        for row in promises.judge({}, "cpu"):
             if row["value"] is None:
                 found.append(f"expected/{promises.FILE}: no ledger has the claims of the promise {row['name']!r}")
     except UserError as error:
         found.append(str(error))
-    return found + quotes.check_quotes(root)
+    return found + quotes.check_quotes()

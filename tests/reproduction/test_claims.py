@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prosg_lib import paths
 from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.reproduction import claims, quotes
@@ -20,13 +21,14 @@ from prosg_lib.reproduction import claims, quotes
 ESTIMATE = SimpleNamespace(value=0.5, low=0.402, high=0.598)  # a standard error of 0.05
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """A folder for runs; no record begun, no books."""
+@pytest.fixture(autouse=True)
+def checkout(tmp_path, monkeypatch):
+    """A checkout of its own, without a ledger; no record begun, no books."""
+    monkeypatch.setattr(paths, "repo_root", lambda: tmp_path)
     monkeypatch.setenv("PROSG_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("PROSG_TEST_DATA", raising=False)
     monkeypatch.setattr(claims, "_current", None)
-    return tmp_path / "runs"
+    return tmp_path
 
 
 def begin(seed=0):
@@ -38,10 +40,10 @@ def agrees(value, **entry):
     return row["holds"]
 
 
-def write_ledger(folder, notebook="99_test", profile="smoke", **entries):
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{notebook}.{profile}.json"
-    path.write_text(json.dumps({"notebook": notebook, "profile": profile, "claims": entries}))
+def write_ledger(checkout, **entries):
+    path = checkout / "expected" / "99_test.smoke.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"notebook": "99_test", "profile": "smoke", "claims": entries}))
     return path
 
 
@@ -56,7 +58,7 @@ def test_reading_claims_and_settings_loads_neither_torch_nor_transformers(module
 # Recording
 
 
-def test_finish_writes_what_was_recorded_with_its_provenance(runs, capsys):
+def test_finish_writes_what_was_recorded_with_its_provenance(checkout, capsys):
     """The claims file has the numbers, how each is judged, and where they came from; a table is shown."""
     begin(seed=3)
     claims.record("recall/base@512", ESTIMATE)
@@ -67,7 +69,7 @@ def test_finish_writes_what_was_recorded_with_its_provenance(runs, capsys):
     claims.record("minutes", 1.5, shown=True)
     claims.record("kept", 0.75, spread=0.02, source="data/measured/kept.jsonl")
     claims.finish()
-    written = json.loads((runs / "smoke" / "claims" / "99_test.json").read_text())
+    written = json.loads((checkout / "runs" / "smoke" / "claims" / "99_test.json").read_text())
     assert written["claims"].pop("recall/base@512") == {"value": 0.5, "spread": pytest.approx(0.05)}
     assert written["claims"] == {
         "tensor": {"value": 0.5, "spread": 0.1},
@@ -108,7 +110,7 @@ def test_finish_writes_what_was_recorded_with_its_provenance(runs, capsys):
         (3, 1, {}, "cannot name a claim"),
     ],
 )
-def test_record_refuses_what_is_no_number_or_no_name(runs, name, value, options, message):
+def test_record_refuses_what_is_no_number_or_no_name(name, value, options, message):
     """NaN compares false with everything; a name stands in an HTML comment between blanks."""
     begin()
     claims.record("there", 1)
@@ -116,7 +118,7 @@ def test_record_refuses_what_is_no_number_or_no_name(runs, name, value, options,
         claims.record(name, value, **options)
 
 
-def test_wrong_order_is_refused(runs):
+def test_wrong_order_is_refused():
     """record and finish need begin; nothing comes after finish; begin starts anew."""
     for step in (lambda: claims.record("a", 1), claims.finish, claims.current):
         with pytest.raises(UserError, match="No claims were begun"):
@@ -228,10 +230,10 @@ def test_the_table_says_in_words_what_holds():
 @pytest.mark.parametrize(
     ("content", "message"), [("[]", "no object 'claims'"), ('{"claims": {"a": 3}}', "'a' has no ref")]
 )
-def test_malformed_ledger_names_file_and_claim(tmp_path, content, message):
-    (tmp_path / "99_test.smoke.json").write_text(content)
+def test_malformed_ledger_names_file_and_claim(checkout, content, message):
+    write_ledger(checkout).write_text(content)
     with pytest.raises(UserError, match=rf"99_test\.smoke\.json.* {message}"):
-        claims.expected("99_test", "smoke", tmp_path)
+        claims.expected("99_test", "smoke")
 
 
 def finish_run(**values):
@@ -241,27 +243,26 @@ def finish_run(**values):
     claims.finish()
 
 
-def books_are_there(tmp_path, monkeypatch, text="a book"):
-    (tmp_path / "data" / "books").mkdir(parents=True, exist_ok=True)
-    (tmp_path / "data" / "books" / "one.txt").write_text(text)
-    monkeypatch.setenv("PROSG_TEST_DATA", str(tmp_path / "data"))
+def books_are_there(checkout, monkeypatch, text="a book"):
+    (checkout / "data" / "books").mkdir(parents=True, exist_ok=True)
+    (checkout / "data" / "books" / "one.txt").write_text(text)
+    monkeypatch.setenv("PROSG_TEST_DATA", str(checkout / "data"))
 
 
-def test_the_ledger_has_a_column_for_own_prose_and_one_for_the_books(runs, tmp_path, monkeypatch):
+def test_the_ledger_has_a_column_for_own_prose_and_one_for_the_books(checkout, monkeypatch):
     """Every run is judged by the column of what it read; a number that the books do not change stands there once."""
-    ledger = tmp_path / "expected"
 
     def holds(**values):
         finish_run(**values)
-        found = json.loads(claims.measured_path(runs / "smoke", "99_test").read_text())
-        return {row["name"]: row["holds"] for row in claims.judge(found, "99_test", "smoke", ledger)}
+        found = claims.measured("99_test", "smoke")
+        return {row["name"]: row["holds"] for row in claims.judge(found, "99_test", "smoke")}
 
     finish_run(same=0.5, other=0.2)
-    assert claims.update(runs / "smoke", "smoke", ledger) == [ledger / "99_test.smoke.json"]
-    books_are_there(tmp_path, monkeypatch)
+    assert claims.update("smoke", ["99_test"]) == [checkout / "expected" / "99_test.smoke.json"]
+    books_are_there(checkout, monkeypatch)
     finish_run(same=0.5, other=0.4, cloze=0.9)
-    claims.update(runs / "smoke", "smoke", ledger)
-    found = claims.expected("99_test", "smoke", ledger)
+    claims.update("smoke", ["99_test"])
+    found = claims.expected("99_test", "smoke")
     assert found["claims"] == {
         "same": {"reference": 0.5, "spread": 0.01},
         "other": {"reference": 0.2, "spread": 0.01, "books": {"reference": 0.4, "spread": 0.01}},
@@ -271,38 +272,29 @@ def test_the_ledger_has_a_column_for_own_prose_and_one_for_the_books(runs, tmp_p
     assert found["books"]["digest"] == claims.books_digest()
     assert holds(same=0.5, other=0.4, cloze=0.9) == {"same": True, "other": True, "cloze": True}
     assert holds(same=0.5, other=0.2) == {"same": True, "other": False, "cloze": False}
-    books_are_there(tmp_path, monkeypatch, "another book")  # which the ledger does not know
+    books_are_there(checkout, monkeypatch, "another book")  # which the ledger does not know
     assert holds(same=0.5, other=0.2, cloze=0.9) == {"same": True, "other": True, "cloze": True}
     assert holds(same=0.5, other=0.2) == {"same": True, "other": True}
     monkeypatch.delenv("PROSG_TEST_DATA")
     assert holds(same=0.5, other=0.2) == {"same": True, "other": True}
-    assert [row["holds"] for row in claims.judge(None, "99_test", "smoke", ledger)] == [False, False]
+    assert [row["holds"] for row in claims.judge(None, "99_test", "smoke")] == [False, False]
     finish_run(same=0.6)  # what is no longer recorded is dropped from the column of this run alone
-    claims.update(runs / "smoke", "smoke", ledger)
-    assert claims.expected("99_test", "smoke", ledger)["claims"] == {
+    claims.update("smoke", ["99_test"])
+    assert claims.expected("99_test", "smoke")["claims"] == {
         "same": {"reference": 0.6, "spread": 0.01, "books": {"reference": 0.5, "spread": 0.01}},
         "other": {"books": {"reference": 0.4, "spread": 0.01}},
         "cloze": {"books": {"reference": 0.9, "spread": 0.01}},
     }
 
 
-def test_update_refuses_another_profile_and_an_empty_run(runs, tmp_path):
-    """Numbers of one profile do not get into the ledger of another."""
-    finish_run(a=1)
-    with pytest.raises(UserError, match="of the profile 'smoke', not 'cpu'"):
-        claims.update(runs / "smoke", "cpu", tmp_path / "expected")
-    with pytest.raises(UserError, match="holds no claims"):
-        claims.update(runs / "cpu", "cpu", tmp_path / "expected")
-
-
 # Quotes
 
 
-def quoted(tmp_path, text, **references):
+def quoted(checkout, text, **references):
     entries = {name: {"reference": value, "spread": 0.0} for name, value in references.items()}
-    write_ledger(tmp_path / "expected", **entries)
-    (tmp_path / "README.md").write_text(text)
-    return quotes.check_quotes(tmp_path)
+    write_ledger(checkout, **entries)
+    (checkout / "README.md").write_text(text)
+    return quotes.check_quotes()
 
 
 @pytest.mark.parametrize(
@@ -318,17 +310,17 @@ def quoted(tmp_path, text, **references):
         ("\u22120.5", -0.52),
     ],
 )
-def test_quotes_within_half_of_the_last_digit_are_right(tmp_path, number, reference):
-    assert quoted(tmp_path, f"It is {number}<!--claim smoke 99_test a-->.", a=reference) == []
+def test_quotes_within_half_of_the_last_digit_are_right(checkout, number, reference):
+    assert quoted(checkout, f"It is {number}<!--claim smoke 99_test a-->.", a=reference) == []
 
 
 @pytest.mark.parametrize(
     ("number", "reference", "ledger"),
     [("0.97", 0.976, "0.976"), ("97 %", 0.976, "97.6 %"), ("0.5", -0.5, "-0.5"), ("1.00", 0.99, "0.99")],
 )
-def test_quotes_further_off_are_wrong(tmp_path, number, reference, ledger):
+def test_quotes_further_off_are_wrong(checkout, number, reference, ledger):
     """File, line, quoted number and the ledger's number are all named."""
-    assert quoted(tmp_path, f"one\ntwo {number}<!--claim smoke 99_test a-->", a=reference) == [
+    assert quoted(checkout, f"one\ntwo {number}<!--claim smoke 99_test a-->", a=reference) == [
         f"README.md, line 2: quotes {number} for `smoke 99_test a`: the ledger has {ledger}; correct the text, "
         "or measure again"
     ]
@@ -343,26 +335,26 @@ def test_quotes_further_off_are_wrong(tmp_path, number, reference, ledger):
         ("about <!--claim smoke 99_test a-->", "no number stands directly before"),
     ],
 )
-def test_quotes_of_nothing_are_problems(tmp_path, text, message):
+def test_quotes_of_nothing_are_problems(checkout, text, message):
     """An unknown claim, a malformed comment and a comment without a number are not passed over."""
-    (problem,) = quoted(tmp_path, text, a=0.5)
+    (problem,) = quoted(checkout, text, a=0.5)
     assert re.search(message, problem)
 
 
-def test_a_claim_that_needs_the_books_is_quoted_from_their_column(tmp_path):
-    write_ledger(tmp_path / "expected", a={"books": {"reference": 0.5, "spread": 0.0}})
-    (tmp_path / "README.md").write_text("0.5<!--claim smoke 99_test a-->")
-    assert quotes.check_quotes(tmp_path) == []
+def test_a_claim_that_needs_the_books_is_quoted_from_their_column(checkout):
+    write_ledger(checkout, a={"books": {"reference": 0.5, "spread": 0.0}})
+    (checkout / "README.md").write_text("0.5<!--claim smoke 99_test a-->")
+    assert quotes.check_quotes() == []
 
 
-def test_quotes_are_found_in_every_text_but_not_in_fenced_code(tmp_path):
+def test_quotes_are_found_in_every_text_but_not_in_fenced_code(checkout):
     """README, data sheets and Markdown cells are read; code cells and fences, which show how to quote, are not."""
     wrong = "7<!--claim smoke 99_test a-->"
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "datasheet.md").write_text(wrong)
-    (tmp_path / "notebooks").mkdir()
+    (checkout / "data").mkdir()
+    (checkout / "data" / "datasheet.md").write_text(wrong)
+    (checkout / "notebooks").mkdir()
     cells = [{"cell_type": "code", "source": [wrong]}, {"cell_type": "markdown", "source": ["a\n", wrong]}]
-    (tmp_path / "notebooks" / "99_test.ipynb").write_text(json.dumps({"cells": cells}))
-    found = quoted(tmp_path, f"```\n{wrong}\n```\n{wrong}", a=0.5)
+    (checkout / "notebooks" / "99_test.ipynb").write_text(json.dumps({"cells": cells}))
+    found = quoted(checkout, f"```\n{wrong}\n```\n{wrong}", a=0.5)
     places = ["README.md, line 4", "data/datasheet.md, line 1", "notebooks/99_test.ipynb, cell 1, line 2"]
     assert [problem.partition(":")[0] for problem in found] == places

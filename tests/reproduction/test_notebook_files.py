@@ -10,11 +10,10 @@ import re
 
 import pytest
 
-from prosg_lib import paths
 from prosg_lib.reproduction import notebook_files as notebooks
 
 PROOF_TAG = "proof"
-COURSE = sorted(paths.notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
+COURSE = notebooks.course()
 
 
 def code_cells(path):

@@ -42,21 +42,21 @@ PROMISE = {"sentence": "It works.", "since": "2026-11-29", "notebook": "99_test"
 
 
 @pytest.fixture
-def ledger(tmp_path):
+def ledger(tmp_path, monkeypatch):
     """Writes promises, and what the reference run measured in `cpu`."""
+    monkeypatch.setattr(paths, "expected_dir", lambda: tmp_path)
 
     def write(made, **references):
         (tmp_path / promises.FILE).write_text(json.dumps(made))
         entries = {name: {"reference": value, "spread": 0.0} for name, value in references.items()}
         (tmp_path / "99_test.cpu.json").write_text(json.dumps({"claims": entries}))
-        return tmp_path
 
     return write
 
 
-def judge(folder, profile="cpu", **values):
+def judge(profile="cpu", **values):
     measured = {"99_test": {name: {"value": value} for name, value in values.items()}}
-    return [(r["value"], r["kept"], r["newly_broken"], r["source"]) for r in promises.judge(measured, profile, folder)]
+    return [(r["value"], r["kept"], r["newly_broken"], r["source"]) for r in promises.judge(measured, profile)]
 
 
 @pytest.mark.parametrize(
@@ -77,25 +77,27 @@ def test_bars_hold_on_the_edge_and_not_beyond(relation, bar, value, kept):
 def test_a_run_breaks_a_promise_only_where_the_reference_run_kept_it(ledger):
     """What the reference run broke is listed as broken, and is no news."""
     made = [PROMISE | {"name": "good", "claims": ["a"]}, PROMISE | {"name": "bad", "claims": ["b"]}]
-    folder = ledger(made, a=0.95, b=0.2)
-    assert judge(folder, a=0.85, b=0.1) == [(0.85, False, True, "this run"), (0.1, False, False, "this run")]
-    assert judge(folder, a=0.9, b=0.9) == [(0.9, True, False, "this run"), (0.9, True, False, "this run")]
+    ledger(made, a=0.95, b=0.2)
+    assert judge(a=0.85, b=0.1) == [(0.85, False, True, "this run"), (0.1, False, False, "this run")]
+    assert judge(a=0.9, b=0.9) == [(0.9, True, False, "this run"), (0.9, True, False, "this run")]
 
 
 def test_what_a_run_did_not_measure_is_judged_by_the_ledger(ledger):
     """Another profile, a claim that was not recorded; and two claims are the first less the second."""
     made = [PROMISE | {"name": "lead", "claims": ["a", "b"], "bar": 0.0, "profiles": ["cpu"]}]
-    folder = ledger(made, a=0.95, b=0.2)
+    ledger(made, a=0.95, b=0.2)
     told = (pytest.approx(0.75), True, False, "ledger, 99_test.cpu")
-    assert judge(folder, profile="smoke", a=0.1, b=0.2) == [told]
-    assert judge(folder, a=0.1) == [told]
-    assert judge(folder, a=0.1, b=0.2) == [(pytest.approx(-0.1), False, True, "this run")]
-    assert judge(ledger(made)) == [(None, False, False, "not measured")]
+    assert judge(profile="smoke", a=0.1, b=0.2) == [told]
+    assert judge(a=0.1) == [told]
+    assert judge(a=0.1, b=0.2) == [(pytest.approx(-0.1), False, True, "this run")]
+    ledger(made)
+    assert judge() == [(None, False, False, "not measured")]
 
 
 def test_the_table_says_in_words_what_is_kept(ledger):
     made = [PROMISE | {"name": "good", "claims": ["a"]}, PROMISE | {"name": "bad", "claims": ["b"]}]
-    table = promises.table(promises.judge({}, "cpu", ledger(made, a=0.95, b=0.2)))
+    ledger(made, a=0.95, b=0.2)
+    table = promises.table(promises.judge({}, "cpu"))
     assert table.to_numpy().tolist() == [
         ["It works.", "0.2", "at least 0.9", "BROKEN", "ledger, 99_test.cpu", "2026-11-29"],
         ["It works.", "0.95", "at least 0.9", "yes", "ledger, 99_test.cpu", "2026-11-29"],
@@ -105,5 +107,6 @@ def test_the_table_says_in_words_what_is_kept(ledger):
 @pytest.mark.parametrize("change", [{"relation": "about"}, {"tolerance": 0.1}])
 def test_a_malformed_promise_is_named(ledger, change):
     """No tolerance: a bar is a bar."""
+    ledger([PROMISE | {"name": "good", "claims": ["a"]} | change])
     with pytest.raises(UserError, match=r"promises\.json, promise 'good': it needs bar, claims"):
-        promises.load(ledger([PROMISE | {"name": "good", "claims": ["a"]} | change]))
+        promises.load()

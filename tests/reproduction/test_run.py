@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from prosg_lib import paths
 from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.reproduction import notebook_files as notebooks
@@ -50,7 +51,8 @@ def write_notebook(folder, name, *cells, parameters=PARAMETERS, begin=True):
 def runs_in(root):
     """What is run goes to the folder `runs` beside the course, and finds no books."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROSG_RUNS", str(root / "runs"))
+        patch.setattr(paths, "repo_root", lambda: root)
+        patch.setenv("PROSG_RUNS", str(root / "runs"))  # for the kernels, whose checkout is this one
         patch.delenv("PROSG_TEST_DATA", raising=False)
         patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # which a run adds to
         yield
@@ -60,7 +62,7 @@ def run(root, *names, profile="smoke", **options):
     """Runs notebooks of a course; its exit code, what it printed, and the report."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), runs_in(root):
-        code = reproduce.reproduce(get_profile(profile), names=names, root=root, **options)
+        code = reproduce.reproduce(get_profile(profile), names=names, **options)
     folder = root / "runs" / profile
     return SimpleNamespace(
         code=code,
@@ -229,7 +231,7 @@ def test_report_is_written_again_from_the_records(finished, course, capsys):
     """`prosg report` runs nothing and ends the same way."""
     (finished.folder / "report.html").unlink()
     with runs_in(course):
-        assert reproduce.show(get_profile("smoke"), course) == 1
+        assert reproduce.show(get_profile("smoke")) == 1
     assert "recall" in capsys.readouterr().out
     assert (finished.folder / "report.html").read_text() == finished.page
 
@@ -359,8 +361,8 @@ def test_unknown_profile_notebook_and_parameter_are_refused_with_the_known_ones(
 
 def test_report_of_no_run_says_what_to_run(course):
     """An empty folder is no report."""
-    with pytest.raises(UserError, match="prosg reproduce --profile gpu"):
-        report.build("gpu", course / "runs" / "gpu", course / "expected", ["00_fine"])
+    with runs_in(course), pytest.raises(UserError, match="prosg reproduce --profile gpu"):
+        report.build(get_profile("gpu"))
 
 
 # Clean notebooks
@@ -371,73 +373,38 @@ def test_a_fresh_notebook_is_clean(course):
     assert notebooks.problems(course / "notebooks" / "00_fine.ipynb") == []
 
 
-def spoil_outputs(made):
-    made["cells"][2]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
-
-
-def spoil_count(made):
-    made["cells"][2]["execution_count"] = 3
-
-
-def spoil_kernel(made):
-    made["metadata"]["kernelspec"]["name"] = "conda-env-mine"
-
-
-def spoil_tag(made):
-    made["cells"][1]["metadata"] = {}
-
-
-def spoil_parameters(made):
-    made["cells"][1]["source"] = "profile = 'smoke'"
-
-
-def spoil_literal(made):
-    made["cells"][1]["source"] = PARAMETERS + "steps = 2 * len(profile)"
-
-
-def spoil_ids(made):
-    for index, cell in enumerate(made["cells"]):
-        cell["id"] = str(index)
-
-
-def spoil_twins(made):
-    made["cells"][1]["id"] = made["cells"][0]["id"]
-
-
-def spoil_cell(made):
-    del made["cells"][0]["source"]
-
-
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("changes", "said"),
     [
-        (spoil_outputs, "cell 2 has outputs"),
-        (spoil_count, "cell 2 has outputs or an execution count"),
-        (spoil_kernel, "kernelspec is not python3"),
-        (spoil_tag, "0 code cells tagged 'parameters'"),
-        (spoil_parameters, "does not set seed"),
-        (spoil_literal, "one `name = literal` a line"),
-        (spoil_ids, "--keep-id"),
-        (spoil_twins, "two cells have the same id"),
-        (spoil_cell, "not a valid notebook"),
+        ({2: {"outputs": [{"output_type": "stream", "name": "stdout", "text": "x"}]}}, "cell 2 has outputs"),
+        ({2: {"execution_count": 3}}, "cell 2 has outputs or an execution count"),
+        ({"kernelspec": {"name": "conda-env-mine"}}, "kernelspec is not python3"),
+        ({1: {"metadata": {}}}, "0 code cells tagged 'parameters'"),
+        ({1: {"source": "profile = 'smoke'"}}, "does not set seed"),
+        ({1: {"source": PARAMETERS + "steps = 2 * len(profile)"}}, "one `name = literal` a line"),
+        ({index: {"id": str(index)} for index in range(4)}, "--keep-id"),
+        ({index: {"id": "same"} for index in range(2)}, "two cells have the same id"),
+        ({0: {"source": None}}, "not a valid notebook"),
     ],
 )
-def test_unclean_notebooks_are_named(tmp_path, spoil, said):
+def test_unclean_notebooks_are_named(tmp_path, changes, said):
     """Each way a notebook gets dirty is one sentence with the notebook's name."""
     write_notebook(tmp_path, "00_dirty", "claims.finish()")
     path = tmp_path / "00_dirty.ipynb"
     made = json.loads(path.read_text())
-    spoil(made)
+    for place, change in changes.items():
+        (made["metadata"][place] if place == "kernelspec" else made["cells"][place]).update(change)
     path.write_text(json.dumps(made))
     found = notebooks.problems(path)
     assert any(re.search(said, problem) for problem in found), found
     assert all(problem.startswith("00_dirty.ipynb: ") for problem in found)
 
 
-def test_check_finds_dirty_notebooks_orphaned_ledgers_and_wrong_quotes(tmp_path):
+def test_check_finds_dirty_notebooks_orphaned_ledgers_and_wrong_quotes(tmp_path, monkeypatch):
     """One call looks at everything that a commit may break."""
+    monkeypatch.setattr(paths, "repo_root", lambda: tmp_path)
     write_notebook(tmp_path / "notebooks", "00_new", "claims.finish()")
-    assert reproduce.check(tmp_path) == []
+    assert reproduce.check() == []
     (tmp_path / "expected").mkdir()
     (tmp_path / "expected" / "01_gone.smoke.json").write_text('{"claims": {}}')
     (tmp_path / "expected" / "00_new.smok.json").write_text('{"claims": {}}')
@@ -448,7 +415,7 @@ def test_check_finds_dirty_notebooks_orphaned_ledgers_and_wrong_quotes(tmp_path)
     promise = {"name": "a", "sentence": "A.", "since": "", "notebook": "00_new", "claims": ["a"], "relation": "at_most"}
     (tmp_path / "expected" / "promises.json").write_text(json.dumps([promise | {"bar": 1}]))
     (tmp_path / "README.md").write_text("0.5<!--claim smoke 00_new a-->")
-    found = reproduce.check(tmp_path)
+    found = reproduce.check()
     assert [problem.partition(":")[0] for problem in found] == [
         "expected/00_new.smok.json",
         "expected/01_gone.smoke.json",
