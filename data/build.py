@@ -15,7 +15,7 @@ from prosg_lib import files
 from prosg_lib.config.sizes import VOCAB
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
-from prosg_lib.tasks import dialogue
+from prosg_lib.tasks import dialogue, wording
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, books_folder, load_prose, own_sentences, split_titles
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -146,7 +146,7 @@ def _books() -> dict | None:
 
 
 def _every_word() -> list[str]:
-    table = dialogue.words()
+    table = wording.words()
     values = [v for spec in table["slots"].values() for v in spec["values"]]
     values += [v for spec in table["instructions"].values() for v in spec["words"]]
     return [" " + " ".join(values + table["others"])] * _REPEATS
@@ -154,14 +154,14 @@ def _every_word() -> list[str]:
 
 def _facts_and_questions() -> list[str]:
     rng, texts = random.Random("tokenizer"), []
-    table = dialogue.words()["instructions"]
+    table = wording.words()["instructions"]
     for _ in range(_FACTS):
-        (fact,) = dialogue.draw_facts(1, "train", rng)
-        for who in (None, rng.choice(dialogue.words()["others"])):
+        (fact,) = wording.draw_facts(1, "train", rng)
+        for who in (None, rng.choice(wording.words()["others"])):
             instructions = {kind: rng.choice(spec["words"]) for kind, spec in table.items() if rng.random() < 0.3}
-            statement = dialogue.statement(fact, who, "train", rng)
-            question = dialogue.question(fact, who, "train", rng)
-            texts.append(f"{statement}\nUser: {question}\nBot: {dialogue.full_answer(fact.value, instructions)}")
+            statement = wording.statement(fact, who, "train", rng)
+            question = wording.question(fact, who, "train", rng)
+            texts.append(f"{statement}\nUser: {question}\nBot: {wording.full_answer(fact.value, instructions)}")
     return texts
 
 

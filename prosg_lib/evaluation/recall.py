@@ -27,7 +27,8 @@ from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.evaluation import reading
 from prosg_lib.evaluation.baselines import Baseline, Start, name_of, start
 from prosg_lib.generators.base import Generator
-from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Item, Shape, judge
+from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Item, Shape
+from prosg_lib.tasks.wording import judge
 from prosg_lib.training import distributed
 
 _ANSWER_TOKENS = 12  # the longest answer, with all three instructions, has 8
@@ -63,7 +64,7 @@ def _shape(facts: int, distances: Sequence[int], probes: int) -> Shape:
 
 
 def judged(rows: pd.DataFrame) -> pd.DataFrame:
-    """Scores of answers (`tasks.dialogue.judge`).
+    """Scores of answers (`tasks.wording.judge`).
 
     Args:
         rows: of `answers`.

@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from prosg_lib.tasks.dialogue import words
 from prosg_lib.tasks.problems import Material, Problem, check_whole, draw_content, encode_pieces, with_answer
+from prosg_lib.tasks.wording import words
 
 TASK = "copy"
 

@@ -8,9 +8,8 @@ An item, as text (3 facts, one instruction; the body has exactly the requested n
     Bot: Oslo, captain.
 
 `User` speaks in prompt and probes, where the instructions apply. The body has prose, facts about other people that
-compete with the user's, and questions about them. Splits differ in wording (each has its own frames) and in
-combinations of values: a slot's 16 values fall into three classes; a validation or test prompt holds three facts of its
-split's class, and no training prompt holds more than two of them, so no such three ever occurred together in training.
+compete with the user's, and questions about them. Splits differ in wording and in combinations of values
+(`tasks.wording`).
 
 Everything follows from a seed; an item is drawn by its number, so any one can be made again alone.
 """
@@ -20,16 +19,16 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 
 from torch import Tensor
 
-from prosg_lib import files
 from prosg_lib.errors import UserError
-from prosg_lib.paths import data_dir
+from prosg_lib.tasks import wording
 from prosg_lib.tasks.examples import Examples
+from prosg_lib.tasks.wording import Fact
 from prosg_lib.text.padding import left_padded, right_padded
 from prosg_lib.text.prose import ProseTokens, check_split, load_prose
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
@@ -40,146 +39,7 @@ VERSION = 1
 TEXT, ANSWER, COMPETING = 1, 2, 3
 """Kinds of token: text, a word of an answer about the prompt, or of an answer about other people; 0 is padding."""
 
-CLASSES = ("common", "common", "validation", "test")
-"""A slot's values belong to these in turn: 8 are common, 4 each are kept from occurring together in training."""
-
-_OWN_CLASS = 3  # facts with values of the split's own class in a validation or test prompt
 _RECENT = 4  # a competing question is about one of this many latest competing facts
-
-
-# Words and sentences
-
-
-@cache
-def words() -> dict:
-    """Slots, values, instructions, frames and names: `data/dialogue_words.json`."""
-    return files.read_json(data_dir() / "dialogue_words.json")
-
-
-@cache
-def asides() -> dict:
-    """Additional wording, for training only: `data/dialogue_asides.json`."""
-    return files.read_json(data_dir() / "dialogue_asides.json")
-
-
-@dataclass(frozen=True)
-class Fact:
-    slot: str
-    value: str
-
-
-@cache
-def values_of(slot: str, kind: str) -> tuple[str, ...]:
-    """A slot's values of one class."""
-    return tuple(v for i, v in enumerate(words()["slots"][slot]["values"]) if CLASSES[i % len(CLASSES)] == kind)
-
-
-def draw_facts(count: int, split: str, rng: random.Random) -> tuple[Fact, ...]:
-    """Facts about different slots, with values from the classes that the split prescribes."""
-    slots = list(words()["slots"])
-    if not 1 <= count <= len(slots):
-        raise UserError(f"a prompt cannot hold {count} facts; choose 1 to {len(slots)}")
-    # Training has the held-out values too, but at most two of each class; the other splits have three of their own.
-    quota = {"test": 2, "validation": 2} if split == "train" else {split: _OWN_CLASS}
-    classes = [c for c, n in quota.items() for _ in range(n)]
-    if split == "train":
-        classes += ["common"] * max(0, 6 - len(classes))
-        rng.shuffle(classes)
-    classes = (classes + ["common"] * count)[:count]
-    rng.shuffle(classes)
-    return tuple(
-        Fact(slot, rng.choice(values_of(slot, kind)))
-        for slot, kind in zip(rng.sample(slots, count), classes, strict=True)
-    )
-
-
-def statement(fact: Fact, who: str | None, split: str, rng: random.Random) -> str:
-    """A sentence that states a fact about the user (who = None) or about somebody else."""
-    spec = words()["slots"][fact.slot]
-    verbs = spec["verbs"] if split == "train" else [spec["held_out_verbs"][split]]
-    if rng.random() < 0.3:
-        mine, theirs = rng.choice(verbs)
-        return f"I {mine} {fact.value}." if who is None else f"{who} {theirs} {fact.value}."
-    return rng.choice(words()["frames"]["statements"][split]).format_map(_gaps(fact, who))
-
-
-def question(fact: Fact, who: str | None, split: str, rng: random.Random) -> str:
-    """A question about the user (who = None) or about somebody else."""
-    return rng.choice(words()["frames"]["questions"][split]).format_map(_gaps(fact, who))
-
-
-def _gaps(fact: Fact, who: str | None) -> dict[str, str]:
-    """What fills the gaps of a frame."""
-    poss, capital = ("my", "My") if who is None else (f"{who}'s", f"{who}'s")
-    return {"poss": poss, "Poss": capital, "noun": words()["slots"][fact.slot]["noun"], "v": fact.value}
-
-
-def reworded(sentence: str, kind: str, fact: Fact, rng: random.Random) -> str:
-    """A statement or question about the user in other words: another frame, any slot's verb, an aside before or after.
-
-    A generator that sees few wordings learns them by heart, and writes nothing for a new one. The language model has
-    not seen these, so the generator meets what the model makes of unfamiliar wording. With the verb of another slot
-    ("I play the cloak.") only the value shows what the fact is, as with a verb that was never seen.
-    """
-    draw = rng.random()
-    if kind == "statements" and draw < 0.2:
-        sentence = f"I {rng.choice(_verbs())} {fact.value}."
-    elif draw < 0.6:
-        sentence = rng.choice(asides()[kind]).format_map(_gaps(fact, None))
-    sentence = introduced(sentence, rng)
-    if kind == "statements" and rng.random() < 0.2:
-        sentence = f"{sentence.removesuffix('.')}, {rng.choice(asides()['after'])}."
-    return sentence
-
-
-@cache
-def _verbs() -> tuple[str, ...]:
-    """The training verbs of all slots."""
-    return tuple(verb[0] for spec in words()["slots"].values() for verb in spec["verbs"])
-
-
-def introduced(sentence: str, rng: random.Random) -> str:
-    """The sentence, three times in ten with an aside before it."""
-    if rng.random() >= 0.3:
-        return sentence
-    start = sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
-    return f"{rng.choice(asides()['before'])} {start}"
-
-
-# What an answer is worth
-
-
-def full_answer(value: str, instructions: Mapping[str, str]) -> str:
-    """`Well, Oslo, captain, over.`: the value, surrounded by the words of the instructions."""
-    parts = [instructions.get("opener"), value, instructions.get("address"), instructions.get("closer")]
-    return ", ".join(p for p in parts if p) + "."
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a generated answer got right: the value, and the share of the instructions (None if there are none)."""
-
-    recalled: bool
-    followed: float | None
-
-
-def judge(generated: str, value: str, instructions: Mapping[str, str]) -> Verdict:
-    """Compare a generated answer with the right value and the prompt's instructions (kind -> word).
-
-    Recall is an exact match: apart from instruction words, the answer must be the value and nothing else. An
-    instruction is followed if its word stands in its place: the opener first, the closer last, the address after the
-    value.
-    """
-    parts = generated.strip().removesuffix(".").split(", ")
-    known = {kind: {*spec["words"], instructions.get(kind)} for kind, spec in words()["instructions"].items()}
-    found = {"opener": parts.pop(0) if parts and parts[0] in known["opener"] else None}
-    for kind in ("closer", "address"):
-        found[kind] = parts.pop() if parts and parts[-1] in known[kind] else None
-    followed = [found[kind] == word for kind, word in instructions.items()]
-    return Verdict(", ".join(parts) == value, sum(followed) / len(followed) if followed else None)
-
-
-# Items
 
 
 @dataclass(frozen=True)
@@ -248,19 +108,21 @@ class Dialogues:
         if shape.distance < 0 or not 0 < shape.probes <= shape.facts:
             raise UserError(f"no item is {shape.name}; the distance is at least 0, and probes are 1 to facts")
         rng = random.Random(f"{VERSION}/{self.seed}/{self.split}/{number}/{shape.name}")
-        facts = draw_facts(shape.facts, self.split, rng)
-        table = words()["instructions"]
+        facts = wording.draw_facts(shape.facts, self.split, rng)
+        table = wording.words()["instructions"]
         kinds = rng.sample(sorted(table), min(shape.instructions, len(table)))
         instructions = {kind: rng.choice(table[kind]["words"]) for kind in sorted(kinds)}
-        sentences = [self._worded(statement, "statements", f, rng) for f in facts]
+        sentences = [self._worded(wording.statement, "statements", f, rng) for f in facts]
         for kind, word in instructions.items():
             frame = rng.choice(table[kind][self.split])
             if self.rich:
-                frame = introduced(rng.choice(asides()["instructions"][kind]) if rng.random() < 0.5 else frame, rng)
+                if rng.random() < 0.5:
+                    frame = rng.choice(wording.asides()["instructions"][kind])
+                frame = wording.introduced(frame, rng)
             sentences.insert(rng.randrange(len(sentences) + 1), frame.format(v=word))
         body, body_kind = self._body(shape, rng)
         probes = tuple(
-            Probe(f, self._worded(question, "questions", f, rng), full_answer(f.value, instructions))
+            Probe(f, self._worded(wording.question, "questions", f, rng), wording.full_answer(f.value, instructions))
             for f in rng.sample(facts, shape.probes)
         )
         return Item("User: " + " ".join(sentences) + "\n", facts, instructions, tuple(body), tuple(body_kind), probes)
@@ -280,13 +142,13 @@ class Dialogues:
 
     def _worded(self, sentence: Callable[..., str], kind: str, fact: Fact, rng: random.Random) -> str:
         plain = sentence(fact, None, self.split, rng)
-        return reworded(plain, kind, fact, rng) if self.rich else plain
+        return wording.reworded(plain, kind, fact, rng) if self.rich else plain
 
     def _body(self, shape: Shape, rng: random.Random) -> tuple[list[int], list[int]]:
         """`shape.distance` tokens of competing facts, questions about them, and prose, ending with a whole line."""
         encode, ids, kinds = self.tokenizer.encode, [], []
         recent: list[tuple[str, Fact]] = []
-        slots = [s for s in words()["slots"] if s != "name"]
+        slots = [s for s in wording.words()["slots"] if s != "name"]
         while True:
             answer: tuple[int, ...] = ()
             draw = rng.random()
@@ -294,14 +156,14 @@ class Dialogues:
                 unit = (*self.prose.passage(rng.randint(12, 40), rng), *encode("\n"))
             elif draw < shape.prose + (1 - shape.prose) * 0.55 or not recent:
                 slot = rng.choice(slots)
-                fact = Fact(slot, rng.choice(words()["slots"][slot]["values"]))
-                who = rng.choice(words()["others"])
+                fact = Fact(slot, rng.choice(wording.words()["slots"][slot]["values"]))
+                who = rng.choice(wording.words()["others"])
                 others = [r for r in recent if (r[0], r[1].slot) != (who, slot)]
                 recent = [*others[-_RECENT + 1 :], (who, fact)]
-                unit = encode(statement(fact, who, self.split, rng) + "\n")
+                unit = encode(wording.statement(fact, who, self.split, rng) + "\n")
             else:
                 who, fact = rng.choice(recent)
-                unit = encode(f"Q: {question(fact, who, self.split, rng)}\n") + encode("A:")
+                unit = encode(f"Q: {wording.question(fact, who, self.split, rng)}\n") + encode("A:")
                 answer = encode(f" {fact.value}.") + encode("\n")
             if len(ids) + len(unit) + len(answer) > shape.distance:
                 break
@@ -379,9 +241,9 @@ def data_hash(tokenizer: Tokenizer, rich: bool = False) -> str:
     """
     digest = hashlib.sha256(f"{VERSION}".encode())
     digest.update(tokenizer.signature().encode())
-    digest.update(json.dumps(words(), sort_keys=True).encode())
+    digest.update(json.dumps(wording.words(), sort_keys=True).encode())
     if rich:
-        digest.update(json.dumps(asides(), sort_keys=True).encode())
+        digest.update(json.dumps(wording.asides(), sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from prosg_lib.errors import UserError
 from prosg_lib.files import read_json
 from prosg_lib.tasks.pairs import Pair, is_right, normalised
-from prosg_lib.text.prose import SPLITS, check_split, split_titles
+from prosg_lib.text.prose import SPLITS, check_split, from_hub, split_titles
 
 HUB = "rajpurkar/squad"
 
@@ -79,15 +79,7 @@ def _pair(context: str, question: str, answers: Iterable[str]) -> SquadPair | No
 
 
 def _hub(split: str) -> Iterator[SquadPair | None]:
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(HUB)
-    except Exception as error:
-        raise UserError(
-            f"{HUB} cannot be loaded ({type(error).__name__}); without a network, set PROSG_TEST_DATA to a folder with "
-            "xquad/xquad.en.json, which is in SQuAD's JSON format"
-        ) from error
+    data = from_hub(HUB, local="xquad/xquad.en.json, which is in SQuAD's JSON format")
     rows = data["validation" if split == "test" else "train"]
     validation = set(split_titles(data["train"]["title"])["validation"])
     for row in rows:

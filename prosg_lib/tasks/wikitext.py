@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,9 +58,7 @@ def wikitext(split: str, source: str | Path = "hub", seed: int = 0, words: int |
         UserError: there is no such split; the hub cannot be reached; a file is missing or not UTF-8 text; or the text
             yields no pair.
     """
-    check_split(split)
-    lines = load_prose("wikitext").paragraphs[split] if source == "hub" else _local(split, Path(source))
-    passages = list(_passages(lines, words))
+    passages = list(_passages(split, source, words))
     pairs = tuple(_pairs(passages, seed))
     if not pairs:
         raise UserError(
@@ -71,14 +69,13 @@ def wikitext(split: str, source: str | Path = "hub", seed: int = 0, words: int |
 
 
 def copied(split: str, source: str | Path, words: int, seed: int = 0) -> tuple[Pair, ...]:
-    """One pair for every passage of a local source: a sentence broken off at any word, and the words that follow.
+    """One pair for every passage of a source: a sentence broken off at any word, and the words that follow.
 
     Practice in completing from a passage, for pretraining: there are many more of these than of names that occur in one
     passage only. An answer may occur in other passages too. Arguments as in `wikitext`.
     """
-    check_split(split)
     pairs = []
-    for passage in _passages(_local(split, Path(source)), words):
+    for passage in _passages(split, source, words):
         rng = random.Random(f"{seed} copied {passage}")
         sentence = rng.choice(list(_sentences(passage))).split()
         if len(sentence) > LEAD and "<unk>" not in passage:
@@ -89,14 +86,13 @@ def copied(split: str, source: str | Path, words: int, seed: int = 0) -> tuple[P
 
 
 def named(split: str, source: str | Path, words: int) -> tuple[Cloze, ...]:
-    """One pair for every suitable name or number of a local source, even if it occurs in several passages.
+    """One pair for every suitable name or number of a source, even if it occurs in several passages.
 
     Practice for the task itself, in larger numbers than `wikitext` gives. Arguments as in `wikitext`.
     """
-    check_split(split)
     return tuple(
         Cloze(passage, INSTRUCTION + start, answer)
-        for passage in _passages(_local(split, Path(source)), words)
+        for passage in _passages(split, source, words)
         for start, answer in _clozes(passage)
     )
 
@@ -217,9 +213,10 @@ def _sentences(passage: str) -> Iterator[str]:
     yield passage[start:]
 
 
-def _passages(lines: Iterable[str], words: int | None) -> Iterator[str]:
+def _passages(split: str, source: str | Path, words: int | None) -> Iterator[str]:
     """Ordinary text without headings: paragraphs, or the pieces that they are cut into."""
-    for line in lines:
+    check_split(split)
+    for line in load_prose("wikitext").paragraphs[split] if source == "hub" else _local(split, Path(source)):
         if not line.startswith("= "):
             paragraph = detokenised(line)
             yield from [paragraph] if words is None else _cut(paragraph, words)

@@ -140,17 +140,26 @@ def text_lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _wikitext() -> Prose:
-    """WikiText through `datasets`: from its cache, or else from the hub."""
+def from_hub(*name: str, local: str):
+    """A data set through `datasets`: from its cache, or else from the hub.
+
+    Args:
+        name: its id, and a configuration of it.
+        local: what $PROSG_TEST_DATA may hold in its place.
+    """
     from datasets import load_dataset
 
     try:
-        data = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+        return load_dataset(*name)
     except Exception as error:
         raise UserError(
-            f"WikiText cannot be loaded ({type(error).__name__}); "
-            "without a network, set PROSG_TEST_DATA to a folder with wikitext-2/ or books/"
+            f"{name[0]} cannot be loaded ({type(error).__name__}); without a network, set PROSG_TEST_DATA to a folder "
+            f"with {local}"
         ) from error
+
+
+def _wikitext() -> Prose:
+    data = from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", local="wikitext-2/ or books/")
     lines = {s: [" ".join(x.split()) for x in data[s]["text"]] for s in SPLITS}
     return Prose("wikitext-2", {s: [x for x in lines[s] if len(x) >= _SHORTEST] for s in SPLITS})
 

@@ -13,7 +13,7 @@ import pytest
 from prosg_lib.errors import UserError
 from prosg_lib.files import read_json
 from prosg_lib.paths import data_dir
-from prosg_lib.tasks import dialogue
+from prosg_lib.tasks import dialogue, wording
 from prosg_lib.text.prose import SPLITS, own_sentences
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -120,7 +120,7 @@ def test_build_gives_the_shipped_files(copy, monkeypatch):
 
 def facts() -> dict[str, str]:
     """The numbers in the datasheet's table, computed."""
-    table, manifest, more = dialogue.words(), read_json(data_dir() / "MANIFEST.json"), dialogue.asides()
+    table, manifest, more = wording.words(), read_json(data_dir() / "MANIFEST.json"), wording.asides()
     slots, instructions = table["slots"], table["instructions"]
     books = [manifest["books"][s] for s in SPLITS]
     rows = {
@@ -128,7 +128,7 @@ def facts() -> dict[str, str]:
         "values a slot": {len(spec["values"]) for spec in slots.values()},
         "values in all": sum(len(spec["values"]) for spec in slots.values()),
         "values a slot by class (common, validation, test)": [
-            len(dialogue.values_of("home", kind)) for kind in ("common", "validation", "test")
+            len(wording.values_of("home", kind)) for kind in ("common", "validation", "test")
         ],
         "names of other people": len(table["others"]),
         "kinds of instruction": len(instructions),
@@ -168,7 +168,7 @@ def test_the_datasheets_table_is_the_datas():
 
 def test_every_slot_and_instruction_has_the_counts_in_the_table():
     """The table gives one number for all of them."""
-    table = dialogue.words()
+    table = wording.words()
     assert {len(spec["verbs"]) for spec in table["slots"].values()} == {2}
     assert all(spec["held_out_verbs"].keys() == {"validation", "test"} for spec in table["slots"].values())
     for split in SPLITS:

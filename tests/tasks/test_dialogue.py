@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from prosg_lib.errors import UserError
-from prosg_lib.tasks import dialogue
-from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Dialogues, Fact, Shape, Verdict, dialogue_batch, judge
+from prosg_lib.tasks import dialogue, wording
+from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Dialogues, Shape, dialogue_batch
+from prosg_lib.tasks.wording import Fact, Verdict, judge
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 
-WORDS = dialogue.words()
+WORDS = wording.words()
 SLOTS, INSTRUCTIONS = WORDS["slots"], WORDS["instructions"]
 
 each_split = pytest.mark.parametrize("split", SPLITS)
@@ -36,14 +37,14 @@ def statements(fact: Fact, who: str | None, split: str) -> list[str]:
     """Every sentence that states this fact in this split."""
     spec, frames = SLOTS[fact.slot], WORDS["frames"]["statements"][split]
     verbs = spec["verbs"] if split == "train" else [spec["held_out_verbs"][split]]
-    framed = [frame.format_map(dialogue._gaps(fact, who)) for frame in frames]
+    framed = [frame.format_map(wording._gaps(fact, who)) for frame in frames]
     return framed + [f"I {v[0]} {fact.value}." if who is None else f"{who} {v[1]} {fact.value}." for v in verbs]
 
 
 def questions(slot: str, who: str | None, split: str) -> list[str]:
     """Every question about this slot in this split."""
     frames = WORDS["frames"]["questions"][split]
-    return [frame.format_map(dialogue._gaps(Fact(slot, ""), who)) for frame in frames]
+    return [frame.format_map(wording._gaps(Fact(slot, ""), who)) for frame in frames]
 
 
 # What an item holds
@@ -81,7 +82,7 @@ def test_probes_are_about_facts_of_the_prompt(split):
         for probe in item.probes:
             assert probe.fact in item.facts
             assert probe.question in questions(probe.fact.slot, None, split)
-            assert probe.answer == dialogue.full_answer(probe.fact.value, item.instructions)
+            assert probe.answer == wording.full_answer(probe.fact.value, item.instructions)
             assert judge(probe.answer, probe.fact.value, item.instructions) == Verdict(True, 1.0)
 
 
@@ -157,7 +158,7 @@ def frames_of(split: str) -> set[str]:
     frames = [f for kind in ("statements", "questions") for f in WORDS["frames"][kind][split]]
     frames += [f for spec in INSTRUCTIONS.values() for f in spec[split]]
     if split == "train":
-        more = dialogue.asides()
+        more = wording.asides()
         frames += more["statements"] + more["questions"] + [f for kind in more["instructions"].values() for f in kind]
     return set(frames)
 
@@ -175,7 +176,7 @@ def test_no_wording_is_in_two_splits():
 def test_values_fall_into_three_classes():
     """8 of a slot's 16 values are common, 4 each belong to validation and test; each is in one class."""
     for slot, spec in SLOTS.items():
-        classes = [dialogue.values_of(slot, kind) for kind in ("common", "validation", "test")]
+        classes = [wording.values_of(slot, kind) for kind in ("common", "validation", "test")]
         assert [len(c) for c in classes] == [8, 4, 4]
         assert sorted(v for c in classes for v in c) == sorted(spec["values"])
 
@@ -189,11 +190,11 @@ def test_held_out_values_do_not_meet_in_training(count):
     sets = {}
     for split in SPLITS:
         rng = random.Random(f"{split}/{count}")
-        prompts = [dialogue.draw_facts(count, split, rng) for _ in range(1000)]
+        prompts = [wording.draw_facts(count, split, rng) for _ in range(1000)]
         sets[split] = {frozenset(facts) for facts in prompts}
         for facts in prompts:
             held = {
-                kind: sum(f.value in dialogue.values_of(f.slot, kind) for f in facts) for kind in ("validation", "test")
+                kind: sum(f.value in wording.values_of(f.slot, kind) for f in facts) for kind in ("validation", "test")
             }
             if split == "train":
                 assert max(held.values()) <= 2
@@ -214,7 +215,7 @@ def test_no_prompt_is_in_two_splits(facts):
 def test_training_contains_every_value():
     """Held-out values are unseen together, not unseen."""
     rng = random.Random(0)
-    seen = {fact for _ in range(1500) for fact in dialogue.draw_facts(6, "train", rng)}
+    seen = {fact for _ in range(1500) for fact in wording.draw_facts(6, "train", rng)}
     assert len(seen) == sum(len(spec["values"]) for spec in SLOTS.values())
 
 
@@ -364,5 +365,5 @@ def test_prompts_are_padded_on_the_left_and_the_rest_on_the_right():
 def test_data_hash_depends_on_the_words(monkeypatch):
     """With another word, earlier checkpoints do not fit."""
     before = dialogue.data_hash(load_tokenizer())
-    monkeypatch.setattr(dialogue, "words", lambda: WORDS | {"others": ["Zoe"]})
+    monkeypatch.setattr(wording, "words", lambda: WORDS | {"others": ["Zoe"]})
     assert dialogue.data_hash(load_tokenizer()) != before

@@ -146,14 +146,14 @@ def test_wikitext_without_a_network(bare, monkeypatch):
     """If the hub cannot be reached, or in the libraries' offline mode: one clear error with a remedy."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", bare / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"WikiText cannot be loaded .*PROSG_TEST_DATA"):
+    with pytest.raises(UserError, match=r"Salesforce/wikitext cannot be loaded .*PROSG_TEST_DATA"):
         load_prose("wikitext")
 
     def unreachable(*_, **__):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"WikiText cannot be loaded \(ConnectionError\).*PROSG_TEST_DATA"):
+    with pytest.raises(UserError, match=r"Salesforce/wikitext cannot be loaded \(ConnectionError\).*PROSG_TEST_DATA"):
         load_prose("wikitext")
 
 

@@ -8,7 +8,7 @@ from transformers import ByT5Tokenizer
 from prosg_lib import files
 from prosg_lib.config.sizes import VOCAB
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.dialogue import words
+from prosg_lib.tasks.wording import words
 from prosg_lib.text.library_tokenizer import LibraryTokenizer, folder_tokenizer
 from prosg_lib.text.tokenizer import TextPieces, Tokenizer, load_tokenizer
 from prosg_lib.text.world_tokenizer import WorldTokenizer
