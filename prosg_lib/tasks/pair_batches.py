@@ -92,18 +92,20 @@ def pair_batch(
     )
 
 
-def echoed(batch: int, vocab: int, seed: object, length: int = 40, repeated: int = 24, given: int = 1) -> PairBatch:
+def repeated_tokens(
+    batch: int, vocab: int, seed: object, length: int = 40, piece: int = 24, given: int = 1
+) -> PairBatch:
     """Random tokens and a piece of them again: to find the place and go on from there is all there is to learn.
 
     Args:
         batch: B; vocab: tokens are drawn from 0 to vocab - 1.
         length: tokens of the context, C.
-        repeated: tokens of the piece, Q: its first `given` are the query, the others the answer.
+        piece: tokens that are repeated, Q: the first `given` are the query, the others the answer.
     """
     rng = random.Random(f"echo/{seed}")
     contexts = [rng.choices(range(vocab), k=length) for _ in range(batch)]
-    starts = [rng.randrange(length - repeated + 1) for _ in range(batch)]
-    queries = [row[start : start + repeated] for row, start in zip(contexts, starts, strict=True)]
+    starts = [rng.randrange(length - piece + 1) for _ in range(batch)]
+    queries = [row[start : start + piece] for row, start in zip(contexts, starts, strict=True)]
     context, query = left_padded(contexts), left_padded(queries)
     answer = query.valid.clone()
     answer[:, :given] = False
@@ -119,9 +121,9 @@ class PairDraw:
         tasks: pairs by task.
         contexts: numbers of contexts, of which a step draws one.
         turns: the order of the tasks; a task may have several turns.
-        echoes: number of first steps with `echoed` random tokens instead.
-        longest: largest length of an echo's context. The first third of the echoes have 8 tokens, later ones more,
-            while the batch shrinks from twice to half its size; 0: all have 40 tokens.
+        repeats: number of first steps with `repeated_tokens` instead.
+        longest: largest context of theirs. In the first third of these steps it has 8 tokens, later more, while the
+            batch shrinks from twice to half its size; 0: always 40 tokens.
         room: tokens of all contexts together; a batch in which they would be longer has fewer contexts.
     """
 
@@ -131,14 +133,14 @@ class PairDraw:
     contexts: tuple[int, ...]
     seed: int
     turns: tuple[str, ...]
-    echoes: int = 0
+    repeats: int = 0
     longest: int = 0
     room: int = 1024
 
     def __call__(self, step: int) -> PairBatch:
         rng = random.Random(f"pairs/{self.seed}/{step}")
-        if 0 <= step < self.echoes:
-            return self._echo(step)
+        if 0 <= step < self.repeats:
+            return self._repeated(step)
         pairs = self.tasks[self.turns[step % len(self.turns)]]
         n = rng.choice(self.contexts)
         if n > len(pairs):
@@ -148,10 +150,10 @@ class PairDraw:
         groups = [group[: max(1, self.room // longest)] for group in drawn]
         return pair_batch(groups, self.tokenizer, f"{self.seed}/{step}")
 
-    def _echo(self, step: int) -> PairBatch:
+    def _repeated(self, step: int) -> PairBatch:
         vocab, seed = self.tokenizer.vocab, f"{self.seed}/{step}"
         if not self.longest:
-            return echoed(self.batch, vocab, seed)
-        length = round(8 * (self.longest / 8) ** max(0.0, 1.5 * step / self.echoes - 0.5))
+            return repeated_tokens(self.batch, vocab, seed)
+        length = round(8 * (self.longest / 8) ** max(0.0, 1.5 * step / self.repeats - 0.5))
         batch = max(self.batch // 2, min(2 * self.batch, self.longest * self.batch // (2 * length)))
-        return echoed(batch, vocab, seed, length, repeated=min(18, length * 3 // 4), given=2)
+        return repeated_tokens(batch, vocab, seed, length, piece=min(18, length * 3 // 4), given=2)

@@ -19,7 +19,7 @@ from prosg_lib.config.sizes import TASKS, SupervisedSize
 from prosg_lib.tasks import mqar
 from prosg_lib.tasks.dialogue import data_hash, load_dialogues
 from prosg_lib.tasks.examples import Examples
-from prosg_lib.tasks.pair_batches import PairDraw, echoed
+from prosg_lib.tasks.pair_batches import PairDraw, repeated_tokens
 from prosg_lib.tasks.pair_sources import PEOPLE, available, missing, pairs_of, prose_pairs
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tasks.problems import VERSION, Material
@@ -129,7 +129,7 @@ def _repeats_first(recipe: Recipe, model: LanguageModel, seed: int, then: Work) 
 
     def batch_of(step):
         return (
-            echoed(recipe.training.batch, vocab, f"{seed}/{step}")
+            repeated_tokens(recipe.training.batch, vocab, f"{seed}/{step}")
             if 0 <= step < recipe.repeats
             else then.batch_of(step)
         )

@@ -225,7 +225,7 @@ def test_a_step_decides_its_batch(draw):
 def test_tasks_take_turns(draw, tokenizer):
     """In the order of `turns`, again and again; step -1, on which a normaliser is fitted, is the last of them."""
     assert [task_of(draw(step), tokenizer) for step in range(12)] == [*draw.turns] * 3
-    for some in (draw, replace(draw, echoes=5)):
+    for some in (draw, replace(draw, repeats=5)):
         assert task_of(some(-1), tokenizer) == draw.turns[-1]
 
 
@@ -240,9 +240,9 @@ def test_an_answer_is_in_one_of_the_contexts(draw, tokenizer):
     assert {draw(step).context.ids.shape[1] for step in range(30)} == {1, 3}
 
 
-def test_first_steps_are_echoes(draw, tokenizer):
-    """Random tokens, repeated, different in each step; the steps after them are as without echoes."""
-    later = replace(draw, echoes=10)
+def test_first_steps_repeat_random_tokens(draw, tokenizer):
+    """Random tokens, repeated, different in each step; the steps after them are as without them."""
+    later = replace(draw, repeats=10)
     found = [later(step) for step in range(10)]
     for batch in found:
         for context, query in zip(batch.context.ids[:, 0].tolist(), batch.query.ids.tolist(), strict=True):
@@ -259,10 +259,10 @@ def test_first_steps_are_echoes(draw, tokenizer):
         assert_same(later(step), draw(step))
 
 
-def test_echoes_grow(draw):
+def test_repeated_tokens_grow(draw):
     """From 8 tokens to `longest`, of which three quarters but at most 18 are repeated, two of them given; a batch has
     about the same number of tokens throughout, unless it would be more than doubled or halved."""
-    growing = replace(draw, echoes=60, longest=96)
+    growing = replace(draw, repeats=60, longest=96)
     found = [growing(step) for step in range(60)]
     lengths = [batch.context.ids.shape[-1] for batch in found]
     assert lengths[:20] == [8] * 20

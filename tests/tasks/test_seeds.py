@@ -67,8 +67,8 @@ PINNED = {
     "characters": (lambda: pairs(characters), "3dc4ffe9ea3d9580"),
     "reversal": (lambda: pairs(reversal), "d0f8ad8fff99360d"),
     "pairs, drawn": (lambda: batches(), "6e5f226bf6bb350e"),
-    "pairs, drawn after echoes": (lambda: batches(10), "5e881dbf0807b6ea"),
-    "pairs, drawn after growing echoes": (lambda: batches(10, 96, 200), "bbe3325969c00f46"),
+    "pairs, drawn after repeated tokens": (lambda: batches(10), "5e881dbf0807b6ea"),
+    "pairs, drawn after repeated tokens that grow": (lambda: batches(10, 96, 200), "bbe3325969c00f46"),
 }
 
 

@@ -109,8 +109,8 @@ def test_lc_and_lg_are_those_of_a_loop(lm, kind, everywhere):
         assert_close(value.double(), gold, rtol=1e-5, atol=1e-6)
 
 
-def test_echoes_are_held_to_their_own_tokens(lm):
-    """LC with two echoes is LG in the first two steps, and LC from the third on."""
+def test_repeated_tokens_are_held_to_their_own_tokens(lm):
+    """LC with two steps of repeated tokens is LG in the first two steps, and LC from the third on."""
     found, way = examples(1), adapter(lm)
     kl, _, _, gold = by_hand(lm, way, found)
     assert abs(kl - gold) > 1e-2
