@@ -1,5 +1,7 @@
-"""What the tests of several folders share: random tokens and deltas, whole matrices of a delta, and a token-wise
-generator that has an effect."""
+"""What the tests of several folders share: random tokens and deltas, whole matrices of a delta, a model's digest, and a
+token-wise generator that has an effect."""
+
+import hashlib
 
 import torch
 from torch import nn
@@ -14,14 +16,20 @@ def ids_of(batch, time, vocab=2000, seed=0):
     return torch.randint(0, vocab, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
-def random_delta(lm, batch, rank=2, size=0.3):
-    """A change of every editable map, another one for each sequence."""
-    g, factors = torch.Generator().manual_seed(5), {}
-    for name, module in lm.editable().items():
-        out, into = map_shape(module)
+def random_delta(lm, batch=1, ranks=(2,), size=0.3, seed=5, names=None):
+    """A change of every editable map, or of these, with these ranks in turn; another one for each sequence."""
+    g, maps, factors = torch.Generator().manual_seed(seed), lm.editable(), {}
+    for i, name in enumerate(names or maps):
+        (out, into), rank, weight = map_shape(maps[name]), ranks[i % len(ranks)], maps[name].weight
         u, v = size * torch.randn(batch, out, rank, generator=g), torch.randn(batch, into, rank, generator=g)
-        factors[name] = Factors(u.to(module.weight.device), (v / into**0.5).to(module.weight.device))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        factors[name] = Factors(*(t.to(weight.device, dtype) for t in (u, v / into**0.5)))
     return LowRankDelta(factors, lm.fingerprint())
+
+
+def digest(lm):
+    """Of all bits of a model's weights."""
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in lm.state_dict().values())).hexdigest()
 
 
 def full_change(delta, name):

@@ -1,13 +1,13 @@
 """A delta merged into weights, and as a PEFT adapter: the same logits there and back."""
 
 import copy
-import hashlib
 import json
 from dataclasses import replace
 
 import peft
 import pytest
 import torch
+from checks import digest, ids_of, random_delta
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, Mamba2ForCausalLM, RwkvForCausalLM
 
@@ -15,7 +15,7 @@ from prosg_lib import files
 from prosg_lib.backbones.hub_families import Mamba2
 from prosg_lib.backbones.hub_transformer import CausalTransformer, TransformerConfig, new_llama
 from prosg_lib.backbones.loading import save_model
-from prosg_lib.deltas.low_rank import Factors, LowRankDelta, map_shape
+from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
 
 pytestmark = [
@@ -28,6 +28,7 @@ pytestmark = [
 VOCAB = 2048  # the project's tokenizer's
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 KINDS = ("rwkv4", "llama", "gpt2")
+IDS = ids_of(2, 9)
 
 
 @pytest.fixture
@@ -55,28 +56,13 @@ def pair(make_lm, tmp_path):
     return make
 
 
-def delta_for(lm, ranks=(3,), seed=0, batch=1):
-    """On every map, with these ranks in turn."""
-    g = torch.Generator().manual_seed(seed)
-    factors = {
-        name: Factors(*(torch.randn(batch, n, ranks[i % len(ranks)], generator=g) / 4 for n in map_shape(module)))
-        for i, (name, module) in enumerate(lm.editable().items())
-    }
-    return LowRankDelta(factors, lm.fingerprint(), scale=0.3)
-
-
-def ids_of(batch=2, time=9):
-    return torch.randint(0, VOCAB, (batch, time), generator=torch.Generator().manual_seed(0))
+def delta_for(lm, ranks=(3,), batch=1):
+    return random_delta(lm, batch, ranks).scaled(0.3)
 
 
 def ours(lm, delta=None):
     """Logits with one change for all sequences."""
-    ids = ids_of()
-    return lm(ids, delta=None if delta is None else delta.select([0] * len(ids)))[0]
-
-
-def digest(lm):
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in lm.state_dict().values())).hexdigest()
+    return lm(IDS, delta=None if delta is None else delta.select([0] * len(IDS)))[0]
 
 
 # --- in the weights -----------------------------------------------------------------------------------------------
@@ -89,7 +75,7 @@ def test_a_merged_model_has_the_change_in_its_weights(pair, kind):
     lm, _ = pair(kind)
     before, delta = digest(lm), delta_for(lm, (3, 1))
     merged = delta.merged(lm)
-    assert_close(merged(ids_of())[0], ours(lm, delta), rtol=1e-4, atol=1e-4)
+    assert_close(merged(IDS)[0], ours(lm, delta), rtol=1e-4, atol=1e-4)
     assert (ours(lm, delta) - ours(lm)).abs().max() > 0.1
     assert merged.fingerprint() != lm.fingerprint()
     assert merged.tokenizer is lm.tokenizer
@@ -128,13 +114,13 @@ def test_peft_loads_what_we_write(pair, tmp_path, kind, ranks):
     lm, theirs = pair(kind)
     delta = delta_for(lm, ranks)
     delta.save_peft(tmp_path / "adapter", lm, base_model=str(tmp_path / kind))
-    plain = theirs(ids_of()).logits
+    plain = theirs(IDS).logits
     model = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    found = model(input_ids=ids_of()).logits
+    found = model(input_ids=IDS).logits
     assert_close(found, ours(lm, delta), **CLOSE)
     assert (found - plain).abs().max() > 0.1
     with model.disable_adapter():
-        assert_close(model(input_ids=ids_of()).logits, ours(lm), **CLOSE)
+        assert_close(model(input_ids=IDS).logits, ours(lm), **CLOSE)
     assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / kind)
     again = LowRankDelta.load_peft(tmp_path / "adapter", lm)
     assert_close(ours(lm, again), ours(lm, delta), **CLOSE)
@@ -147,7 +133,7 @@ def test_a_folder_is_enough_for_peft(pair, tmp_path):
     delta = delta_for(lm)
     delta.save_peft(tmp_path / "adapter", lm, base_model=str(tmp_path / "llama"))
     model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    assert_close(model(input_ids=ids_of()).logits, ours(lm, delta), **CLOSE)
+    assert_close(model(input_ids=IDS).logits, ours(lm, delta), **CLOSE)
 
 
 # --- adapters that PEFT writes ------------------------------------------------------------------------------------
@@ -187,9 +173,9 @@ def written_by_peft(model, folder, **config):
 def test_we_load_what_peft_writes(pair, tmp_path, kind, config):
     """Ranks and scales of every map as PEFT has them, by its own logits."""
     lm, theirs = pair(kind)
-    plain = theirs(ids_of()).logits
+    plain = theirs(IDS).logits
     model = written_by_peft(theirs, tmp_path / "adapter", **config)
-    found = model(input_ids=ids_of()).logits
+    found = model(input_ids=IDS).logits
     delta = LowRankDelta.load_peft(tmp_path / "adapter", lm)
     assert_close(ours(lm, delta), found, **CLOSE)
     assert (found - plain).abs().max() > 0.1
@@ -264,6 +250,5 @@ def test_maps_that_peft_refuses_are_refused_at_once(tmp_path):
     rest = {name: f for name, f in delta.factors.items() if "in_proj" in name}
     replace(delta, factors=rest).save_peft(tmp_path / "rest", lm)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(lm.model), tmp_path / "rest")
-    ids = ids_of() % 50
     with torch.no_grad():
-        assert_close(theirs(ids).logits, lm(ids, None, replace(delta, factors=rest))[0], **CLOSE)
+        assert_close(theirs(IDS % 50).logits, lm(IDS % 50, None, replace(delta, factors=rest))[0], **CLOSE)

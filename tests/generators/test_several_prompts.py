@@ -93,18 +93,6 @@ def test_a_ridge_is_the_least_squares_minimum():
     assert gradient.abs().max() < 1e-10
 
 
-def test_prompts_whose_keys_are_orthogonal_do_not_disturb_each_other():
-    """As lambda goes to minus infinity, each answers its own keys as it does alone; in a plain sum it does not, because
-    the other change answers them, too."""
-    each, basis = random_changes(2), torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
-    keys = torch.stack([basis[:2], basis[2:]])  # (prompts, tokens, r)
-    found = ridge_delta(each, {"a": keys}, 1e-12).factors["a"].U[0]
-    own = each.factors["a"].U
-    for i in range(2):
-        assert_close(keys[i] @ found.t(), keys[i] @ own[i].t(), rtol=1e-8, atol=1e-8)
-        assert (keys[i] @ own.sum(0).t() - keys[i] @ own[i].t()).abs().max() > 0.1
-
-
 def test_limits_of_the_ridge():
     """One prompt keeps its change; the same prompt twice gives it once; as lambda goes to infinity, U vanishes as
     sum_i U_i A_i / e^lambda."""
@@ -141,17 +129,16 @@ def test_keys_are_the_ones_written_under(lm, generator, prompts):
 
 def test_ridge_with_a_generator(lm, generator):
     """As small as one prompt's delta, and what the equations say of all prompts' own keys."""
-    found = joint_delta("ridge", lm, generator, TEXTS)
-    each = generator.memorize(lm, [f"User: {text}\n" for text in TEXTS])
-    keys = generator.prompt_keys(lm, *lm.encode_prompts([f"User: {text}\n" for text in TEXTS]))
-    assert_same_change(found, ridge_delta(each, keys, RIDGE))
+    found, lines = joint_delta("ridge", lm, generator, TEXTS), [f"User: {text}\n" for text in TEXTS]
+    each = generator.memorize(lm, lines)
+    assert_same_change(found, ridge_delta(each, generator.prompt_keys(lm, *lm.encode_prompts(lines)), RIDGE))
     assert found.nbytes() == each.nbytes()
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_rederiving_is_reading_one_line(lm, generator, chunk):
-    """Prompt after prompt, in pieces of any size, gives the delta of one prompt that says it all. The memory does not
-    grow, and one that was continued is unchanged."""
+    """Prompt after prompt, in pieces of any size, gives the delta of one prompt that says it all. A memory that was
+    continued is unchanged."""
     (whole,) = deltas_of(lm, generator, [" ".join(TEXTS)])
     assert_same_change(joint_delta("rederive", lm, generator, TEXTS), whole)
     line = f"User: {' '.join(TEXTS)}\n"
@@ -163,7 +150,6 @@ def test_rederiving_is_reading_one_line(lm, generator, chunk):
     more = append_prompt(lm, generator, f"  {TEXTS[1]}\n", first)
     assert_same_change(delta_of_prompts(lm, generator, first), before)
     assert_same_change(delta_of_prompts(lm, generator, more), *deltas_of(lm, generator, [" ".join(TEXTS[:2])]))
-    assert sum(t.numel() for t in more.sums.values()) == sum(t.numel() for t in first.sums.values())
 
 
 def own_directions(lm, generator):

@@ -4,18 +4,27 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
 from prosg_lib.config.sizes import SupervisedSize, Training
 from prosg_lib.deltas.gradient_factors import best_rank
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
 from prosg_lib.generators.final_state import FinalStateGenerator
 from prosg_lib.generators.token_wise import TokenGenerator
-from prosg_lib.generators.true_gradient import agreement, prompt_gradient
+from prosg_lib.generators.true_gradient import agreement, prompt_gradient, squared_norm
 from prosg_lib.tasks.dialogue import ANSWER, TEXT, DialogueBatch
 from prosg_lib.training.objectives import generator_objective
-from prosg_lib.training.supervised import TEACHERS, start_directions, steps_of, supervised_objective, unexplained
+from prosg_lib.training.supervised import (
+    TEACHERS,
+    answer_gradient,
+    start_directions,
+    steps_of,
+    supervised_objective,
+    unexplained,
+)
 
 MAPS = ("att.output", "ffn.key")
 SIZES = Training(10, 4, 1e-3, (1,), (0,))
@@ -61,10 +70,43 @@ def test_the_share_left_unexplained_is_that_of_the_matrices(lm64):
     nothing, _ = make(lm64, trained=False)(lm64, batch.prompt, batch.prompt_valid)
     assert_close(unexplained(nothing, true, steps), torch.ones_like(found), rtol=1e-12, atol=0)
     exact = {n: best_rank(true[n], 8) for n in true}  # eight tokens with a next one
-    perfect = replace(
-        delta, factors={n: type(delta.factors[n])(-steps[n] / delta.scale * u, v) for n, (u, v) in exact.items()}
-    )
+    perfect = replace(delta, factors={n: Factors(-steps[n] / delta.scale * u, v) for n, (u, v) in exact.items()})
     assert unexplained(perfect, true, steps).abs().max() < 1e-10
+
+
+def test_the_answers_gradient_is_automatic_differentiations(lm64):
+    """Of the NLL of ANSWER tokens alone, from a blank state; the prompt has no part in it."""
+    batch, names = batch_of(), ["blocks.0.att.output", "blocks.2.ffn.key"]
+    found = answer_gradient(lm64, names, batch)
+    for row in range(len(batch)):
+        logits = lm64(batch.rest[[row], :-1])[0][0]
+        asked = batch.kind[row, 1:] == ANSWER
+        loss = F.cross_entropy(logits[asked], batch.rest[row, 1:][asked], reduction="sum")
+        for name in names:
+            expected = torch.autograd.grad(loss, lm64.editable()[name].weight, retain_graph=True)[0]
+            assert expected.abs().max() > 1e-6
+            assert_close(found[name].grad_output[row].t() @ found[name].x[row], expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_step_down_a_teachers_gradient_lowers_its_loss(lm64, name):
+    """The sign is right, and the loss falls by as much as the gradient's norm says."""
+    batch, step = batch_of(), 1e-4
+    factors = TEACHERS[name](lm64, list(lm64.editable())[:2], batch)
+    delta = LowRankDelta(
+        {n: Factors(-step * f.grad_output.mT, f.x.mT) for n, f in factors.items()}, lm64.fingerprint()
+    )  # of as many ranks as tokens
+
+    def loss(change):
+        if name == "answers":
+            logits, asked = lm64(batch.rest[:, :-1], None, change)[0], batch.kind[:, 1:] == ANSWER
+            return F.cross_entropy(logits[asked], batch.rest[:, 1:][asked], reduction="sum")
+        logits = lm64(batch.prompt, None, change, batch.prompt_valid)[0][:, :-1]
+        read = batch.prompt_valid[:, :-1]
+        return F.cross_entropy(logits[read], batch.prompt[:, 1:][read], reduction="sum")
+
+    expected = step * sum(squared_norm(f).sum() for f in factors.values())
+    assert_close(loss(None) - loss(delta), expected, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("name", TEACHERS)
