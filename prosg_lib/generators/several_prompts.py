@@ -38,7 +38,6 @@ from prosg_lib.generators.token_wise import Memory, TokenGenerator
 
 METHODS = ("add", "concatenate", "rederive", "ridge")
 
-
 RIDGE = 0.01
 """e^lambda, as a share of the keys' mean eigenvalue."""
 
@@ -117,12 +116,10 @@ def ridge_delta(each: LowRankDelta, keys: Mapping[str, Tensor], ridge: float = R
     Args:
         each: the prompts' deltas, which share their reading directions V.
         keys: by map (B, T, r), zero where there is none.
-        ridge: e^lambda, as a share of the mean eigenvalue of the sum of k k^T over all keys.
+        ridge: e^lambda above 0, as a share of the mean eigenvalue of the sum of k k^T over all keys.
     Raises:
-        UserError: the deltas have reading directions of their own, or the ridge is not above 0.
+        UserError: the deltas have reading directions of their own.
     """
-    if ridge <= 0:
-        raise UserError(f"ridge is {ridge}; it must be above 0")
     factors = {}
     for name, (u, v) in each.factors.items():
         if len(v) > 1:

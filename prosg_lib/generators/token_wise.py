@@ -34,6 +34,8 @@ from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import DROPOUT, Generator, check_model, parameter_key
 
+_PIECE = 256  # tokens of a long text that are read at a time
+
 
 class LastToken(NamedTuple):
     """The last token read so far. It joins the sum when its label comes.
@@ -55,13 +57,11 @@ class Memory:
         sums: map -> sum_t z_t k_t^T over the tokens with a label, (B, H, r).
         state: the model's state after the last token.
         last: the last token, which has no label yet.
-        length: number of tokens read.
     """
 
     sums: dict[str, Tensor]
     state: RecurrentState
     last: LastToken
-    length: int
 
 
 class TokenGenerator(Generator):
@@ -115,10 +115,9 @@ class TokenGenerator(Generator):
         """
         z, keys, state, last = self._terms(lm, ids, memory, valid)
         sums = {name: z.transpose(1, 2) @ k for name, k in keys.items()}  # sum_t z_t k_t^T
-        if memory is None:
-            return Memory(sums, state, last, ids.shape[1])
-        sums = {name: memory.sums[name] + new for name, new in sums.items()}
-        return Memory(sums, state, last, memory.length + ids.shape[1])
+        if memory is not None:
+            sums = {name: memory.sums[name] + new for name, new in sums.items()}
+        return Memory(sums, state, last)
 
     def _terms(
         self, lm: LanguageModel, ids: Tensor, memory: Memory | None, valid: Tensor | None
@@ -144,10 +143,8 @@ class TokenGenerator(Generator):
         return z, keys, state, last
 
     @torch.no_grad()
-    def read_text(
-        self, lm: LanguageModel, text: str | Sequence[int], memory: Memory | None = None, chunk: int = 256
-    ) -> Memory:
-        """The memory after one text of any length, or after more of one, read `chunk` tokens at a time.
+    def read_text(self, lm: LanguageModel, text: str | Sequence[int], memory: Memory | None = None) -> Memory:
+        """The memory after one text of any length, or after more of one, read in pieces.
 
         `delta_of` makes its delta. See `several_prompts` for several prompts in one memory.
 
@@ -155,13 +152,11 @@ class TokenGenerator(Generator):
             text: or its token ids.
             memory: of what was read before, never changed; None for nothing.
         Raises:
-            UserError: the text is empty, a chunk has no token, or the generator was trained for another model.
+            UserError: the text is empty, or the generator was trained for another model.
         """
-        if chunk < 1:
-            raise UserError(f"chunk is {chunk}; read at least 1 token at a time")
         check_model(self.fingerprint, lm)
         self.eval()  # no dropout
-        for piece in lm.encode_prompts([text])[0].split(chunk, 1):
+        for piece in lm.encode_prompts([text])[0].split(_PIECE, 1):
             memory = self.update(lm, piece, memory)
         return memory
 
