@@ -38,7 +38,7 @@ from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.tasks import mqar
 from prosg_lib.tasks.problems import Material, Problem, ProblemBatch, problem_batch
-from prosg_lib.tasks.suite import Setting, settings
+from prosg_lib.tasks.suite import settings
 from prosg_lib.text.padding import left_padded
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.training.load_or_train import load_or_train
@@ -180,41 +180,6 @@ def _read(
         return lm.step_through(batch.rest, state, None)[0]
 
 
-def answers(
-    lm: LanguageModel,
-    generator: Generator | None,
-    cells: Sequence[Setting],
-    material: Material,
-    seeds: Sequence[int],
-    items: int,
-) -> pd.DataFrame:
-    """Every method's answers to every problem, cell by cell; shows its progress in a terminal.
-
-    Args:
-        items: problems a cell and seed, at least 2.
-    Returns:
-        One row a problem and method, with the columns shown in `predictions`.
-    Raises:
-        UserError: a problem that cannot be made, or that the model cannot read.
-    """
-    numbers = [(seed, number) for seed in seeds for number in range(items)]
-    for setting in cells:  # report what cannot be made or read before hours of measuring
-        _check_room(lm, [setting.problem(material, SPLIT, seeds[0], 0)])
-    rows = []
-    pause = 0.1 if sys.stderr.isatty() else 30.0  # in a log, one line now and then
-    with tqdm(total=len(cells), desc="memory tests", unit="cell", mininterval=pause) as bar:
-        for setting in cells:
-            problems = [setting.problem(material, SPLIT, seed, number) for seed, number in numbers]
-            _check_room(lm, problems)
-            bar.set_postfix_str(f"{problems[0].task} {cell_name(problems[0].cell)}", refresh=False)
-            for method, predicted in answered(lm, generator, problems).items():
-                for (seed, item), problem, ids in zip(numbers, problems, predicted, strict=True):
-                    row = {"task": problem.task, "cell": dict(problem.cell), "seed": seed, "item": item}
-                    rows.append(row | {"method": method, "gold": list(problem.gold), "predicted": list(ids)})
-            bar.update()
-    return pd.DataFrame(rows)
-
-
 def cell_name(cell: Mapping[str, float]) -> str:
     """A cell's settings in words, e.g. "length 64, pairs 4"."""
     return ", ".join(f"{name} {value:g}" for name, value in cell.items())
@@ -240,7 +205,7 @@ def run(
     seeds: Sequence[int],
     items: int,
 ) -> tuple[dict, pd.DataFrame]:
-    """`answers` to all problems of a profile, and the header of a file of them (`predictions.write`).
+    """Every method's answers to all problems of a profile, cell by cell; shows its progress in a terminal.
 
     Which model and problems it is about is in the header: with equal ones, two files have equal predictions, apart from
     the prose around passkeys and from rounding.
@@ -248,14 +213,29 @@ def run(
     Args:
         named: "model", "generator" and "command", as the header is to name them.
         items: problems a cell and seed, at least 2.
+    Returns:
+        The header of a file of predictions, and one row a problem and method, with the columns shown in `predictions`.
     Raises:
-        UserError: as `answers`.
+        UserError: a problem that cannot be made, or that the model cannot read; before anything is measured.
     """
     cells, left_out = settings(profile.forgetting, lm.config.vocab)
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
     prose, tokenizer = load_prose(), lm.needed_tokenizer()
-    rows = answers(lm, generator, cells, Material(tokenizer, ProseTokens.of(prose, SPLIT, tokenizer)), seeds, items)
+    material = Material(tokenizer, ProseTokens.of(prose, SPLIT, tokenizer))
+    numbers = [(seed, number) for seed in seeds for number in range(items)]
+    problems = [[setting.problem(material, SPLIT, *number) for number in numbers] for setting in cells]
+    for cell in problems:
+        _check_room(lm, cell)
+    rows = []
+    pause = 0.1 if sys.stderr.isatty() else 30.0  # in a log, one line now and then
+    with tqdm(problems, desc="memory tests", unit="cell", mininterval=pause) as bar:
+        for cell in bar:
+            bar.set_postfix_str(f"{cell[0].task} {cell_name(cell[0].cell)}", refresh=False)
+            for method, predicted in answered(lm, generator, cell).items():
+                for (seed, item), problem, ids in zip(numbers, cell, predicted, strict=True):
+                    row = {"task": problem.task, "cell": dict(problem.cell), "seed": seed, "item": item}
+                    rows.append(row | {"method": method, "gold": list(problem.gold), "predicted": list(ids)})
     header = {
         "suite": "forgetting",
         "fingerprint": lm.fingerprint(),
@@ -270,14 +250,14 @@ def run(
         "left_out": left_out,
         "prose": {"source": prose.source, "sha256": prose.sha256},
     }
-    return {**named, **header, **provenance.facts()}, rows
+    return {**named, **header, **provenance.facts()}, pd.DataFrame(rows)
 
 
 def scored(rows: pd.DataFrame) -> pd.DataFrame:
     """Scores of answers.
 
     Args:
-        rows: of `answers`.
+        rows: of `run`.
     Returns:
         One row a problem and method: task, cell (its number, in order of appearance), name (`cell_name`), the cell's
         settings, size (`Test.size`), seed, item, method and score.
@@ -334,7 +314,7 @@ def study(profile: Profile, seed: int = 0, retrain: bool = False) -> pd.DataFram
         seed: of the trainings and of the problems.
         retrain: as in `load_or_train`.
     Returns:
-        As `answers`, of all methods in `STUDY`.
+        As the rows of `run`, of all methods in `STUDY`.
     Raises:
         UserError: diverged training.
     """

@@ -22,7 +22,6 @@ from prosg_lib.evaluation.memory_tests import (
     PLAIN,
     STUDY,
     answered,
-    answers,
     by_size,
     methods_of,
     most_copied,
@@ -233,17 +232,19 @@ class Copier(LanguageModel):
     editable = embed
 
 
-def material_of(lm):
-    return Material(lm.tokenizer, ProseTokens.of(LITTLE, "test", lm.tokenizer))
+@pytest.fixture
+def little(monkeypatch):
+    """Little prose, and profiles with these problems."""
+    monkeypatch.setattr(memory_tests, "load_prose", lambda: LITTLE)
+    return lambda **sizes: replace(PROFILES["smoke"], name="tiny", forgetting=replace(TINY, **sizes))
 
 
-def test_a_model_that_copies_solves_all_four(lm):
+def test_a_model_that_copies_solves_all_four(lm, little):
     """One that goes on as the text went on before gets everything right, with the memory once or twice, and without it
     nothing except a few tokens of copies and a query by chance. So the gold tokens are the memory's, and the judged
     positions are where they belong."""
-    copier = Copier(lm.tokenizer)
-    cells, _ = settings(replace(TINY, copy=(1, 12), mqar=((64, 4),), phonebook=(3, 8), depths=(0.0, 0.4, 1.0)), 2048)
-    scores = scored(answers(copier, None, cells, material_of(lm), (0,), 4))
+    profile = little(copy=(1, 12), mqar=((64, 4),), phonebook=(3, 8), depths=(0.0, 0.4, 1.0))
+    scores = scored(run(Copier(lm.tokenizer), None, {}, profile, (0,), 4)[1])
     for method, least, most in (("base", 1, 1), ("repeated", 1, 1), ("none", 0, 0.2)):
         own = scores[scores.method == method].score
         assert least <= own.min()
@@ -251,11 +252,11 @@ def test_a_model_that_copies_solves_all_four(lm):
     assert not (scores[scores.method == "none"].score == 1).any()
 
 
-def test_every_method_answers_every_problem(make_lm, monkeypatch):
+def test_every_method_answers_every_problem(make_lm, little):
     """With the gold of the problems themselves; the header says what was measured."""
     lm = make_lm(layers=1, width=8)
-    monkeypatch.setattr(memory_tests, "load_prose", lambda: LITTLE)
-    profile, generator = replace(PROFILES["smoke"], name="tiny", forgetting=TINY), trained(TokenGenerator, lm)
+    profile, generator = little(), trained(TokenGenerator, lm)
+    material = Material(lm.tokenizer, ProseTokens.of(LITTLE, "test", lm.tokenizer))
     header, rows = run(lm, generator, {"model": "some"}, profile, (0, 3), 2)
     assert header["methods"] == [*PLAIN, "prosg-token", "alone", "wrong"]
     assert (header["model"], header["profile"], header["seeds"], header["items"]) == ("some", "tiny", [0, 3], 2)
@@ -265,7 +266,7 @@ def test_every_method_answers_every_problem(make_lm, monkeypatch):
         for method in header["methods"]:
             for seed in (0, 3):
                 for number in range(2):
-                    problem, row = cell.problem(material_of(lm), "test", seed, number), next(found)
+                    problem, row = cell.problem(material, "test", seed, number), next(found)
                     assert (row["task"], row["cell"], row["method"]) == (problem.task, problem.cell, method)
                     assert (row["seed"], row["item"], row["gold"]) == (seed, number, list(problem.gold))
     plain = run(lm, None, {"model": "some"}, profile, (0, 3), 2)[1]
@@ -280,13 +281,13 @@ def test_a_small_vocabulary_leaves_out_what_it_does_not_allow(lm, monkeypatch):
     assert "needs a vocabulary of more than 128" in reason
 
 
-def test_too_few_positions_are_reported_first(lm):
+def test_too_few_positions_are_reported_first(lm, little):
     """Before the model would read beyond its last position, and before anything is measured."""
     llama = new_llama(TransformerConfig("llama", 2048, width=8, layers=1, ffn=8, heads=1)).eval().requires_grad_(False)
     llama.model.config.max_position_embeddings = 80
-    cells, _ = settings(TINY, 2048)
+    llama.tokenizer = lm.tokenizer
     with pytest.raises(UserError, match=r"phonebook \(lines 3\) needs \d+ tokens .* this model reads 80"):
-        answers(llama, None, cells, material_of(lm), (0,), 2)
+        run(llama, None, {}, little(), (0,), 2)
 
 
 @pytest.mark.parametrize("profile", list(PROFILES.values()), ids=list(PROFILES))
