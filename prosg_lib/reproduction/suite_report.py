@@ -210,45 +210,13 @@ def _memory_test(scores: pd.DataFrame, task: str) -> Section:
             f"{share:.0%} right": [memory_tests.most_copied(scores, m, share) for m in methods] for share in (1, 0.9)
         }
         tables["Most words copied"] = pd.DataFrame(copied, index=methods)
-    if task == "passkey":
-        figure, alt = _map(scores, methods)
-    else:
-        figure = Figure(figsize=(7.0, 4.2))
-        ax = figure.subplots()
-        alt = plots.estimates_by_size(ax, memory_tests.by_size(scores, methods), test)
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure = Figure(figsize=(7.0, 4.2))
+    ax = figure.subplots()
+    alt = plots.estimates_by_size(ax, memory_tests.by_size(scores, methods), test)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     items = scores[scores.method == methods[0]].groupby("cell").size().max()
     note = f"Score: {test.score}; {items} items a cell and method."
     return Section(task, test.title, note, tables, figure, alt)
-
-
-def _map(scores: pd.DataFrame, methods: Sequence[str]) -> tuple[Figure, str]:
-    """Passkeys: one map a method of the share right by length and depth."""
-    wide = scores.pivot_table(index="depth", columns="length", values="score", aggfunc="mean")
-    columns, looks, test = min(3, len(methods)), plots.styles(methods), TESTS["passkey"]
-    lines = -(-len(methods) // columns)
-    figure = Figure(figsize=(3.1 * columns + 0.6, 2.9 * lines))
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    for ax in axes.flat[len(methods) :]:
-        ax.set_visible(False)
-    for ax, method in zip(axes.flat, methods, strict=False):
-        own = scores[scores.method == method].pivot_table(index="depth", columns="length", values="score")
-        own = own.reindex(index=wide.index, columns=wide.columns)
-        image = ax.imshow(own, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        for y, row in enumerate(own.to_numpy()):
-            for x, share in enumerate(row):
-                if not math.isnan(share):
-                    colour = "black" if share > 0.55 else "white"
-                    ax.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=8, color=colour)
-        ax.set_title(looks[method].label, fontsize=10)
-        ax.set_xticks(range(len(own.columns)), [f"{n:,}" for n in own.columns])
-        ax.set_yticks(range(len(own)), [f"{d:g}" for d in own.index])
-        ax.set(xlabel=test.size_label, ylabel="depth of the key")
-        ax.label_outer()
-        ax.grid(False)
-    figure.colorbar(image, ax=axes, label=test.score)
-    means = "; ".join(f"{looks[m].label} {scores[scores.method == m].score.mean():.2f}" for m in methods)
-    return figure, f"{test.title}: one map a method of the {test.score} by length and depth; overall: {means}."
 
 
 def page(header: Mapping, parts: Iterable[Section]) -> str:

@@ -11,7 +11,7 @@ from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import costs
 from prosg_lib.evaluation.baselines import FineTunedLora, ReadAgain, ReadTwice, Reinjection, StateOffset, start
-from prosg_lib.evaluation.costs import measure, seconds
+from prosg_lib.evaluation.costs import measure
 from prosg_lib.evaluation.statistics import Estimate
 from prosg_lib.generators.static import StaticDelta
 from prosg_lib.generators.token_wise import TokenGenerator
@@ -73,14 +73,6 @@ def test_measured_times_lie_between_their_quartiles(lm, generators):
         assert (rows[f"{column}_low"] > 0).all()
         assert (rows[f"{column}_low"] <= rows[column]).all()
         assert (rows[column] <= rows[f"{column}_high"]).all()
-
-
-def test_seconds_are_those_that_passed(monkeypatch):
-    """What is timed is run once, between two looks at the clock."""
-    looks, ran = iter([1.0, 3.5]), []
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(looks))
-    assert seconds(lambda: ran.append(1)) == 2.5
-    assert ran == [1]
 
 
 def test_sizes_below_one_are_refused(lm):

@@ -262,23 +262,15 @@ def table(**columns):
     return pd.DataFrame({name: [c == "1" for c in column] for name, column in columns.items()})
 
 
-def test_share_is_the_mean_and_its_interval():
-    """All right or all wrong: no doubt; of two pairs one: anything; of 400 half: about 0.05 to either side."""
+def test_a_share_is_the_mean_over_pairs_and_trainings():
+    """Trainings that differ make the interval wide, however many pairs there are; such as do not leave it as it is with
+    one, to the last bit. All right or all wrong: no doubt; of two pairs one: anything."""
     frame = table(all="11", none="00", half="10")
     for name, expected in (("all", (1, 1, 1)), ("none", (0, 0, 0)), ("half", (0.5, 0, 1))):
         found = share(frame, name)
         assert (found.value, found.low, found.high) == expected
-    found = share(table(half="10" * 200), "half")
-    assert found.value == 0.5
-    assert found.high - found.low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 400), rel=0.1)
-
-
-def test_a_share_is_over_trainings_too():
-    """The mean of all. Trainings that differ make the interval wide, however many pairs there are; such as do not
-    leave it as it is with one, to the last bit."""
     same, other = "10" * 500, "11" * 500
-    one, alike = share(table(step=same), "step"), share(table(**{f"step #{i}": same for i in range(3)}), "step")
-    assert alike == one
+    assert share(table(**{f"step #{i}": same for i in range(3)}), "step") == share(table(step=same), "step")
     apart = share(table(**{"step #0": same, "step #1": other, "step too": same, "wrong step #0": same}), "step")
     assert apart.value == 0.75
     assert (apart.low, apart.high) == (pytest.approx(0.47, abs=0.02), 1)
@@ -315,28 +307,19 @@ def test_a_difference_is_that_of_the_means_over_trainings():
 
 
 def test_gap_recovered_is_its_formula():
-    """(method - start) / (prompted - start) of the shares: 0.5, 0.2 and 0.8 give a half."""
+    """(method - start) / (prompted - start) of the shares, each over all trainings: 0.5, 0.2 and 0.8 give a half. Pairs
+    stay together: where one of two is recovered, a resample has none, one or both of them, and the gap is whole."""
     frame = table(step="1111100000", untrained="0000000011", plain="1000000000", prompted="1111111100")
     assert gap_recovered(frame, "step").value == pytest.approx((0.5 - 0.2) / (0.8 - 0.2))
     assert gap_recovered(frame, "step", "plain").value == pytest.approx((0.5 - 0.1) / (0.8 - 0.1))
-    for method, expected in (("untrained", 0), ("prompted", 1)):
-        found = gap_recovered(frame, method)
-        assert found.value == expected
-        if method == "untrained":
-            assert (found.low, found.high) == (0, 0)
+    assert gap_recovered(frame, "prompted").value == 1
+    start = gap_recovered(frame, "untrained")
+    assert (start.value, start.low, start.high) == (0, 0, 0)
     assert gap_recovered(table(step="00", untrained="10", prompted="11"), "step").value == pytest.approx(-1)
-
-
-def test_a_gap_is_of_the_mean_over_trainings():
-    """And its end is that of all of them, not of one."""
-    columns = {"step #0": "1111100000", "step #1": "1111111000", "untrained": "0000000011", "prompted": "1111111100"}
-    found = gap_recovered(table(**columns), "step")
+    several = frame.rename(columns={"step": "step #0"}).join(table(**{"step #1": "1111111000"}))
+    found = gap_recovered(several, "step")
     assert found.value == pytest.approx((0.6 - 0.2) / (0.8 - 0.2))
     assert found.low < found.value < found.high
-
-
-def test_the_interval_of_a_gap_keeps_pairs_together():
-    """Where one of two pairs is recovered, a resample has none, one or both of them, and the gap is always whole."""
     found = gap_recovered(table(step="10", untrained="00", prompted="11"), "step")
     assert (found.value, found.low, found.high) == (0.5, 0, 1)
 
@@ -352,7 +335,8 @@ def test_no_gap_no_share_of_it():
 
 
 def test_eight_ways_are_counted():
-    """Shares by (prompted, after the step, without context); combinations that there are none of have a row, too."""
+    """Shares by (prompted, after the step, without context); combinations that there are none of have a row, too. Of
+    several trainings each one's table counts as much as another's."""
     found = eight_ways(table(prompted="11110000", none="10000001", step="11100110", other="00000000"), "step")
     assert found.to_dict() == {
         (True, True, True): 1 / 8,
@@ -366,16 +350,11 @@ def test_eight_ways_are_counted():
     }
     assert list(found.index.names) == ["prompted", "step", "none"]
     assert found.sum() == 1
-
-
-def test_eight_ways_are_a_mean_over_trainings():
-    """Each training's own table counts as much as another's."""
     columns = {"prompted": "1100", "none": "0000", "step #0": "1000", "step #1": "1110"}
     found = eight_ways(table(**columns), "step")
     alone = [eight_ways(table(**columns).rename(columns={f"step #{i}": "one"}), "one") for i in range(2)]
     assert found.to_dict() == ((alone[0] + alone[1]) / 2).to_dict()
     assert found[True, True, False] == (1 / 4 + 2 / 4) / 2
-    assert list(found.index.names) == ["prompted", "step", "none"]
 
 
 def test_pairs_of_one_context_have_no_wrong_one(lm):

@@ -133,9 +133,11 @@ def mean(frame, method, distance, column="recall"):
 
 def test_each_method_knows_what_it_should(rows):
     """The plain model knows its prompt until it left the window; a delta and a repeated prompt always do; blind
-    methods never do."""
+    methods never do. All have the same prompts, texts and questions."""
     _, _, frame = rows
+    assert (frame.groupby(["distance", "prompt"]).method.nunique() == len(METHODS)).all()
     assert len(frame) == len(METHODS) * 3 * PROMPTS
+    assert frame.groupby("method").competing_total.sum().nunique() == 1
     for method, expected in {
         "base": (1, 1, 0),
         "prosg-token": (1, 1, 1),
@@ -150,21 +152,10 @@ def test_each_method_knows_what_it_should(rows):
         assert [mean(frame, method, d, "followed") for d in (0, 16, 256)] == list(expected), method
 
 
-def test_wrong_answers_from_another_prompt(rows):
-    """The control has the state and the delta of the prompt before, so it is right only where both say the same."""
-    _, items, frame = rows
-    for distance in (0, 256):
-        found = frame[(frame.method == "wrong") & (frame.distance == distance)].recall.tolist()
-        for number, item in enumerate(items):
-            other = {p.question: p.fact for p in items[number - 1].probes}
-            right = [other.get(p.question) == p.fact for p in item.probes]
-            assert found[number] == np.mean(right)
-    assert mean(frame, "wrong", 256) < 0.5
-
-
-def test_wrong_takes_state_and_delta_of_one_other_prompt(data, rows):
-    """Both belong to the same other prompt, and one prompt alone has no other."""
-    lm, items, _ = rows
+def test_wrong_answers_from_another_prompt(data, rows):
+    """The control has the state and the delta of the prompt before, so it is right only where both say the same; one
+    prompt alone has no other."""
+    lm, items, frame = rows
     prompts = [list(data.encode_prompt(item)) for item in items]
     begin = start("wrong", lm, {"token": Copy()}, prompts)
     held = begin.delta.factors["only"].U[..., 0].long().tolist()
@@ -174,6 +165,13 @@ def test_wrong_takes_state_and_delta_of_one_other_prompt(data, rows):
         assert begin.state.tensors["window"][number].tolist()[-len(other) :] == other
     with pytest.raises(UserError, match="at least 2 prompts"):
         start("wrong", lm, {"token": Copy()}, prompts[:1])
+    for distance in (0, 256):
+        found = frame[(frame.method == "wrong") & (frame.distance == distance)].recall.tolist()
+        for number, item in enumerate(items):
+            other = {p.question: p.fact for p in items[number - 1].probes}
+            right = [other.get(p.question) == p.fact for p in item.probes]
+            assert found[number] == np.mean(right)
+    assert mean(frame, "wrong", 256) < 0.5
 
 
 def test_competing_answers_are_counted_across_pieces(rows):
@@ -277,14 +275,6 @@ def test_prose_is_read_as_the_method_reads(data):
     assert base == pytest.approx(losses.mean(1).numpy(), rel=1e-5)
     assert prose_nll(lm, {}, Reinjection(50), data, 2, length=40) == pytest.approx(base, rel=1e-6)
     assert prose_nll(lm, {}, Reinjection(5, 1.0), data, 2, length=40) != pytest.approx(base, rel=1e-4)
-
-
-def test_measure_asks_from_every_method_the_same(rows):
-    """Comparisons are paired: the same prompts, texts and questions for every method."""
-    _, _, frame = rows
-    counts = frame.groupby("method").competing_total.sum()
-    assert counts.nunique() == 1
-    assert (frame.groupby(["distance", "prompt"]).size() == len(METHODS)).all()
 
 
 def test_recall_alone_is_what_the_delta_knows_by_itself(data, rows):

@@ -110,7 +110,7 @@ def made(recall, distances=(0, 64, 256), seeds=(0,), facts=6, **columns):
 
 
 def test_gap_recovered_is_its_formula():
-    """(R - none) / (repeated - none) of the means, not the mean of the ratios."""
+    """(R - none) / (repeated - none) of the means, not the mean of the ratios; NaN where there is no gap."""
     frame = made({"prosg-token": [[0.9, 0.5]], "none": [[0.1, 0.1]], "repeated": [[1.0, 0.8]]}, distances=(64,))
     found = gap_recovered(frame, "prosg-token", 64)
     assert found.value == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
@@ -118,12 +118,8 @@ def test_gap_recovered_is_its_formula():
     assert found.high == pytest.approx((0.9 - 0.1) / (1.0 - 0.1))
     assert gap_recovered(frame, "none", 64).value == 0
     assert gap_recovered(frame, "repeated", 64).value == 1
-
-
-def test_no_gap_no_share_of_it():
-    """Where even the repeated prompt does not help, there is no share of a gap."""
-    frame = made({"base": [[0.5, 0.0]], "none": [[0.2, 0.2]], "repeated": [[0.2, 0.2]]}, distances=(64,))
-    found = gap_recovered(frame, "base", 64)
+    closed = made({"base": [[0.5, 0.0]], "none": [[0.2, 0.2]], "repeated": [[0.2, 0.2]]}, distances=(64,))
+    found = gap_recovered(closed, "base", 64)
     assert math.isnan(found.value)
     assert math.isnan(found.low)
 
@@ -169,7 +165,8 @@ def test_the_band_of_differences_covers_a_whole_curve():
 
 
 def test_locality_pools_words_and_not_shares():
-    """Prompts with more questions about other people weigh more; pieces without any say nothing."""
+    """Prompts with more questions about other people weigh more; pieces without any say nothing, and where there are
+    no others, as at distance 0, there is no ratio."""
     recall = {"base": [[0, 0], [0, 0]], "prosg-token": [[0, 0], [0, 0]]}
     nan = float("nan")
     frame = made(
@@ -180,12 +177,7 @@ def test_locality_pools_words_and_not_shares():
     )
     assert locality(frame, "prosg-token").value == pytest.approx((6 + 2) / (8 + 2))
     assert locality(frame, "base").value == 1
-
-
-def test_nobody_asked_nothing_lost():
-    """Where no text asks about other people, as at distance 0, there is no ratio."""
-    frame = made({"base": [[1.0]], "none": [[0.0]]}, distances=(0,), competing_total={"base": [[0]], "none": [[0]]})
-    assert math.isnan(locality(frame.assign(competing=math.nan), "none").value)
+    assert math.isnan(locality(frame[frame.distance == 0], "prosg-token").value)
 
 
 def test_by_distance_is_a_table_of_estimates():
