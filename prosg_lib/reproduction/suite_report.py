@@ -221,8 +221,8 @@ def _memory_test(scores: pd.DataFrame, task: str) -> Section:
 
 def page(header: Mapping, parts: Iterable[Section]) -> str:
     """results.md: where the numbers come from, and every section's figure and tables."""
-    named = {name: header[name] for name in ("model", "generator") if header.get(name)}
-    lines = [f"# {header.get('suite', 'results').capitalize()}: {' with '.join(f'`{n}`' for n in named.values())}", ""]
+    named = [f"`{header[name]}`" for name in ("model", "generator") if header.get(name)]
+    lines = [f"# {header.get('suite', 'results').capitalize()}{': ' if named else ''}{' with '.join(named)}", ""]
     known = ("command", "fingerprint", "profile", "split", "seeds", "items", "left_out", "device", "commit", "versions")
     lines += [f"- {name.replace('_', ' ')}: {_text(header[name])}" for name in known if header.get(name)]
     lines += ["", "In brackets: 95 % bootstrap intervals over items, and over trainings where there are several.", ""]
