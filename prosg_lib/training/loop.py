@@ -31,7 +31,6 @@ from prosg_lib.errors import Diverged, NotFinite, UserError
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.training import distributed
 
-SAVE_EVERY_S = 60.0
 _LINES = 100  # of a log, at most
 _GROUP = {"factor": 1.0, "clip": 1.0}
 
@@ -52,7 +51,7 @@ def fit(
     sizes: Training,
     folder: Path,
     record: dict,
-    save_every_s: float = SAVE_EVERY_S,
+    save_every_s: float = 60.0,
     at_once: int | None = None,
     peak_until: int = 0,
 ) -> None:

@@ -58,7 +58,6 @@ def pair_objective(
     method: Method,
     objective: str,
     everywhere: bool = False,
-    successive: bool = False,
     repeats: int = 0,
 ) -> Callable[[int, PairBatch], Loss]:
     """The outer loss of a method that takes contexts in; the model itself stays as it is.
@@ -69,7 +68,6 @@ def pair_objective(
 
     Args:
         everywhere: over the query's positions as well, not the answer's alone.
-        successive: one step a context, in their order, instead of one for all.
         repeats: number of first steps with repeated random tokens (`PairDraw`). They use LG under either objective: a
             language model does not continue with random tokens, even where it has just read them.
     Raises:
@@ -84,7 +82,7 @@ def pair_objective(
             where, last = batch.answer[:, -batch.answers :], batch.answers
         targets = batch.query.ids[:, -last:]
         share = (where / where.sum(1, keepdim=True) / len(batch.whole))[where]
-        says = adapted(method, lm, batch.context, successive)(batch.query.ids[:, :-1], batch.query.valid[:, :-1], last)
+        says = adapted(method, lm, batch.context)(batch.query.ids[:, :-1], batch.query.valid[:, :-1], last)
         student = F.log_softmax(says[where].float(), -1)
         gold = (F.nll_loss(student, targets[where], reduction="none") * share).sum()
         if objective == "LG" or step < repeats:

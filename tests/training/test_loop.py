@@ -55,11 +55,27 @@ def loss_of(net):
     return loss
 
 
-def train(folder, net=None, loss=None, record=RECORD, sizes=SIZES):
+def train(folder, net=None, loss=None, record=RECORD, sizes=SIZES, save_every_s=0.0):
     """All of it, with a checkpoint every step; returns the final weights."""
     net = module() if net is None else net
-    fit("net", net, batch_of, loss or loss_of(net), sizes, folder, record, save_every_s=0.0)
+    fit("net", net, batch_of, loss or loss_of(net), sizes, folder, record, save_every_s)
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def disturbed(folder, at, what, **given):
+    """A training in which `what` (loss -> loss) happens to one step's loss, after its random numbers were drawn."""
+    net = module()
+    inner = loss_of(net)
+
+    def loss(step, batch):
+        found = inner(step, batch)
+        return what(found) if step == at else found
+
+    return train(folder, net, loss, **given)
+
+
+def halt(loss):
+    raise KeyboardInterrupt
 
 
 def bits(weights):
@@ -196,57 +212,31 @@ def test_stopped_after_any_step(tmp_path):
     """The step that failed is done again from its start: its random numbers, its data, its learning rate."""
     expected = bits(train(tmp_path / "whole"))
     for stop in (1, 9, SIZES.steps - 1):
-        net = module()
-        inner = loss_of(net)
-
-        def stopping(step, batch, stop=stop, inner=inner):
-            loss = inner(step, batch)
-            if step == stop:
-                raise KeyboardInterrupt
-            return loss
-
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / str(stop), net, stopping)
+            disturbed(tmp_path / str(stop), stop, halt)
         torch.manual_seed(99)  # whatever happens in between
         assert bits(train(tmp_path / str(stop))) == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_told_to_end_it_ends_its_step_and_keeps_it(tmp_path, number):
-    """However long ago the last checkpoint was; the handlers that were there before are there again."""
-    expected = bits(train(tmp_path / "whole"))
-    net, before = module(), signal.getsignal(number)
-    inner = loss_of(net)
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 2)])
+def test_told_to_end_it_ends_its_step_and_keeps_it(tmp_path, monkeypatch, number, workers):
+    """However long ago the last checkpoint was; the handlers that were there before are there again. The workers that
+    draw ahead do not hear it when the whole group is told, as `timeout` and a terminal do: else they would be gone
+    before the step that they drew is kept."""
+    monkeypatch.setattr(training, "_workers", lambda device: workers)
+    expected, before = bits(train(tmp_path / "whole")), signal.getsignal(number)
 
-    def stopping(step, batch):
-        if step == 9:
-            os.kill(os.getpid(), number)
-        return inner(step, batch)
+    def tell(loss):
+        children = psutil.Process().children() if workers else ()
+        for child in children:
+            child.send_signal(number)
+        time.sleep(0.2 if workers else 0)
+        os.kill(os.getpid(), number)
+        return loss
 
     with pytest.raises(KeyboardInterrupt):
-        fit("net", net, batch_of, stopping, SIZES, tmp_path / "told", RECORD, save_every_s=1e6)
+        disturbed(tmp_path / "told", 9, tell, save_every_s=1e6)
     assert signal.getsignal(number) is before
-    assert files.load_tensors(tmp_path / "told" / "net.checkpoint.safetensors")[1]["step"] == 10
-    assert bits(train(tmp_path / "told")) == expected
-
-
-def test_what_draws_ahead_does_not_hear_that_the_group_is_told_to_end(tmp_path, monkeypatch):
-    """As `timeout` and a terminal tell it: else the workers would be gone before the step that they drew is kept."""
-    monkeypatch.setattr(training, "_workers", lambda device: 2)
-    expected = bits(train(tmp_path / "whole"))
-    net = module()
-    inner = loss_of(net)
-
-    def stopping(step, batch):
-        if step == 9:
-            for child in psutil.Process().children():
-                child.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return inner(step, batch)
-
-    with pytest.raises(KeyboardInterrupt):
-        fit("net", net, batch_of, stopping, SIZES, tmp_path / "told", RECORD, save_every_s=1e6)
     assert files.load_tensors(tmp_path / "told" / "net.checkpoint.safetensors")[1]["step"] == 10
     assert bits(train(tmp_path / "told")) == expected
 
@@ -260,29 +250,19 @@ def heard():
 
 
 def test_told_to_end_twice_it_ends_at_once(tmp_path, heard):
-    net = module()
-
-    def stuck(step, batch):
+    def stuck(loss):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("it went on")
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, net, stuck)
+        disturbed(tmp_path, 0, stuck)
 
 
 def test_log_of_a_killed_run_goes_on(tmp_path):
     """Lines of steps that are done again, and a line that the kill cut in two, are dropped; the rest stays."""
-    net = module()
-    inner = loss_of(net)
-
-    def stopping(step, batch):
-        if step == 9:
-            raise KeyboardInterrupt
-        return inner(step, batch)
-
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, net, stopping)
+        disturbed(tmp_path, 9, halt)
     early = log_of(tmp_path)[:5]
     with (tmp_path / "net.jsonl").open("a") as log:
         log.write(json.dumps({"step": 11, "loss": 1.0}) + '\n{"step": 12, "lo')
@@ -293,19 +273,24 @@ def test_log_of_a_killed_run_goes_on(tmp_path):
     assert {"step", "of", "steps_per_s", "loss", "text"} == lines[-1].keys()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path, bad):
+def context_diverges(loss):
+    """As the inner loss of a gradient step does."""
+    raise NotFinite("the loss of the context is inf before the step")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda loss: Loss(loss.total * math.nan, loss.parts), "the loss is nan"),
+        (lambda loss: Loss(loss.total * math.inf, loss.parts), "the loss is inf"),
+        (context_diverges, "the loss of the context is inf before the step"),
+    ],
+)
+def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path, what, message):
     """The error names the step, the loss and the checkpoint, which holds the weights of the steps before."""
-    net = module()
-    inner = loss_of(net)
-
-    def breaking(step, batch):
-        loss = inner(step, batch)
-        return Loss(loss.total * bad, loss.parts) if step == 7 else loss
-
     kept = tmp_path / "net.checkpoint.safetensors"
-    with pytest.raises(Diverged, match=rf"training net: the loss is {bad} at step 7.*{re.escape(str(kept))}"):
-        train(tmp_path, net, breaking)
+    with pytest.raises(Diverged, match=rf"training net: {message} at step 7;.*{re.escape(str(kept))}"):
+        disturbed(tmp_path, 7, what)
     tensors, meta = files.load_tensors(kept)
     assert meta["step"] == 7
     assert all(torch.isfinite(t).all() for name, t in tensors.items() if name.startswith("module."))
@@ -314,29 +299,9 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path, bad):
 
 def test_divergence_before_the_first_checkpoint_says_so(tmp_path):
     """No checkpoint is named that is not there."""
-
-    def broken(step, batch):
-        return Loss(torch.tensor(float("nan"), requires_grad=True), {})
-
     with pytest.raises(Diverged, match="before the first was written"):
-        train(tmp_path, loss=broken)
+        disturbed(tmp_path, 0, context_diverges)
     assert not (tmp_path / "net.checkpoint.safetensors").exists()
-
-
-def test_what_a_loss_itself_finds_not_finite_stops_with_its_step(tmp_path):
-    """As the inner loss of a gradient step does; the checkpoint of the steps before stays, and is named."""
-    net = module()
-    inner = loss_of(net)
-
-    def breaking(step, batch):
-        if step == 3:
-            raise NotFinite("the loss of the context is inf before the step")
-        return inner(step, batch)
-
-    kept = tmp_path / "net.checkpoint.safetensors"
-    with pytest.raises(Diverged, match=rf"the context is inf before the step at step 3;.*{re.escape(str(kept))}"):
-        train(tmp_path, net, breaking)
-    assert files.load_tensors(kept)[1]["step"] == 3
 
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):
@@ -380,7 +345,6 @@ def test_first_steps_may_be_held_at_the_peak():
 def test_log_has_the_same_lines_on_every_machine(tmp_path):
     """At most a hundred, evenly spread, and one of the last step, whatever time they take; each is the mean since the
     one before."""
-    sizes = replace(SIZES, steps=250)
     net = module()
     inner, seen = loss_of(net), []
 
@@ -389,7 +353,7 @@ def test_log_has_the_same_lines_on_every_machine(tmp_path):
         seen.append(loss.total.item())
         return loss
 
-    train(tmp_path, net, keeping, sizes=sizes)
+    train(tmp_path, net, keeping, sizes=replace(SIZES, steps=250))
     lines = log_of(tmp_path)
     assert [line["step"] for line in lines] == [*range(3, 250, 3), 250]
     assert lines[60]["loss"] == pytest.approx(sum(seen[180:183]) / 3, abs=1e-4)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import assert_parts_add_up
 from torch import nn
 from torch.testing import assert_close
 
@@ -81,17 +82,8 @@ def test_a_batch_in_parts_is_the_batch(lm64, kind, step, size):
     """Losses, what the log says, and gradients; though parts have other numbers of each kind of token."""
     module, loss_of = objective(lm64, kind)
     batch, module = batch_of(lm64), module.double()
-
-    def taken(parts):
-        losses = [loss_of(step, part) for part in parts]
-        total = sum(loss.total for loss in losses)
-        named = {name: sum(loss.parts[name] for loss in losses) for name in losses[0].parts}
-        return {"total": total, **named}, torch.autograd.grad(total, list(module.parameters()), allow_unused=True)
-
-    (found, slopes), (expected, whole) = taken(batch.split(size)), taken([batch])
-    assert found.keys() == expected.keys()
-    assert expected.keys() >= {"total", "text", "answer", "competing"}
-    assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    assert_close(slopes, whole, rtol=1e-4, atol=1e-6)
-    alone = loss_of(step, replace(batch.split(size)[0], source=None, first=0)).total
-    assert abs(alone - taken(batch.split(size)[:1])[0]["total"]) > 0.01  # a part's own mean is something else
+    assert_parts_add_up(loss_of, step, batch, size, module.parameters(), rtol=1e-4, atol=1e-6)
+    part = batch.split(size)[0]
+    assert loss_of(step, batch).parts.keys() >= {"text", "answer", "competing"}
+    alone = loss_of(step, replace(part, source=None, first=0)).total
+    assert abs(alone - loss_of(step, part).total) > 0.01  # a part's own mean is something else

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import assert_parts_add_up
 from torch import nn
 from torch.testing import assert_close
 
@@ -138,15 +139,7 @@ def test_a_batch_in_parts_is_the_batch(lm64, size):
     """Loss, what the log says of it, and gradients."""
     generator, batch = make(lm64), batch_of()
     loss_of = supervised_objective(lm64, generator, SIZES, 0, SIZE, batch_of(1))
-
-    def taken(parts):
-        losses = [loss_of(0, part) for part in parts]
-        total = sum(loss.total for loss in losses)
-        named = {name: sum(loss.parts[name] for loss in losses) for name in losses[0].parts}
-        return named, total, torch.autograd.grad(total, list(generator.parameters()), allow_unused=True)
-
-    found, expected = taken(batch.split(size)), taken([batch])
-    assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    assert_parts_add_up(loss_of, 0, batch, size, generator.parameters(), rtol=1e-8, atol=1e-10)
 
 
 def test_padding_is_not_learned_from(lm64):
@@ -207,12 +200,6 @@ def test_a_final_state_generator_takes_lessons_too(lm64):
 def test_an_unknown_teacher_is_refused(lm):
     with pytest.raises(UserError, match="unknown teacher 'nobody'"):
         supervised_objective(lm, make(lm), SIZES, 0, replace(SIZE, teacher="nobody"), batch_of())
-
-
-@pytest.mark.parametrize("change", [{"lessons": 1.5}, {"strength": 0.0}])
-def test_sizes_that_cannot_be_are_refused(change):
-    with pytest.raises(UserError, match=r"lessons=.* is a share from 0 to 1, and strength=.* is above 0"):
-        replace(SIZE, **change)
 
 
 def test_in_half_precision_the_lesson_is_nearly_the_same(lm):

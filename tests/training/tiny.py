@@ -1,6 +1,9 @@
-"""The profile `tiny`: everything that can be trained, in seconds."""
+"""The profile `tiny`: everything that can be trained, in seconds; and what every objective promises."""
 
 from dataclasses import replace
+
+import torch
+from torch.testing import assert_close
 
 from prosg_lib.config import PROFILES
 from prosg_lib.config.sizes import (
@@ -53,3 +56,16 @@ TINY = replace(
     forgetting=Forgetting(2, (1, 3), ((64, 4),), (3,), (40,), (0.5,)),
     suite=SuiteSizes(*4 * (PairTraining(2, 2, 1e-3, warmup=1),), longest=150),
 )
+
+
+def assert_parts_add_up(loss_of, step, batch, size, parameters, **tolerance):
+    """Losses, what the log says of them, and gradients of parts of `size` add up to the whole batch's."""
+    parameters = list(parameters)
+
+    def taken(parts):
+        losses = [loss_of(step, part) for part in parts]
+        total = sum(loss.total for loss in losses)
+        named = {name: sum(loss.parts[name] for loss in losses) for name in losses[0].parts}
+        return named, total, torch.autograd.grad(total, parameters, allow_unused=True)
+
+    assert_close(taken(batch.split(size)), taken([batch]), **tolerance)
