@@ -81,7 +81,7 @@ def _pairs(task: str, split: str, sizes: PairSizes) -> tuple[Pair, ...]:
     sources = _sources(task, sizes)
     if task == "squad":
         return squad(split, sources[0])
-    return sum((wikitext(split, source, words=sizes.words) for source in sources), ())
+    return sum((wikitext(split, source, sizes.words) for source in sources), ())
 
 
 def _sources(task: str, sizes: PairSizes) -> list[str | Path]:

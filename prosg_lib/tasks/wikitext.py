@@ -39,7 +39,7 @@ class Cloze(Pair):
         return normalised(generated).split()[: len(answer)] == answer
 
 
-def wikitext(split: str, source: str | Path = "hub", seed: int = 0, words: int | None = None) -> tuple[Cloze, ...]:
+def wikitext(split: str, source: str | Path = "hub", words: int | None = None) -> tuple[Cloze, ...]:
     """One pair for each passage of at least two sentences that has a suitable name or number.
 
     Articles of a local source are divided by title, a tenth, at least one, each for validation and test; an article is
@@ -50,16 +50,15 @@ def wikitext(split: str, source: str | Path = "hub", seed: int = 0, words: int |
         split: "train", "validation" or "test".
         source: "hub" (`Salesforce/wikitext`, wikitext-2-raw-v1, through `datasets`), a folder of .txt files, or a file
             of plain text. WikiText's tokenised form is turned into ordinary text.
-        seed: chooses among a passage's names and numbers.
         words: a passage is as many whole sentences of a paragraph as fit into this many words; None: a paragraph.
     Returns:
-        Pairs in the text's order; the same text and seed give the same pairs.
+        Pairs in the text's order. Which of its names or numbers a passage asks for follows from its text alone.
     Raises:
         UserError: there is no such split; the hub cannot be reached; a file is missing or not UTF-8 text; or the text
             yields no pair.
     """
     passages = list(_passages(split, source, words))
-    pairs = tuple(_pairs(passages, seed))
+    pairs = tuple(_pairs(passages))
     if not pairs:
         raise UserError(
             f"the {split} split of {'WikiText' if source == 'hub' else source} has {len(passages)} paragraphs, but no "
@@ -68,7 +67,7 @@ def wikitext(split: str, source: str | Path = "hub", seed: int = 0, words: int |
     return pairs
 
 
-def copied(split: str, source: str | Path, words: int, seed: int = 0) -> tuple[Pair, ...]:
+def copied(split: str, source: str | Path, words: int) -> tuple[Pair, ...]:
     """One pair for every passage of a source: a sentence broken off at any word, and the words that follow.
 
     Practice in completing from a passage, for pretraining: there are many more of these than of names that occur in one
@@ -76,7 +75,7 @@ def copied(split: str, source: str | Path, words: int, seed: int = 0) -> tuple[P
     """
     pairs = []
     for passage in _passages(split, source, words):
-        rng = random.Random(f"{seed} copied {passage}")
+        rng = random.Random(f"0 copied {passage}")
         sentence = rng.choice(list(_sentences(passage))).split()
         if len(sentence) > LEAD and "<unk>" not in passage:
             at = rng.randrange(LEAD, len(sentence))
@@ -167,7 +166,7 @@ _SENTENCE_END = re.compile(r"[.!?][\"”’')\]]* (?=[\"“‘(\[]?[A-ZÀ-ÖØ-�
 _ABBREVIATION = re.compile(r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|Mt|Ft|Lt|Col|Gen|Maj|Capt|Sgt|Rev|Prof|Sr|Jr|No|Vol|vs|ca|c)\.")
 
 
-def _pairs(passages: list[str], seed: int) -> Iterator[Cloze]:
+def _pairs(passages: list[str]) -> Iterator[Cloze]:
     candidates = [list(_clozes(passage)) for passage in passages]
     answers = {tuple(_words(answer)) for clozes in candidates for _, answer in clozes}
     lengths = {len(words) for words in answers}
@@ -178,8 +177,8 @@ def _pairs(passages: list[str], seed: int) -> Iterator[Cloze]:
     for passage, clozes in zip(passages, candidates, strict=True):
         unique = [cloze for cloze in clozes if passages_with[tuple(_words(cloze[1]))] == 1]
         if unique:
-            # The text itself is in the seed, so that a passage's query does not depend on the passages before it.
-            start, answer = random.Random(f"{seed} {passage}").choice(unique)
+            # The text is the seed, so that a passage's query does not depend on the passages before it.
+            start, answer = random.Random(f"0 {passage}").choice(unique)
             yield Cloze(passage, INSTRUCTION + start, answer)
 
 

@@ -133,20 +133,19 @@ def test_impossible_items_are_refused(make, message):
 
 
 def test_every_item_can_be_made_alone():
-    """By its number, by another object, in any order."""
+    """By its number, by another object, in any order, whatever the global random states."""
     shape = Shape(facts=6, distance=50, probes=2, instructions=1)
     items = data_of("train").items(6, shape, start=10)
     fresh = Dialogues(load_tokenizer(), data_of("train").prose, "train", 0)
+    random.seed(3)
+    torch.manual_seed(3)
     assert [fresh.item(n, shape) for n in (15, 12, 10)] == [items[5], items[2], items[0]]
 
 
 def test_numbers_and_seeds_differ():
-    """No two of 200 items are equal, nor those of two seeds; the global random state has no effect."""
+    """No two of 200 items are equal, nor those of two seeds."""
     shape = Shape(facts=6, distance=0, probes=1)
     first = [item.prompt for item in data_of("train").items(200, shape)]
-    random.seed(3)
-    torch.manual_seed(3)
-    assert first == [item.prompt for item in data_of("train").items(200, shape)]
     second = [item.prompt for item in data_of("train", 1).items(200, shape)]
     assert len({*first, *second}) == 400
 
@@ -203,13 +202,6 @@ def test_held_out_values_do_not_meet_in_training(count):
     assert not sets["validation"] & sets["test"]
     if count >= 3:
         assert not sets["train"] & (sets["validation"] | sets["test"])
-
-
-@pytest.mark.parametrize("facts", [1, 2, 6])
-def test_no_prompt_is_in_two_splits(facts):
-    """As text, for any number of facts: the wording differs."""
-    prompts = {s: {item.prompt for item in many(s, 300, facts=facts, probes=1, distance=0)} for s in SPLITS}
-    assert not any(prompts[a] & prompts[b] for a, b in itertools.combinations(SPLITS, 2))
 
 
 def test_training_contains_every_value():
