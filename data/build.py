@@ -1,6 +1,7 @@
 """Makes what `data/` ships of the data sets: the tokenizer, a small sample, and a manifest of what went in and out.
 
 python data/build.py check      # makes everything again that can be made here, and compares
+python data/build.py manifest   # after another file is shipped: writes the hashes again, and needs no books
 PROSG_TEST_DATA=/path/to/folder python data/build.py      # the folder holds `books/`; writes the same bytes
 """
 
@@ -22,7 +23,10 @@ from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 WORDS = ("dialogue_words.json", "dialogue_asides.json", "people.json", "own_sentences.json")
 """Written by hand; everything else is made from them."""
 
-TOKENIZER, SAMPLE, MANIFEST = "tokenizer.json", "dialogue_sample.jsonl", "MANIFEST.json"
+TOKENIZER, SAMPLE, MANIFEST = "tokenizer.json", "dialogue_sample.jsonl", files.MANIFEST
+
+TRAINED = ("checkpoints", "measured")
+"""Folders of files that trainings and evaluations made."""
 
 SAMPLE_COUNTS = {"train": 40, "validation": 20, "test": 20}
 _SAMPLE_SHAPE = dialogue.Shape(facts=6, distance=96, probes=3, instructions=1)
@@ -91,6 +95,13 @@ def check() -> bool:
     return all(results.values())
 
 
+def write_manifest() -> None:
+    """Write the manifest again for what is in `data/` now; its books stay."""
+    shipped = {name: _shipped(name) for name in (TOKENIZER, SAMPLE)}
+    text = _manifest(load_tokenizer(), files.read_json(data_dir() / MANIFEST)["books"], shipped)
+    files.write_text(data_dir() / MANIFEST, text)
+
+
 def sample(tokenizer: Tokenizer) -> str:
     """Dialogues of every split, one JSON object a line, with our own sentences as the prose."""
     rows = []
@@ -102,10 +113,7 @@ def sample(tokenizer: Tokenizer) -> str:
 
 
 def _shipped(name: str) -> str:
-    try:
-        return (data_dir() / name).read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{data_dir() / name} cannot be read ({error}); restore it from the repository") from error
+    return files.read_text(data_dir() / name)
 
 
 def _train() -> Tokenizer:
@@ -123,6 +131,11 @@ def _manifest(tokenizer: Tokenizer, books: dict, made: dict[str, str]) -> str:
         "data_hash": dialogue.data_hash(tokenizer),
         "data_hash_rich": dialogue.data_hash(tokenizer, rich=True),
         "sha256": {name: _sha(text) for name, text in texts.items()},
+        "shipped": {
+            path.relative_to(data_dir()).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for folder in TRAINED
+            for path in sorted((data_dir() / folder).iterdir())
+        },
         "books": books,
     }
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
@@ -173,9 +186,9 @@ def main(arguments: list[str]) -> int:
     try:
         if arguments == ["check"]:
             return 0 if check() else 1
-        if arguments:
-            raise UserError(f"unknown arguments {' '.join(arguments)!r}; use none, or `check`")
-        build()
+        if arguments not in ([], ["manifest"]):
+            raise UserError(f"unknown arguments {' '.join(arguments)!r}; use none, `check` or `manifest`")
+        write_manifest() if arguments else build()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,41 +1,182 @@
-"""Reading and writing files: atomic writes, JSON, and safetensors with a JSON description.
+"""Reading and writing files: whole or not at all, every failure one UserError, a checksum in every safetensors file.
 
 Every write goes to a temporary file beside the target, is flushed to the disk, and replaces the target in one step. A
-crash, a kill or a full disk at any moment leaves the previous file as it was.
+crash, a kill or a full disk at any moment leaves the previous file as it was. docs/files.md has what is promised.
 """
 
 import contextlib
 import errno
+import gzip
+import hashlib
+import io
 import json
 import os
+import secrets
 import shutil
+import socket
+import time
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prosg_lib import paths
 from prosg_lib.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and JSON does not need it
     from torch import Tensor
 
 META_KEY = "prosg"
-"""The one key of a file's header: its bytes depend on no hash map's order, and other projects' files lack it."""
+"""The entry of a safetensors header that holds our description; other projects' files lack it."""
+
+_CHECKSUM_KEY, _PREFIX = "prosg.sha256", "prosg-sha256:"
+_BLANK = _PREFIX + "0" * 64
+
+MANIFEST = "MANIFEST.json"
+"""In `data/`: the sha256 of every shipped file."""
+
+LARGEST_EXPANDED = 2**29
+"""Bytes that a gzipped file may expand to: the largest that this project writes has 2 % of that."""
+
+_DEAD_AFTER_S = 24 * 3600  # no write takes a day; process ids say nothing about other machines and containers
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write `content` to `path` atomically; creates the folder if it is missing.
+# Errors
+
+
+@contextlib.contextmanager
+def errors_of(path: str | Path, doing: str) -> Iterator[None]:
+    """What goes wrong with a file inside becomes one UserError that names it.
+
+    Args:
+        doing: "read", where errors of decoding and parsing count as well, or "written", where only the disk's do: other
+            errors are then of what is written, and pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        what = _read_error(error) if doing == "read" else _write_error(error)
+        if what is None:
+            raise
+        raise UserError(f"{path}{what}") from error
+
+
+def _read_error(error: Exception) -> str | None:
+    match error:
+        case FileNotFoundError():
+            return " does not exist."
+        case IsADirectoryError():
+            return " is a folder; give a file."
+        case OSError():
+            return f" could not be read ({error.strerror or error})."
+        case UnicodeDecodeError():
+            return f" is not UTF-8 text (byte {error.start}); convert it to UTF-8."
+        case json.JSONDecodeError():
+            return f", line {error.lineno}: not JSON ({error.msg}); restore it or write it again."
+        case RecursionError():
+            return " is nested too deeply; restore it or write it again."
+        case EOFError() | zlib.error():
+            return f" is cut short or damaged ({error}); copy it again."
+        case ValueError() if "integer string conversion" in str(
+            error
+        ):  # the rest of Python's message is for programmers
+            return " has a number with thousands of digits; restore it or write it again."
+        case ValueError():
+            return f" cannot be used ({error}); restore it or write it again."
+
+
+def _write_error(error: Exception) -> str | None:
+    # safetensors has the number in its message only
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "StorageFull" in str(error):
+        return (
+            " could not be written: the disk is full. What was there before is unchanged. "
+            "Free some space (or set PROSG_RUNS to a folder on another disk) and run it again."
+        )
+    if isinstance(error, OSError):
+        return f" could not be written ({error.strerror or error}); what was there before is unchanged."
+
+
+def check_writable(folder: str | Path, option: str) -> None:
+    """Makes the folder and writes a byte into it, before work begins whose result is to be kept there.
+
+    Args:
+        option: what the user sets to another folder: "--out", "PROSG_RUNS".
+    Raises:
+        UserError: it cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = _temporary(folder)
+        try:
+            probe.write_bytes(b"x")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        in_the_way = isinstance(error, FileExistsError)
+        reason = "a file or a broken link has its name" if in_the_way else error.strerror
+        raise UserError(
+            f"The folder {folder} cannot be written to ({reason}); choose another with {option}."
+        ) from error
+
+
+@contextlib.contextmanager
+def lock(path: str | Path, what: str) -> Iterator[None]:
+    """Nobody else enters with the same `path` until this ends; a process that dies, however, lets go of it.
+
+    Where there are no such locks (Windows, some network drives) everyone enters.
+
+    Args:
+        path: a file of its own, made if need be; it stays, and says who holds it or held it last.
+        what: the subject of the message, e.g. "the folder runs/cpu".
+    Raises:
+        UserError: another process is in it; or the file cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = Path(path)
+    with errors_of(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8", errors="replace")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{what} is in use by {holder}; wait until it has ended, or stop it.") from None
+        except OSError:
+            pass
+        with errors_of(path, "written"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            file.flush()
+        yield
+
+
+# Writing
+
+
+def write_bytes(path: str | Path, *parts: "bytes | memoryview") -> None:
+    """Write `parts`, one behind the other, to `path` atomically; creates the folder if it is missing.
 
     Raises:
-        UserError: the disk (or the quota) is full. The temporary file is removed, and a previous `path` is unchanged.
+        UserError: the disk (or the quota) is full, or the folder cannot be written to. The temporary file is removed,
+            and a previous `path` is unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _full_disk_named(path):
+    with errors_of(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)
+        temporary = _temporary(path.parent)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(path)
-            with open(temporary, "wb") as file:
-                file.write(content)
+            with open(temporary, "xb") as file:
+                for part in parts:
+                    file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -46,25 +187,31 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
-    """Move what another library writes into `folder` once all of it is complete, file by file.
+    """Move what another library writes into `folder` once all of it is complete; safetensors files get a checksum.
+
+    A failure while it is written, a full disk for example, changes nothing. The files are then moved one by one, the
+    configuration last: whoever kills the process between two of them finds some new and some old.
 
     Args:
         folder: created if it is missing; files of other names in it stay.
         write: fills the (temporary) folder that it is given, without subfolders.
     Raises:
-        UserError: the disk (or the quota) is full; `folder` is unchanged.
+        UserError: the disk (or the quota) is full, or the folder cannot be written to.
     """
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    with _full_disk_named(folder):
+    with errors_of(folder, "written"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent)
+        temporary = _temporary(folder.parent)
         try:
-            temporary.mkdir(parents=True)
+            temporary.mkdir()
             write(temporary)
+            for file in temporary.glob("*.safetensors"):
+                write_bytes(file, *_sealed(file.read_bytes()))
             for file in temporary.iterdir():
                 with open(file, "rb") as complete:
                     os.fsync(complete.fileno())
             folder.mkdir(exist_ok=True)
-            # The configuration last: if it is there, everything else is.
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
                 os.replace(file, folder / file.name)
             _sync_folder(folder)
@@ -72,36 +219,17 @@ def write_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # safetensors has the number in its message only
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "StorageFull" in str(error):
-            raise UserError(
-                f"The disk is full: {path} could not be written; what was there before is unchanged. "
-                "Free some space (or set PROSG_RUNS to a folder on another disk) and run it again."
-            ) from error
-        raise
+def _temporary(folder: Path) -> Path:
+    """A name that no other process, machine or container uses, however long the target's own name is."""
+    return folder / f".prosg-{secrets.token_hex(8)}.tmp"
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files for `path` whose writer was killed (the writer's process id is in the name)."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        pid = leftover.name.removesuffix(".tmp").rpartition(".")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            leftover.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files whose writer was killed: those that nobody has touched for a day."""
+    for leftover in folder.glob(".prosg-*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _DEAD_AFTER_S:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -115,8 +243,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """`write_bytes` for text, in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    r"""`write_bytes` for text, in UTF-8; half a character (a lone surrogate) is written as JSON does, \ud83d."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -124,43 +252,87 @@ def write_json(path: str | Path, value: Any) -> None:
 
     Raises:
         ValueError: `value` holds NaN or an infinity, which JSON does not have.
-        UserError: the disk is full.
+        UserError: as `write_bytes`.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# Text
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, gzipped or not, without a byte order mark, lines ending in "\\n".
+
+    Raises:
+        UserError: the file is missing, cannot be read, is damaged, expands without end, or is not UTF-8.
+    """
+    with errors_of(path, "read"):
+        content = Path(path).read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST_EXPANDED + 1)
+            if len(content) > LARGEST_EXPANDED:
+                raise UserError(f"{path} expands to more than {LARGEST_EXPANDED / 1e6:.0f} MB; give a smaller file.")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str | bytes, where: str | Path) -> Any:
+    """JSON that stands somewhere else than in a file of its own; `where` names it in messages.
+
+    Raises:
+        UserError: it is not JSON, nested too deeply, or has a key twice or a number of thousands of digits.
+    """
+    with errors_of(where, "read"):
+        return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
 
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing or is not JSON; names the file and, where possible, the line.
+        UserError: as `read_text` and `parse_json`; names the file and, where possible, the line.
     """
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path} does not exist.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); restore it or write it again.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}); restore it or write it again."
-        ) from error
+    return parse_json(read_text(path), path)
 
 
-def save_tensors(path: str | Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any]) -> None:
-    """Write tensors and a description of them as one safetensors file, atomically.
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Read JSON Lines, gzipped or not: one object a line; empty lines are skipped.
+
+    Raises:
+        UserError: as `read_text` and `parse_json`, with the line's number; a line is no object.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            rows.append(parse_json(line, f"{path}, row {number}"))
+            if not isinstance(rows[-1], dict):
+                raise UserError(f"{path}, row {number} is not a JSON object; restore the file or write it again.")
+    return rows
+
+
+# Tensors
+
+
+def save_tensors(path: str | Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any] | None) -> None:
+    """Write tensors and a description of them as one safetensors file with a checksum, atomically.
 
     Args:
         tensors: by name, any shapes, dtypes and devices; tensors that share memory are stored separately.
-        meta: JSON-able; stored in the file's header.
+        meta: JSON-able; stored in the file's header. None: a file for transformers and PEFT, which want another entry.
     Raises:
-        UserError: the disk is full; a previous file is unchanged.
+        UserError: as `write_bytes`; a previous file is unchanged.
         ValueError, TypeError: `meta` is not JSON-able.
     """
     from safetensors.torch import save
 
-    header = {META_KEY: json.dumps(meta, sort_keys=True, allow_nan=False)}
+    header = {"format": "pt"} if meta is None else {META_KEY: json.dumps(meta, sort_keys=True, allow_nan=False)}
     plain = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -168,14 +340,17 @@ def save_tensors(path: str | Path, tensors: "Mapping[str, Tensor]", meta: Mappin
         storage = tensor.untyped_storage().data_ptr()
         plain[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
-    write_bytes(path, save(plain, metadata=header))
+    write_bytes(path, *_sealed(save(plain, metadata=header)))
 
 
 def load_tensors(path: str | Path) -> "tuple[dict[str, Tensor], dict[str, Any]]":
     """Read what `save_tensors` wrote: the tensors, on the CPU, and their description.
 
+    A file without a checksum, of an earlier version, is compared with `data/MANIFEST.json` if the project ships it, and
+    otherwise read with a warning.
+
     Raises:
-        UserError: the file is missing, truncated, not a safetensors file, or not written by this project.
+        UserError: the file is missing, damaged anywhere, not a safetensors file, or not written by this project.
     """
     with _opened(path) as file:
         return _tensors(file), _meta(file, path)
@@ -188,10 +363,10 @@ def load_meta(path: str | Path) -> dict[str, Any]:
 
 
 def load_foreign_tensors(path: str | Path) -> "dict[str, Tensor]":
-    """Read a safetensors file of another project: its tensors, on the CPU.
+    """Read a safetensors file of another project, or one for it: its tensors, on the CPU.
 
     Raises:
-        UserError: the file is missing, truncated or not a safetensors file.
+        UserError: the file is missing, truncated, not a safetensors file, or does not have the checksum that it states.
     """
     with _opened(path) as file:
         return _tensors(file)
@@ -201,17 +376,77 @@ def load_foreign_tensors(path: str | Path) -> "dict[str, Tensor]":
 def _opened(path: str | Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; train it or copy it there.")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
+    with errors_of(path, "read"):
+        with open(path, "rb") as file:  # the operating system's errors: safetensors has none of its own for them
+            size = os.fstat(file.fileno()).st_size
+        try:
+            with safe_open(path, framework="pt", device="cpu") as opened:
+                _verify(Path(path))
+                yield opened
+        except SafetensorError as error:
+            raise UserError(
+                f"{path} ({size} bytes) is cut short or not a safetensors file ({error}); "
+                "remove it and train or copy it again."
+            ) from error
+
+
+def verify(path: str | Path) -> None:
+    """What `load_foreign_tensors` checks, for a file that another library is going to read; raises the same errors."""
+    with _opened(path):
+        pass
+
+
+def _verify(path: Path) -> None:
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        entries = json.loads(header).get("__metadata__", {})
+        # By the entry's name and by its content: no flipped bit hides both.
+        stated = entries.get(_CHECKSUM_KEY) or next((v for v in entries.values() if v.startswith(_PREFIX)), None)
+        blank = header.replace(stated.encode(), _BLANK.encode(), 1) if stated else header
+        found = hashlib.sha256(length + blank)
+        while block := file.read(2**20) if stated or META_KEY in entries else b"":
+            found.update(block)
+    if stated is None and META_KEY in entries:
+        _compare_with_manifest(path, found.hexdigest())
+    elif stated not in (None, _PREFIX + found.hexdigest()):
         raise UserError(
-            f"{path} ({path.stat().st_size} bytes) is cut short or not a safetensors file ({error}); "
-            "remove it and train or copy it again."
-        ) from error
+            f"{path} is damaged: its content does not have its checksum; remove it and train or copy it again."
+        )
+
+
+def _compare_with_manifest(path: Path, digest: str) -> None:
+    try:
+        data = paths.data_dir()
+        shipped = read_json(data / MANIFEST)["shipped"]
+    except UserError:  # installed without the checkout
+        return _warn_of(path)
+    if digest in shipped.values():
+        return None
+    if path.resolve().parent == data / "checkpoints":
+        raise UserError(f"{path} is not the file that {MANIFEST} lists; restore it: git checkout -- {path}")
+    return _warn_of(path)
+
+
+def _warn_of(path: Path) -> None:
+    warnings.warn(
+        f"{path} has no checksum, as an earlier version wrote it: damage would go unnoticed. "
+        "Loaded and saved again it has one.",
+        stacklevel=2,
+    )
+
+
+def _sealed(content: bytes) -> tuple[bytes, memoryview]:
+    """A serialised safetensors file, header and data, with a checksum over every byte of both in its header."""
+    data = memoryview(content)[8 + int.from_bytes(content[:8], "little") :]
+    header = json.loads(content[8 : len(content) - len(data)])
+    entries = {_CHECKSUM_KEY: _BLANK} | header.pop("__metadata__", {})
+    text = json.dumps({"__metadata__": entries} | header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    digest.update(data)
+    return head.replace(_BLANK.encode(), (_PREFIX + digest.hexdigest()).encode(), 1), data
 
 
 def _tensors(file: Any) -> "dict[str, Tensor]":
@@ -226,4 +461,7 @@ def _meta(file: Any, path: str | Path) -> dict[str, Any]:
             f"{path} is a safetensors file, but not one of this project's (its header has no {META_KEY!r} entry); "
             "give the path of a file that prosg wrote."
         )
-    return json.loads(header[META_KEY])
+    meta = parse_json(header[META_KEY], path)
+    if not isinstance(meta, dict):
+        raise UserError(f"{path} has a description that is not a JSON object; remove it and train or copy it again.")
+    return meta

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from prosg_lib import files
 from prosg_lib.backbones.base import LanguageModel, as_tuple
 from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.errors import UserError
@@ -73,6 +74,8 @@ def pretrained(folder: Path) -> PreTrainedModel:
     Raises:
         UserError: the class is unknown, or the files are damaged, incomplete or another model's.
     """
+    for shard in folder.glob("*.safetensors"):
+        files.verify(shard)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True

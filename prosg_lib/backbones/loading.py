@@ -220,10 +220,7 @@ def _rwkv4_from_folder(folder: Path, config: dict) -> RWKV4:
 
 
 def _rwkv4_to_folder(model: RWKV4, folder: Path) -> None:
-    from safetensors.torch import save
-
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(model).items()}
-    files.write_bytes(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    files.save_tensors(folder / "model.safetensors", to_hf(model), None)
     rest = {
         "architectures": ["RwkvForCausalLM"],
         "model_type": "rwkv",

@@ -42,13 +42,11 @@ def save(
         changes: module name in that model -> U (out, r), V (in, r).
         transposed: the modules store their weights as (in, out), as GPT-2's do.
     """
-    from safetensors.torch import save as to_bytes
-
     rank = max(u.shape[1] for u, _ in changes.values())
     tensors = {}
     for name, (u, v) in changes.items():
         u, v = (F.pad(t.detach().cpu(), (0, rank - t.shape[1])) for t in (u, v))
-        tensors |= {f"{_PREFIX}{name}.lora_A.weight": v.t().contiguous(), f"{_PREFIX}{name}.lora_B.weight": u}
+        tensors |= {f"{_PREFIX}{name}.lora_A.weight": v.t(), f"{_PREFIX}{name}.lora_B.weight": u}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -61,7 +59,7 @@ def save(
         "fan_in_fan_out": transposed,
         "target_modules": sorted(changes),
     }
-    files.write_bytes(Path(folder) / WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
+    files.save_tensors(Path(folder) / WEIGHTS, tensors, None)
     files.write_json(Path(folder) / CONFIG, config)
 
 

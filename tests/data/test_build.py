@@ -40,6 +40,8 @@ def copy(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "sample", lambda tokenizer: sample_of(tokenizer.to_json(), dialogue.VERSION))
     for name in SHIPPED:
         shutil.copy(data_dir() / name, tmp_path)
+    for name in build.TRAINED:
+        (tmp_path / name).symlink_to(data_dir() / name)
     monkeypatch.setattr(build, "data_dir", lambda: tmp_path)
     monkeypatch.delenv("PROSG_TEST_DATA", raising=False)
     return tmp_path
@@ -100,7 +102,7 @@ def test_only_the_right_books_give_a_tokenizer(copy, monkeypatch):
 def test_a_missing_file_is_named(copy, capsys):
     (copy / "dialogue_sample.jsonl").unlink()
     assert build.main(["check"]) == 2
-    assert re.search(r"dialogue_sample\.jsonl cannot be read .*restore it", capsys.readouterr().err)
+    assert re.search(r"dialogue_sample\.jsonl does not exist", capsys.readouterr().err)
 
 
 @pytest.mark.skipif(not BOOKS, reason="PROSG_TEST_DATA is not set: the tokenizer's books are missing")

@@ -184,7 +184,7 @@ def test_nothing_is_half_written(dialogues, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "write_bytes", fail)
-    with pytest.raises(UserError, match="The disk is full"):
+    with pytest.raises(UserError, match="the disk is full"):
         suite_report.recompute(tmp_path / "kept.jsonl.gz", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.md"]
     assert (tmp_path / "out" / "results.md").read_text() == "before"
