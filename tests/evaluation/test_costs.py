@@ -62,17 +62,10 @@ def test_times_are_those_of_the_tokens_that_are_read(lm, generators, monkeypatch
     rows = measure(lm, generators, METHODS, **SMALL | {"tokens": 64}).set_index("method") / 1e3
     absorbed = {"base": 64, "prosg-token": 64, "none": 0, "twice": 128, "every-16": 64}
     assert rows.absorb_ms[list(absorbed)].to_dict() == absorbed
+    assert (rows.absorb_ms_low["twice"], rows.token_ms_high["base"]) == (128, 1)
     assert rows.absorb_ms["lora-2-0.001"] > 64
     tokens = {"base": 1, "prosg-token": 1, "twice": 1, "repeated": 1 + 64 / 4, "every-16": 1 + 64 / 16}
     assert rows.token_ms[list(tokens)].to_dict() == tokens
-
-
-def test_measured_times_lie_between_their_quartiles(lm, generators):
-    rows = measure(lm, generators, METHODS, **SMALL)
-    for column in ("absorb_ms", "token_ms"):
-        assert (rows[f"{column}_low"] > 0).all()
-        assert (rows[f"{column}_low"] <= rows[column]).all()
-        assert (rows[column] <= rows[f"{column}_high"]).all()
 
 
 def test_sizes_below_one_are_refused(lm):

@@ -34,7 +34,6 @@ from prosg_lib.generators.static import StaticDelta
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.gradient_steps.weight_step import WeightStep
-from prosg_lib.tasks import mqar
 from prosg_lib.tasks.problems import Material, Problem
 from prosg_lib.tasks.suite import settings
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
@@ -274,13 +273,6 @@ def test_every_method_answers_every_problem(make_lm, little):
     pd.testing.assert_frame_equal(plain, again)  # the plain methods do not depend on a generator
 
 
-def test_a_small_vocabulary_leaves_out_what_it_does_not_allow(lm, monkeypatch):
-    monkeypatch.setattr(mqar, "VOCAB", 100)
-    found, (reason,) = settings(replace(TINY, mqar=((16, 2), (128, 4))), lm.config.vocab)
-    assert [(s.length, s.vocab) for s in found if isinstance(s, mqar.Mqar)] == [(16, 100)]
-    assert "needs a vocabulary of more than 128" in reason
-
-
 def test_too_few_positions_are_reported_first(lm, little):
     """Before the model would read beyond its last position, and before anything is measured."""
     llama = new_llama(TransformerConfig("llama", 2048, width=8, layers=1, ffn=8, heads=1)).eval().requires_grad_(False)
@@ -288,20 +280,6 @@ def test_too_few_positions_are_reported_first(lm, little):
     llama.tokenizer = lm.tokenizer
     with pytest.raises(UserError, match=r"phonebook \(lines 3\) needs \d+ tokens .* this model reads 80"):
         run(llama, None, {}, little(), (0,), 2)
-
-
-@pytest.mark.parametrize("profile", list(PROFILES.values()), ids=list(PROFILES))
-def test_every_profiles_cells_can_be_made(profile):
-    """At the shipped models' vocabulary nothing is left out, and at the published one MQAR is the published."""
-    sizes = profile.forgetting
-    found, left_out = settings(sizes, 2048)
-    assert left_out == []
-    plain = sum(map(len, (sizes.copy, sizes.mqar, sizes.phonebook)))
-    assert len(found) == plain + len(sizes.passkey) * len(sizes.depths)
-    published, _ = settings(sizes, 50_000)
-    assert {s.vocab for s in published if isinstance(s, mqar.Mqar)} == {8192}
-    if profile.name != "smoke":
-        assert tuple((s.length, s.pairs) for s in published if isinstance(s, mqar.Mqar)) == mqar.GRID
 
 
 # Scores

@@ -111,12 +111,13 @@ def test_keys_and_values_are_independent(drawn):
 
 
 def test_a_smaller_models_vocabulary():
-    """All tokens of the model, in two halves, but never more than published."""
+    """All tokens of the model, in two halves, but never more than published; what it does not allow is left out."""
     sizes = Forgetting(copy=(), mqar=((64, 4), (512, 64)), phonebook=(), passkey=())
     assert [[cell.vocab for cell in settings(sizes, vocab)[0]] for vocab in (50_000, 2048, 70)] == [
         [8192, 8192],
         [2048, 2048],
         [70],
     ]
+    assert "needs a vocabulary of more than 512" in settings(sizes, 70)[1][0]
     found = Mqar(64, 4, 70).problem(None, "test", 0, 0)
     assert max(*found.memory, *found.rest) < 70
