@@ -29,7 +29,8 @@ def random_delta(lm, batch=1, ranks=(2,), size=0.3, seed=5, names=None):
 
 def digest(lm):
     """Of all bits of a model's weights."""
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in lm.state_dict().values())).hexdigest()
+    tensors = (t.cpu().contiguous().view(torch.uint8) for t in lm.state_dict().values())
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def full_change(delta, name):

@@ -40,27 +40,20 @@ def assert_same_weights(a, b):
 
 
 @every_layout
-def test_round_trip(lm, tmp_path, layout):
-    path = tmp_path / NAMES[layout]
-    save_model(lm, path, layout)
-    again = load_model(path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_round_trip(make_lm, tmp_path, layout, dtype):
+    """Weights of half precision come back as float32."""
+    save_model(make_lm(dtype=dtype), tmp_path / NAMES[layout], layout)
+    lm, again = make_lm(dtype=dtype).float(), load_model(tmp_path / NAMES[layout])
     assert type(again) is type(lm)
     assert_same_weights(again, lm)
+    assert {t.dtype for t in again.state_dict().values()} == {torch.float32}
     assert again.fingerprint() == lm.fingerprint()
     assert not again.training
     if layout == "author":
         assert again.tokenizer is None
     else:
         assert again.tokenizer.encode("Ada, 7 cats\n") == lm.tokenizer.encode("Ada, 7 cats\n")
-
-
-@every_layout
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_comes_back_as_float32(make_lm, tmp_path, layout, dtype):
-    save_model(make_lm(dtype=dtype), tmp_path / NAMES[layout], layout)
-    again = load_model(tmp_path / NAMES[layout])
-    assert {t.dtype for t in again.state_dict().values()} == {torch.float32}
-    assert_same_weights(again, make_lm(dtype=dtype).float())
 
 
 @pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
