@@ -113,6 +113,8 @@ def execute(source: Path, target: Path, values: Mapping[str, Any]) -> None:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    from prosg_lib.reproduction.kernel import ThisPython
+
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
@@ -120,8 +122,10 @@ def execute(source: Path, target: Path, values: Mapping[str, Any]) -> None:
             target,
             parameters=dict(values),
             kernel_name="python3",
+            kernel_manager_class=ThisPython,
             cwd=source.parent,
             start_timeout=KERNEL_START_S,
+            iopub_timeout=KERNEL_START_S,  # for outputs that arrive after a cell's end
             execution_timeout=CELL_S,
             coalesce_streams=True,  # a progress bar is one line in the copy, not a thousand
             progress_bar=sys.stderr.isatty(),

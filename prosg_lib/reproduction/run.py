@@ -13,6 +13,7 @@ from prosg_lib.reproduction import claims, notebook_files, promises, quotes, rep
 
 # Only these runs' figures are kept in the repository, and where.
 REFERENCE_FIGURES = {"cpu": ".", "gpu": "gpu"}
+FOLDERS = {"PROSG_RUNS", "PROSG_TEST_DATA"}
 INTERRUPTED = "it was interrupted"
 
 
@@ -81,11 +82,9 @@ def reproduce(
         from prosg_lib.training.checkpoints import forget
 
         forget(profile)
+    for name in FOLDERS.intersection(os.environ):  # which a notebook, in its own folder, would look for there
+        os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
     _forget(profile, [path.stem for path in selected])
-
-    # The kernels shall run the code that runs here, installed or not.
-    package = str(Path(__file__).resolve().parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     ran, error = [], None
     for path in selected:
         ran.append(path.stem)
@@ -208,6 +207,11 @@ def check() -> list[str]:
     """What the checkout's notebooks, ledger, promises and quoted numbers get wrong, one line each."""
     course = notebook_files.course()
     found = [problem for path in course for problem in notebook_files.problems(path)]
+    found += [
+        f"{path.name}: its set-up cell is not that of {course[0].name}"
+        for path in course
+        if _set_up(path) != _set_up(course[0])
+    ]
     names = {path.stem for path in course}
     for ledger in sorted(paths.expected_dir().glob("*.*.json")):
         name, _, profile = ledger.stem.partition(".")
@@ -229,3 +233,7 @@ def check() -> list[str]:
     except UserError as error:
         found.append(str(error))
     return found + quotes.check_quotes()
+
+
+def _set_up(path: Path) -> list[str]:
+    return [cell["source"] for cell in notebook_files.cells(path) if "google.colab" in cell["source"]]

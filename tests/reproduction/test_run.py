@@ -6,12 +6,14 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,12 +21,13 @@ import pytest
 from prosg_lib import paths
 from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
+from prosg_lib.reproduction import kernel, report
 from prosg_lib.reproduction import notebook_files as notebooks
-from prosg_lib.reproduction import report
 from prosg_lib.reproduction import run as reproduce
 
 pytestmark = pytest.mark.xdist_group("course")
 
+PACKAGE = Path(reproduce.__file__).parents[2]
 PARAMETERS = 'profile = "smoke"\nseed = 0\nretrain = False\n'
 BEGIN = """from prosg_lib.config import get_profile
 from prosg_lib.reproduction import claims
@@ -54,7 +57,6 @@ def runs_in(root):
         patch.setattr(paths, "repo_root", lambda: root)
         patch.setenv("PROSG_RUNS", str(root / "runs"))  # for the kernels, whose checkout is this one
         patch.delenv("PROSG_TEST_DATA", raising=False)
-        patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # which a run adds to
         yield
 
 
@@ -273,35 +275,82 @@ def test_claims_of_an_earlier_run_do_not_count(course):
     assert not stale.exists()
 
 
-def test_ctrl_c_stops_the_notebook_and_still_writes_the_report(tmp_path):
-    """The kernel does not go on alone; the report says that the notebook was interrupted, and the exit code is 130."""
-    sleep = f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}\\n')\ntime.sleep(100)"
-    write_notebook(tmp_path / "notebooks", "00_long", sleep, begin=False)
-    code = (
-        "import sys; from pathlib import Path; from prosg_lib import cli, paths\n"
-        f"paths.repo_root = lambda: Path({str(tmp_path)!r})\n"
-        "sys.exit(cli.main(['reproduce', '--profile', 'smoke']))"
+@contextlib.contextmanager
+def started(root, *arguments, code=PACKAGE, **environment):
+    """`prosg reproduce` of a course in a process of its own, with the package from the folder `code`."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(code)!r}); from pathlib import Path; from prosg_lib import cli, paths\n"
+        f"paths.repo_root = lambda: Path({str(root)!r})\n"
+        "sys.exit(cli.main(['reproduce', '--profile', 'smoke', *sys.argv[1:]]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PROSG_RUNS": str(tmp_path / "runs")},
+        [sys.executable, "-c", script, *arguments],
+        env=os.environ | {"PROSG_RUNS": str(root / "runs"), "PYTHONPATH": "", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        wait_until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text().endswith("\n"))
-        kernel = int((tmp_path / "pid").read_text())
-        process.send_signal(signal.SIGTERM)  # what `kill` sends; Ctrl-C arrives as the same exception
-        printed, said = process.communicate(timeout=120)
+        yield process
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert "00_long failed: it was interrupted" in printed
-    assert "prosg: interrupted." in said
-    built = json.loads((tmp_path / "runs" / "smoke" / "report.json").read_text())
-    assert [notebook["status"] for notebook in built["notebooks"]] == ["failed"]
+
+
+SLEEPS = "import time\ntime.sleep(100)"
+HOLDS_THE_LOCK = "import re\nre.match('(a+)+$', 'a' * 60 + 'b')"  # no other Python thread runs, for years
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "busy"),
+    [(signal.SIGTERM, 130, SLEEPS), (signal.SIGKILL, -9, HOLDS_THE_LOCK), (signal.SIGHUP, -1, HOLDS_THE_LOCK)],
+)
+def test_the_kernel_ends_with_the_command(tmp_path, ending, code, busy):
+    """However it ends: asked to, as by Ctrl-C, it still writes the report, which says that it was interrupted."""
+    tell = f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}\\n')\n"
+    write_notebook(tmp_path / "notebooks", "00_long", tell + busy, begin=False)
+    with started(tmp_path) as process:
+        wait_until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text().endswith("\n"))
+        kernel = int((tmp_path / "pid").read_text())
+        process.send_signal(ending)
+        printed, said = process.communicate(timeout=120)
+    assert process.returncode == code
     wait_until(lambda: not is_running(kernel))
+    if ending == signal.SIGTERM:
+        assert "00_long failed: it was interrupted" in printed
+        assert "prosg: interrupted." in said
+        built = json.loads((tmp_path / "runs" / "smoke" / "report.json").read_text())
+        assert [notebook["status"] for notebook in built["notebooks"]] == ["failed"]
+
+
+def test_a_kernel_runs_this_python_and_this_checkout_whatever_else_is_there(tmp_path):
+    """Jupyter finds another `python3` first, and PYTHONPATH could not name the checkout's folder; a relative folder
+    for runs is the command's."""
+    checkout = tmp_path / "a: ü, two words"
+    shutil.copytree(PACKAGE / "prosg_lib", checkout / "prosg_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / "pyproject.toml").touch()
+    other = tmp_path / "jupyter" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    (other / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "", "language": "python"}))
+    record = "import sys, prosg_lib\nprint(sys.executable, prosg_lib.__file__)\nclaims.finish()"
+    write_notebook(checkout / "notebooks", "00_where", record)
+    environment = {"JUPYTER_PATH": str(tmp_path / "jupyter"), "PROSG_RUNS": os.path.relpath(checkout / "runs")}
+    with started(checkout, "--notebook", "00_where", code=checkout, **environment) as process:
+        printed, said = process.communicate(timeout=300)
+    assert process.returncode == 0, printed + said
+    copy = json.loads((checkout / "runs" / "smoke" / "notebooks" / "00_where.ipynb").read_text())
+    (line,) = copy["cells"][-1]["outputs"][0]["text"]
+    assert line == f"{sys.executable} {checkout / 'prosg_lib' / '__init__.py'}\n"
+
+
+def test_what_a_cell_prints_without_end_is_left_out(tmp_path):
+    """The next cell prints again, and of a line that is overwritten a thousand times the last is kept."""
+    prints = ("print('x' * 5_000_000)", "for i in range(10_000):\n    print(f'\\r{i}', end='')", "print('well')")
+    write_notebook(tmp_path, "00_long", *prints, begin=False)
+    notebooks.execute(tmp_path / "00_long.ipynb", tmp_path / "copy.ipynb", {"seed": 1})
+    *_, cut, counted, well = json.loads((tmp_path / "copy.ipynb").read_text())["cells"]
+    text = "".join(cut["outputs"][0]["text"])
+    assert text == "x" * kernel.ROOM + "\n[the rest was left out]\n"
+    assert [cell["outputs"][0]["text"] for cell in (counted, well)] == [["9999"], ["well\n"]]
 
 
 def test_a_cell_that_takes_too_long_is_ended(tmp_path, monkeypatch):
