@@ -6,17 +6,19 @@ Glossary of shapes: B batch, r rank; U (B, out, r), V (B, in, r).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from prosg_lib import files
 from prosg_lib.deltas import peft
-from prosg_lib.errors import UserError
+from prosg_lib.errors import NotFinite, UserError
+from prosg_lib.strict import read_as
 
 
 class EditableModel(Protocol):
@@ -35,6 +37,15 @@ class EditableModel(Protocol):
         """The name of an editable map in the model of `transformers` that computes the same."""
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What a delta's file says of itself."""
+
+    kind: Literal["delta"]
+    fingerprint: str
+    scale: float
+
+
 class Factors(NamedTuple):
     """One map's change: U (B, out, r), V (B, in, r). B may be 1 for a factor that all sequences share."""
 
@@ -50,11 +61,30 @@ class LowRankDelta:
         factors: module name -> Factors.
         fingerprint: of the model that the change was made for.
         scale: multiplies every change.
+    Raises:
+        UserError: there are no factors, or they do not fit each other; the scale is not finite.
     """
 
     factors: Mapping[str, Factors]
     fingerprint: str
     scale: float = 1.0
+
+    def __post_init__(self):
+        for name, (u, v) in self.factors.items():
+            if not (u.ndim == v.ndim == 3 and u.shape[2] == v.shape[2] > 0 and {u.dtype, v.dtype} <= peft.REAL):
+                kinds = " and ".join(f"{part} {peft.described(t)}" for part, t in (("U", u), ("V", v)))
+                raise UserError(
+                    f"the factors of {name} are {kinds}; they should be (batch, outputs, rank) and "
+                    "(batch, inputs, rank), floating point, of one rank that is at least 1"
+                )
+        batches = {len(t) for f in self.factors.values() for t in f} - {1}
+        if not self.factors or len(batches) > 1:
+            raise UserError(
+                f"a delta needs at least one map and one size of batch for all; this one has {len(self.factors)} maps "
+                f"and batches of {', '.join(map(str, sorted(batches))) or 1}"
+            )
+        if not math.isfinite(self.scale):
+            raise NotFinite(f"the scale of a delta cannot be {self.scale}")
 
     @property
     def batch(self) -> int:
@@ -121,23 +151,53 @@ class LowRankDelta:
         return replace(self, factors=total, scale=1.0)
 
     def save(self, path: str | Path) -> None:
-        """Write to one safetensors file, atomically."""
+        """Write to one safetensors file, atomically.
+
+        Raises:
+            NotFinite: a factor is NaN or infinite; `load` would refuse it.
+            UserError: the file cannot be written.
+        """
+        self._check_finite()
         tensors = {f"{name}.{part}": t for name, f in self.factors.items() for part, t in zip("UV", f, strict=True)}
-        files.save_tensors(path, tensors, {"kind": "delta", "fingerprint": self.fingerprint, "scale": self.scale})
+        files.save_tensors(
+            path, tensors, {"kind": "delta", "fingerprint": self.fingerprint, "scale": float(self.scale)}
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote.
 
         Raises:
-            UserError: the file is missing, damaged or not a delta.
+            UserError: the file is missing, damaged or not a delta; its numbers are not finite or do not fit together.
         """
         tensors, meta = files.load_tensors(path)
         if meta.get("kind") != "delta":
             raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a delta")
-        names = sorted({name.rsplit(".", 1)[0] for name in tensors})
+        header = read_as(_Header, meta, f"the header of {path}")
+        names = sorted({key.rpartition(".")[0] for key in tensors})
+        wrong = tensors.keys() ^ {f"{name}.{part}" for name in names for part in "UV"}
+        if wrong:
+            raise UserError(
+                f"{path} should have one U and one V for each map and nothing else; "
+                f"unexpected or missing: {', '.join(sorted(wrong)[:4])}"
+            )
         factors = {name: Factors(tensors[f"{name}.U"], tensors[f"{name}.V"]) for name in names}
-        return cls(factors, meta["fingerprint"], meta["scale"])
+        return cls._read(path, factors, header.fingerprint, header.scale)
+
+    @classmethod
+    def _read(cls, path: str | Path, factors: Mapping[str, Factors], fingerprint: str, scale: float = 1.0) -> Self:
+        """A delta out of a file; a UserError names it."""
+        try:
+            delta = cls(factors, fingerprint, scale)
+            delta._check_finite()
+        except UserError as error:
+            raise type(error)(f"{path}: {error}") from None
+        return delta
+
+    def _check_finite(self) -> None:
+        for name, factors in self.factors.items():
+            if not all(t.isfinite().all() for t in factors):
+                raise NotFinite(f"the factors of {name} have numbers that are NaN or infinite; derive the delta again")
 
     @torch.no_grad()
     def merged(self, lm: EditableModel) -> EditableModel:
@@ -198,17 +258,14 @@ class LowRankDelta:
                 f"{folder} changes {', '.join(sorted(unknown))}, which this model does not let a delta change "
                 f"(it has {', '.join(own)})"
             )
-        for name, (u, v) in found.items():
-            shape = map_shape(lm.editable()[own[name]])
-            if (len(u), len(v)) != shape:
-                raise UserError(
-                    f"{folder} is for another model: there, {name} has {len(u)} outputs and {len(v)} inputs, "
-                    f"here {shape[0]} and {shape[1]}"
-                )
-        return cls({own[name]: Factors(u[None], v[None]) for name, (u, v) in found.items()}, lm.fingerprint())
+        factors = {own[name]: Factors(u[None], v[None]) for name, (u, v) in found.items()}
+        delta = cls._read(folder, factors, lm.fingerprint())
+        changed_maps(lm, delta)  # raises where they do not fit
+        return delta
 
     def _single(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """U (out, r) and V (in, r) of every map; a UserError if there is more than one change."""
+        """U (out, r) and V (in, r) of every map; a UserError if there is more than one change or it is not finite."""
+        self._check_finite()
         if self.batch != 1:
             raise UserError(f"this delta has {self.batch} changes, and weights can take one; select([i]) it first")
         return {name: (u[0], v[0]) for name, (u, v) in self.factors.items()}
@@ -223,7 +280,7 @@ def changed_maps(lm: EditableModel, delta: LowRankDelta) -> dict[str, nn.Module]
     """The maps of the model that the delta changes, by name.
 
     Raises:
-        UserError: the delta was made for another model, or names a map that this one does not have.
+        UserError: the delta was made for another model, or changes a map that this one does not have in that shape.
     """
     if delta.fingerprint != lm.fingerprint():
         raise UserError(
@@ -236,4 +293,11 @@ def changed_maps(lm: EditableModel, delta: LowRankDelta) -> dict[str, nn.Module]
         raise UserError(
             f"the delta changes {', '.join(sorted(unknown))}, which this model does not have (it has {', '.join(maps)})"
         )
+    for name, (u, v) in delta.factors.items():
+        there, here = (u.shape[1], v.shape[1]), map_shape(maps[name])
+        if there != here:
+            raise UserError(
+                f"the delta is for another model: there, {name} has {there[0]} outputs and {there[1]} inputs, "
+                f"here {here[0]} and {here[1]}"
+            )
     return {name: maps[name] for name in delta.factors}

@@ -6,15 +6,21 @@ PEFT adds (alpha / r) B A to a weight W (out, in), with A (r, in) and B (out, r)
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prosg_lib import files
 from prosg_lib.errors import UserError
+from prosg_lib.strict import read_as
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -28,7 +34,21 @@ _PLAIN = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
 }
 _UNSET = (None, False, "none", [], {})
+REAL = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+"""What factors may be made of."""
+
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others also change the base model's weights
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Those of adapter_config.json on which the change depends, as PEFT has them."""
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
 
 
 def save(
@@ -67,7 +87,8 @@ def load(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Read an adapter: module name in its model -> U (out, r), V (in, r), float32, with the adapter's scale in U.
 
     Raises:
-        UserError: a file is missing or damaged; the adapter is not a LoRA, or is more than a low-rank change.
+        UserError: a file is missing or damaged, or the two do not fit; the adapter is not a LoRA, or is more than a
+            low-rank change.
     """
     folder = Path(folder)
     config = files.read_json(folder / CONFIG)
@@ -79,6 +100,8 @@ def load(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     if more:
         listed = ", ".join(f"{key} = {value!r}" for key, value in more.items())
         raise UserError(f"{folder / CONFIG} has {listed}, which is more than a low-rank change; train it without that")
+    numbers = {key: config[key] for key in _Settings.__dataclass_fields__ if key in config}
+    settings = read_as(_Settings, numbers, folder / CONFIG)
     tensors = files.load_foreign_tensors(folder / WEIGHTS)
     names = sorted({match[1] for key in tensors if (match := _KEY.fullmatch(key))})
     parts = {name: [f"{_PREFIX}{name}.lora_{part}.weight" for part in "AB"] for name in names}
@@ -88,18 +111,48 @@ def load(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
             f"{folder / WEIGHTS} is not a plain LoRA's, with one lora_A and one lora_B per module and nothing else; "
             f"unexpected or missing: {', '.join(sorted(wrong)[:4]) or 'any module'}"
         )
+    ranks = _by_name(settings.rank_pattern, settings.r, names, folder / CONFIG)
+    alphas = _by_name(settings.alpha_pattern, settings.lora_alpha, names, folder / CONFIG)
     changes = {}
     for name, keys in parts.items():
-        a, b = (tensors[key].float() for key in keys)
-        changes[name] = b * _scale(config, name, rank=len(a)), a.t()
+        (a, b), rank = (tensors[key] for key in keys), ranks[name]
+        if not (a.ndim == b.ndim == 2 and len(a) == b.shape[1] == rank > 0 and {a.dtype, b.dtype} <= REAL):
+            raise UserError(
+                f"{folder / WEIGHTS}: the factors of {name} are A {described(a)} and B {described(b)}; they should be "
+                f"(rank, inputs) and (outputs, rank), floating point, of rank {rank} as {CONFIG} says"
+            )
+        scale = alphas[name] / (rank**0.5 if settings.use_rslora else rank)
+        changes[name] = b.float() * scale, a.float().t()
     return changes
 
 
-def _scale(config: dict, name: str, rank: int) -> float:
-    """The factor on B A. A pattern matches the end of a module's name, as a regular expression."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = own
-            break
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+def described(t: Tensor) -> str:
+    """Shape and type, for messages."""
+    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+
+
+_SEARCH = r"""
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+json.dump([next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None) for name in names], sys.stdout)
+"""
+_SECONDS = 5
+
+
+def _by_name(patterns: Mapping[str, float] | None, default: float, names: list[str], config: Path) -> dict[str, float]:
+    """Every module's own number: that of the first pattern, a regular expression, that matches the end of its name.
+
+    They are matched in a process of its own, which can be stopped: a foreign expression may take forever.
+    """
+    if not patterns:
+        return dict.fromkeys(names, default)
+    work = json.dumps([list(patterns), names])
+    try:
+        command = [sys.executable, "-I", "-c", _SEARCH]
+        done = subprocess.run(command, input=work, capture_output=True, text=True, timeout=_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(
+            f"{config} has patterns that are no regular expressions, or take more than {_SECONDS} s to match: "
+            f"{', '.join(map(repr, patterns))[:200]}; give the modules' names instead"
+        ) from error
+    return {n: default if p is None else patterns[p] for n, p in zip(names, json.loads(done.stdout), strict=True)}

@@ -1,6 +1,8 @@
 """Gradient factors multiply to the gradient; a delta equals merged weights, and the weights are never written."""
 
 import functools
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from prosg_lib import files
 from prosg_lib.deltas.applying import applied
 from prosg_lib.deltas.gradient_factors import TokenFactors, best_rank, gradient_factors, spectrum
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
-from prosg_lib.errors import UserError
+from prosg_lib.errors import NotFinite, UserError
 
 MAPS = ("blocks.0.att.output", "blocks.1.ffn.key", "blocks.2.ffn.value")
 
@@ -251,6 +253,55 @@ def test_files_that_hold_no_delta_are_refused(lm, tmp_path, write, message):
         LowRankDelta.load(tmp_path / "d.safetensors")
 
 
+def changed(tensor, value):
+    tensor.view(-1)[0] = value
+    return tensor
+
+
+U, V = (f"{MAPS[0]}.{part}" for part in "UV")
+
+
+@pytest.mark.parametrize(
+    ("edit", "header", "message"),
+    [
+        (lambda t: {U: None}, {}, r"unexpected or missing: blocks\.0\.att\.output\.U"),
+        (lambda t: {"W": t[U]}, {}, "unexpected or missing: "),
+        (lambda t: dict.fromkeys(t), {}, "needs at least one map"),
+        (lambda t: {U: changed(t[U], math.nan)}, {}, r"blocks\.0\.att\.output have numbers that are NaN or infinite"),
+        (lambda t: {V: changed(t[V], -math.inf)}, {}, "NaN or infinite"),
+        (lambda t: {U: t[U].long()}, {}, r"are U \(3, 16, 2\) int64 and V \(3, 16, 2\) float32; .* floating point"),
+        (lambda t: {V: t[V].to(torch.complex64)}, {}, "complex64"),
+        (lambda t: {U: t[U][..., :0], V: t[V][..., :0]}, {}, "of one rank that is at least 1"),
+        (lambda t: {U: t[U][..., :1]}, {}, "of one rank"),
+        (lambda t: {U: t[U][0]}, {}, r"should be \(batch, outputs, rank\)"),
+        (lambda t: {U: t[U][:2]}, {}, "one size of batch .* batches of 2, 3"),
+        (lambda t: {}, {"scale": None}, "scale should be a finite number"),
+        (lambda t: {}, {"scale": "1"}, "scale should be a finite number"),
+        (lambda t: {}, {"scale": 10**400}, "scale should be a finite number"),
+        (lambda t: {}, {"fingerprint": 5}, "fingerprint should be text"),
+        (lambda t: {}, {"later": 5}, "later should be left out"),
+    ],
+)
+def test_a_file_whose_parts_do_not_fit_is_refused_when_it_is_loaded(lm, tmp_path, edit, header, message):
+    delta = delta_for(lm, 3)
+    tensors = {f"{name}.{part}": t for name, f in delta.factors.items() for part, t in zip("UV", f, strict=True)}
+    tensors |= edit(tensors)
+    header = {"kind": "delta", "fingerprint": delta.fingerprint, "scale": 1.0} | header
+    path = tmp_path / "d.safetensors"
+    files.save_tensors(path, {name: t for name, t in tensors.items() if t is not None}, header)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{message}"):
+        LowRankDelta.load(path)
+
+
+def test_numbers_that_are_not_finite_are_neither_saved_nor_merged(lm, tmp_path):
+    delta = delta_for(lm, 1)
+    changed(delta.factors[MAPS[0]].U, math.nan)
+    for keep in (delta.save, lambda path: delta.save_peft(path, lm), lambda path: delta.merged(lm)):
+        with pytest.raises(NotFinite, match="NaN or infinite"):
+            keep(tmp_path / "d")
+    assert not list(tmp_path.iterdir())
+
+
 def random_factors(rows_of_x):
     return TokenFactors(torch.ones(5, 3), torch.ones(rows_of_x, 4))
 
@@ -272,7 +323,9 @@ def in_another_precision(lm, other):
         (lambda lm, other: lm(ids_of(2, 4), delta=on_map(lm, "head")), "changes head, which this model does not have"),
         (lambda lm, other: lm(ids_of(2, 4), delta=delta_for(lm, 3)), "2 sequences but a delta of batch 3"),
         (lambda lm, other: lm(ids_of(1, 4), delta=delta_for(lm, 3)), "1 sequences but a delta of batch 3"),
+        (lambda lm, other: lm(ids_of(2, 4), delta=on_map(lm, MAPS[1])), "has 16 outputs and 16 inputs, here 32 and 16"),
         (lambda lm, other: delta_for(lm, 3) + delta_for(lm, 2), "batch 3 and 2"),
+        (lambda lm, other: delta_for(lm, 1).scaled(math.nan), "scale of a delta cannot be nan"),
         (lambda lm, other: delta_for(lm, 1) + delta_for(other, 1), "derive both with the same model"),
         (lambda lm, other: best_rank(random_factors(5), 0), "rank 0 is not possible"),
         (lambda lm, other: best_rank(random_factors(5), 4), "rank 4 is not possible"),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import peft
@@ -212,10 +213,19 @@ def config_with(**more):
     return lambda folder: files.write_json(folder / CONFIG, json.loads((folder / CONFIG).read_text()) | more)
 
 
-def one_half_missing(folder):
-    own = files.load_foreign_tensors(folder / WEIGHTS)
-    del own["base_model.model.rwkv.blocks.1.attention.key.lora_B.weight"]
-    files.save_tensors(folder / WEIGHTS, own, {})
+def factors_with(edit):
+    """Both factors of one map made others, or None for none."""
+
+    def damage(folder):
+        own, names = files.load_foreign_tensors(folder / WEIGHTS), [f"{PREFIX}.lora_{part}.weight" for part in "AB"]
+        own |= dict(zip(names, edit(*(own[name] for name in names)), strict=True))
+        files.save_tensors(folder / WEIGHTS, {name: t for name, t in own.items() if t is not None}, None)
+
+    return damage
+
+
+PREFIX = "base_model.model.rwkv.blocks.1.attention.key"
+ENDLESS = r"(([a-z.0-9]+)+)+!"
 
 
 @pytest.mark.parametrize(
@@ -226,7 +236,32 @@ def one_half_missing(folder):
         (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:2000]), {}, "cut short"),
         (config_with(peft_type="PROMPT_TUNING"), {}, "does not describe a LoRA adapter"),
         (config_with(a_later_invention=2), {}, "a_later_invention = 2"),
-        (one_half_missing, {}, r"base_model\.model\.rwkv\.blocks\.1\.attention\.key\.lora_B"),
+        (config_with(lora_alpha=None), {}, "lora_alpha should be a finite number"),
+        (config_with(lora_alpha="16"), {}, "lora_alpha should be a finite number"),
+        (config_with(lora_alpha=True), {}, "lora_alpha should be a finite number"),
+        (config_with(lora_alpha=10**400), {}, "lora_alpha should be a finite number"),
+        (config_with(lora_alpha=1e300), {}, "NaN or infinite"),
+        (config_with(r="3"), {}, "r should be a whole number"),
+        (
+            config_with(r=4),
+            {},
+            r"A \(3, 16\) float32 and B \(16, 3\) float32; .* of rank 4 as adapter_config",
+        ),
+        (config_with(r=0), {}, "of rank 0"),
+        (config_with(rank_pattern={"attention.key": 2}), {}, r"blocks\.0\.attention\.key .* of rank 2"),
+        (config_with(rank_pattern={"key": None}), {}, r"rank_pattern\.key should be a whole number"),
+        (config_with(alpha_pattern=[1]), {}, "alpha_pattern should be"),
+        (config_with(alpha_pattern={"key": "2"}), {}, r"alpha_pattern\.key should be a finite number"),
+        (config_with(alpha_pattern={"(": 2}), {}, r"no regular expressions.* '\('; give the modules' names"),
+        (config_with(alpha_pattern={ENDLESS: 2}), {}, "more than 5 s to match"),
+        (config_with(use_rslora="yes"), {}, "use_rslora should be true or false"),
+        (factors_with(lambda a, b: (a, None)), {}, r"missing: .*\.blocks\.1\.attention\.key\.lora_B"),
+        (factors_with(lambda a, b: (a * math.nan, b)), {}, r"blocks\.1\.att\.key have numbers that are NaN"),
+        (factors_with(lambda a, b: (a.long(), b)), {}, "int64"),
+        (factors_with(lambda a, b: (a, b.to(torch.complex64))), {}, "complex64"),
+        (factors_with(lambda a, b: (a[:2], b)), {}, r"A \(2, 16\) float32 and B \(16, 3\)"),
+        (factors_with(lambda a, b: (a[0], b)), {}, r"should be \(rank, inputs\) and \(outputs, rank\)"),
+        (factors_with(lambda a, b: (a[None], b)), {}, "should be"),
         (lambda folder: None, {"width": 8}, r"another model: there, .* has 16 outputs and 16 inputs, here 8 and 8"),
         (lambda folder: None, {"layers": 2}, r"changes rwkv\.blocks\.2\.attention\.key, .*does not let a delta change"),
     ],
@@ -236,6 +271,14 @@ def test_other_models_and_damaged_folders_are_refused(lm, make_lm, tmp_path, dam
     damage(tmp_path / "adapter")
     with pytest.raises(UserError, match=message):
         LowRankDelta.load_peft(tmp_path / "adapter", make_lm(**sizes))
+
+
+@torch.no_grad()
+def test_expressions_that_say_only_what_was_trained_are_never_run(lm, tmp_path):
+    delta = delta_for(lm)
+    delta.save_peft(tmp_path, lm)
+    config_with(target_modules=ENDLESS, exclude_modules=ENDLESS, layers_pattern=ENDLESS)(tmp_path)
+    assert_close(ours(lm, LowRankDelta.load_peft(tmp_path, lm)), ours(lm, delta), **CLOSE)
 
 
 def test_maps_that_peft_refuses_are_refused_at_once(tmp_path):
