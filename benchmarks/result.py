@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from prosg_lib import files, provenance
-from prosg_lib.reproduction import claims
+from prosg_lib.reproduction import ledger
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -62,8 +62,8 @@ def finish(
         entries = {name: {"reference": round(ratio, 4), "shown": True} for name, ratio in ratios.items()}
         entries |= {name: {"reference": count, "exact": True} for name, count in (counts or {}).items()}
         script = Path(sys.argv[0])
-        name = script.stem + (claims.ON_GPU if torch.cuda.is_available() else "")
-        path = claims.ledger_path(name, claims.BENCHMARK)
+        name = script.stem + (ledger.ON_GPU if torch.cuda.is_available() else "")
+        path = ledger.path_of(name, ledger.BENCHMARK)
         facts = provenance.facts()
         files.write_json(
             path,

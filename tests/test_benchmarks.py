@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prosg_lib import files, paths
-from prosg_lib.reproduction import claims, promises, quotes
+from prosg_lib.reproduction import ledger, promises, quotes
 
 sys.path.append(str(paths.repo_root() / "benchmarks"))  # where they import each other from, when they run
 
@@ -43,15 +43,15 @@ def keep(tmp_path, monkeypatch, capsys):
 
 def test_a_result_is_kept_as_a_measurement(keep):
     """With the command and the machine, but no date: ratios are shown, counts exact; goals are no part of it."""
-    ledger, printed = keep({"a": 1.23456, "b": 0.5}, {"a": 1.5}, lower_is_better=True, keep=True, counts={"c/d": 7})
-    assert ledger["claims"] == {
+    kept, printed = keep({"a": 1.23456, "b": 0.5}, {"a": 1.5}, lower_is_better=True, keep=True, counts={"c/d": 7})
+    assert kept["claims"] == {
         "a": {"reference": 1.2346, "shown": True},
         "b": {"reference": 0.5, "shown": True},
         "c/d": {"reference": 7, "exact": True},
     }
-    assert ledger["command"] == "python benchmarks/race.py --rounds 3 --keep"
-    assert {"device", "versions", "threads"} < ledger.keys()
-    assert claims.expected("race", "benchmark") == ledger
+    assert kept["command"] == "python benchmarks/race.py --rounds 3 --keep"
+    assert {"device", "versions", "threads"} < kept.keys()
+    assert ledger.expected("race", "benchmark") == kept
     *_, last = printed.splitlines()
     assert json.loads(last)["ratios"] == {"a": 1.23}
 
@@ -61,13 +61,13 @@ def test_a_gpus_result_is_kept_beside_a_cpus(keep, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     keep({"a": 2.0}, {"a": 1.5}, lower_is_better=True, keep=True)
-    found = {name: claims.expected(name, "benchmark") for name in ("race", "race-cuda")}
-    assert [ledger["claims"]["a"]["reference"] for ledger in found.values()] == [1.0, 2.0]
+    found = {name: ledger.expected(name, "benchmark") for name in ("race", "race-cuda")}
+    assert [kept["claims"]["a"]["reference"] for kept in found.values()] == [1.0, 2.0]
 
 
 def test_nothing_is_kept_unasked(keep):
-    ledger, printed = keep({"a": 1.0}, {"a": 1.5}, lower_is_better=False)
-    assert ledger is None
+    kept, printed = keep({"a": 1.0}, {"a": 1.5}, lower_is_better=False)
+    assert kept is None
     assert json.loads(printed)["goals"] == {"a": 1.5}
 
 
@@ -84,12 +84,12 @@ def test_one_command_keeps_all_that_readme_quotes():
     (listed,) = re.findall(r"^BENCHMARKS := (.*)$", makefile, re.MULTILINE)
     assert quoted().keys() <= set(listed.split())
     for benchmark, names in quoted().items():
-        assert set(names) <= claims.expected(benchmark, claims.BENCHMARK)["claims"].keys()
+        assert set(names) <= ledger.expected(benchmark, ledger.BENCHMARK)["claims"].keys()
 
 
 def test_what_fits_is_what_is_counted_now():
     """Every batch of the table in docs/results.md, of every published size, counted again."""
-    kept = {n: e["reference"] for n, e in claims.expected("scale", "benchmark")["claims"].items() if "exact" in e}
+    kept = {n: e["reference"] for n, e in ledger.expected("scale", "benchmark")["claims"].items() if "exact" in e}
     for name, (layers, width) in scale.PUBLISHED.items():
         lm = scale.RWKV4Config(50277, width, layers, 4 * width)
         for what, batch in scale.fitting(lm, scale.LARGE).items():
@@ -99,6 +99,6 @@ def test_what_fits_is_what_is_counted_now():
 def test_goals_are_what_was_promised():
     """A benchmark's goal and the bar of its promise are one number."""
     for promise in promises.load():
-        if promise.get("profiles") == [claims.BENCHMARK] and not promise["notebook"].endswith(claims.ON_GPU):
-            goals = importlib.import_module(promise["notebook"]).GOALS
-            assert goals[promise["claims"][0]] == promise["bar"]
+        if promise.profiles == (ledger.BENCHMARK,) and not promise.notebook.endswith(ledger.ON_GPU):
+            goals = importlib.import_module(promise.notebook).GOALS
+            assert goals[promise.claims[0]] == promise.bar

@@ -106,17 +106,17 @@ def execute(source: Path, target: Path, values: Mapping[str, Any]) -> None:
     """Executes a notebook in a kernel of this Python and writes the executed copy, also when a cell fails.
 
     Raises:
-        UserError: a cell failed, took longer than `CELL_S`, or the kernel died (the copy then calls every cell
-            completed, which is not to be believed).
+        UserError: a cell failed, took longer than `CELL_S`, the copy could not be written, or the kernel did not start
+            or died (the copy then calls every cell completed, which is not to be believed).
     """
     import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
 
     from prosg_lib.reproduction.kernel import ThisPython
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             source,
             target,
@@ -137,5 +137,7 @@ def execute(source: Path, target: Path, values: Mapping[str, Any]) -> None:
         raise UserError(f"In [{error.exec_count}] (`{first[:60]}`): {error.ename}: {last.strip()}") from error
     except CellTimeoutError as error:
         raise UserError(f"a cell ran for more than {CELL_S / 3600:g} hours and was ended") from error
-    except DeadKernelError as error:
-        raise UserError("its kernel died; often memory was short (a smaller profile needs less)") from error
+    except RuntimeError as error:
+        raise UserError(f"its kernel died ({error}); often memory was short (a smaller profile needs less)") from error
+    except OSError as error:
+        raise UserError(f"a file could not be written: {error}") from error

@@ -1,60 +1,59 @@
 """Promises: bars that were set before anything was measured, and never follow a result.
 
-All are in one file, `expected/promises.json`, a list of
-
-    name      one word, for good
-    sentence  what is promised
-    since     the day it was committed
-    notebook  which records the claims; a benchmark's name where `profiles` is ["benchmark"]
-    profiles  in which it is judged; every one where the key is absent
-    claims    one claim, or two: then the first less the second is judged
-    relation  at_least or at_most
-    bar       a number
-
-Nothing writes the file. A broken promise stays there, and a test compares every bar with the file's history in git.
+All are in one file, `expected/promises.json`. Nothing writes it; a broken promise stays there, and a test compares
+every bar with the file's history in git.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from prosg_lib import files, paths
-from prosg_lib.errors import UserError
-from prosg_lib.reproduction import claims
+from prosg_lib import files, paths, strict
+from prosg_lib.reproduction import ledger
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FILE = "promises.json"
-KEYS = {"name", "sentence", "since", "notebook", "claims", "relation", "bar"}
-SIGNS = {"at_least": 1, "at_most": -1}
 
 
-def load() -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Promise:
+    """One promise.
+
+    Attributes:
+        name: one word, for good; sentence: what is promised; since: the day it was committed.
+        notebook: which records the claims; a benchmark's name where `profiles` is ("benchmark",).
+        claims: one claim, or two: then the first less the second is judged.
+        profiles: in which it is judged; every one where there is none.
+    """
+
+    name: str
+    sentence: str
+    since: str
+    notebook: str
+    claims: tuple[str] | tuple[str, str]
+    relation: Literal["at_least", "at_most"]
+    bar: float
+    profiles: tuple[str, ...] = ()
+
+    def kept(self, value: float) -> bool:
+        """Whether a value is on the promised side of the bar."""
+        sign = 1 if self.relation == "at_least" else -1
+        return sign * value >= sign * self.bar - 1e-12 * max(1.0, abs(self.bar))
+
+
+def load() -> list[Promise]:
     """All promises, in the file's order; none where there is no file.
 
     Raises:
-        UserError: the file is malformed; names the promise.
+        UserError: the file is malformed; names the promise's place and the field.
     """
     path = paths.expected_dir() / FILE
-    if not path.is_file():
-        return []
-    found = files.read_json(path)
-    for promise in found:
-        if not KEYS <= promise.keys() <= KEYS | {"profiles"} or promise["relation"] not in SIGNS:
-            raise UserError(
-                f"{path}, promise {promise.get('name')!r}: it needs {', '.join(sorted(KEYS))}, may have profiles, and "
-                "its relation is at_least or at_most."
-            )
-    return found
+    return strict.read_as(list[Promise], files.read_json(path), path) if path.is_file() else []
 
 
-def kept(promise: Mapping[str, Any], value: float) -> bool:
-    """Whether a value is on the promised side of the bar."""
-    sign = SIGNS[promise["relation"]]
-    return sign * value >= sign * promise["bar"] - 1e-12 * max(1.0, abs(promise["bar"]))
-
-
-def judge(measured: Mapping[str, Mapping[str, claims.Row]], profile: str) -> list[dict[str, Any]]:
+def judge(measured: Mapping[str, Mapping[str, ledger.Row]], profile: str) -> list[dict[str, Any]]:
     """Every promise with its verdict, broken ones first.
 
     Args:
@@ -65,29 +64,29 @@ def judge(measured: Mapping[str, Mapping[str, claims.Row]], profile: str) -> lis
     """
     rows = []
     for promise in load():
-        profiles = promise.get("profiles") or [profile, "cpu"]  # of a profile without a ledger, the reference is cpu's
+        profiles = promise.profiles or (profile, "cpu")  # of a profile without a ledger, the reference is cpu's
         told, source = _reference(promise, profiles)
         value = None
         if profile in profiles:
-            found = measured.get(promise["notebook"], {})
-            value = _difference([found.get(name, {}).get("value") for name in promise["claims"]])
+            found = measured.get(promise.notebook, {})
+            value = _difference([found.get(name, {}).get("value") for name in promise.claims])
         source = source if value is None else "this run"
-        broken_before = told is not None and not kept(promise, told)
+        broken_before = told is not None and not promise.kept(told)
         value = told if value is None else value
-        holds = value is not None and kept(promise, value)
+        holds = value is not None and promise.kept(value)
         newly = source == "this run" and not holds and not broken_before
-        rows.append({**promise, "value": value, "kept": holds, "source": source, "newly_broken": newly})
+        rows.append({**asdict(promise), "value": value, "kept": holds, "source": source, "newly_broken": newly})
     return sorted(rows, key=lambda row: row["kept"])
 
 
-def _reference(promise: Mapping[str, Any], profiles: Sequence[str]) -> tuple[float | None, str]:
+def _reference(promise: Promise, profiles: Sequence[str]) -> tuple[float | None, str]:
     for profile in profiles:
-        ledger = claims.expected_claims(promise["notebook"], profile)
-        if all(name in ledger for name in promise["claims"]):
-            entries = [ledger[name] for name in promise["claims"]]
+        expected = ledger.expected_claims(promise.notebook, profile)
+        if all(name in expected for name in promise.claims):
+            entries = [expected[name] for name in promise.claims]
             read = "" if all("reference" in entry for entry in entries) else " with the books"
-            value = _difference([claims.reference(entry)["reference"] for entry in entries])
-            return value, f"ledger, {promise['notebook']}.{profile}{read}"
+            value = _difference([ledger.reference(entry)["reference"] for entry in entries])
+            return value, f"ledger, {promise.notebook}.{profile}{read}"
     return None, "not measured"
 
 
@@ -104,8 +103,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> "pd.DataFrame":
     lines = [
         {
             "promise": row["sentence"],
-            "measured": claims.number_text(row["value"]),
-            "bar": f"{row['relation'].replace('_', ' ')} {claims.number_text(row['bar'])}",
+            "measured": ledger.number_text(row["value"]),
+            "bar": f"{row['relation'].replace('_', ' ')} {ledger.number_text(row['bar'])}",
             "kept": "yes" if row["kept"] else "BROKEN",
             "measured in": row["source"],
             "since": row["since"],

@@ -5,14 +5,13 @@ name for the notebook's.
 """
 
 import functools
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from prosg_lib import paths
+from prosg_lib import files, paths
 from prosg_lib.errors import UserError
-from prosg_lib.reproduction import claims
+from prosg_lib.reproduction import ledger, notebook_files
 
 # A number, an optional percent sign, optional closing emphasis, and the comment directly after it.
 _QUOTE = re.compile(
@@ -33,12 +32,12 @@ def check_quotes() -> list[str]:
     Returns:
         What is wrong, one sentence each, in the order of the files; empty when every quote is right.
     """
-    ledger = functools.cache(claims.expected_claims)
+    expected = functools.cache(ledger.expected_claims)
     problems = []
     for file, text in _texts(paths.repo_root()):
         blanked = _FENCE.sub(lambda fence: re.sub(r"[^\n]", " ", fence.group()), text)
         for match in _QUOTE.finditer(blanked):
-            if problem := _problem(match, ledger):
+            if problem := _problem(match, expected):
                 line = 1 + blanked.count("\n", 0, match.start())
                 quoted = (match["number"] or "no number") + (match["percent"] or "")
                 problems.append(f"{file}, line {line}: quotes {quoted} for `{match['claim'].strip()}`: {problem}")
@@ -49,14 +48,14 @@ def _texts(root: Path) -> Iterable[tuple[str, str]]:
     """(file, or file and cell; text) of everything that may quote."""
     for path in [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "data").glob("*.md"))]:
         if path.is_file():
-            yield str(path.relative_to(root)), path.read_text(encoding="utf-8")
+            yield str(path.relative_to(root)), files.read_text(path)
     for path in sorted((root / "notebooks").glob("*.ipynb")):
-        for index, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        for index, cell in enumerate(notebook_files.cells(path)):
             if cell["cell_type"] == "markdown":
-                yield f"{path.relative_to(root)}, cell {index}", "".join(cell["source"])
+                yield f"{path.relative_to(root)}, cell {index}", cell["source"]
 
 
-def _problem(match: re.Match[str], ledger) -> str | None:
+def _problem(match: re.Match[str], expected: Callable[[str, str], dict[str, ledger.Row]]) -> str | None:
     words = match["claim"].split()
     if len(words) != 3:
         return "a quote's comment is `claim PROFILE NOTEBOOK NAME`"
@@ -64,12 +63,12 @@ def _problem(match: re.Match[str], ledger) -> str | None:
         return "no number stands directly before the comment"
     profile, notebook, name = words
     try:
-        entry = ledger(notebook, profile).get(name)
+        entry = expected(notebook, profile).get(name)
     except UserError as error:
         return str(error)
     if entry is None:
         return f"expected/{notebook}.{profile}.json has no claim of that name"
-    reference = (100 if match["percent"] else 1) * claims.reference(entry)["reference"]
+    reference = (100 if match["percent"] else 1) * ledger.reference(entry)["reference"]
     digits = match["number"].replace(",", "").replace("\u2212", "-")
     half_unit = 0.5 * 10.0 ** -len(digits.partition(".")[2])
     if abs(float(digits) - reference) > half_unit * (1 + 1e-9) + 1e-12 * abs(reference):

@@ -3,21 +3,51 @@ without a network."""
 
 import base64
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from prosg_lib import files, paths
+from prosg_lib import files, paths, strict
 from prosg_lib.config import Profile
 from prosg_lib.errors import UserError
-from prosg_lib.reproduction import claims, notebook_files, promises
+from prosg_lib.reproduction import ledger, notebook_files, promises
 
 RUN_FILE = "run.json"
 
 
+@dataclass
+class Record:
+    """What is known of a notebook's last run. peak_mb: None where it failed, or the system does not say."""
+
+    notebook: str
+    status: Literal["finished", "failed"]
+    seconds: float
+    peak_mb: float | None
+    seed: int
+    parameters: dict[str, Any]
+    error: str | None
+
+
+@dataclass
+class Sidecar:
+    """What is kept beside a figure: where it came from, the claims that it shows, and the same in words."""
+
+    notebook: str
+    profile: str
+    seed: int
+    commit: str
+    device: str
+    versions: dict[str, str]
+    claims: list[str]
+    alt: str
+
+
 def load_records(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """What is known of the notebooks that were run last, by name; none where nothing was run."""
+    """The records (fields of `Record`) of the notebooks that were run last, by name; none where nothing was run."""
     path = run_dir / RUN_FILE
-    return files.read_json(path) if path.is_file() else {}
+    found = files.read_json(path) if path.is_file() else {}
+    strict.read_as(dict[str, Record], found, path)
+    return found
 
 
 def build(profile: Profile) -> dict[str, Any]:
@@ -26,7 +56,7 @@ def build(profile: Profile) -> dict[str, Any]:
     Returns:
         profile, seed, commit, device, prose, versions (several values are joined with commas where notebooks were run
         at different times), complete (every notebook finished), passed (complete, every measurement near its reference,
-        no promise newly broken), promises (rows of `promises.judge`), claims (notebook and a row of `claims.compare`),
+        no promise newly broken), promises (rows of `promises.judge`), claims (notebook and a row of `ledger.compare`),
         notebooks (name, status, seconds, peak_mb, seed, parameters, commit, error) and figures (name and sidecar).
     Raises:
         UserError: nothing was run.
@@ -41,8 +71,8 @@ def build(profile: Profile) -> dict[str, Any]:
         if record is None:
             notebooks.append({"name": name, "status": "not run"})
             continue
-        found[name] = claims.measured(name, profile.name)
-        rows += [{"notebook": name, **row} for row in claims.judge(found[name], name, profile.name)]
+        found[name] = ledger.measured(name, profile.name)
+        rows += [{"notebook": name, **row} for row in ledger.judge(found[name], name, profile.name)]
         notebooks.append({"name": name, **{key: value for key, value in record.items() if key != "notebook"}})
     facts = [made for made in found.values() if made]
     verdicts = promises.judge({made["notebook"]: made["claims"] for made in facts}, profile.name)
@@ -75,11 +105,11 @@ def _joined(values: Iterable[Any]) -> Any:
 
 def figures(run_dir: Path) -> list[dict[str, Any]]:
     """The sidecars of a run's figures with the figures' names, in the order of the notebooks."""
-    found = [
-        {"name": sidecar.stem, **files.read_json(sidecar)}
-        for sidecar in sorted((run_dir / "figures").glob("*.json"))
-        if sidecar.with_suffix(".png").is_file()
-    ]
+    found = []
+    for path in sorted((run_dir / "figures").glob("*.json")):
+        if path.with_suffix(".png").is_file():
+            sidecar = strict.read_as(Sidecar, files.read_json(path), path)
+            found.append({"name": path.stem, **asdict(sidecar)})
     return sorted(found, key=lambda figure: figure["notebook"])
 
 
@@ -180,7 +210,7 @@ def render(report: dict[str, Any], run_dir: Path) -> str:
         report=report,
         verdict=verdict(report),
         promises=table(promises.table(report["promises"]), index=False),
-        measurements=[(name, table(claims.table(rows), index=False)) for name, rows in by_notebook.items()],
+        measurements=[(name, table(ledger.table(rows), index=False)) for name, rows in by_notebook.items()],
         notebooks=table(ran, index=False, escape=False),
         provenance=table(pd.DataFrame(facts.items()), index=False, header=False),
         image=image,

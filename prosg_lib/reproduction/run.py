@@ -1,6 +1,7 @@
 """Runs the course's notebooks in order, compares their claims with the ledger, and writes the report."""
 
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from prosg_lib import files, paths
 from prosg_lib.config import Profile, get_profile
 from prosg_lib.errors import UserError
-from prosg_lib.reproduction import claims, notebook_files, promises, quotes, report
+from prosg_lib.reproduction import ledger, notebook_files, promises, quotes, report
 
 # Only these runs' figures are kept in the repository, and where.
 REFERENCE_FIGURES = {"cpu": ".", "gpu": "gpu"}
@@ -68,7 +69,7 @@ def reproduce(
     Args:
         names: only these notebooks; what others of the profile recorded before stays in the report. All where empty.
         parameters: values of the notebooks' own parameters, which are texts.
-        update_expected: write the ledger from this run (`claims.update`), and for the reference profiles the figures.
+        update_expected: write the ledger from this run (`ledger.update`), and for the reference profiles the figures.
     Returns:
         0, or 1 where a notebook failed, or where `show` says so of those that ran.
     Raises:
@@ -76,46 +77,76 @@ def reproduce(
         KeyboardInterrupt: after the running notebook was stopped and the report written.
     """
     selected = select(notebook_files.course(), names)
-    arguments = bind(selected, {"profile": profile.name, "seed": seed, "retrain": retrain}, parameters or {})
-    run_dir = paths.runs_dir(profile.name).resolve()
-    if retrain:
-        from prosg_lib.training.checkpoints import forget
-
-        forget(profile)
+    given = {"profile": profile.name, "seed": seed, "retrain": retrain}
+    arguments = bind(selected, given, parameters or {})
     for name in FOLDERS.intersection(os.environ):  # which a notebook, in its own folder, would look for there
         os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
-    _forget(profile, [path.stem for path in selected])
-    ran, error = [], None
+    run_dir = paths.runs_dir(profile.name)
+    files.check_writable(run_dir, "PROSG_RUNS")
+    if update_expected:
+        files.check_writable(paths.expected_dir(), "a checkout of your own")
+    with files.lock(run_dir / "reproduce.lock", f"The folder {run_dir}"):
+        if retrain:
+            from prosg_lib.training.checkpoints import forget
+
+            forget(profile)
+        _forget(profile, list(arguments))
+        ran, error = _run_all(profile, selected, arguments)
+        if update_expected and not error:
+            for written in ledger.update(profile.name, ran):
+                print(f"ledger: {written}")
+            _keep_figures(profile, ran)
+    ended = show(profile, only=ran)
+    if not error:
+        return ended
+    # The ledger is written by a run as a whole.
+    left = selected if update_expected else selected[len(ran) - 1 :]
+    print(
+        f"\n{ran[-1]} failed: {error}\n"
+        f"Its executed copy: {run_dir / 'notebooks' / ran[-1]}.ipynb\n"
+        f"What was finished is kept. To go on: {_command(given, parameters or {}, arguments, left, update_expected)}"
+        + ("\nThe ledger was not touched, because the run was not finished." if update_expected else "")
+    )
+    if error == INTERRUPTED:
+        raise KeyboardInterrupt
+    return 1
+
+
+def _run_all(
+    profile: Profile, selected: Sequence[Path], arguments: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[str], str | None]:
+    """Runs notebooks to the first that fails; the names of those that were run, and what went wrong with the last."""
+    ran = []
     for path in selected:
         ran.append(path.stem)
         label = f"[{len(ran)}/{len(selected)}] {path.stem}"
         print(f"{label} ...", flush=True)
         record = _run(path, profile, arguments[path.stem])
+        run_dir = paths.runs_dir(profile.name)
         files.write_json(run_dir / report.RUN_FILE, report.load_records(run_dir) | {path.stem: record})
         peak = "" if record["peak_mb"] is None else f", peak {record['peak_mb']:.0f} MB"
         print(f"{label} {record['status']}: {record['seconds']:.0f} s{peak}", flush=True)
-        if error := record["error"]:
-            break
+        if record["error"]:
+            return ran, record["error"]
+    return ran, None
 
-    if update_expected and not error:
-        for written in claims.update(profile.name, ran):
-            print(f"ledger: {written}")
-        _keep_figures(profile, ran)
-    ended = show(profile, only=ran)
-    if error:
-        print(
-            f"\n{ran[-1]} failed: {error}\n"
-            f"Its executed copy: {run_dir / 'notebooks' / ran[-1]}.ipynb\n"
-            f"What was finished is kept. To go on: prosg reproduce --profile {profile.name}"
-            + (f" --seed {seed}" if seed else "")
-            + "".join(f" --param {name}={text}" for name, text in (parameters or {}).items())
-            + "".join(f" --notebook {path.stem}" for path in selected[len(ran) - 1 :])
-            + ("\nThe ledger was not touched, because the run was not finished." if update_expected else "")
-        )
-        ended = 1
-        if error == INTERRUPTED:
-            raise KeyboardInterrupt
-    return ended
+
+def _command(
+    given: Mapping[str, Any],
+    texts: Mapping[str, str],
+    arguments: Mapping[str, Mapping[str, Any]],
+    notebooks: Sequence[Path],
+    update_expected: bool,
+) -> str:
+    """The command that runs these notebooks as this one did; of --param what they take."""
+    words = ["prosg", "reproduce", "--profile", given["profile"]]
+    words += ["--seed", str(given["seed"])] if given["seed"] else []
+    words += ["--retrain"] if given["retrain"] else []
+    words += ["--update-expected"] if update_expected else []
+    for name, text in texts.items():
+        if any(name in arguments[path.stem] for path in notebooks):
+            words += ["--param", f"{name}={text}"]
+    return shlex.join([*words, *(word for path in notebooks for word in ("--notebook", path.stem))])
 
 
 def show(profile: Profile, only: Sequence[str] | None = None) -> int:
@@ -136,13 +167,13 @@ def show(profile: Profile, only: Sequence[str] | None = None) -> int:
     for row in built["promises"]:
         state = "newly broken" if row["newly_broken"] else "kept" if row["kept"] else "broken"
         bar = f"{row['relation'].replace('_', ' ')} {row['bar']:g}"
-        print(f"{state}: {row['sentence']} ({claims.number_text(row['value'])}, {bar}; {row['source']})")
+        print(f"{state}: {row['sentence']} ({ledger.number_text(row['value'])}, {bar}; {row['source']})")
     broken = [row for row in built["promises"] if row["newly_broken"] and (only is None or row["notebook"] in only)]
     wrong = [row for row in built["claims"] if row["holds"] is False and (only is None or row["notebook"] in only)]
     print(f"\n{report.verdict(built)}")
     for row in wrong:
-        value = "not measured" if row["value"] is None else f"measured {claims.number_text(row['value'])}"
-        print(f"  {row['notebook']} {row['name']}: {value}, expected {claims.expected_text(row)}")
+        value = "not measured" if row["value"] is None else f"measured {ledger.number_text(row['value'])}"
+        print(f"  {row['notebook']} {row['name']}: {value}, expected {ledger.expected_text(row)}")
     if any(row["expected"] is None for row in wrong):
         print("Claims that are not in the ledger are added to it with --update-expected.")
     print(f"\nreport: {page}", flush=True)
@@ -160,7 +191,7 @@ def _forget(profile: Profile, names: Sequence[str]) -> None:
             for suffix in (".png", ".json"):
                 (run_dir / "figures" / f"{figure['name']}{suffix}").unlink()
     for name in names:
-        claims.measured_path(name, profile.name).unlink(missing_ok=True)
+        ledger.measured_path(name, profile.name).unlink(missing_ok=True)
     records = report.load_records(run_dir)
     files.write_json(run_dir / report.RUN_FILE, {key: value for key, value in records.items() if key not in names})
 
@@ -170,8 +201,8 @@ def _run(path: Path, profile: Profile, values: Mapping[str, Any]) -> dict[str, A
     started = time.time()
     error, found = None, None
     try:
-        notebook_files.execute(path, paths.runs_dir(profile.name).resolve() / "notebooks" / path.name, values)
-        found = claims.measured(path.stem, profile.name)
+        notebook_files.execute(path, paths.runs_dir(profile.name) / "notebooks" / path.name, values)
+        found = ledger.measured(path.stem, profile.name)
         if found is None:
             error = "it ended without claims.finish(), so its claims are not known; let its last cell call it"
     except UserError as caught:
@@ -179,7 +210,7 @@ def _run(path: Path, profile: Profile, values: Mapping[str, Any]) -> dict[str, A
     except KeyboardInterrupt:
         error = INTERRUPTED
     if error:
-        claims.measured_path(path.stem, profile.name).unlink(missing_ok=True)  # a cell after finish() may have failed
+        ledger.measured_path(path.stem, profile.name).unlink(missing_ok=True)  # a cell after finish() may have failed
     return {
         "notebook": path.stem,
         "status": "failed" if error else "finished",
@@ -213,19 +244,19 @@ def check() -> list[str]:
         if _set_up(path) != _set_up(course[0])
     ]
     names = {path.stem for path in course}
-    for ledger in sorted(paths.expected_dir().glob("*.*.json")):
-        name, _, profile = ledger.stem.partition(".")
+    for path in sorted(paths.expected_dir().glob("*.*.json")):
+        name, _, profile = path.stem.partition(".")
         try:
-            if profile == claims.BENCHMARK:
-                if not (paths.repo_root() / "benchmarks" / f"{name.removesuffix(claims.ON_GPU)}.py").is_file():
+            if profile == ledger.BENCHMARK:
+                if not (paths.repo_root() / "benchmarks" / f"{name.removesuffix(ledger.ON_GPU)}.py").is_file():
                     raise UserError(f"there is no benchmark {name!r}")
             else:
                 if name not in names:
                     raise UserError(f"there is no notebook {name!r}")
                 get_profile(profile)
-            claims.expected(name, profile)
+            ledger.expected(name, profile)
         except UserError as error:
-            found.append(f"expected/{ledger.name}: {error}")
+            found.append(f"expected/{path.name}: {error}")
     try:
         for row in promises.judge({}, "cpu"):
             if row["value"] is None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from prosg_lib import paths
 from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
-from prosg_lib.reproduction import claims, quotes
+from prosg_lib.reproduction import claims, ledger, quotes
 
 ESTIMATE = SimpleNamespace(value=0.5, low=0.402, high=0.598)  # a standard error of 0.05
 
@@ -36,7 +36,7 @@ def begin(seed=0):
 
 
 def agrees(value, **entry):
-    (row,) = claims.compare({"a": {"value": value}}, {"a": entry})
+    (row,) = ledger.compare({"a": {"value": value}}, {"a": entry})
     return row["holds"]
 
 
@@ -180,12 +180,12 @@ def test_a_wider_spread_never_turns_a_measurement_down_and_every_one_can_fail(va
 def test_a_noisier_run_does_not_pass_more_easily():
     """The ledger's spread decides, not the run's."""
     measured = {"a": {"value": 0.5, "spread": 10.0}}
-    assert claims.compare(measured, {"a": {"reference": 0.9, "spread": 0.01}})[0]["holds"] is False
+    assert ledger.compare(measured, {"a": {"reference": 0.9, "spread": 0.01}})[0]["holds"] is False
 
 
 def test_missing_and_unexpected_claims_do_not_hold():
     """A claim that was not measured fails, and so does one that nobody checks."""
-    new, gone = claims.compare({"new": {"value": 1.0}}, {"gone": {"reference": 1.0, "spread": 0.1}})
+    new, gone = ledger.compare({"new": {"value": 1.0}}, {"gone": {"reference": 1.0, "spread": 0.1}})
     assert (new["name"], new["expected"], new["holds"]) == ("new", None, False)
     assert (gone["name"], gone["value"], gone["holds"]) == ("gone", None, False)
 
@@ -202,11 +202,11 @@ def test_missing_and_unexpected_claims_do_not_hold():
     ],
 )
 def test_counts_are_written_in_full_and_measurements_to_four_digits(value, text):
-    assert claims.number_text(value) == text
+    assert ledger.number_text(value) == text
 
 
 def test_the_table_says_in_words_what_holds():
-    rows = claims.compare(
+    rows = ledger.compare(
         {"a": {"value": 0.5}, "b": {"value": 2.0, "source": "data/b.jsonl"}, "new": {"value": 1}, "t": {"value": 3}},
         {
             "a": {"reference": 0.9, "spread": 0.01},
@@ -215,7 +215,7 @@ def test_the_table_says_in_words_what_holds():
             "gone": {"reference": 1, "tolerance": 0.1},
         },
     )
-    assert claims.table(rows).to_numpy().tolist() == [
+    assert ledger.table(rows).to_numpy().tolist() == [
         ["a", "0.5", "0.9 ± 0.03", "NO"],
         ["b", "2 (re-read from data/b.jsonl)", "exactly 2", "yes"],
         ["new", "1", "not in the ledger", "NO"],
@@ -228,12 +228,52 @@ def test_the_table_says_in_words_what_holds():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("[]", "no object 'claims'"), ('{"claims": {"a": 3}}', "'a' has no ref")]
+    ("content", "message"),
+    [
+        ([], "its content should be an object"),
+        ({"claim": {}}, "claim should be left out"),
+        ({"claims": {}, "books": 3}, "books should be an object"),
+        ({"claims": {"a": 3}}, "claims.a should be an object"),
+        ({"claims": {"a": {}}}, "claim 'a': reference should be there"),
+        ({"claims": {"a": {"reference": "0.5", "spread": 0.1}}}, "claim 'a': reference should be a finite number"),
+        ({"claims": {"a": {"reference": True, "exact": True}}}, "claim 'a': reference should be a finite number"),
+        ({"claims": {"a": {"reference": 1, "exact": False}}}, "claim 'a': exact should be True"),
+        ({"claims": {"a": {"reference": 1, "spread": None}}}, "claim 'a': spread should be a finite number"),
+        ({"claims": {"a": {"reference": 1, "spread": -0.1}}}, "claim 'a': it needs one of spread and tolerance"),
+        ({"claims": {"a": {"reference": 1}}}, "claim 'a': it needs one of"),
+        ({"claims": {"a": {"reference": 1, "shown": True, "exact": True}}}, "claim 'a': it needs one of"),
+        ({"claims": {"a": {"books": {"reference": 1, "bar": 0}}}}, "claim 'a': bar should be left out"),
+    ],
 )
-def test_malformed_ledger_names_file_and_claim(checkout, content, message):
-    write_ledger(checkout).write_text(content)
+def test_a_malformed_ledger_names_file_claim_and_field(checkout, content, message):
+    """And so does what a notebook's run left, where a value stands in place of a reference."""
+    write_ledger(checkout).write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"99_test\.smoke\.json.* {message}"):
-        claims.expected("99_test", "smoke")
+        ledger.expected("99_test", "smoke")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "0"}, "seed should be a whole number"),
+        ({"notebook": "98_other"}, "is of 98_other with the profile smoke; run 99_test again"),
+        ({"claims": {"a": {"reference": 1, "exact": True}}}, "claim 'a': reference should be left out"),
+        ({"claims": {"a": {"value": 1, "spread": -1}}}, "claim 'a': it needs one of"),
+    ],
+)
+def test_a_malformed_record_names_file_claim_and_field(change, message):
+    finish_run(a=1)
+    path = ledger.measured_path("99_test", "smoke")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=rf"99_test\.json.* {message}"):
+        ledger.measured("99_test", "smoke")
+
+
+def test_a_claim_that_stands_twice_is_refused(checkout):
+    """Not the last taken, as JSON's readers do."""
+    write_ledger(checkout).write_text('{"claims": {"a": {"reference": 1, "exact": true}, "a": {}}}')
+    with pytest.raises(UserError, match=r"99_test\.smoke\.json.*'a'"):
+        ledger.expected("99_test", "smoke")
 
 
 def finish_run(**values):
@@ -254,15 +294,15 @@ def test_the_ledger_has_a_column_for_own_prose_and_one_for_the_books(checkout, m
 
     def holds(**values):
         finish_run(**values)
-        found = claims.measured("99_test", "smoke")
-        return {row["name"]: row["holds"] for row in claims.judge(found, "99_test", "smoke")}
+        found = ledger.measured("99_test", "smoke")
+        return {row["name"]: row["holds"] for row in ledger.judge(found, "99_test", "smoke")}
 
     finish_run(same=0.5, other=0.2)
-    assert claims.update("smoke", ["99_test"]) == [checkout / "expected" / "99_test.smoke.json"]
+    assert ledger.update("smoke", ["99_test"]) == [checkout / "expected" / "99_test.smoke.json"]
     books_are_there(checkout, monkeypatch)
     finish_run(same=0.5, other=0.4, cloze=0.9)
-    claims.update("smoke", ["99_test"])
-    found = claims.expected("99_test", "smoke")
+    ledger.update("smoke", ["99_test"])
+    found = ledger.expected("99_test", "smoke")
     assert found["claims"] == {
         "same": {"reference": 0.5, "spread": 0.01},
         "other": {"reference": 0.2, "spread": 0.01, "books": {"reference": 0.4, "spread": 0.01}},
@@ -277,10 +317,10 @@ def test_the_ledger_has_a_column_for_own_prose_and_one_for_the_books(checkout, m
     assert holds(same=0.5, other=0.2) == {"same": True, "other": True}
     monkeypatch.delenv("PROSG_TEST_DATA")
     assert holds(same=0.5, other=0.2) == {"same": True, "other": True}
-    assert [row["holds"] for row in claims.judge(None, "99_test", "smoke")] == [False, False]
+    assert [row["holds"] for row in ledger.judge(None, "99_test", "smoke")] == [False, False]
     finish_run(same=0.6)  # what is no longer recorded is dropped from the column of this run alone
-    claims.update("smoke", ["99_test"])
-    assert claims.expected("99_test", "smoke")["claims"] == {
+    ledger.update("smoke", ["99_test"])
+    assert ledger.expected("99_test", "smoke")["claims"] == {
         "same": {"reference": 0.6, "spread": 0.01, "books": {"reference": 0.5, "spread": 0.01}},
         "other": {"books": {"reference": 0.4, "spread": 0.01}},
         "cloze": {"books": {"reference": 0.9, "spread": 0.01}},

@@ -2,10 +2,11 @@
 
 import json
 import subprocess
+from dataclasses import asdict
 
 import pytest
 
-from prosg_lib import paths
+from prosg_lib import paths, strict
 from prosg_lib.errors import UserError
 from prosg_lib.reproduction import promises
 
@@ -19,7 +20,7 @@ def test_promises_never_change():
     commits = git("log", "--format=%H", "--", "expected/promises.json").stdout.split()
     if not commits:
         pytest.skip("no history of expected/promises.json here (a copy without git)")
-    now = {promise["name"]: promise for promise in promises.load()}
+    now = {promise.name: asdict(promise) for promise in promises.load()}
     for commit in commits:
         for then in json.loads(git("show", f"{commit}:expected/promises.json").stdout):
             for key in ("relation", "bar", "since"):
@@ -71,7 +72,8 @@ def judge(profile="cpu", **values):
     ],
 )
 def test_bars_hold_on_the_edge_and_not_beyond(relation, bar, value, kept):
-    assert promises.kept({"relation": relation, "bar": bar}, value) is kept
+    made = PROMISE | {"name": "a", "claims": ["a"], "relation": relation, "bar": bar}
+    assert strict.read_as(promises.Promise, made, "").kept(value) is kept
 
 
 def test_a_run_breaks_a_promise_only_where_the_reference_run_kept_it(ledger):
@@ -104,9 +106,17 @@ def test_the_table_says_in_words_what_is_kept(ledger):
     ]
 
 
-@pytest.mark.parametrize("change", [{"relation": "about"}, {"tolerance": 0.1}])
-def test_a_malformed_promise_is_named(ledger, change):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"relation": "about"}, "relation should be 'at_least' or 'at_most'"),
+        ({"tolerance": 0.1}, "tolerance should be left out"),
+        ({"bar": True}, "bar should be a finite number"),
+        ({"claims": []}, "claims should be"),
+    ],
+)
+def test_a_malformed_promise_is_named(ledger, change, said):
     """No tolerance: a bar is a bar."""
     ledger([PROMISE | {"name": "good", "claims": ["a"]} | change])
-    with pytest.raises(UserError, match=r"promises\.json, promise 'good': it needs bar, claims"):
+    with pytest.raises(UserError, match=rf"promises\.json: \[0\]\.{said}"):
         promises.load()

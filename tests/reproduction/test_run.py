@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prosg_lib import paths
+from prosg_lib import cli, files, paths
 from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.reproduction import kernel, report
@@ -252,6 +253,41 @@ def test_a_failed_cell_ends_the_run_and_says_how_to_go_on(finished, course):
     assert "ValueError: the last line" in failed.page
 
 
+@pytest.mark.parametrize(
+    ("failing", "options", "left"),
+    [
+        ("01_off", {"seed": 7}, ["01_off", "04_silent"]),
+        ("00_fine", {"retrain": True, "parameters": {"length": "two words' end"}}, ["00_fine", "01_off", "04_silent"]),
+        ("01_off", {"parameters": {"length": "x"}}, ["01_off", "04_silent"]),  # which take no length
+        ("04_silent", {"update_expected": True}, ["00_fine", "01_off", "04_silent"]),  # written by a whole run only
+    ],
+)
+def test_the_command_to_go_on_works(finished, course, tmp_path, monkeypatch, failing, options, left):
+    """It runs what is left, as the first command would have."""
+    ran, fail = [], True
+
+    def execute(source, target, values):
+        ran.append((source.stem, values))
+        if fail and source.stem == failing:
+            raise UserError("No.")
+        kept = json.loads((finished.folder / "claims" / "00_fine.json").read_text()) | {"notebook": source.stem}
+        files.write_json(root / "runs" / "smoke" / "claims" / f"{source.stem}.json", kept)
+
+    monkeypatch.setattr(notebooks, "execute", execute)
+    root = tmp_path / "course"
+    shutil.copytree(course, root, ignore=shutil.ignore_patterns("runs"))
+    printed = run(root, "00_fine", "01_off", "04_silent", **options).printed
+    (command,) = re.findall("To go on: prosg (.*)", printed)
+    intended, fail = {name: dict(values) for name, values in ran}, False
+    ran.clear()
+    with runs_in(root):
+        cli.main(shlex.split(command))
+    assert [name for name, _ in ran] == left
+    assert all(values == intended.get(name, values) for name, values in ran)
+    assert all(values["retrain"] is options.get("retrain", False) for _, values in ran)
+    assert (root / "expected" / "04_silent.smoke.json").is_file() is options.get("update_expected", False)
+
+
 def test_a_dead_kernel_fails_the_notebook_whatever_its_copy_says(course):
     """The kernel ends itself with exit code 0 after claims.finish(); the copy then calls every cell completed."""
     dead = run(course, "03_dead")
@@ -406,6 +442,24 @@ def test_unknown_profile_notebook_and_parameter_are_refused_with_the_known_ones(
     assert "--param nothing else." in refused(course, "01_off", parameters={"length": "1"})
     assert "take --profile, --seed" in refused(course, parameters={"seed": "1"})
     assert sorted((course / "runs").rglob("*")) == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused(course):
+    """It would remove the claims of the first, which holds the folder until it ends, however it does."""
+    folder = course / "runs" / "smoke"
+    with files.lock(folder / "reproduce.lock", "The folder"):
+        said = refused(course, "00_fine")
+    assert said.startswith(f"The folder {folder} is in use by process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize(("place", "option"), [("runs", "PROSG_RUNS"), ("expected", "a checkout of your own")])
+def test_a_folder_that_cannot_be_written_to_is_found_out_before_the_work(course, tmp_path, monkeypatch, place, option):
+    """A file stands in its place: what forbids writing to root as well."""
+    monkeypatch.setattr(notebooks, "execute", None)
+    root = tmp_path / "course"
+    shutil.copytree(course, root, ignore=shutil.ignore_patterns("runs", "expected"))
+    (root / place).touch()
+    assert re.search(rf"{place}.* cannot be written to .*{option}", refused(root, update_expected=True))
 
 
 def test_report_of_no_run_says_what_to_run(course):
