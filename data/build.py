@@ -15,9 +15,9 @@ import sys
 from prosg_lib import files
 from prosg_lib.config.sizes import VOCAB
 from prosg_lib.errors import UserError
-from prosg_lib.paths import data_dir
+from prosg_lib.paths import data_dir, extra_data
 from prosg_lib.tasks import dialogue, wording
-from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, books_folder, load_prose, own_sentences, split_titles
+from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, load_prose, own_sentences, split_titles
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
 WORDS = ("dialogue_words.json", "dialogue_asides.json", "people.json", "own_sentences.json")
@@ -143,7 +143,7 @@ def _manifest(tokenizer: Tokenizer, books: dict, made: dict[str, str]) -> str:
 
 def _books() -> dict | None:
     """The books' files by split, with the size and hash of their paragraphs; None without a folder."""
-    folder = books_folder()
+    folder = extra_data("books")
     if folder is None:
         return None
     prose, titles = load_prose(str(folder)), [p.name for p in folder.glob("*.txt") if p.is_file()]

@@ -41,7 +41,42 @@ def notebooks_dir() -> Path:
     return repo_root() / "notebooks"
 
 
+EXTRA_DATA = ("books", "wikitext-2", "xquad")
+"""What the folder that $PROSG_TEST_DATA names may hold."""
+
+
+def extra_data(name: str) -> Path | None:
+    """One of EXTRA_DATA in the folder that $PROSG_TEST_DATA names; None if it is not there, or the variable not set.
+
+    Raises:
+        UserError: there is no such folder, or it holds none of them; that is a mistake, not a request for other data.
+    """
+    base = os.environ.get("PROSG_TEST_DATA")
+    if not base:
+        return None
+    folders = [expanded(base) / known for known in EXTRA_DATA]
+    there = {folder.name: folder for folder in folders if os.path.isdir(folder)}  # which never raises
+    if not there:
+        raise UserError(
+            f"PROSG_TEST_DATA is {base}, which is no folder with one of {'/, '.join(EXTRA_DATA)}/ in it; "
+            "name one, or unset the variable"
+        )
+    return there.get(name)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the home directory in place of `~`.
+
+    Raises:
+        UserError: it is not known, because HOME is not set or there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"the home directory in {path} is not known; write the whole path instead of ~") from None
+
+
 def runs_dir(profile: str) -> Path:
     """The output of runs with `profile`: `$PROSG_RUNS/<profile>`, or `<checkout>/runs/<profile>` by default."""
     base = os.environ.get("PROSG_RUNS")
-    return (Path(base).expanduser() if base else repo_root() / "runs") / profile
+    return (expanded(base) if base else repo_root() / "runs") / profile

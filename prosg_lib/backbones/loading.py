@@ -59,7 +59,7 @@ def load_model(source: str | Path) -> LanguageModel:
             tokens than the model.
     """
     keep_freed_memory()
-    path = Path(source).expanduser()
+    path = paths.expanded(source)
     if path.is_dir():
         model = _from_folder(path)
     elif path.is_file():

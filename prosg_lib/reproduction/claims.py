@@ -108,13 +108,13 @@ def share_error(share: float, answers: int) -> float:
 
 
 def books_digest() -> str | None:
-    """Names the books that notebooks read; None without $PROSG_TEST_DATA, where they read the project's own prose."""
-    root = os.environ.get("PROSG_TEST_DATA")
-    if not root:
+    """Names the books that notebooks read; None where they read the project's own prose."""
+    folder = paths.extra_data("books")
+    if folder is None:
         return None
     digest = hashlib.sha256()
-    for path in sorted((Path(root).expanduser() / "books").glob("*.txt")):
-        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted(folder.glob("*.txt")):
+        digest.update(os.fsencode(path.name) + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from prosg_lib import files, plots
+from prosg_lib import files, paths, plots
 from prosg_lib.backbones.loading import load_model
 from prosg_lib.config import Profile
 from prosg_lib.errors import UserError
@@ -127,7 +127,7 @@ def output_folder(out: str | Path) -> Path:
     Raises:
         UserError: the name is a file's.
     """
-    folder = Path(out).expanduser().resolve()
+    folder = paths.expanded(out).resolve()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{there} is a file; name a folder that results can be written to")

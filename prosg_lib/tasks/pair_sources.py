@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from pathlib import Path
 
 from prosg_lib.config import Profile
 from prosg_lib.config.sizes import TASKS, PairSizes
 from prosg_lib.errors import UserError
+from prosg_lib.paths import extra_data
 from prosg_lib.tasks.pairs import Fitted, Pair, fitted
 from prosg_lib.tasks.people import characters, reversal
 from prosg_lib.tasks.squad import squad
 from prosg_lib.tasks.wikitext import copied, named, wikitext
-from prosg_lib.text.prose import books_folder
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
 PEOPLE = TASKS[:2]
@@ -85,9 +84,9 @@ def _pairs(task: str, split: str, sizes: PairSizes) -> tuple[Pair, ...]:
 
 
 def _sources(task: str, sizes: PairSizes) -> list[str | Path]:
-    root = Path(os.environ.get("PROSG_TEST_DATA", "/nonexistent"))
     if task == "squad":
-        found = [p for p in (root / "xquad" / "xquad.en.json",) if p.is_file()]
+        folder = extra_data("xquad")
+        found = [folder / "xquad.en.json"] if folder else []
     else:
-        found = [p for p in (root / "wikitext-2", books_folder()) if p and p.is_dir()]
+        found = [folder for folder in (extra_data("wikitext-2"), extra_data("books")) if folder]
     return found or (["hub"] if sizes.hub else [])

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from prosg_lib import files
 from prosg_lib.errors import UserError
-from prosg_lib.files import read_json
 from prosg_lib.tasks.pairs import Pair, is_right, normalised
 from prosg_lib.text.prose import SPLITS, check_split, from_hub, split_titles
 
@@ -50,7 +50,8 @@ def squad(split: str, source: str | Path = "hub") -> tuple[SquadPair, ...]:
 
     Args:
         split: "train", "validation" or "test".
-        source: "hub" (`rajpurkar/squad` through `datasets`), or a file in SQuAD's JSON format.
+        source: "hub" (`rajpurkar/squad` through `datasets`); a file in SQuAD's JSON format; or one of rows as the hub
+            has them, one a line or in one list.
     Raises:
         UserError: there is no such split; the hub cannot be reached; the file is missing or not in SQuAD's format
             (the error gives the place); or no question is left.
@@ -88,9 +89,7 @@ def _hub(split: str) -> Iterator[SquadPair | None]:
 
 
 def _file(split: str, path: Path) -> list[SquadPair | None]:
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; give a file in SQuAD's JSON format, or source='hub'")
-    found = list(_titled(path, read_json(path)))
+    found = list(_titled(path))
     titles = split_titles(title for title, _ in found)
     if not all(titles.values()):
         raise UserError(
@@ -101,30 +100,41 @@ def _file(split: str, path: Path) -> list[SquadPair | None]:
     return [pair for title, pair in found if title in kept]
 
 
-def _titled(path: Path, content) -> Iterator[tuple[str, SquadPair | None]]:
+def _titled(path: Path) -> Iterator[tuple[str, SquadPair | None]]:
     """Every question of a file, with the title of its article."""
+    content = files.read_rows(path) if "}\n{" in files.read_text(path) else files.read_json(path)
     place = "data"
     try:
+        if isinstance(content, list):
+            for i, row in enumerate(content):
+                place = f"row {i + 1}"
+                spans = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+                yield _question(row["title"], row["context"], row["question"], list(spans))
+            return
         for i, article in enumerate(content["data"]):
             place = f"data[{i}]"
-            title = " ".join(article["title"].split())
+            title = article["title"]
             for j, paragraph in enumerate(article["paragraphs"]):
                 place = f"data[{i}].paragraphs[{j}]"
                 for k, item in enumerate(paragraph["qas"]):
                     place = f"data[{i}].paragraphs[{j}].qas[{k}]"
-                    answers = [] if item.get("is_impossible") is True else _answers(item, paragraph["context"])
-                    yield title, _pair(paragraph["context"], item["question"], answers)
+                    impossible = item.get("is_impossible") is True
+                    spans = [] if impossible else [(a["text"], a["answer_start"]) for a in item["answers"]]
+                    if not spans and not impossible:
+                        raise ValueError('no answer and not marked "is_impossible": true')
+                    yield _question(title, paragraph["context"], item["question"], spans)
     except KeyError as error:
-        raise UserError(f"{path}, {place}: {error} is missing; write it as SQuAD's own files do") from None
+        raise UserError(f"{path}, {place}: {error} is missing; {_REMEDY}") from None
     except (TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}, {place}: not in SQuAD's format ({error}); write it as SQuAD's own files do") from None
+        raise UserError(f"{path}, {place}: not in SQuAD's format ({error}); {_REMEDY}") from None
 
 
-def _answers(item: dict, context: str) -> list[str]:
-    answers = [(answer["text"], answer["answer_start"]) for answer in item["answers"]]
-    if not answers:
-        raise ValueError('no answer and not marked "is_impossible": true')
-    for text, start in answers:
+_REMEDY = "write it as SQuAD's own files, or as rows with title, context, question and answers, as `datasets` has them"
+
+
+def _question(title: str, context: str, question: str, spans: list[tuple[str, int]]) -> tuple[str, SquadPair | None]:
+    (title + context + question).encode()  # no half characters, which no tokenizer takes
+    for text, start in spans:
         if start < 0 or not text or context[start : start + len(text)] != text:
-            raise ValueError(f"{text!r} does not stand at character {start} of the context")
-    return [text for text, _ in answers]
+            raise ValueError(f"{text[:99]!r} does not stand at character {start} of the context")
+    return " ".join(title.split()), _pair(context, question, [text for text, _ in spans])

@@ -21,13 +21,15 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from prosg_lib import files
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.pairs import Pair, normalised
-from prosg_lib.text.prose import SPLITS, check_split, load_prose, split_titles, text_lines
+from prosg_lib.text.prose import SPLITS, check_split, load_prose, split_titles, text_files, text_lines
 
 INSTRUCTION = "Complete from the passage:\n"
 LEAD = 5  # least number of words of the sentence in the query; fewer do not determine the answer
 LONGEST = 4  # largest number of words of an answer
+LONGEST_SENTENCE = 10_000  # characters; anything longer is a list or a table, and takes time that grows with the square
 
 
 class Cloze(Pair):
@@ -44,7 +46,8 @@ def wikitext(split: str, source: str | Path = "hub", words: int | None = None) -
 
     Articles of a local source are divided by title, a tenth, at least one, each for validation and test; an article is
     never in two splits. A title is a line ` = Title = `, as in WikiText, or else the file's name; with fewer than three
-    titles the paragraphs are divided instead. A folder with train.txt, valid.txt and test.txt keeps these splits.
+    titles the paragraphs are divided instead. WikiText's own three files keep their splits, whether they are called
+    wiki.train.tokens, wiki.train.raw or train.txt; valid.txt and test.txt alone are divided anew.
 
     Args:
         split: "train", "validation" or "test".
@@ -54,8 +57,8 @@ def wikitext(split: str, source: str | Path = "hub", words: int | None = None) -
     Returns:
         Pairs in the text's order. Which of its names or numbers a passage asks for follows from its text alone.
     Raises:
-        UserError: there is no such split; the hub cannot be reached; a file is missing or not UTF-8 text; or the text
-            yields no pair.
+        UserError: there is no such split; the hub cannot be reached; a file is missing or not UTF-8 text; only some of
+            WikiText's own files are there; or the text yields no pair.
     """
     passages = list(_passages(split, source, words))
     pairs = tuple(_pairs(passages))
@@ -96,23 +99,17 @@ def named(split: str, source: str | Path, words: int) -> tuple[Cloze, ...]:
     )
 
 
-_OFFICIAL_SPLITS = dict(zip(SPLITS, ("train.txt", "valid.txt", "test.txt"), strict=True))
+_OFFICIAL = re.compile(r"(wiki\.)?(train|valid|test)(?:ation)?(?:\.(?:tokens|raw|txt))+", re.IGNORECASE)
 _TITLE = re.compile(r"= ([^=].*) =")
 
 
 def _local(split: str, path: Path) -> list[str]:
-    if path.is_dir():
-        if all((path / name).is_file() for name in _OFFICIAL_SPLITS.values()):
-            return text_lines(path / _OFFICIAL_SPLITS[split])
-        files = sorted(p for p in path.glob("*.txt") if p.is_file())
-        if not files:
-            raise UserError(f"no .txt files in {path}; give a folder of plain text, or source='hub'")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise UserError(f"{path} does not exist; give a file or a folder of plain text, or source='hub'")
+    with files.errors_of(path, "read"):
+        is_folder = path.is_dir()
+    if is_folder and (own := _official(path)):
+        return text_lines(own[split])
     articles: dict[str, list[str]] = {}
-    for file in files:
+    for file in text_files(path) if is_folder else [path]:
         title = file.name
         for line in text_lines(file):
             if found := _TITLE.fullmatch(line):
@@ -123,6 +120,21 @@ def _local(split: str, path: Path) -> list[str]:
         articles = {line: [line] for part in articles.values() for line in part}
     kept = set(split_titles(articles)[split])
     return [line for title, part in articles.items() if title in kept for line in part]
+
+
+def _official(folder: Path) -> dict[str, Path] | None:
+    """WikiText's own files by split; None where the folder has other texts."""
+    with files.errors_of(folder, "read"):
+        found = [(name, p) for p in folder.iterdir() if (name := _OFFICIAL.fullmatch(p.name)) and p.is_file()]
+    if not any(name[1] or name[2].lower() == "train" for name, _ in found):
+        return None
+    if sorted(name[2].lower() for name, _ in found) != ["test", "train", "valid"]:
+        raise UserError(
+            f"{folder} has {', '.join(sorted(p.name for _, p in found))} of WikiText; its splits are three files: "
+            "put train.txt, valid.txt and test.txt there, each once"
+        )
+    own = {name[2].lower(): p for name, p in found}
+    return {split: own[part] for split, part in zip(SPLITS, ("train", "valid", "test"), strict=True)}
 
 
 # WikiText's tokens
@@ -163,7 +175,9 @@ _RUN = re.compile(
     rf"(?<= )(?>\d\d? {_MONTH}(?: \d+)?|{_NAME}(?: {_NAME})*(?: {_NUMBER})?|{_NUMBER})(?![\w'’%°/–-]|(?<= [A-Z])\.)"
 )
 _SENTENCE_END = re.compile(r"[.!?][\"”’')\]]* (?=[\"“‘(\[]?[A-ZÀ-ÖØ-Þ0-9])")
-_ABBREVIATION = re.compile(r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|Mt|Ft|Lt|Col|Gen|Maj|Capt|Sgt|Rev|Prof|Sr|Jr|No|Vol|vs|ca|c)\.")
+_ABBREVIATION = re.compile(  # the longest has four letters
+    r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|Mt|Ft|Lt|Col|Gen|Maj|Capt|Sgt|Rev|Prof|Sr|Jr|No|Vol|vs|ca|c)\."
+)
 
 
 def _pairs(passages: list[str]) -> Iterator[Cloze]:
@@ -186,7 +200,7 @@ def _clozes(passage: str) -> Iterator[tuple[str, str]]:
     """The start of a sentence and the name or number that follows, for every suitable one in the passage."""
     sentences = list(_sentences(passage))
     for sentence in sentences if len(sentences) > 1 else []:
-        for run in _RUN.finditer(sentence):
+        for run in _RUN.finditer(sentence) if len(sentence) <= LONGEST_SENTENCE else []:
             start, answer = sentence[: run.start() - 1], run[0]
             last = start.split()[-1]
             if (
@@ -206,7 +220,9 @@ def _clozes(passage: str) -> Iterator[tuple[str, str]]:
 def _sentences(passage: str) -> Iterator[str]:
     start = 0
     for end in _SENTENCE_END.finditer(passage):
-        if not any(m.end() == end.start() + 1 for m in _ABBREVIATION.finditer(passage, start, end.start() + 1)):
+        stop = end.start() + 1
+        # Only what can be one is searched: all since the last end would take time that grows with the square.
+        if not any(m.end() == stop for m in _ABBREVIATION.finditer(passage, max(start, stop - 5), stop)):
             yield passage[start : end.end() - 1]
             start = end.end()
     yield passage[start:]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 
 from prosg_lib import files
 from prosg_lib.errors import UserError
-from prosg_lib.paths import data_dir
+from prosg_lib.paths import data_dir, extra_data
 from prosg_lib.text.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation", "test")
@@ -37,7 +36,8 @@ def check_split(split: str) -> None:
 
 def split_titles(titles: Iterable[str]) -> dict[str, list[str]]:
     """Titles by split: a tenth, at least one, each for validation and test. The order depends on the titles alone."""
-    order = sorted(set(titles), key=lambda title: hashlib.sha256(title.encode()).hexdigest())
+    # The name of a file may be half a character.
+    order = sorted(set(titles), key=lambda title: hashlib.sha256(title.encode("utf-8", "surrogatepass")).hexdigest())
     tenth = max(1, len(order) // 10)
     return dict(zip(SPLITS, (order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth]), strict=True))
 
@@ -66,7 +66,7 @@ def load_prose(source: str = "auto") -> Prose:
         UserError: the folder is missing or holds no text, or WikiText cannot be loaded.
     """
     if source == "auto":
-        source = str(books_folder() or "own")
+        source = str(extra_data("books") or "own")
     if source == "own":
         return Prose("own sentences", {split: own_sentences(split) for split in SPLITS})
     if source == "wikitext":
@@ -74,32 +74,10 @@ def load_prose(source: str = "auto") -> Prose:
     return _folder(Path(source))
 
 
-def books_folder() -> Path | None:
-    """The folder `books` in $PROSG_TEST_DATA; None if the variable is not set.
-
-    Raises:
-        UserError: it is set, but there is no such folder.
-    """
-    root = os.environ.get("PROSG_TEST_DATA")
-    if not root:
-        return None
-    folder = Path(root).expanduser() / "books"
-    if not folder.is_dir():
-        raise UserError(
-            f"PROSG_TEST_DATA is {root}, but there is no folder {folder}; put .txt files there, or unset the variable"
-        )
-    return folder
-
-
 def _folder(folder: Path) -> Prose:
     """The books of a folder, which their titles (file names) assign to the splits. With fewer than three files the
     paragraphs are divided instead."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; name a folder of plain-text books, or use prose='own'")
-    paths = sorted(p for p in folder.glob("*.txt") if p.is_file())
-    if not paths:
-        raise UserError(f"no .txt files in {folder}; name a folder of plain-text books, or use prose='own'")
-    texts = {p.name: [line for line in text_lines(p) if len(line) >= _SHORTEST] for p in paths}
+    texts = {p.name: [line for line in text_lines(p) if len(line) >= _SHORTEST] for p in text_files(folder)}
     if len(texts) < 3:
         lines = [line for text in texts.values() for line in text]
         if len(lines) < 30:
@@ -122,19 +100,26 @@ def _folder(folder: Path) -> Prose:
     return Prose(folder.name, {split: [line for name in books[split] for line in texts[name]] for split in SPLITS})
 
 
+def text_files(folder: Path) -> list[Path]:
+    """The .txt files of a folder, by name.
+
+    Raises:
+        UserError: the folder is missing, cannot be read, or has none.
+    """
+    with files.errors_of(folder, "read"):
+        found = sorted(p for p in folder.iterdir() if p.suffix == ".txt" and p.is_file())
+    if not found:
+        raise UserError(f"no .txt files in {folder}; give a folder of plain text")
+    return found
+
+
 def text_lines(path: Path) -> list[str]:
     """The paragraphs of a plain-text file, including headings, with single spaces between words.
 
     Raises:
         UserError: the file is missing, cannot be read, or is not UTF-8.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8 or remove it") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a file of plain text") from error
-    lines = [" ".join(raw.split()) for raw in text.splitlines()]
+    lines = [" ".join(raw.split()) for raw in files.read_text(path).splitlines()]
     if "" in lines and max(map(len, lines)) < _WRAPPED:
         lines = [" ".join(block) for filled, block in groupby(lines, key=bool) if filled]
     return [line for line in lines if line]

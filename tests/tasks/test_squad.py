@@ -109,6 +109,52 @@ def test_questions_that_need_no_paragraph_are_left_out(file):
     assert len(pairs) == 2
 
 
+def rows_of(articles):
+    """As `datasets` has them."""
+    questions = [(a["title"], p["context"], q) for a in articles for p in a["paragraphs"] for q in p["qas"]]
+    return [
+        {
+            "id": q["id"],
+            "title": title,
+            "context": context,
+            "question": q["question"],
+            "answers": {key: [answer[key] for answer in q["answers"]] for key in ("text", "answer_start")},
+        }
+        for title, context, q in questions
+    ]
+
+
+@pytest.mark.parametrize("text", [json.dumps, lambda rows: "\n".join(map(json.dumps, rows))], ids=["list", "lines"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
+def test_rows_are_read_as_the_nested_file(file, tmp_path, text, mark):
+    """What the errors ask for: one row a question, as a list or one a line; no answer means impossible."""
+    articles = [article(i) for i in range(12)]
+    rows = rows_of(articles)
+    rows.append(rows[0] | {"question": "Who burnt it?", "answers": {"text": [], "answer_start": []}})
+    (tmp_path / "rows.json").write_bytes(mark + text(rows).encode())
+    for split in SPLITS:
+        assert squad(split, tmp_path / "rows.json") == squad(split, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"title": None}, "row 3: not in SQuAD's format"),
+        (
+            {"answers": {"text": ["Bran"]}},
+            "row 3: 'answer_start' is missing; .*, or as rows",
+        ),
+        ({"answers": {"text": ["Bran"], "answer_start": [0]}}, "row 3: .*'Bran' does not stand at character 0"),
+        ({"answers": {"text": ["Bran"], "answer_start": []}}, "row 3: not in SQuAD's format"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path, change, message):
+    rows = rows_of([article(i) for i in range(3)])
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows[:2], rows[2] | change, *rows[3:]])))
+    with pytest.raises(UserError, match=message):
+        squad("train", tmp_path / "rows.jsonl")
+
+
 @pytest.mark.skipif(not DATA, reason="PROSG_TEST_DATA is not set: no real questions")
 def test_real_questions():
     """XQuAD: of 1,190 questions five contain their answer and are left out; every other answer is in its paragraph and
@@ -150,8 +196,12 @@ def test_from_the_hub(monkeypatch):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda p: None, r"squad\.json is not a file; give a file in SQuAD's JSON format"),
+        (lambda p: None, r"squad\.json does not exist"),
+        (lambda p: p.mkdir(), r"squad\.json is a folder; give a file"),
         (lambda p: p.write_text('{"data":\n oops}'), r"squad\.json, line 2: not JSON"),
+        (lambda p: p.write_text("[" * 100_000), r"squad\.json is nested too deeply"),
+        (lambda p: p.write_bytes(b'{"data": "\xe9"}'), r"squad\.json is not UTF-8 text \(byte 10\)"),
+        (lambda p: p.write_text('{"data": [], "data": []}'), "the key 'data' stands twice"),
         (lambda p: write(p, []), "has questions on 0 articles; three splits need at least 3"),
         (
             lambda p: write(p, [article(i) for i in range(2)]),
@@ -187,11 +237,12 @@ _AT = r"squad\.json, data\[3\]\.paragraphs\[1\]\.qas\[0\]: "
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ((), [], r"squad\.json, data: not in SQuAD's format"),
+        ((), 5, r"squad\.json, data: not in SQuAD's format"),
         (("data",), "text", r"squad\.json, data\[0\]: not in SQuAD's format"),
         (("data", 3), None, r"squad\.json, data\[3\]: not in SQuAD's format"),
-        (("data", 3, "title"), 5, r"squad\.json, data\[3\]: not in SQuAD's format"),
-        (_Q[:4], {"qas": [{}]}, rf"{_AT}'context' is missing; write it as"),
+        (("data", 3, "title"), 5, r"squad\.json, data\[3\]\.paragraphs\[0\]\.qas\[0\]: not in SQuAD's format"),
+        ((*_Q, "question"), "Who? \ud83d", rf"{_AT}not in SQuAD's format .*surrogates not allowed"),
+        (_Q[:4], {"qas": [{"is_impossible": True}]}, rf"{_AT}'context' is missing; write it as"),
         ((*_Q, "answers"), [], rf"{_AT}.*no answer and not marked"),
         ((*_Q, "answers"), "Bran", rf"{_AT}not in SQuAD's format"),
         ((*_Q, "answers", 0), {"text": "Bran"}, rf"{_AT}'answer_start' is missing"),

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -154,12 +155,70 @@ def test_articles_are_not_divided(tmp_path):
     assert towns["train"] == sorted(towns["train"], key=NUMBERS.index)
 
 
-def test_a_folder_with_the_official_splits_is_left_as_it_is(tmp_path):
-    """train.txt, valid.txt and test.txt are the three splits."""
-    for name, numbers in (("train", NUMBERS[:4]), ("valid", NUMBERS[4:5]), ("test", NUMBERS[5:])):
-        write_articles(tmp_path / f"{name}.txt", numbers, paragraphs=1)
-    assert [p.answer for p in wikitext("validation", tmp_path)] == ["MillFive0"]
-    assert len(wikitext("test", tmp_path)) == 7
+OWN = {"train": NUMBERS[:4], "valid": NUMBERS[4:5], "test": NUMBERS[5:]}
+
+
+@pytest.mark.parametrize(
+    "name", ["{}.txt", "wiki.{}.tokens", "wiki.{}.raw", "wiki.{}.txt", "wiki.{}.tokens.txt", "Wiki.{}.TXT"]
+)
+def test_the_official_splits_are_left_as_they_are(tmp_path, name):
+    """Under the names of WikiText's archives, and under those that it may get when somebody renames its files."""
+    for split, numbers in OWN.items():
+        write_articles(tmp_path / name.format(split), numbers, paragraphs=1)
+    assert [[p.answer for p in wikitext(split, tmp_path)] for split in SPLITS] == [
+        [f"Mill{n}0" for n in numbers] for numbers in OWN.values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["wiki.train.tokens"], "train.txt, valid.txt and test.txt"),
+        (["wiki.valid.raw", "wiki.test.raw"], "has wiki.test.raw, wiki.valid.raw of WikiText"),
+        (["train.txt", "test.txt"], "train.txt, valid.txt and test.txt"),
+        (["train.txt", "valid.txt", "test.txt", "wiki.test.tokens"], "each once"),
+    ],
+)
+def test_some_of_the_official_splits_are_never_mixed(tmp_path, names, missing):
+    """One error; what it asks for works."""
+    for name in names:
+        write_articles(tmp_path / name, NUMBERS)
+    with pytest.raises(UserError, match=missing):
+        wikitext("train", tmp_path)
+    for name in names:
+        (tmp_path / name).unlink()
+    for split, numbers in OWN.items():
+        write_articles(tmp_path / f"{split}.txt", numbers)
+    assert len(wikitext("validation", tmp_path)) == 2
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """The first title of a file that a Windows program saved is a title."""
+    write_articles(tmp_path / "a.txt", NUMBERS)
+    text = (tmp_path / "a.txt").read_bytes().lstrip()
+    (tmp_path / "a.txt").write_bytes(text)
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf" + text)
+    for split in SPLITS:
+        assert wikitext(split, tmp_path / "b.txt") == wikitext(split, tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "St. A. " * 40_000,
+        "Ab Cd " * 40_000 + "Ab-. Here it ends.",
+        "It was not there, " * 15_000 + "Anna. " + "It was. " * 9,
+    ],
+    ids=["abbreviations", "names", "words"],
+)
+def test_long_paragraphs_take_no_longer_than_many_short_ones(tmp_path, text):
+    """A quarter of a million characters in one paragraph; it took an hour when time grew with the square."""
+    start = time.process_time()
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"{passage('One')}\n{text}")
+    for words in (None, 50):
+        assert wikitext("train", tmp_path, words)[0].answer == "MillOne"
+    assert time.process_time() - start < 15
 
 
 def test_ordinary_text_without_titles(tmp_path):
@@ -219,7 +278,7 @@ def test_real_tokens_are_joined():
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda f: None, r"shelf does not exist; give a file or a folder"),
+        (lambda f: None, r"shelf does not exist"),
         (lambda f: f.mkdir(), r"no \.txt files in .*shelf"),
         (lambda f: f.write_bytes(b"abc\xff"), r"shelf is not UTF-8 text \(byte 3\)"),
         (lambda f: f.write_text(""), "the train split of .*shelf has 0 paragraphs"),

@@ -1,5 +1,6 @@
 """Prose: its sources, how it is split, and the errors when it is missing."""
 
+import os
 import random
 import shutil
 import socket
@@ -82,6 +83,13 @@ def test_a_books_split_depends_on_titles_alone(tmp_path):
     assert {s: set(lines) for s, lines in after.items()} == {s: set(lines) for s, lines in expected.items()}
 
 
+def test_names_of_books_may_be_any_bytes(tmp_path):
+    """Linux has names that are no text."""
+    folder = write_books(tmp_path, 3)
+    (folder / "book-1.txt").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt"))
+    assert sum(map(len, load_prose(str(folder)).paragraphs.values())) == 36
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_fewer_than_three_books_are_divided(tmp_path, count):
     """Then the paragraphs are divided: none is in two splits, none is left out."""
@@ -112,7 +120,7 @@ def test_short_paragraphs_are_left_out(tmp_path):
     ("prepare", "message"),
     [
         (lambda f: f.mkdir(), r"no \.txt files in .*shelf"),
-        (lambda f: None, r"shelf is not a folder"),
+        (lambda f: None, r"shelf does not exist"),
         (lambda f: write_books(f, 1, paragraphs=5), r"holds 5 paragraphs .* at least 30"),
         (
             lambda f: (write_books(f, 3), (f / "bad.txt").write_bytes(b"abc\xff")),
@@ -163,9 +171,13 @@ def test_the_default_is_the_books_and_else_our_own(bare, monkeypatch):
     write_books(bare / "data" / "books", 3)
     monkeypatch.setenv("PROSG_TEST_DATA", str(bare / "data"))
     assert load_prose().source == "books"
-    monkeypatch.setenv("PROSG_TEST_DATA", str(bare / "elsewhere"))
-    with pytest.raises(UserError, match=r"PROSG_TEST_DATA is .*elsewhere.*unset"):
-        load_prose()
+    (bare / "other" / "xquad").mkdir(parents=True)
+    monkeypatch.setenv("PROSG_TEST_DATA", str(bare / "other"))  # it has other tasks' data
+    assert load_prose().source == "own sentences"
+    for folder in (bare / "elsewhere", "~nobody-here/data", "x" * 300):
+        monkeypatch.setenv("PROSG_TEST_DATA", str(folder))
+        with pytest.raises(UserError, match=r"PROSG_TEST_DATA is .*(elsewhere|xxx).*unset|the whole path instead of ~"):
+            load_prose()
 
 
 # Tokens
