@@ -6,10 +6,9 @@ import numbers
 import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from prosg_lib import files, provenance
+from prosg_lib import files, paths, provenance
 from prosg_lib.config import Profile
 from prosg_lib.errors import UserError
 from prosg_lib.reproduction import ledger
