@@ -148,7 +148,7 @@ def converse(chat: Chat, source: TextIO, out: TextIO) -> None:
         while True:
             out.write("User: ")
             out.flush()
-            line = source.readline()
+            line = source.readline().removeprefix("\ufeff")  # some editors begin a file with it
             if echo or not line:
                 out.write(line.removesuffix("\n") + "\n")
             command, _, argument = line.strip().partition(" ")

@@ -1,7 +1,9 @@
 """The `prosg` command. What is slow to import is imported where it is used, so that `prosg --help` is not."""
 
 import argparse
+import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 from prosg_lib.config import get_profile
 from prosg_lib.errors import Diverged, UserError
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 _LAUNCH = """\
 With several GPUs or machines, let accelerate start it:
@@ -27,20 +29,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 where something was measured and found wrong (a claim, a notebook, a check); 2 for a mistake the user can
-        put right; 130 after Ctrl-C.
+        put right, and where the system refuses something; 130 after Ctrl-C; 141 where nobody reads the output any more
+        (`prosg ... | head`).
     """
+    _prepare_streams()
     try:
-        options = _parser().parse_args(arguments)
-        options.words = sys.argv[1:] if arguments is None else list(arguments)
-        return options.run(options)
+        try:
+            options = _parser().parse_args(arguments)
+            options.words = sys.argv[1:] if arguments is None else list(arguments)
+            return options.run(options)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return UNREAD
     except UserError as error:
         # Of several processes all raise this one, with the same words; the first says them.
-        if not isinstance(error, Diverged) or os.environ.get("RANK", "0") == "0":
-            print(f"prosg: {error}", file=sys.stderr, flush=True)
-        return USAGE
+        return _refused(error) if not isinstance(error, Diverged) or os.environ.get("RANK", "0") == "0" else USAGE
+    except OSError as error:  # of what no room has named: a full terminal, a name too long, too many open files
+        return _refused(f"{error.filename or 'the output'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("allocate|out of memory", str(error)):
+            raise
+        return _refused("the memory is full; take smaller sizes, or train with --recompute and --at-once 1.")
     except KeyboardInterrupt:
         print("prosg: interrupted.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _prepare_streams() -> None:
+    """Closed ones are empty, and a character that a terminal does not have, or half of one, does not end a command."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _refused(why: object) -> int:
+    print(f"prosg: {why}", file=sys.stderr, flush=True)
+    return USAGE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run, summary: str, details: str = "") -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}")
+        added = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}", allow_abbrev=False
+        )
         added.set_defaults(run=run)
         return added
 
@@ -118,7 +149,7 @@ def _add_evaluated(parser: argparse.ArgumentParser) -> None:
         "--generator", metavar="NAME", help="shipped name or file (default: the model's own, if shipped)"
     )
     _add_profile(parser)
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="of the items (default: 0)")
+    parser.add_argument("--seed", type=_seed, nargs="+", default=[0], metavar="N", help="of the items (default: 0)")
     parser.add_argument("--items", type=_positive, metavar="N", help="a cell and seed (default: the profile's)")
 
 
@@ -143,8 +174,14 @@ def _add_trained(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number of 1 or more")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):  # torch takes 64 bits, and some places add to a seed
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 0 to 10^18")
     return int(text)
 
 
@@ -154,7 +191,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
     _add_profile(parser)
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
     parser.add_argument("--retrain", action="store_true", help="train anew where a checkpoint would fit")
 
 
@@ -204,7 +241,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             raise UserError("--generator goes with --model; kept predictions name their own")
         suite_report.recompute(options.from_predictions, options.out)
     else:
-        how = (options.model, options.generator, options.profile, options.seed, options.items, options.out)
+        seeds = list(dict.fromkeys(options.seed))  # the same items twice would make an interval too narrow
+        how = (options.model, options.generator, options.profile, seeds, options.items, options.out)
         suite_report.evaluate(*how, command=shlex.join(["prosg", *options.words]))
     print(f"written to {options.out}: results.md has the tables")
     return 0
@@ -240,6 +278,8 @@ def _assignments(option: str, texts: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UserError(f"{option} takes NAME=VALUE, not {text!r}.")
+        if name in found:
+            raise UserError(f"{option} sets {name} twice; leave one out.")
         found[name] = value
     return found
 

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 import subprocess
 import sys
 
@@ -175,24 +176,27 @@ def test_a_terminal_shows_typed_lines_itself(lm, generator):
 
 
 def test_the_shipped_model_keeps_what_it_is_told():
-    """As a user would run it, with piped input: it knows its prompt where the plain model has forgotten it."""
+    """As a user would run it, with a file of another encoding: it knows its prompt where the plain model has forgotten
+    it."""
     lines = ["My garden is wet, and Ada's home town is Rome, and Boris has a cat, and the rain goes on all day."] * 20
-    lines += ["What is my home town?", "/plain", "/remember My pet is a parrot.", "What is my pet?"]
+    lines = ["My caf\xe9 is red.", *lines, "What is my home town?", "/plain"]
+    lines += ["/remember My pet is a parrot.", "What is my pet?"]
     done = subprocess.run(
         [sys.executable, "-m", "prosg_lib.cli", "chat", "--remember", "You should know that my home town is Oslo."],
-        input="".join(line + "\n" for line in lines),
+        input=b"\xef\xbb\xbf" + "".join(line + "\n" for line in lines).encode("latin-1"),
         capture_output=True,
-        text=True,
         timeout=120,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(
-        "rwkv4-dialogue, with rwkv4-dialogue-token. /help lists the commands.\nUser: My garden"
+    shown = done.stdout.decode()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert shown.startswith(
+        "rwkv4-dialogue, with rwkv4-dialogue-token. /help lists the commands.\nUser: My caf\ufffd is red.\nBot:"
     )
-    assert "User: What is my home town?\nBot: Oslo.\n" in done.stdout
-    assert "User: /plain\nWithout the change: Oslo." not in done.stdout
-    assert "User: What is my pet?\nBot: parrot.\n" in done.stdout
-    assert done.stdout.endswith("User: \nGoodbye.\n")
+    assert "User: What is my home town?\nBot: Oslo.\n" in shown
+    assert "User: /plain\nWithout the change: Oslo." not in shown
+    assert "User: What is my pet?\nBot: parrot.\n" in shown
+    assert shown.endswith("User: \nGoodbye.\n")
 
 
 def command(monkeypatch, capsys, *arguments, lines=""):

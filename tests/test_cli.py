@@ -1,5 +1,6 @@
 """The `prosg` command: exit codes, and messages instead of tracebacks."""
 
+import os
 import subprocess
 import sys
 
@@ -41,7 +42,10 @@ def test_help_is_there_and_needs_no_torch(arguments):
         [],
         ["reprodcue"],
         ["reproduce", "--sed", "1"],
+        ["reproduce", "--up"],
         ["reproduce", "--seed", "one"],
+        ["reproduce", "--seed", "-1"],
+        ["train", "rwkv4-dialogue", "--seed", str(2**64)],
         ["evaluate", "--model", "rwkv4-dialogue"],
         ["evaluate", "--out", "here"],
         ["evaluate", "--out", "here", "--model", "a", "--from-predictions", "b"],
@@ -73,6 +77,27 @@ def test_unknown_commands_and_options_are_refused(arguments, capsys):
         (["train", "rwkv4-dialogue-token", "--set", "rank=3"], "no setting 'rank'; there are size.rank, size.width"),
         (["train", "rwkv4-dialogue-token", "--set", "size.rank=x"], "size.rank=x is no value of the type int"),
         (["train", "rwkv4-dialogue-token", "--set", "size.rank"], "--set takes NAME=VALUE, not 'size.rank'"),
+        (["train", "rwkv4-dialogue", *2 * ("--set", "training.lr=1")], "--set sets training.lr twice"),
+        *(
+            (
+                ["train", "rwkv4-dialogue-token", "--set", f"{part}.{value}"],
+                f"{value} is refused: it takes numbers above 0",
+            )
+            for part, value in [
+                ("training", "lr=nan"),
+                ("training", "lr=inf"),
+                ("training", "batch=0"),
+                ("training", "steps=0"),
+                ("training", "warmup=-1"),
+                ("size", "rank=0"),
+            ]
+        ),
+        (["train", "rwkv4-dialogue", "--set", "size.width=0"], "width=0 is refused"),
+        (
+            ["train", "rwkv4-dialogue-token", "--set", "curriculum.alone=nan"],
+            "alone=nan is refused: it takes 0 or more",
+        ),
+        (["chat", "--model", "x" * 300], "File name too long"),
         (["train", "llama-reader-pairs-maps-squad-lc", "--profile", "smoke"], "squad is no task of smoke"),
         (["train", "llama-pairs-adapter-characters-lc", "--profile", "paper"], "paper has no model llama-pairs"),
     ],
@@ -114,17 +139,34 @@ def test_what_is_to_be_evaluated_reaches_the_suite(monkeypatch, capsys):
     monkeypatch.setattr(suite_report, "evaluate", lambda *given, **named: seen.append((*given, named)))
     command = "prosg evaluate --model a --out b --generator c --profile gpu --seed 1 2 --items 7"
     assert cli.main(command.split()[1:]) == 0
-    assert cli.main(["evaluate", "--model", "a", "--out", "my folder"]) == 0
+    assert cli.main(["evaluate", "--model", "a", "--out", "my folder", "--seed", "0", "0"]) == 0
     assert seen == [
         ("a", "c", PROFILES["gpu"], [1, 2], 7, "b", {"command": command}),
-        ("a", None, PROFILES["cpu"], [0], None, "my folder", {"command": "prosg evaluate --model a --out 'my folder'"}),
+        (
+            "a",
+            None,
+            PROFILES["cpu"],
+            [0],
+            None,
+            "my folder",
+            {"command": "prosg evaluate --model a --out 'my folder' --seed 0 0"},
+        ),
     ]
     assert "written to my folder" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("raised", "code"), [(UserError("No."), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (UserError("No."), 2),
+        (OSError(24, "Too many open files"), 2),
+        (MemoryError(), 2),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
 def test_errors_become_exit_codes(monkeypatch, capsys, raised, code):
-    """A user's mistake and Ctrl-C end without a traceback; anything else is a bug and shows one."""
+    """A user's mistake, a machine's limits and Ctrl-C end without a traceback; anything else is a bug and shows one."""
 
     def fail(*arguments, **options):
         raise raised
@@ -205,3 +247,27 @@ def test_of_several_processes_the_first_says_what_all_found(monkeypatch, capsys,
     monkeypatch.setattr(load_or_train, "load_or_train", fail)
     assert cli.main(["train", "rwkv4-dialogue"]) == 2
     assert capsys.readouterr().err.count("\n") == lines
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "shown"),
+    [
+        ("train --list | true", 141, ""),
+        ("train --list > /dev/full", 2, "prosg: the output: No space left on device"),
+        ("train --list >&-", 0, ""),
+        ("train nothing 2>&-", 2, ""),
+        ("chat <&-", 0, "Goodbye."),
+        ("train nöthing", 2, "unknown recipe 'n"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii:strict"])
+def test_any_terminal(shell, code, shown, encoding):
+    """Output that nobody reads, that is full, closed or of another alphabet; input that is closed."""
+    command = f"set -o pipefail; {sys.executable} -m prosg_lib.cli {shell}"
+    done = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert shown in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 
 from prosg_lib.errors import UserError
 
 
+class Sizes:
+    """What a user can set. Numbers are above 0 and lists not empty; 0 or an empty list only where it has a meaning.
+
+    Attributes:
+        may_be_zero: the names of the fields where it has one.
+    """
+
+    may_be_zero = ()
+
+    def __post_init__(self):
+        for name in (field.name for field in fields(self)):
+            value, zero = getattr(self, name), name in self.may_be_zero
+            several = value if isinstance(value, tuple) else (value,)
+            numbers = [v for v in several if type(v) in (int, float)]
+            if not (several or zero) or not all(0 < v < math.inf or (zero and v == 0) for v in numbers):
+                raise UserError(f"{name}={value} is refused: it takes {'0 or more' if zero else 'numbers above 0'}")
+
+
 @dataclass(frozen=True)
-class RWKV4Config:
+class RWKV4Config(Sizes):
     """Sizes. ffn: the feed-forward width, 4 D in every published model."""
 
     vocab: int
@@ -18,11 +37,13 @@ class RWKV4Config:
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Sizes):
     """Sizes of a model of `transformers`. kind: its model_type; ffn, heads: 0 where the class does not say.
 
     rest: what else its configuration sets, as JSON; a model's fingerprint has it.
     """
+
+    may_be_zero = ("ffn", "heads")
 
     kind: str
     vocab: int
@@ -34,7 +55,7 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class Mamba2Size:
+class Mamba2Size(Sizes):
     """Sizes of a Mamba-2 of `transformers`, input and output embeddings tied. state: per channel."""
 
     vocab: int
@@ -56,7 +77,7 @@ VOCAB = 2048
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Sizes):
     """Sizes of one training stage.
 
     Attributes:
@@ -67,6 +88,8 @@ class Training:
         distances: tokens between prompt and probes; a step draws one.
     """
 
+    may_be_zero = ("distances",)
+
     steps: int
     batch: int
     lr: float
@@ -76,13 +99,15 @@ class Training:
 
 
 @dataclass(frozen=True)
-class PairTraining:
+class PairTraining(Sizes):
     """Sizes of one training stage on pairs of context and query.
 
     Attributes:
         steps, batch, lr, warmup: as in `Training`; a batch counts pairs. No steps: as many as one epoch has.
         contexts: numbers of contexts that a query comes with; a step draws one.
     """
+
+    may_be_zero = ("steps",)
 
     steps: int
     batch: int
@@ -92,7 +117,7 @@ class PairTraining:
 
 
 @dataclass(frozen=True)
-class GeneratorSize:
+class GeneratorSize(Sizes):
     """Sizes of a generator.
 
     Attributes:
@@ -102,6 +127,8 @@ class GeneratorSize:
         layers: numbers of the blocks in which it changes them; none: all blocks.
         label: whether a token-wise generator sees the next token.
     """
+
+    may_be_zero = ("width", "layers")
 
     rank: int
     width: int
@@ -121,14 +148,17 @@ class SupervisedSize(GeneratorSize):
         directions: whether the reading directions start as those that capture most of the teacher's gradients.
     """
 
+    may_be_zero = (*GeneratorSize.may_be_zero, "lessons")
+
     lessons: float = 0.1
     teacher: str = "answers"
     strength: float = 0.3
     directions: bool = True
 
     def __post_init__(self):
-        if not 0 <= self.lessons <= 1 or self.strength <= 0:
-            raise UserError(f"lessons={self.lessons} is a share from 0 to 1, and strength={self.strength} is above 0")
+        super().__post_init__()
+        if self.lessons > 1:
+            raise UserError(f"lessons={self.lessons}: it takes a share from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -139,7 +169,7 @@ class TransformedSize(GeneratorSize):
 
 
 @dataclass(frozen=True)
-class StepSize:
+class StepSize(Sizes):
     """One gradient step on all weights.
 
     Attributes:
@@ -147,12 +177,14 @@ class StepSize:
         rank: of the change of the model's weights that the step starts from; 0: any change.
     """
 
+    may_be_zero = ("rank",)
+
     lr: float
     rank: int = 0
 
 
 @dataclass(frozen=True)
-class Curriculum:
+class Curriculum(Sizes):
     """Phases of a generator's training on dialogues.
 
     With the state always carried over, the model answers from it at short distances and never needs the delta. So a
@@ -165,14 +197,17 @@ class Curriculum:
         locality: its weight. With the loss on the text alone, perplexity of prose rose by 17 %.
     """
 
+    may_be_zero = ("alone", "blank", "local", "locality")
+
     alone: float = 0.4
     blank: float = 0.5
     local: float = 0.6
     locality: float = 3.0
 
     def __post_init__(self):
-        if not all(0 <= share <= 1 for share in (self.alone, self.blank, self.local)) or self.locality < 0:
-            raise UserError(f"{self}: alone, blank and local are shares from 0 to 1, and locality is not negative")
+        super().__post_init__()
+        if max(self.alone, self.blank, self.local) > 1:
+            raise UserError(f"{self}: alone, blank and local take shares from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -196,7 +231,7 @@ class PairCourse:
 
 
 @dataclass(frozen=True)
-class AdapterSize:
+class AdapterSize(Sizes):
     """Sizes of an adapter in which one gradient step is taken: its rank, its maps, and the step's learning rate."""
 
     rank: int

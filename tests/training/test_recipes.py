@@ -84,7 +84,7 @@ def test_a_shorter_training_warms_up_in_a_sixth_of_its_steps(steps, warmup):
         ("rwkv4-dialogue-token", {"size.label": "no"}, "size.label=no is no value of the type bool"),
         ("rwkv4-dialogue-token", {"curriculum.blank": 1.5}, "shares from 0 to 1"),
         ("rwkv4-dialogue-supervised", {"size.lessons": 1.5}, "a share from 0 to 1"),
-        ("rwkv4-dialogue-supervised", {"size.strength": 0.0}, "strength=0.0 is above 0"),
+        ("rwkv4-dialogue-supervised", {"size.strength": 0.0}, "strength=0.0 is refused: it takes numbers above 0"),
     ],
 )
 def test_unknown_names_settings_and_values(name, changes, message):
