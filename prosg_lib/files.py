@@ -272,7 +272,7 @@ def read_text(path: str | Path) -> str:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST_EXPANDED + 1)
             if len(content) > LARGEST_EXPANDED:
-                raise UserError(f"{path} expands to more than {LARGEST_EXPANDED / 1e6:.0f} MB; give a smaller file.")
+                raise UserError(f"{path} expands to more than {LARGEST_EXPANDED / 2**20:.0f} MB; give a smaller file.")
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from prosg_lib import paths
+from prosg_lib import files, paths
 from prosg_lib.backbones import hub_recurrent
 
 
@@ -37,11 +37,22 @@ def test_a_class_of_ones_own_is_registered_as_the_docstring_says(text):
     assert shown == tested
 
 
-def test_everything_linked_is_there(text):
+@pytest.mark.parametrize("page", ["README.md", "docs/files.md", "docs/results.md"])
+def test_everything_linked_is_there(page):
     """Relative links and pictures."""
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    page = paths.repo_root() / page
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")) if "://" not in link]
     assert links
-    assert [link for link in links if not (paths.repo_root() / link).exists()] == []
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_page_about_files_names_what_the_code_does():
+    """What it promises is tested in tests/test_files.py; its names and numbers are the code's."""
+    text = (paths.repo_root() / "docs" / "files.md").read_text(encoding="utf-8")
+    temporary = re.sub("[0-9a-f]{16}", "*", files._temporary(paths.repo_root()).name)
+    expanded = f"{files.LARGEST_EXPANDED / 2**20:.0f} MB"
+    for name in (files._CHECKSUM_KEY, files.MANIFEST, temporary, expanded):
+        assert name in text
 
 
 def test_every_notebook_is_in_the_table(text):
