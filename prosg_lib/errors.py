@@ -1,11 +1,26 @@
 """Errors that are meant for the user."""
 
+import re
+
+_ADVICE = re.compile(r"trust|weights_only|torch\.load", re.IGNORECASE)
+_CONTROL = re.compile(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f-\x9f]")
+
 
 class UserError(Exception):
     """Something that the user can correct; the message names the thing and the remedy.
 
     The `prosg` command prints it without a traceback and exits with code 2; in a notebook it is the last line.
     """
+
+
+def reason(error: Exception) -> str:
+    """Another library's error in a line, to quote it: its type and the beginning of its message.
+
+    Control codes are left out, and so is every sentence that advises to switch a safety check off.
+    """
+    line = _CONTROL.sub(" ", str(error).strip().partition("\n")[0])[:1000]
+    said = " ".join(sentence for sentence in re.split(r"(?<=[.!?]) +", line) if not _ADVICE.search(sentence))
+    return f"{type(error).__name__}: {said[:300]}".strip(": ")
 
 
 class NotFinite(UserError):

@@ -369,8 +369,13 @@ def load_foreign_tensors(path: str | Path) -> "dict[str, Tensor]":
     Raises:
         UserError: the file is missing, truncated, not a safetensors file, or does not have the checksum that it states.
     """
+    return load_any_tensors(path)[0]
+
+
+def load_any_tensors(path: str | Path) -> "tuple[dict[str, Tensor], dict[str, Any] | None]":
+    """`load_tensors` of this project's files, `load_foreign_tensors` and None of others."""
     with _opened(path) as file:
-        return _tensors(file)
+        return _tensors(file), _meta(file, path) if META_KEY in (file.metadata() or {}) else None
 
 
 @contextlib.contextmanager

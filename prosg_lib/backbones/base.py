@@ -27,8 +27,15 @@ from prosg_lib.text.tokenizer import Tokenizer
 
 
 def as_tuple(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Token ids as configurations of `transformers` write them (one, a list, or null), as a tuple."""
-    return () if tokens is None else (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    """Token ids as configurations of `transformers` write them (one, a list, or null), as a tuple.
+
+    Raises:
+        UserError: they are anything else.
+    """
+    ids = () if tokens is None else tuple(tokens) if isinstance(tokens, list | tuple) else (tokens,)
+    if any(type(token) is not int for token in ids):
+        raise UserError(f"eos_token_id is {tokens!r:.60}; it is one token id, a list of them, or null")
+    return ids
 
 
 def check_batch(ids: Tensor, state: RecurrentState | None) -> None:
@@ -168,8 +175,12 @@ class LanguageModel(nn.Module, ABC):
             hidden, state = self.step_through(ids, state, valid)
         return self.read_out(hidden if last is None else hidden[:, -last:]), state
 
-    def encode_prompts(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def encode_prompts(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], state: RecurrentState | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Prompts of different lengths as one left-padded batch: ids (B, T), and valid (B, T), False at padding.
+
+        A text gets in front what the tokenizer's files put there (`<bos>`), unless it goes on from a `state`.
 
         Raises:
             UserError: a prompt is empty, or has a token outside the vocabulary.
@@ -178,7 +189,7 @@ class LanguageModel(nn.Module, ABC):
             raise UserError("prompts is one string; pass a list of prompts, [prompt] for a single one")
         if len(prompts) == 0:
             raise UserError("the list of prompts is empty; pass at least one prompt")
-        rows = [list(self.needed_tokenizer().encode(p) if isinstance(p, str) else p) for p in prompts]
+        rows = [list(self._encoded(p, state is None) if isinstance(p, str) else p) for p in prompts]
         for i, row in enumerate(rows):
             if not row:
                 raise UserError(f"prompt {i} is empty; a prompt needs at least one token")
@@ -192,6 +203,14 @@ class LanguageModel(nn.Module, ABC):
         device = next(self.parameters()).device
         return ids.to(device), valid.to(device)
 
+    def _encoded(self, text: str, whole: bool) -> tuple[int, ...]:
+        tokenizer = self.needed_tokenizer()
+        try:
+            ids = tokenizer.encode(text)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise UserError(f"{text[:40]!r} is not text: it has half of a character (a surrogate)") from error
+        return tokenizer.starts + ids if whole and ids else ids
+
     @torch.no_grad()
     def derive_state(
         self,
@@ -200,7 +219,7 @@ class LanguageModel(nn.Module, ABC):
         delta: LowRankDelta | None = None,
     ) -> RecurrentState:
         """The state after each prompt, as a batch, free of padding; continues from `state` if one is given."""
-        ids, valid = self.encode_prompts(prompts)
+        ids, valid = self.encode_prompts(prompts, state)
         with applied(self, delta):
             _, state = self.step_through(ids, state, None if valid.all() else valid)
         return state
@@ -259,8 +278,9 @@ class LanguageModel(nn.Module, ABC):
         """The tokenizer; raises a UserError if there is none."""
         if self.tokenizer is None:
             raise UserError(
-                "this model has no tokenizer; set lm.tokenizer = load_tokenizer(PATH) to the one it was trained with, "
-                "or work on token ids and stop=None"
+                "this model has no tokenizer; set lm.tokenizer to the one it was trained with: load_tokenizer(PATH) of "
+                "prosg_lib.text.tokenizer for a tokenizer.json, load_world_tokenizer(PATH) of "
+                "prosg_lib.text.world_tokenizer for RWKV's rwkv_vocab_*.txt; or work on token ids and stop=None"
             )
         return self.tokenizer
 

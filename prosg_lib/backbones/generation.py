@@ -26,7 +26,7 @@ class GenerativeModel(Protocol):
 
     tokenizer: Tokenizer | None
 
-    def encode_prompts(self, prompts: Prompts) -> tuple[Tensor, Tensor]: ...
+    def encode_prompts(self, prompts: Prompts, state: RecurrentState | None) -> tuple[Tensor, Tensor]: ...
     def step_through(
         self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None
     ) -> tuple[Tensor, RecurrentState]: ...
@@ -167,7 +167,7 @@ def _steps(
     texts: list[_Text],
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Token by token: (B,), -1 where the text has ended; and the new piece of each text. Checks arguments at once."""
-    ids, valid = lm.encode_prompts(prompts)
+    ids, valid = lm.encode_prompts(prompts, state)
     batch = len(ids)
     choose = _chooser(decoding, batch, ids.device)
     ends = () if decoding.ignore_eos else lm.end_tokens()

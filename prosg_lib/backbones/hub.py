@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prosg_lib import files
 from prosg_lib.backbones.base import LanguageModel, as_tuple
 from prosg_lib.config.sizes import TransformerConfig
-from prosg_lib.errors import UserError
+from prosg_lib.errors import UserError, reason
 
 _NOT_SIZES = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 
@@ -77,13 +78,18 @@ def pretrained(folder: Path) -> PreTrainedModel:
     for shard in folder.glob("*.safetensors"):
         files.verify(shard)
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):  # its sizes, before they cost memory
+            sizes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        _check_weights(folder, dict(sizes.named_parameters()))
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
+    except UserError:
+        raise
     except Exception as error:  # the hub's, the HTTP client's and the operating system's errors have no common class
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise UserError(
-            f"{folder} could not be loaded ({reason}); give a folder that `save_pretrained` wrote"
+            f"{folder} could not be loaded ({reason(error)}); give a folder that `save_pretrained` wrote"
         ) from error
     # The library initialises missing weights at random, with no more than a warning.
     missing = sorted(info["missing_keys"])
@@ -93,3 +99,21 @@ def pretrained(folder: Path) -> PreTrainedModel:
             "copy it again, or give the folder of a whole model"
         )
     return model.eval()
+
+
+def _check_weights(folder: Path, expected: dict[str, Tensor]) -> None:
+    """Raise a UserError if the files cannot hold so many weights, or hold them as anything but floating-point numbers,
+    which the library would convert without a word."""
+    paths = [path for ending in ("safetensors", "bin") for path in sorted(folder.glob(f"*.{ending}"))]
+    count, size = sum(t.numel() for t in expected.values()), sum(path.stat().st_size for path in paths)
+    if count > 2 * size:  # of at least 4 bits each
+        raise UserError(
+            f"{folder} could not be loaded: config.json describes {count:,} weights, and the files there have "
+            f"{size:,} bytes; copy both from the same model"
+        )
+    for path in paths:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            if other := [f"{n} is {kind}" for n, kind in kinds.items() if n in expected and "F" not in kind]:
+                raise UserError(f"{path}: {other[0]}; quantised weights cannot be read, take the float16 files")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from prosg_lib.backbones.hub_recurrent import Recurrent, read_along, register, too_old
+from prosg_lib.backbones.hub_recurrent import Recurrent, read_along, recurrent_state, register
 from prosg_lib.backbones.linear_scan import linear_scan
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.errors import UserError
@@ -53,7 +53,7 @@ def selective_scan(self, hidden_states: Tensor, cache_params=None, attention_mas
         attention_mask: (B, T), False at left padding before a blank state.
     """
     time, valid = hidden_states.shape[1], None if attention_mask is None else attention_mask[..., None]
-    before = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
+    before = None if cache_params is None else recurrent_state(cache_params, self.layer_idx)
     x, gate = self.in_proj(hidden_states).chunk(2, -1)
     x = _without(x, valid).transpose(1, 2)
     if cache_params is not None:  # preceded by what the convolution looks back at
@@ -151,7 +151,7 @@ class RecurrentGemma(Recurrent):
 
     def apply_workarounds(self):
         if "linear_attention" not in getattr(self.model.config, "layer_types", ()):  # before 5.23
-            raise too_old("models of the class RecurrentGemma")
+            raise UserError("RecurrentGemma needs transformers 5.23 or newer; pip install -U transformers")
         for number, layer in enumerate(self.model.model.layers):
             block = layer.temporal_block
             if hasattr(block, "rg_lru"):
@@ -183,7 +183,7 @@ def recurrent_block(
     time, valid = hidden_states.shape[1], None if self.valid is None else self.valid[..., None]
     x = _without(self.linear_x(hidden_states), valid).transpose(1, 2)
     if past_key_values is not None:
-        self.rg_lru.recurrent_states = past_key_values.get_recurrent_state(self.layer_idx)
+        self.rg_lru.recurrent_states = recurrent_state(past_key_values, self.layer_idx)
         x = past_key_values.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv1d_width - 1)
     x = self.conv_1d(x)[..., x.shape[-1] - time : x.shape[-1]].transpose(1, 2)
     x = self.rg_lru(x, position_ids)

@@ -84,8 +84,6 @@ class Recurrent(HubModel):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
-        if not hasattr(DynamicCache, "get_recurrent_state"):
-            raise too_old("recurrent models")
         self._takes = set(inspect.signature(model.base_model.forward).parameters)
         self.apply_workarounds()
         self._check_read_out()
@@ -289,10 +287,6 @@ class Recurrent(HubModel):
         return torch.arange(6, device=next(self.parameters()).device).view(2, 3) % self.config.vocab
 
 
-def too_old(what: str) -> UserError:
-    return UserError(f"{what} need a newer version of transformers; pip install -U transformers")
-
-
 def read_along(tensor: Tensor) -> Tensor:
     """(..., N) -> (..., min(N, READS)), the coefficients of the slowest cosines (the first of a DCT-II)."""
     size = tensor.shape[-1]
@@ -301,16 +295,19 @@ def read_along(tensor: Tensor) -> Tensor:
     return tensor.float() @ cosines / size**0.5
 
 
+def recurrent_state(cache: DynamicCache, layer: int) -> Tensor | None:
+    """A layer's recurrent state, None before the first token; the library has a method for it since 5.16."""
+    held = cache.layers[layer]
+    return held.recurrent_states[0] if held.has_previous_state[0] else None
+
+
 def _tensors(cache: DynamicCache) -> dict[str, Tensor]:
     tensors = {}
     for number, layer in enumerate(cache.layers):
         for which in range(getattr(layer, "number_of_states", 0)):
-            for part, tensor in (
-                ("conv", cache.get_conv_state(number, which)),
-                ("state", cache.get_recurrent_state(number, which)),
-            ):
-                if tensor is not None:
-                    tensors[f"{number}.{part}{which or ''}"] = tensor
+            for part, held in (("conv", layer.conv_states), ("state", layer.recurrent_states)):
+                if layer.has_previous_state[which] and held[which] is not None:
+                    tensors[f"{number}.{part}{which or ''}"] = held[which]
         if isinstance(layer, DynamicLayer) and layer.keys is not None:
             tensors |= {f"{number}.keys": layer.keys, f"{number}.values": layer.values}
     return tensors

@@ -6,8 +6,11 @@ Only weights and sizes are read, never code: safetensors and JSON; .pth and .bin
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,14 +24,24 @@ from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.rwkv7 import RWKV7
 from prosg_lib.backbones.rwkv_layouts import from_author, from_hf, to_author, to_hf
 from prosg_lib.config.sizes import Mamba2Size, TransformerConfig
-from prosg_lib.errors import UserError
+from prosg_lib.errors import UserError, reason
+from prosg_lib.strict import read_as
 from prosg_lib.text.library_tokenizer import folder_tokenizer
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.text.world_tokenizer import WorldTokenizer
 
 LAYOUTS = ("prosg", "transformers", "author")
 
+_SAFE = (".safetensors", ".st")
+
+_CONVERT = (
+    'save its weights alone by safetensors.torch.save_file(weights, "weights.safetensors") in the program that wrote '
+    "it, and load that file"
+)
+
 _TOKENIZERS = {kind.kind: kind for kind in (Tokenizer, WorldTokenizer)}
+
+_MOST_LAYERS = 10_000
 
 # What is fetched from a repository on the hub, besides weights: sizes and tokenizers, never code.
 _SMALL_FILES = ["config.json", "generation_config.json", "*.index.json", "tokenizer*.json", "special_tokens_map.json"]
@@ -47,7 +60,8 @@ def load_model(source: str | Path) -> LanguageModel:
             - a folder in the layout of transformers: config.json, and model*.safetensors or pytorch_model*.bin.
               Recurrent and hybrid classes are read by their adapters (`hub_families`), any other causal language model
               as a `CausalTransformer`;
-            - a .pth file of RWKV's author, RWKV-4 or RWKV-7;
+            - weights of RWKV-4 or RWKV-7 under their author's names: a .pth file, also as a trainer wrapped it
+              (`module.` in front, within "state_dict"), or a .safetensors or .st file;
             - a .safetensors file of this project.
     Returns:
         The model, with its tokenizer where there is one: the folder's, or the project's for its own checkpoints. A .pth
@@ -55,22 +69,33 @@ def load_model(source: str | Path) -> LanguageModel:
         `lm.tokenizer = load_world_tokenizer("rwkv_vocab_v20230424.txt")` (`prosg_lib.text.world_tokenizer`).
     Raises:
         UserError: there is nothing of that name; the hub cannot be reached; the file is damaged, or holds pickled
-            objects or the weights of another architecture; the folder's class is unknown, or its tokenizer has more
-            tokens than the model.
+            objects, weights that are not finite, or the weights of another architecture; it would take more memory than
+            its size allows; the folder's class is unknown, or its tokenizer has more tokens than the model.
     """
     keep_freed_memory()
     path = paths.expanded(source)
-    if path.is_dir():
-        model = _from_folder(path)
-    elif path.is_file():
-        model = _from_prosg(path) if path.suffix == ".safetensors" else from_author(_unpickled_tensors(path))
-    elif path.suffix in (".pth", ".safetensors") or path.is_absolute():
-        raise UserError(f"{path} does not exist; give the path of a model's file or folder")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        model = _from_folder(_from_hub(str(source)))
-    else:
-        model = _from_prosg(_shipped(str(source)))
+    if not path.exists():
+        if path.suffix in (".pth", *_SAFE) or path.is_absolute():
+            raise UserError(f"{path} does not exist; give the path of a model's file or folder")
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))
+        path = _from_hub(str(source)) if hub else _shipped(str(source))
+    try:
+        model = _from_folder(path) if path.is_dir() else _from_file(path)
+        _check(model)
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
     return model.eval()
+
+
+def _check(model: LanguageModel) -> None:
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{name} has numbers that are NaN or infinite; copy the file again, or take another one")
+    if model.tokenizer is not None and model.tokenizer.vocab > model.config.vocab:
+        raise UserError(
+            f"the tokenizer has {model.tokenizer.vocab} tokens, but the model only {model.config.vocab}; "
+            "replace it by the tokenizer that the model was trained with"
+        )
 
 
 def save_model(model: LanguageModel, path: str | Path, layout: str) -> None:
@@ -107,7 +132,7 @@ def save_model(model: LanguageModel, path: str | Path, layout: str) -> None:
         tokenizer.save(path)
 
 
-# Files of the project
+# Files
 
 
 def _shipped(name: str) -> Path:
@@ -122,41 +147,51 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _from_prosg(path: Path) -> LanguageModel:
-    tensors, meta = files.load_tensors(path)
+def _from_file(path: Path) -> LanguageModel:
+    if path.suffix not in _SAFE:
+        return from_author(_unpickled_tensors(path))
+    tensors, meta = files.load_any_tensors(path)
+    if meta is None:
+        return from_author(tensors)
     if meta.get("kind") != "lm":
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a language model")
-    model = _of_transformers(tensors, meta.get("record", {})) or from_author(tensors)
+    model = _of_transformers(tensors, meta.get("record")) or from_author(tensors)
     if meta.get("tokenizer"):
         kind = meta.get("tokenizer_kind", Tokenizer.kind)
         if kind not in _TOKENIZERS:
             raise UserError(f"{path} has a tokenizer of kind {kind!r}; there are {', '.join(_TOKENIZERS)}")
         model.tokenizer = _TOKENIZERS[kind].from_json(meta["tokenizer"])
-    elif load_tokenizer().vocab == model.config.vocab:
-        model.tokenizer = load_tokenizer()
+    else:
+        with contextlib.suppress(UserError):  # without a checkout there is no tokenizer of the project
+            model.tokenizer = load_tokenizer() if load_tokenizer().vocab == model.config.vocab else None
     model.ends = as_tuple(meta.get("ends", model.ends))
     return model
 
 
-def _of_transformers(weights: dict[str, Tensor], record: dict) -> LanguageModel | None:
+def _of_transformers(weights: dict[str, Tensor], record: object) -> LanguageModel | None:
     """The model of a `transformers` class that this project has trained; None for others.
 
     Args:
         record: what it was trained as; `module` has its sizes.
     """
-    sizes = record.get("module", {})
-    if "model.backbone.layers.0.mixer.A_log" in weights:
-        from prosg_lib.backbones.hub_families import new_mamba2
-
-        sizes = {name: value for name, value in sizes.items() if name != "kind"}
-        model = new_mamba2(Mamba2Size(**sizes).settings)
-    elif "model.model.layers.0.self_attn.q_proj.weight" in weights:
-        from prosg_lib.backbones.hub_transformer import new_llama
-
-        model = new_llama(TransformerConfig(**sizes))
-    else:
+    mamba2 = "model.backbone.layers.0.mixer.A_log" in weights
+    if not mamba2 and "model.model.layers.0.self_attn.q_proj.weight" not in weights:
         return None
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    from prosg_lib.backbones.hub_families import new_mamba2
+    from prosg_lib.backbones.hub_transformer import new_llama
+
+    sizes = record.get("module") if isinstance(record, dict) else None
+    if mamba2 and isinstance(sizes, dict):
+        sizes = {name: value for name, value in sizes.items() if name != "kind"}
+    sizes = read_as(Mamba2Size if mamba2 else TransformerConfig, sizes, "its record's module")
+    found = {len(weights), *(n for tensor in weights.values() for n in tensor.shape)}
+    if max(size for size in asdict(sizes).values() if isinstance(size, int)) > max(found):
+        raise UserError(f"its record has sizes that its weights do not have ({sizes}); train it again or copy it again")
+    try:
+        model = new_mamba2(sizes.settings) if mamba2 else new_llama(sizes)
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    except Exception as error:  # the class raises whatever does not suit it
+        raise UserError(f"its weights are not those of its record ({reason(error)}); copy it again") from error
     return model
 
 
@@ -173,7 +208,7 @@ def _from_hub(name: str) -> Path:
             snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # the hub's, the HTTP client's and the operating system's errors have no common class
         raise UserError(
-            f"{name!r} is not a path here, and could not be fetched from the hub ({_first_line(error)}); "
+            f"{name!r} is not a path here, and could not be fetched from the hub ({reason(error)}); "
             "download it where there is a network, and give the local folder's path instead"
         ) from error
     return folder
@@ -184,6 +219,16 @@ def _from_folder(folder: Path) -> LanguageModel:
         raise UserError(f"{folder} is not a model's folder: it has no config.json; give the folder that has one")
     config = files.read_json(folder / "config.json")
     kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise UserError(
+            f"{folder}: config.json does not say what kind of model this is; add the entry model_type to it "
+            '("rwkv" for RWKV-4, "mamba2", "llama", ...)'
+        )
+    for name, value in config.items():
+        if re.search(r"(layers?|blocks?)$", name) and isinstance(value, int) and value > _MOST_LAYERS:
+            raise UserError(f"{folder}: config.json says {name} = {value}, which no model has; copy it again")
+    for path in folder.glob("*.bin"):
+        _check_not_compressed(path)
     if kind == "rwkv":
         model = _rwkv4_from_folder(folder, config)
     else:
@@ -196,7 +241,7 @@ def _from_folder(folder: Path) -> LanguageModel:
         model = ADAPTERS.get(kind, CausalTransformer)(pretrained(folder))
         if kind not in ADAPTERS:
             model.check()
-    model.tokenizer = folder_tokenizer(folder, model.config.vocab)
+    model.tokenizer = folder_tokenizer(folder)
     return model
 
 
@@ -207,6 +252,8 @@ def _rwkv4_from_folder(folder: Path, config: dict) -> RWKV4:
     weights: dict[str, Tensor] = {}
     for shard in shards:
         weights |= (files.load_foreign_tensors if shard.suffix == ".safetensors" else _unpickled_tensors)(shard)
+    if config.get("tie_word_embeddings") is True and "head.weight" not in weights:
+        weights["head.weight"] = weights.get("rwkv.embeddings.weight", torch.empty(0))
     model = from_hf(weights)
     for name, ours in _hf_sizes(model).items():
         if config.get(name) not in (None, ours):
@@ -215,7 +262,8 @@ def _rwkv4_from_folder(folder: Path, config: dict) -> RWKV4:
                 "copy both from the same model"
             )
     generation = folder / "generation_config.json"
-    model.ends = as_tuple((files.read_json(generation) if generation.is_file() else config).get("eos_token_id"))
+    says = files.read_json(generation) if generation.is_file() else config
+    model.ends = as_tuple(says.get("eos_token_id") if isinstance(says, dict) else says)
     return model
 
 
@@ -247,17 +295,39 @@ def _hf_sizes(model: RWKV4) -> dict[str, int | float]:
 
 
 def _unpickled_tensors(path: Path) -> dict[str, Tensor]:
+    """The weights in a .pth or .bin file, which may be one entry of what a trainer saved."""
+    _check_not_compressed(path)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip, decoding and end-of-file errors have no common class
         raise UserError(
-            f"{path} cannot be read as a file of tensors: it is cut short, not a PyTorch file, or holds pickled "
-            f"objects, which are never run ({_first_line(error)}); copy it again, or convert it to safetensors"
+            f"{path} cannot be read as a file of tensors ({reason(error)}): it is cut short, not a PyTorch file, or "
+            f"holds pickled objects, which are never run; copy it again, or {_CONVERT}"
         ) from error
-    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise UserError(f"{path} does not hold a model's tensors by name; give the file with the weights alone")
+    entries = content if isinstance(content, dict) else {}
+    found = [content] if _are_weights(content) else [entry for entry in entries.values() if _are_weights(entry)]
+    if len(found) != 1:
+        raise UserError(
+            f"{path} does not hold one model's tensors by name ({', '.join(map(str, entries))[:100] or 'no names'}); "
+            f"{_CONVERT}"
+        )
+    (weights,) = found
+    if (
+        sum(t.numel() * t.element_size() for t in weights.values()) > 2 * path.stat().st_size
+    ):  # a tied head is twice there
+        raise UserError(f"{path} holds tensors that are larger than the file; {_CONVERT}")
     return weights
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+def _are_weights(content: object) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    )
+
+
+def _check_not_compressed(path: Path) -> None:
+    """Raise a UserError if a file would be larger in memory; PyTorch does not compress its files."""
+    if zipfile.is_zipfile(path):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as content:
+            if sum(entry.file_size for entry in content.infolist()) > path.stat().st_size:
+                raise UserError(f"{path} is compressed, as no PyTorch file is; {_CONVERT}")

@@ -46,22 +46,36 @@ def from_author(weights: dict[str, Tensor]) -> RWKV:
     Raises:
         UserError: the weights are of no known generation; a tensor is missing, unknown, of a wrong shape, or quantised.
     """
+    weights = _without_wrappers(weights)
+    if "blocks.0.att.r_k" not in weights and any(name.endswith("att.ln_x.weight") for name in weights):
+        raise UserError("these are weights of RWKV-5 or RWKV-6, which are not read here; take an RWKV-4 or RWKV-7")
     generation = next((generation for mark, generation in MARKS.items() if mark in weights), None)
     if generation is None:
         marks = " nor ".join(f"{mark} ({generation.__name__})" for mark, generation in MARKS.items())
         raise UserError(
             f"these {len(weights)} tensors ({', '.join(sorted(weights)[:3])}) belong to no known model: they contain "
-            f"neither {marks}; give the weights of an RWKV"
+            f"neither {marks}; give the weights of an RWKV, or the whole folder of a model of transformers"
         )
     if generation is RWKV7:
         weights = {name: tensor for name, tensor in weights.items() if name not in _UNUSED}
     try:
         config = _rwkv4_config(weights) if generation is RWKV4 else _rwkv7_config(weights)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"these weights are not a whole {generation.__name__}: {error}") from error
     with torch.device("meta"):  # every number is replaced
         model = generation(config)
     return _filled(model, weights)
+
+
+def _without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what is in front of the names in files of wrapped models: `module.` (DataParallel), `_orig_mod.`
+    (torch.compile), `_forward_module.` (Lightning, DeepSpeed), or several of them."""
+    for name in weights:
+        for mark in MARKS:
+            wrapper = name.removesuffix(mark)
+            if wrapper != name and wrapper.endswith("."):
+                return {n.removeprefix(wrapper): tensor for n, tensor in weights.items()}
+    return weights
 
 
 def to_author(model: RWKV) -> dict[str, Tensor]:
@@ -118,7 +132,10 @@ def _rwkv7_config(weights: dict[str, Tensor]) -> RWKV7Config:
 
 
 def _layers(weights: dict[str, Tensor]) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if numbers != {str(number) for number in range(len(numbers))}:  # also before a billionth block is made
+        raise ValueError(f"its {len(numbers)} blocks are not those from 0 to {len(numbers) - 1}")
+    return len(numbers)
 
 
 Model = TypeVar("Model", bound=RWKV)
@@ -129,9 +146,14 @@ def _filled(model: Model, weights: dict[str, Tensor]) -> Model:
     layout, kind = to_author(model), type(model).__name__
     missing, unknown = layout.keys() - weights.keys(), weights.keys() - layout.keys()
     if missing or unknown:
+        remedy = ""
+        if missing == {"head.weight"}:
+            remedy = '; if the head is tied, save it, too: weights["head.weight"] = weights["emb.weight"].clone()'
+        elif any("lora" in name.lower() for name in unknown):
+            remedy = "; merge the LoRA into the weights first, by the program that trained it"
         raise UserError(
             f"these weights are not a whole {kind}: {len(missing)} tensors missing ({', '.join(sorted(missing)[:3])}), "
-            f"{len(unknown)} unknown ({', '.join(sorted(unknown)[:3])})"
+            f"{len(unknown)} unknown ({', '.join(sorted(unknown)[:3])}){remedy}"
         )
     for name, tensor in weights.items():
         if [n for n in tensor.shape if n > 1] != [n for n in layout[name].shape if n > 1]:

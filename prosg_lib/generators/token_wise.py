@@ -156,7 +156,7 @@ class TokenGenerator(Generator):
         """
         check_model(self.fingerprint, lm)
         self.eval()  # no dropout
-        for piece in lm.encode_prompts([text])[0].split(_PIECE, 1):
+        for piece in lm.encode_prompts([text], memory and memory.state)[0].split(_PIECE, 1):
             memory = self.update(lm, piece, memory)
         return memory
 

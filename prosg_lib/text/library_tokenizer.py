@@ -8,18 +8,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prosg_lib import files
-from prosg_lib.errors import UserError
-from prosg_lib.text.tokenizer import Tokenizer
+from prosg_lib.errors import UserError, reason
+from prosg_lib.text.tokenizer import AS_IT_IS, Tokenizer
 
 _PLACES = ("name_or_path", "is_local", "local_files_only")
 """Settings of a tokenizer of `transformers` that record where it was loaded from."""
 
 
 class LibraryTokenizer(Tokenizer):
-    """Text <-> token ids by a tokenizer of `transformers` that has no tokenizer.json: sentencepiece, bytes, others."""
+    """Text <-> token ids by a tokenizer of `transformers` that is Python: bytes, some older ones."""
 
-    def encode_long(self, text):
-        return self._bpe.encode(text, add_special_tokens=False)
+    def _ids(self, text, special):
+        return self._bpe.encode(text, add_special_tokens=special)
 
     def decode(self, ids):
         return self._bpe.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -48,39 +48,29 @@ class LibraryTokenizer(Tokenizer):
         files.write_folder(folder, self._bpe.save_pretrained)
 
 
-_OTHER_FILES = ("tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_FILES = ("tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def folder_tokenizer(folder: Path, vocab: int) -> Tokenizer | None:
-    """The tokenizer in a model's folder, of any kind; None if there is none. Code in the folder is never run.
+def folder_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a model's folder, of any kind, with the ids that `transformers` gives a text; None if there is
+    none. Code in the folder is never run.
 
-    Args:
-        vocab: of the model; it is often larger than the tokenizer's because it is rounded up.
     Raises:
-        UserError: the tokenizer is damaged, needs code of its own, or has more tokens than the model.
+        UserError: the tokenizer is damaged, or needs code of its own.
     """
-    if (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
-    elif any((folder / name).exists() for name in _OTHER_FILES):
-        tokenizer = _library_tokenizer(folder)
-    else:
+    own, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if own.exists() and (not settings.exists() or files.read_json(settings) == AS_IT_IS):
+        return Tokenizer.from_file(own)
+    if not any((folder / name).exists() for name in _FILES):
         return None
-    if tokenizer.vocab > vocab:
-        raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.vocab} tokens, but the model only {vocab}; "
-            "replace it by the tokenizer that the model was trained with"
-        )
-    return tokenizer
-
-
-def _library_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return LibraryTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        backend = getattr(found, "backend_tokenizer", None)
+        return LibraryTokenizer(found) if backend is None else Tokenizer.from_json(backend.to_str())
     except Exception as error:  # the library raises whatever its parsers raise
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise UserError(
-            f"the tokenizer in {folder} could not be loaded ({reason}); put a tokenizer.json there, "
-            "or remove its files to load the model without one"
+            f"the tokenizer in {folder} could not be loaded ({reason(error)}); remove tokenizer_config.json if a "
+            "tokenizer.json is there, or all of its files to load the model without a tokenizer"
         ) from error

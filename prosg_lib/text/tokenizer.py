@@ -10,8 +10,11 @@ from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from prosg_lib import files
-from prosg_lib.errors import UserError
+from prosg_lib.errors import UserError, reason
 from prosg_lib.paths import data_dir
+
+AS_IT_IS = {"tokenizer_class": "PreTrainedTokenizerFast"}
+"""Settings in a folder's tokenizer_config.json with which `transformers` adds nothing to its tokenizer.json."""
 
 
 class Tokenizer:
@@ -23,17 +26,22 @@ class Tokenizer:
 
     kind = "bpe"
     ends: tuple[int, ...] = ()  # tokens that end a text for every model with this tokenizer
+    starts: tuple[int, ...] = ()  # tokens in front of a whole text, according to its files; `encode` gives pieces
 
     def __init__(self, bpe: BPE):
         self._bpe = bpe
         self.encode = lru_cache(maxsize=200_000)(self._encode)
+        self.starts = _before(self._ids("a", True), self._ids("a", False))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.encode_long(text))
 
     def encode_long(self, text: str) -> list[int]:
         """Like `encode`, but without a cache; for long texts."""
-        return self._bpe.encode(text, add_special_tokens=False).ids
+        return self._ids(text, False)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        return self._bpe.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._bpe.decode(list(ids))
@@ -52,11 +60,14 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write it to a model's folder, where this project and `transformers` find it."""
         files.write_text(Path(folder) / "tokenizer.json", self.to_json())
-        files.write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        files.write_json(Path(folder) / "tokenizer_config.json", AS_IT_IS)
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        return cls(BPE.from_str(text))
+        bpe = BPE.from_str(text)
+        bpe.no_truncation()  # a file may say how its texts were cut and padded in training
+        bpe.no_padding()
+        return cls(bpe)
 
     @classmethod
     def from_file(cls, path: Path) -> Tokenizer:
@@ -68,7 +79,7 @@ class Tokenizer:
                 f"no tokenizer at {path}; restore it from the repository, or give the path of a tokenizer.json"
             ) from None
         except Exception as error:  # the tokenizers library raises bare Exception for malformed JSON
-            raise UserError(f"{path} is not a tokenizer file: {error}") from error
+            raise UserError(f"{path} is not a tokenizer file ({reason(error)}); copy it again") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:
@@ -81,6 +92,12 @@ class Tokenizer:
         )
         bpe.train_from_iterator(texts, trainer)
         return cls(bpe)
+
+
+def _before(whole: list[int], part: list[int]) -> tuple[int, ...]:
+    """What stands in front of `part` in `whole`."""
+    places = (i for i in range(len(whole) - len(part) + 1) if whole[i : i + len(part)] == part)
+    return tuple(whole[: next(places, 0)])
 
 
 class TextPieces:

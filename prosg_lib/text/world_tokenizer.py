@@ -26,6 +26,7 @@ class WorldTokenizer:
 
     kind = "world"
     ends = (0,)
+    starts = ()
 
     def __init__(self, tokens: Mapping[int, bytes]):
         self._tokens = dict(tokens)
