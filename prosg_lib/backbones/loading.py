@@ -81,16 +81,20 @@ def load_model(source: str | Path) -> LanguageModel:
         path = _from_hub(str(source)) if hub else _shipped(str(source))
     try:
         model = _from_folder(path) if path.is_dir() else _from_file(path)
-        _check(model)
+        _check_finite(model)
+        _check_tokenizer(model)
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
     return model.eval()
 
 
-def _check(model: LanguageModel) -> None:
+def _check_finite(model: LanguageModel) -> None:
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise UserError(f"{name} has numbers that are NaN or infinite; copy the file again, or take another one")
+
+
+def _check_tokenizer(model: LanguageModel) -> None:
     if model.tokenizer is not None and model.tokenizer.vocab > model.config.vocab:
         raise UserError(
             f"the tokenizer has {model.tokenizer.vocab} tokens, but the model only {model.config.vocab}; "
@@ -240,6 +244,7 @@ def _from_folder(folder: Path) -> LanguageModel:
 
         model = ADAPTERS.get(kind, CausalTransformer)(pretrained(folder))
         if kind not in ADAPTERS:
+            _check_finite(model)  # or the comparison would blame the class
             model.check()
     model.tokenizer = folder_tokenizer(folder)
     return model

@@ -1,17 +1,28 @@
 """Models come back from every layout as they went in; whatever is no model of a known kind is refused in a sentence."""
 
+import argparse
 import json
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from fnmatch import fnmatch
 
 import pytest
 import safetensors.torch
 import torch
+from tokenizers import Tokenizer as BPE
+from tokenizers.processors import TemplateProcessing
 from torch.testing import assert_close
-from transformers import AutoTokenizer, ByT5Tokenizer, Mamba2Config, Mamba2ForCausalLM, RwkvForCausalLM
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    PreTrainedTokenizerFast,
+    RwkvForCausalLM,
+)
 
 from prosg_lib import files, paths
 from prosg_lib.backbones import loading as models
@@ -21,8 +32,8 @@ from prosg_lib.backbones.loading import load_model, save_model
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.rwkv_layouts import to_author
 from prosg_lib.errors import UserError
-from prosg_lib.text.tokenizer import Tokenizer
-from prosg_lib.text.world_tokenizer import WorldTokenizer
+from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
+from prosg_lib.text.world_tokenizer import WorldTokenizer, load_world_tokenizer
 from prosg_lib.training.checkpoints import load_generator
 
 NAMES = {"prosg": "m.safetensors", "transformers": "folder", "author": "m.pth"}
@@ -125,6 +136,16 @@ def test_shipped_names(lm, tmp_path, monkeypatch):
         load_model("tiny-token")
 
 
+def test_a_package_without_its_checkout_loads_models_of_ones_own(make_lm, tmp_path, monkeypatch):
+    lm = make_lm()
+    lm.tokenizer = None
+    save_model(lm, tmp_path / "m.safetensors", "prosg")
+    monkeypatch.setattr(models.paths, "__file__", str(tmp_path / "site-packages" / "prosg_lib" / "paths.py"))
+    load_tokenizer.cache_clear()
+    assert load_model(tmp_path / "m.safetensors").tokenizer is None
+    load_tokenizer.cache_clear()
+
+
 SHIPPED = {"rwkv4-dialogue": "RWKV4", "mamba2-dialogue": "Mamba2", "llama-pairs": "CausalTransformer"}
 
 
@@ -197,6 +218,123 @@ def test_pickled_objects_are_refused_and_never_run(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m.st"])
+@pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
+def test_what_trainers_leave_is_read(lm, tmp_path, name):
+    """Wrapped, within other things, and by either library."""
+    weights = {f"module.{n}": t.clone().contiguous() for n, t in to_author(lm).items()}
+    if name == "m.pth":
+        torch.save({"state_dict": weights, "epoch": 3, "optimizer": {"step": 1}}, tmp_path / name)
+    else:
+        safetensors.torch.save_file(weights, tmp_path / name)
+    assert load_model(tmp_path / name).fingerprint() == lm.fingerprint()
+
+
+def test_remedies_work(lm, tmp_path):
+    """What each message says, done: then the model loads, and is the same."""
+    trained, converted = tmp_path / "trained.pth", tmp_path / "weights.safetensors"
+    weights = to_author(lm)
+    torch.save({"model": weights, "args": argparse.Namespace(layers=3)}, trained)
+    with pytest.raises(UserError, match=r"trained\.pth cannot be read .* safetensors\.torch\.save_file\(weights, "):
+        load_model(trained)
+    content = torch.load(trained, weights_only=False)  # by the program that wrote it
+    safetensors.torch.save_file(content["model"], converted)
+    assert load_model(converted).fingerprint() == lm.fingerprint()
+
+    del weights["head.weight"]
+    torch.save(weights, trained)
+    with pytest.raises(UserError, match="if the head is tied, save it, too: ") as tied:
+        load_model(trained)
+    exec(str(tied.value).rpartition("too: ")[2], {"weights": weights})
+    torch.save(weights, trained)
+    assert torch.equal(load_model(trained).head.weight, lm.emb.weight)
+
+    save_model(lm, tmp_path / "folder", "transformers")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    files.write_json(tmp_path / "folder" / "config.json", {n: v for n, v in config.items() if n != "model_type"})
+    with pytest.raises(UserError, match=r'add the entry model_type to it .*"rwkv" for RWKV-4'):
+        load_model(tmp_path / "folder")
+    files.write_json(tmp_path / "folder" / "config.json", config | {"model_type": "rwkv"})
+    assert load_model(tmp_path / "folder").fingerprint() == lm.fingerprint()
+
+    again = load_model(converted)
+    with pytest.raises(UserError, match=r"load_world_tokenizer\(PATH\) of prosg_lib\.text\.world_tokenizer"):
+        again.generate(["a"])
+    (tmp_path / "rwkv_vocab.txt").write_text("1 'a' 1\n")
+    again.tokenizer = load_world_tokenizer(tmp_path / "rwkv_vocab.txt")
+    assert len(again.generate(["a"], max_new_tokens=1)) == 1
+
+
+def test_a_tied_head_of_a_folder(lm, tmp_path):
+    """Where the configuration says so; `transformers` reads the same."""
+    save_model(lm, tmp_path, "transformers")
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    del weights["head.weight"]
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    files.write_json(tmp_path / "config.json", config | {"tie_word_embeddings": True})
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    theirs = RwkvForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert_close(load_model(tmp_path)(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def not_finite(t):
+    t.view(-1)[-1] = torch.nan
+    return t
+
+
+@pytest.mark.parametrize("layout", models.LAYOUTS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (not_finite, "has numbers that are NaN or infinite"),
+        (lambda t: t.to(torch.int8), "quantised weights cannot be read"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(make_lm, tmp_path, layout, change, message):
+    """In RWKV's files and in folders of other classes, which `transformers` would convert without a word."""
+    path = tmp_path / NAMES[layout]
+    if layout == "transformers":
+        new_llama(TransformerConfig("llama", 50, 16, 1, 32, 2)).model.save_pretrained(path)
+        path, load, save = path / "model.safetensors", safetensors.torch.load_file, safetensors.torch.save_file
+        name = "model.layers.0.mlp.up_proj.weight"
+    else:
+        save_model(make_lm(), path, layout)
+        if layout == "prosg":
+            load, save = (
+                files.load_foreign_tensors,
+                lambda weights, path: files.save_tensors(path, weights, {"kind": "lm"}),
+            )
+        else:
+            load, save = torch.load, torch.save
+        name = "blocks.1.ffn.key.weight"
+    weights = load(path)
+    weights[name] = change(weights[name])
+    save(weights, path)
+    with pytest.raises(UserError, match=rf"{name}.* {message}"):
+        load_model(tmp_path / NAMES[layout])
+
+
+def test_files_that_would_expand_are_refused(lm, tmp_path):
+    """PyTorch reads compressed entries, and would fill the memory."""
+    save_model(lm, tmp_path / "m.pth", "author")
+    with zipfile.ZipFile(tmp_path / "m.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w") as bomb:
+        for entry in plain.namelist():
+            bomb.writestr(entry, bytes(10**7) if "/data/" in entry else plain.read(entry), zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match=r"bomb\.pth is compressed, as no PyTorch file is"):
+        load_model(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<!DOCTYPE html>"])
+def test_advice_of_others_is_not_passed_on(tmp_path, content):
+    """torch advises to run the pickle, in bold."""
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.pth cannot be read as a file of tensors \(UnpicklingError") as refused:
+        load_model(tmp_path / "x.pth")
+    assert not [bad for bad in ("weights_only", "trust", "two options", "\x1b") if bad in str(refused.value)]
+
+
 @every_layout
 def test_damaged_files_are_refused(lm, tmp_path, layout):
     source = tmp_path / NAMES[layout]
@@ -212,10 +350,19 @@ def test_damaged_files_are_refused(lm, tmp_path, layout):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("list.pth", [torch.zeros(2)], "tensors by name"),
-        ("run.pth", {"epoch": 3, "model": {"a": torch.zeros(2)}}, "tensors by name"),
-        ("other.pth", {"layers.0.weight": torch.zeros(2)}, r"1 tensors \(layers.0.weight\) belong to no known model"),
-        ("hf.safetensors", {"rwkv.embeddings.weight": torch.zeros(2)}, "not one of this project's"),
+        ("list.pth", [torch.zeros(2)], r"does not hold one model's tensors by name \(no names\)"),
+        (
+            "run.pth",
+            {"model": {"a": torch.zeros(2)}, "ema": {"a": torch.zeros(2)}},
+            r"by name \(model, ema\); save its",
+        ),
+        ("large.pth", {"emb.weight": torch.zeros(1).expand(10**9, 10**9)}, "larger than the file"),
+        ("other.pth", {"layers.0.weight": torch.zeros(2)}, r"other.pth: .*1 tensors \(layers.0.weight\) belong to no"),
+        (
+            "hf.safetensors",
+            {"rwkv.embeddings.weight": torch.zeros(2)},
+            "or the whole folder of a model of transformers",
+        ),
         ("missing.pth", None, "does not exist"),
     ],
 )
@@ -231,7 +378,10 @@ def test_foreign_files_are_refused(tmp_path, name, content, message):
     ("change", "message"),
     [
         ({"model_type": "llama"}, "could not be loaded"),  # whose weights these are not
-        ({"model_type": None}, "could not be loaded"),
+        ({"model_type": None}, "does not say what kind of model this is; add the entry model_type"),
+        ({"num_hidden_layers": 10**9}, r"config\.json says num_hidden_layers = 1000000000, which no model has"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'; it is one token id"),
+        ({"eos_token_id": [1.5]}, r"eos_token_id is \[1\.5\]"),
         ({"layer_norm_epsilon": 1e-3}, r"layer_norm_epsilon = 0\.001"),
         ({"num_hidden_layers": 4}, r"num_hidden_layers = 4, but .* have 3"),
     ],
@@ -371,11 +521,38 @@ def test_any_tokenizer_of_a_folder(mamba2, lm, tmp_path):
     assert old.decode(old.encode(text)) == text
 
 
+@pytest.mark.parametrize("settings", [True, False])
+def test_what_a_tokenizer_puts_in_front_of_a_text(mamba2, tmp_path, settings):
+    """`<bos>`, as the files say and `transformers` does: once, and not where a text goes on from a state. A piece of a
+    text, which is what `encode` gives, has none. Nothing is cut, whatever the texts of the training were."""
+    bpe = BPE.from_str(Tokenizer.train(["Ada, 7 cats"] * 5, 270).to_json())
+    bpe.add_special_tokens(["<bos>"])
+    bpe.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bpe.token_to_id("<bos>"))])
+    bpe.enable_truncation(4)
+    save_model(mamba2, tmp_path, "transformers")
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>").save_pretrained(tmp_path)
+    expected = AutoTokenizer.from_pretrained(tmp_path)("Ada, 7 cats and a dog").input_ids
+    assert expected[0] == bpe.token_to_id("<bos>")
+    if not settings:
+        (tmp_path / "tokenizer_config.json").unlink()
+    lm = load_model(tmp_path)
+    ids, _ = lm.encode_prompts(["Ada, 7 cats and a dog"])
+    assert ids.tolist() == [expected]
+    assert lm.tokenizer.encode("Ada, 7 cats and a dog") == tuple(expected[1:])
+    with torch.no_grad():
+        assert_close(lm(ids)[0], mamba2.model(torch.tensor([expected])).logits, rtol=1e-4, atol=1e-4)
+    state = lm.derive_state([" and"], lm.derive_state(["Ada"]))
+    assert_close(state.tensors, lm.derive_state(["Ada and"]).tensors, rtol=1e-4, atol=1e-5)
+    assert lm.generate([" and"], lm.derive_state(["Ada"]), max_new_tokens=3, stop=None) == lm.generate(
+        ["Ada and"], max_new_tokens=3, stop=None
+    )
+
+
 def test_tokenizers_that_do_not_fit_are_refused(mamba2, lm, tmp_path):
     """One with more tokens than the model, of either kind of file, and one that is damaged."""
     save_model(mamba2, tmp_path, "transformers")
     lm.tokenizer.save(tmp_path)
-    with pytest.raises(UserError, match=r"the tokenizer in .* has 2048 tokens, but the model only 400"):
+    with pytest.raises(UserError, match=r"the tokenizer has 2048 tokens, but the model only 400"):
         load_model(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="is not a tokenizer file"):
@@ -385,7 +562,7 @@ def test_tokenizers_that_do_not_fit_are_refused(mamba2, lm, tmp_path):
     with pytest.raises(UserError, match="tokens, but the model only 400"):
         load_model(tmp_path)
     files.write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "NoSuchTokenizer"})
-    with pytest.raises(UserError, match=r"the tokenizer in .* could not be loaded \(.*put a tokenizer\.json there"):
+    with pytest.raises(UserError, match=r"the tokenizer in .* could not be loaded \(.*remove tokenizer_config\.json"):
         load_model(tmp_path)
 
 
@@ -406,6 +583,11 @@ def test_damaged_folders_of_other_classes_are_refused(mamba2, tmp_path):
         load_model(tmp_path)
     files.write_json(tmp_path / "config.json", config | {"state_size": 8})
     with pytest.raises(UserError, match="could not be loaded"):
+        load_model(tmp_path)
+    files.write_json(tmp_path / "config.json", config | {"state_size": 10**9})
+    with pytest.raises(
+        UserError, match=r"config\.json describes [\d,]{15,} weights, and the files there have [\d,]{5,7} b"
+    ):
         load_model(tmp_path)
     files.write_json(tmp_path / "config.json", config | {"time_step_limit": [0.0, 0.1]})
     with pytest.raises(UserError, match=r"limits its time step to \(0\.0, 0\.1\)"):
@@ -432,8 +614,9 @@ def test_code_in_a_folder_is_never_run(mamba2, tmp_path):
     files.write_json(tmp_path / "config.json", config | names)
     assert_same_weights(load_model(tmp_path), mamba2)
     files.write_json(tmp_path / "config.json", config | names | {"model_type": "evil"})
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match="could not be loaded") as refused:
         load_model(tmp_path)
+    assert "trust" not in str(refused.value)
     files.write_json(tmp_path / "config.json", config | names)
     files.write_json(
         tmp_path / "tokenizer_config.json",

@@ -46,6 +46,16 @@ def test_values_of_a_first_layer_that_nothing_uses(lm):
     assert from_author(weights | more).fingerprint() == lm.fingerprint()
 
 
+@pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_forward_module.", "model._orig_mod."])
+def test_wrappers_of_a_trainer_are_taken_off(lm, wrapper):
+    weights = to_author(lm)
+    wrapped = {wrapper + name: tensor for name, tensor in weights.items()}
+    assert from_author(wrapped).fingerprint() == lm.fingerprint()
+    with pytest.raises(UserError, match=r"1 unknown \(ema\.emb\.weight\)"):  # two models in one
+        from_author(wrapped | {"ema.emb.weight": weights["emb.weight"]})
+
+
 def test_a_single_layer_round_trip():
     """It has no map to v, whose size its file therefore cannot tell."""
     lm = RWKV7(RWKV7Config(10, 8, 1, 16, 4, 2, 2, 2, 2))
@@ -72,6 +82,15 @@ def changed(name, change):
         ),
         ("rwkv4", changed("blocks.1.ffn.key.weight", torch.t), r"has shape \(16, 32\), expected \(32, 16\)"),
         ("rwkv4", changed("head.weight", lambda t: t.to(torch.int8)), "quantised"),
+        ("rwkv4", changed("head.weight", lambda t: t.to(torch.complex64)), "head.weight is torch.complex64"),
+        (
+            "rwkv4",
+            lambda w: w | {"blocks.999999999.att.key.weight": w["emb.weight"]},
+            "its 4 blocks are not those from",
+        ),
+        ("rwkv4", lambda w: w | {f"blocks.{'9' * 5000}.x": w["emb.weight"]}, "its 4 blocks are not those from 0 to 3"),
+        ("rwkv4", lambda w: w | {"blocks.0.att.ln_x.weight": w["ln_out.weight"]}, "RWKV-5 or RWKV-6.*take an RWKV-4"),
+        ("rwkv4", lambda w: w | {"blocks.0.att.key.lora_A": w["emb.weight"]}, r"lora_A\); merge the LoRA"),
         ("rwkv4", lambda w: without(w, "0.ffn.key.weight"), "not a whole RWKV4"),
         ("rwkv4", lambda w: without(w, "time_first"), r"neither .*time_first \(RWKV4\) nor blocks.0.att.r_k \(RWKV7\)"),
         ("rwkv4", lambda w: {}, "these 0 tensors .* belong to no known model"),

@@ -125,7 +125,7 @@ def slow(folder, merges=("a b</w>",), **settings):
     files.write_json(folder / "vocab.json", {"<unk>": 0, "a": 1, "b": 2, "ab": 3, "a@@": 4, "aa@@": 5})
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     files.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CTRLTokenizer", **settings})
-    return folder_tokenizer(folder, 64)
+    return folder_tokenizer(folder)
 
 
 def test_the_signature_of_a_tokenizer_without_a_file_of_its_own(tmp_path):
@@ -135,13 +135,13 @@ def test_the_signature_of_a_tokenizer_without_a_file_of_its_own(tmp_path):
     assert isinstance(first, LibraryTokenizer)
     assert first.decode(first.encode("ab aab")) == "ab aab"
     first.save(tmp_path / "again")
-    same = [slow(tmp_path / "second"), folder_tokenizer(tmp_path / "again", 64)]
+    same = [slow(tmp_path / "second"), folder_tokenizer(tmp_path / "again")]
     assert {tokenizer.signature() for tokenizer in same} == {first.signature()}
     ByT5Tokenizer().save_pretrained(tmp_path / "bytes")
     others = [
         slow(tmp_path / "merged", ("a a",)),
         slow(tmp_path / "set", unk_token="a"),
-        folder_tokenizer(tmp_path / "bytes", 512),
+        folder_tokenizer(tmp_path / "bytes"),
     ]
     assert len({tokenizer.signature() for tokenizer in [first, *others]}) == 4
     own, world = load_tokenizer(), WorldTokenizer({1: b"a"})
