@@ -74,7 +74,9 @@ def load_model(source: str | Path) -> LanguageModel:
     """
     keep_freed_memory()
     path = paths.expanded(source)
-    if not path.exists():
+    with files.errors_of(path, "read"):
+        exists = path.exists()
+    if not exists:
         if path.suffix in (".pth", *_SAFE) or path.is_absolute():
             raise UserError(f"{path} does not exist; give the path of a model's file or folder")
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))

@@ -364,6 +364,7 @@ def test_damaged_files_are_refused(lm, tmp_path, layout):
             "or the whole folder of a model of transformers",
         ),
         ("missing.pth", None, "does not exist"),
+        ("a" * 300, None, "could not be read|no such path"),
     ],
 )
 def test_foreign_files_are_refused(tmp_path, name, content, message):
