@@ -45,7 +45,7 @@ class _AddDelta:
     """Forward hook of a linear map that adds scale (x V) U^T to its output."""
 
     def __init__(self, factors: Factors, scale: float, module: nn.Module):
-        self.u, self.v = (t.to(module.weight.dtype).transpose(1, 2) for t in factors)  # (B, r, out), (B, r, in)
+        self.u, self.v = (t.to(module.weight).transpose(1, 2) for t in factors)  # (B, r, out), (B, r, in)
         self.scale = scale
 
     def make_contiguous(self) -> None:

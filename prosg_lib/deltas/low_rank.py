@@ -71,11 +71,12 @@ class LowRankDelta:
 
     def __post_init__(self):
         for name, (u, v) in self.factors.items():
-            if not (u.ndim == v.ndim == 3 and u.shape[2] == v.shape[2] > 0 and {u.dtype, v.dtype} <= peft.REAL):
+            fits = u.ndim == v.ndim == 3 and u.shape[2] == v.shape[2] and 0 not in (*u.shape, *v.shape)
+            if not fits or not {u.dtype, v.dtype} <= peft.REAL:
                 kinds = " and ".join(f"{part} {peft.described(t)}" for part, t in (("U", u), ("V", v)))
                 raise UserError(
                     f"the factors of {name} are {kinds}; they should be (batch, outputs, rank) and "
-                    "(batch, inputs, rank), floating point, of one rank that is at least 1"
+                    "(batch, inputs, rank), floating point, of one rank, none of them 0"
                 )
         batches = {len(t) for f in self.factors.values() for t in f} - {1}
         if not self.factors or len(batches) > 1:
@@ -212,7 +213,8 @@ class LowRankDelta:
         for name, (u, v) in self._single().items():
             module = other.editable()[name]
             wide = torch.promote_types(module.weight.dtype, torch.float32)
-            change = self.scale * u.to(wide) @ v.to(wide).t()
+            u, v = (t.to(module.weight.device, wide) for t in (u, v))
+            change = self.scale * u @ v.t()
             module.weight.copy_(module.weight.to(wide) + (change if isinstance(module, nn.Linear) else change.t()))
         return other
 
@@ -255,7 +257,7 @@ class LowRankDelta:
         unknown = found.keys() - own.keys()
         if unknown:
             raise UserError(
-                f"{folder} changes {', '.join(sorted(unknown))}, which this model does not let a delta change "
+                f"{folder} changes {', '.join(sorted(unknown)[:4])}, which this model does not let a delta change "
                 f"(it has {', '.join(own)})"
             )
         factors = {own[name]: Factors(u[None], v[None]) for name, (u, v) in found.items()}
@@ -291,7 +293,8 @@ def changed_maps(lm: EditableModel, delta: LowRankDelta) -> dict[str, nn.Module]
     unknown = delta.factors.keys() - maps.keys()
     if unknown:
         raise UserError(
-            f"the delta changes {', '.join(sorted(unknown))}, which this model does not have (it has {', '.join(maps)})"
+            f"the delta changes {', '.join(sorted(unknown)[:4])}, which this model does not have "
+            f"(it has {', '.join(maps)})"
         )
     for name, (u, v) in delta.factors.items():
         there, here = (u.shape[1], v.shape[1]), map_shape(maps[name])

@@ -35,7 +35,7 @@ def tuned_state(
     Raises:
         UserError: the state grows with the text, the model gives no gradient of its initial state, or no prompt has a
             second token.
-        NotFinite: a loss or gradient is not finite.
+        NotFinite: a loss or the tuned state is not finite.
     """
     start, names = lm.tunable_state(state)
 
@@ -60,7 +60,7 @@ def fine_tuned(
         One delta per prompt. V is drawn from a fixed seed, so a prompt's delta does not depend on the batch.
     Raises:
         UserError: an ending matches no map, or no prompt has a second token.
-        NotFinite: a loss or gradient is not finite.
+        NotFinite: a loss or the adapter is not finite.
     """
     maps, drawn = edited_maps(lm, endings), torch.Generator().manual_seed(0)
     start = {}
@@ -102,4 +102,6 @@ def _descend(
             for leaf, g in zip(leaves.values(), gradients, strict=True):
                 leaf.grad = g
             optimiser.step()
+    if not all(leaf.isfinite().all() for leaf in leaves.values()):
+        raise NotFinite(f"what is tuned is no longer finite after {steps} steps; lower the learning rate")
     return {name: leaf.detach() for name, leaf in leaves.items()}

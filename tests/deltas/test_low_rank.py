@@ -230,12 +230,20 @@ def test_saved_and_loaded_bit_for_bit(lm, tmp_path):
     for name, f in delta.factors.items():
         assert torch.equal(again.factors[name].U, f.U)
         assert torch.equal(again.factors[name].V, f.V)
-    ids = ids_of(3, 4)
-    assert torch.equal(lm(ids, delta=again)[0], lm(ids, delta=delta)[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a delta goes to where its model is
+    ids = ids_of(3, 4).to(device)
+    assert torch.equal(lm.to(device)(ids, delta=again)[0], lm(ids, delta=delta.to(device))[0])
 
 
 def save_as_another_kind(path, lm):
     files.save_tensors(path, {"a": torch.zeros(1)}, {"kind": "lm"})
+
+
+def flip_a_bit(path, lm):
+    delta_for(lm, 3).save(path)
+    content = bytearray(path.read_bytes())
+    content[-99] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +253,8 @@ def save_as_another_kind(path, lm):
         (lambda path, lm: path.write_bytes(b""), "cut short or not a safetensors file"),
         (lambda path, lm: path.write_bytes(b"no file of tensors"), "cut short or not a safetensors file"),
         (save_as_another_kind, "holds a lm, not a delta"),
+        (flip_a_bit, "checksum"),
+        (lambda path, lm: path.mkdir(), "is a folder"),
     ],
 )
 def test_files_that_hold_no_delta_are_refused(lm, tmp_path, write, message):
@@ -271,7 +281,8 @@ U, V = (f"{MAPS[0]}.{part}" for part in "UV")
         (lambda t: {V: changed(t[V], -math.inf)}, {}, "NaN or infinite"),
         (lambda t: {U: t[U].long()}, {}, r"are U \(3, 16, 2\) int64 and V \(3, 16, 2\) float32; .* floating point"),
         (lambda t: {V: t[V].to(torch.complex64)}, {}, "complex64"),
-        (lambda t: {U: t[U][..., :0], V: t[V][..., :0]}, {}, "of one rank that is at least 1"),
+        (lambda t: {U: t[U][..., :0], V: t[V][..., :0]}, {}, "of one rank, none of them 0"),
+        (lambda t: {U: t[U][:0]}, {}, "none of them 0"),
         (lambda t: {U: t[U][..., :1]}, {}, "of one rank"),
         (lambda t: {U: t[U][0]}, {}, r"should be \(batch, outputs, rank\)"),
         (lambda t: {U: t[U][:2]}, {}, "one size of batch .* batches of 2, 3"),

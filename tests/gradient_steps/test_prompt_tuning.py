@@ -68,7 +68,8 @@ def test_a_prompt_is_learned_as_if_it_were_alone(lm64, prompts, method):
 
 
 def test_what_gives_no_gradient_is_said(lm, batch):
-    """A model without a gradient of its initial state, one whose state grows, and a loss that is not a number."""
+    """A model without a gradient of its initial state, one whose state grows, and a loss or a gradient that is not a
+    number."""
     ids, valid = batch
     state = lm.derive_state([[1]] * len(ids))
 
@@ -77,6 +78,11 @@ def test_what_gives_no_gradient_is_said(lm, batch):
 
         def step_through(self, ids, state, valid):
             return lm.step_through(ids, state.detach(), valid)
+
+    class Kinked(Cut):
+        def step_through(self, ids, state, valid):
+            hidden, after = lm.step_through(ids, state, valid)
+            return hidden + state.tensors["num"].mul(0).sqrt().sum(), after
 
     with pytest.raises(UserError, match="no gradient"):
         tuned_state(Cut(), ids, valid, state, 1, 0.1)
@@ -88,3 +94,5 @@ def test_what_gives_no_gradient_is_said(lm, batch):
     broken = RecurrentState(state.tensors | {"num": state.tensors["num"] * float("nan")})
     with pytest.raises(NotFinite, match="loss of the prompts"):
         tuned_state(lm, ids, valid, broken, 1, 0.1)
+    with pytest.raises(NotFinite, match="no longer finite after 1 steps"):
+        tuned_state(Kinked(), ids, valid, state, 1, 0.1)
