@@ -201,9 +201,9 @@ def write_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
     """
     folder = Path(folder)
     with errors_of(folder, "written"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent)
-        temporary = _temporary(folder.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        temporary = _temporary(folder)  # inside: the folder above may be somebody else's
         try:
             temporary.mkdir()
             write(temporary)
@@ -212,7 +212,6 @@ def write_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
             for file in temporary.iterdir():
                 with open(file, "rb") as complete:
                     os.fsync(complete.fileno())
-            folder.mkdir(exist_ok=True)
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
                 os.replace(file, folder / file.name)
             _sync_folder(folder)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -29,6 +30,7 @@ from prosg_lib.backbones.base import LanguageModel, fingerprint
 from prosg_lib.config import Profile
 from prosg_lib.deltas.applying import applied
 from prosg_lib.errors import NotFinite, UserError
+from prosg_lib.evaluation import predictions
 from prosg_lib.evaluation.baselines import Start, start
 from prosg_lib.evaluation.statistics import mean
 from prosg_lib.generators.base import Generator
@@ -204,6 +206,7 @@ def run(
     profile: Profile,
     seeds: Sequence[int],
     items: int,
+    file: Path | None = None,
 ) -> tuple[dict, pd.DataFrame]:
     """Every method's answers to all problems of a profile, cell by cell; shows its progress in a terminal.
 
@@ -213,6 +216,8 @@ def run(
     Args:
         named: "model", "generator" and "command", as the header is to name them.
         items: problems a cell and seed, at least 2.
+        file: where both are written (`predictions.write`). Answers to finished cells are kept beside it until then, so
+            that a measurement that was interrupted goes on from there.
     Returns:
         The header of a file of predictions, and one row a problem and method, with the columns shown in `predictions`.
     Raises:
@@ -227,16 +232,8 @@ def run(
     problems = [[setting.problem(material, SPLIT, *number) for number in numbers] for setting in cells]
     for cell in problems:
         _check_room(lm, cell)
-    rows = []
-    pause = 0.1 if sys.stderr.isatty() else 30.0  # in a log, one line now and then
-    with tqdm(problems, desc="memory tests", unit="cell", mininterval=pause) as bar:
-        for cell in bar:
-            bar.set_postfix_str(f"{cell[0].task} {cell_name(cell[0].cell)}", refresh=False)
-            for method, predicted in answered(lm, generator, cell).items():
-                for (seed, item), problem, ids in zip(numbers, cell, predicted, strict=True):
-                    row = {"task": problem.task, "cell": dict(problem.cell), "seed": seed, "item": item}
-                    rows.append(row | {"method": method, "gold": list(problem.gold), "predicted": list(ids)})
     header = {
+        **named,
         "suite": "forgetting",
         "fingerprint": lm.fingerprint(),
         "generator_fingerprint": None if generator is None else fingerprint(generator),
@@ -249,8 +246,28 @@ def run(
         "vocabulary": {"model": lm.config.vocab, "mqar": min(mqar.VOCAB, lm.config.vocab)},
         "left_out": left_out,
         "prose": {"source": prose.source, "sha256": prose.sha256},
+        **provenance.facts(),
     }
-    return {**named, **header, **provenance.facts()}, pd.DataFrame(rows)
+    same = {name: value for name, value in header.items() if name != "command"}
+    begun = file and file.with_name(f"unfinished-{predictions.digest([same])[:12]}.jsonl.gz")
+    rows = predictions.read(begun)[1].to_dict("records") if begun and begun.exists() else []
+    done = len(rows) // (len(numbers) * len(header["methods"]))  # cells
+    pause = 0.1 if sys.stderr.isatty() else 30.0  # in a log, one line now and then
+    with tqdm(total=len(problems), initial=done, desc="memory tests", unit="cell", mininterval=pause) as bar:
+        for cell in problems[done:]:
+            bar.set_postfix_str(f"{cell[0].task} {cell_name(cell[0].cell)}", refresh=False)
+            for method, predicted in answered(lm, generator, cell).items():
+                for (seed, item), problem, ids in zip(numbers, cell, predicted, strict=True):
+                    row = {"task": problem.task, "cell": dict(problem.cell), "seed": seed, "item": item}
+                    rows.append(row | {"method": method, "gold": list(problem.gold), "predicted": list(ids)})
+            bar.update()
+            if begun:
+                predictions.write_rows(begun, rows)
+    frame = pd.DataFrame(rows)
+    if file:
+        predictions.write(file, header, frame)
+        begun.unlink(missing_ok=True)
+    return header, frame
 
 
 def scored(rows: pd.DataFrame) -> pd.DataFrame:
@@ -272,7 +289,10 @@ def scored(rows: pd.DataFrame) -> pd.DataFrame:
             raise UserError(f"the predictions are of an unknown test {task!r}; there are {', '.join(TESTS)}")
         right = [a == b for a, b in zip(row["gold"], row["predicted"], strict=True)]
         number = numbers.setdefault((task, *cell.items()), len(numbers))
-        own = {"task": task, "cell": number, "name": cell_name(cell), **cell, "size": cell[TESTS[task].size]}
+        size = cell.get(TESTS[task].size, 0)
+        if not 1 <= size < 2**31:
+            raise UserError(f"a problem of {task} has the cell {cell}; {TESTS[task].size} should be 1 or more")
+        own = {**cell, "task": task, "cell": number, "name": cell_name(cell), "size": size}
         score = sum(right) / len(right) if TESTS[task].by_token else float(all(right))
         found.append(own | {name: row[name] for name in ("seed", "item", "method")} | {"score": score})
     return pd.DataFrame(found)

@@ -7,6 +7,7 @@ test. A section has tables of estimates and one figure.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -85,30 +86,37 @@ def evaluate(
         items: problems a cell and seed; None: the profile's.
         command: the command line, for the record.
     Raises:
-        UserError: something is missing, damaged or does not fit; nothing is written then.
+        UserError: something is missing, damaged or does not fit, or `out` cannot be written to.
     """
     items = profile.forgetting.items if items is None else items
-    folder = output_folder(out)
     if len(set(seeds)) < len(seeds):
         raise UserError(f"a seed is repeated ({', '.join(map(str, seeds))}); name each once")
     if items < 2:
         raise UserError(f"{items} item a cell; at least two are needed, because one is the other's wrong memory")
+    file = output_folder(out) / FILE
     lm = load_model(model).to(device()).requires_grad_(False)
     generator = generator or own_generator(model)
     chosen = None if generator is None else load_generator(generator, lm)
     named = {"model": model, "generator": generator, "command": command}
-    predictions.write(folder / FILE, *memory_tests.run(lm, chosen, named, profile, seeds, items))
-    recompute(folder / FILE, folder)
+    try:
+        memory_tests.run(lm, chosen, named, profile, seeds, items, file)
+    except KeyboardInterrupt:
+        print(f"Finished cells are kept in {file.parent}; the same command goes on from there.", file=sys.stderr)
+        raise
+    print(f"all answers are in {file}")
+    recompute(file, out)
 
 
 def recompute(file: str | Path, out: str | Path) -> None:
-    """`prosg evaluate --from-predictions`: results.json, results.md and the figures, all of them or none.
+    """`prosg evaluate --from-predictions`: results.json, results.md and the figures.
+
+    All of them are complete before the first takes its place.
 
     Raises:
-        UserError: the file is missing or damaged, or its methods cannot be compared; nothing is written then.
+        UserError: the file is missing or damaged, its methods cannot be compared, or `out` cannot be written to.
     """
-    folder = output_folder(out)
     header, rows = predictions.read(file)
+    folder = output_folder(out)
     parts = sections(rows)
 
     def fill(place: Path) -> None:
@@ -122,15 +130,16 @@ def recompute(file: str | Path, out: str | Path) -> None:
 
 
 def output_folder(out: str | Path) -> Path:
-    """The folder that results go to.
+    """The folder that results go to, made if need be.
 
     Raises:
-        UserError: the name is a file's.
+        UserError: it cannot be written to, or holds folders of the results' names.
     """
-    folder = paths.expanded(out).resolve()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"{there} is a file; name a folder that results can be written to")
+    folder = paths.expanded(out)
+    files.check_writable(folder, "--out")
+    for name in (FILE, predictions.header_path(FILE), "results.json", "results.md"):
+        if (folder / name).is_dir():
+            raise UserError(f"{folder / name} is a folder, but a file is to be written there; choose another --out")
     return folder
 
 
@@ -140,27 +149,25 @@ def sections(rows: pd.DataFrame) -> list[Section]:
     Args:
         rows: as `predictions.read` returns them.
     Raises:
-        UserError: no predictions, or the methods did not answer the same.
+        UserError: the methods did not answer the same.
     """
-    if rows.empty:
-        raise UserError("there are no predictions; evaluate at least one item")
-    if predictions.suite_of(rows) == "dialogue":
-        _check_paired(rows, "facts", ["distance", "seed", "prompt"])
+    if "task" not in rows:
+        _check_paired(rows, "facts", ["seed", "prompt"], "distance")
         scores = recall.judged(rows)
         with plots.style():
             return [_dialogue(part, facts) for facts, part in scores.groupby("facts")]
-    _check_paired(rows.assign(cell=rows.cell.astype(str)), "task", ["cell", "seed", "item"])
+    _check_paired(rows.assign(cell=rows.cell.astype(str), training=0), "task", ["cell", "seed", "item"])
     scores = memory_tests.scored(rows)
     with plots.style():
         return [_memory_test(part, task) for task, part in scores.groupby("task", sort=False)]
 
 
-def _check_paired(rows: pd.DataFrame, group: str, item: list[str]) -> None:
-    """Methods are compared item by item, so within a group all must have answered the same items, once each."""
-    rows = rows.assign(gold=rows.gold.astype(str), training=rows.training if "training" in rows else 0)
-    for name, part in rows.groupby(group):
-        answered = part.groupby([*item, "gold", "method", "training"]).size().unstack(["method", "training"])
-        if not (answered == 1).all(axis=None):
+def _check_paired(rows: pd.DataFrame, group: str, item: list[str], *places: str) -> None:
+    """Methods are compared item by item, so within a group all must have answered the same items, once each, and at all
+    places."""
+    answered = ["method", "training", *places]
+    for name, part in rows.assign(gold=rows.gold.astype(str)).groupby(group):
+        if not (part.groupby([*item, "gold", *answered]).size().unstack(answered) == 1).all(axis=None):
             raise UserError(
                 f"{group} {name}: the methods {', '.join(part.method.unique())} did not answer the same items; "
                 "evaluate them together"
@@ -222,7 +229,7 @@ def _memory_test(scores: pd.DataFrame, task: str) -> Section:
 def page(header: Mapping, parts: Iterable[Section]) -> str:
     """results.md: where the numbers come from, and every section's figure and tables."""
     named = [f"`{header[name]}`" for name in ("model", "generator") if header.get(name)]
-    lines = [f"# {header.get('suite', 'results').capitalize()}{': ' if named else ''}{' with '.join(named)}", ""]
+    lines = [f"# {str(header.get('suite', 'results')).capitalize()}{': ' if named else ''}{' with '.join(named)}", ""]
     known = ("command", "fingerprint", "profile", "split", "seeds", "items", "left_out", "device", "commit", "versions")
     lines += [f"- {name.replace('_', ' ')}: {_text(header[name])}" for name in known if header.get(name)]
     lines += ["", "In brackets: 95 % bootstrap intervals over items, and over trainings where there are several.", ""]

@@ -2,9 +2,10 @@
 cannot be compared is refused; `prosg evaluate`, both ways."""
 
 import json
+import os
 import random
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from itertools import product
 
 import pandas as pd
@@ -170,8 +171,8 @@ def test_methods_must_have_answered_the_same(dialogues, problems):
         with pytest.raises(UserError, match=r"(facts 6|task passkey): the methods base, .* did not answer the same"):
             sections(rows)
     sections(dialogues[(dialogues.facts == 6) | (dialogues.method == "base")])  # the sections may have other methods
-    with pytest.raises(UserError, match="no predictions"):
-        sections(dialogues.iloc[:0])
+    with pytest.raises(UserError, match="facts 1: the methods base"):
+        sections(dialogues[(dialogues.distance != 16) | (dialogues.prompt != 0)])  # all methods, but not everywhere
 
 
 def test_nothing_is_half_written(dialogues, tmp_path, monkeypatch):
@@ -237,20 +238,67 @@ def test_everything_is_computed_again_from_the_file(tmp_path, capsys):
         ("--model some --profile tin --out OUT", "unknown profile 'tin'"),
         ("--model some --profile tiny --out OUT --seed 1 1", "a seed is repeated (1, 1)"),
         ("--model some --profile tiny --out OUT --items 1", "1 item a cell"),
-        ("--model some --profile tiny --out FILE", "is a file; name a folder"),
-        ("--model some --profile tiny --out FILE/more", "is a file; name a folder"),
+        ("--model some --profile tiny --out FILE", "choose another with --out"),
+        ("--model some --profile tiny --out FILE/more", "choose another with --out"),
+        ("--model some --profile tiny --out LINK", "choose another with --out"),
+        ("--from-predictions FILE --out FILE/more", "row 1, line 1: not JSON"),
         ("--from-predictions nothing.gz --out OUT", "nothing.gz does not exist"),
-        ("--from-predictions FILE --out OUT", "file is damaged or not JSON Lines"),
+        ("--from-predictions FILE --out OUT", "file, row 1, line 1: not JSON"),
         ("--from-predictions FILE --generator x --out OUT", "--generator goes with --model"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, line, message):
     """Exit code 2, and the folder is not there."""
     (tmp_path / "file").write_text("text")
-    words = [w.replace("OUT", str(tmp_path / "out")).replace("FILE", str(tmp_path / "file")) for w in line.split()]
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    places = {name.upper(): str(tmp_path / name) for name in ("out", "file", "link")}
+    words = [reduce(lambda word, name: word.replace(name, places[name]), places, word) for word in line.split()]
     assert cli.main(["evaluate", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("prosg: ")
     assert message in error
     assert error.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+@pytest.mark.usefixtures("small")
+def test_an_interrupted_measurement_goes_on(tmp_path, capsys, monkeypatch):
+    """After Ctrl-C or a full disk the same command measures what is missing, and the result is that of one run; another
+    seed is another measurement."""
+    line = "evaluate --model some --generator its --profile tiny --out {}"
+    assert cli.main(line.format(tmp_path / "whole").split()) == 0
+    answered, measured = memory_tests.answered, []
+
+    def stops(lm, generator, problems):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(problems[0].task)
+        return answered(lm, generator, problems)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_tests, "answered", stops)
+        assert cli.main(line.format(out).split()) == 130
+        assert f"Finished cells are kept in {out}; the same command goes on" in capsys.readouterr().err
+        assert cli.main([*line.format(out).split(), "--seed", "1"]) == 130
+        measured.clear()
+        assert cli.main(line.format(out).split()) == 130
+        assert measured == ["mqar", "phonebook"]
+    assert cli.main(line.format(out).split()) == 0
+    for file in (tmp_path / "whole").glob("*.png"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    assert predictions.read(out / FILE)[1].equals(predictions.read(tmp_path / "whole" / FILE)[1])
+    assert not list(out.glob("unfinished*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="needs a user who may not do everything")
+@pytest.mark.usefixtures("small")
+def test_a_folder_of_somebody_elses(tmp_path, capsys):
+    """Is found out first; one's own folder in it is enough."""
+    own = tmp_path / "own"
+    own.mkdir()
+    tmp_path.chmod(0o555)
+    line = "evaluate --model some --profile tiny --out {}"
+    assert cli.main(line.format(tmp_path / "out").split()) == 2
+    assert "choose another with --out" in capsys.readouterr().err
+    assert cli.main(line.format(own).split()) == 0
