@@ -32,8 +32,8 @@ from prosg_lib import files
 from prosg_lib.errors import UserError
 from prosg_lib.strict import read_as
 
-_ROWS = "sha256 of the rows"
-"""The header's entry that says which rows it belongs to."""
+_CHECKSUM = "sha256"
+"""The header's entry that holds it and its rows together."""
 
 _METHOD = re.compile(r"\w[\w .,:()+#*-]{0,79}")
 
@@ -84,7 +84,7 @@ def write(path: str | Path, header: Mapping[str, object], rows: pd.DataFrame) ->
     """
     records = rows.to_dict("records")
     write_rows(path, records)
-    files.write_json(header_path(path), {**header, _ROWS: digest(records)})
+    files.write_json(header_path(path), {**header, _CHECKSUM: digest([header, *records])})
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping]) -> None:
@@ -94,7 +94,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping]) -> None:
 
 
 def digest(rows: Iterable[Mapping]) -> str:
-    """Of what the rows say, however they are compressed."""
+    """Of what rows say, however they are compressed."""
     return hashlib.sha256("\n".join(map(json.dumps, rows)).encode()).hexdigest()
 
 
@@ -123,10 +123,10 @@ def read(path: str | Path) -> tuple[dict[str, Any], pd.DataFrame]:
     header = read_as(dict[str, Any], files.read_json(beside), beside)
     with files.errors_of(beside, "read"):
         json.dumps(header, allow_nan=False)
-    if header.pop(_ROWS, None) not in (None, digest(rows)):
+    if header.pop(_CHECKSUM, None) not in (None, digest([header, *rows])):
         raise UserError(
-            f"{beside} describes other rows than those of {path}; copy both files again, or give the rows alone, "
-            "in another folder"
+            f"{beside} was changed, or belongs to other rows than those of {path}; copy both files again, or give the "
+            "rows alone, in another folder"
         )
     return header, pd.DataFrame(rows)
 
