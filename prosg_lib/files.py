@@ -92,7 +92,7 @@ def _write_error(error: Exception) -> str | None:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "StorageFull" in str(error):
         return (
             " could not be written: the disk is full. What was there before is unchanged. "
-            "Free some space (or set PROSG_RUNS to a folder on another disk) and run it again."
+            "Free some space, or name a folder on another disk (PROSG_RUNS, --out), and run it again."
         )
     if isinstance(error, OSError):
         return f" could not be written ({error.strerror or error}); what was there before is unchanged."

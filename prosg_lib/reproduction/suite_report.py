@@ -6,6 +6,7 @@ test. A section has tables of estimates and one figure.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -119,14 +120,13 @@ def recompute(file: str | Path, out: str | Path) -> None:
     folder = output_folder(out)
     parts = sections(rows)
 
-    def fill(place: Path) -> None:
-        files.write_json(place / "results.json", {"header": header, "sections": list(map(_numbers, parts))})
-        files.write_text(place / "results.md", page(header, parts))
-        with plots.style():
-            for part in parts:
-                files.write_bytes(place / f"{part.name}.png", plots.png(part.figure))
-
-    files.write_folder(folder, fill)
+    with plots.style():
+        content = {f"{part.name}.png": plots.png(part.figure) for part in parts}
+    found = {"header": header, "sections": list(map(_numbers, parts))}
+    numbers = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    for name, text in (("results.json", numbers), ("results.md", page(header, parts))):
+        content[name] = text.encode("utf-8", "backslashreplace")
+    files.write_folder(folder, lambda place: [(place / name).write_bytes(content[name]) for name in content])
 
 
 def output_folder(out: str | Path) -> Path:

@@ -184,8 +184,8 @@ def test_nothing_is_half_written(dialogues, tmp_path, monkeypatch):
     def fail(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "write_bytes", fail)
-    with pytest.raises(UserError, match="the disk is full"):
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(UserError, match=r"/out could not be written: the disk is full.*--out"):
         suite_report.recompute(tmp_path / "kept.jsonl.gz", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.md"]
     assert (tmp_path / "out" / "results.md").read_text() == "before"
