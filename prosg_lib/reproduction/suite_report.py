@@ -90,8 +90,6 @@ def evaluate(
         UserError: something is missing, damaged or does not fit, or `out` cannot be written to.
     """
     items = profile.forgetting.items if items is None else items
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"a seed is repeated ({', '.join(map(str, seeds))}); name each once")
     if items < 2:
         raise UserError(f"{items} item a cell; at least two are needed, because one is the other's wrong memory")
     file = output_folder(out) / FILE

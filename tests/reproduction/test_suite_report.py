@@ -236,7 +236,6 @@ def test_everything_is_computed_again_from_the_file(tmp_path, capsys):
     ("line", "message"),
     [
         ("--model some --profile tin --out OUT", "unknown profile 'tin'"),
-        ("--model some --profile tiny --out OUT --seed 1 1", "a seed is repeated (1, 1)"),
         ("--model some --profile tiny --out OUT --items 1", "1 item a cell"),
         ("--model some --profile tiny --out FILE", "choose another with --out"),
         ("--model some --profile tiny --out FILE/more", "choose another with --out"),
