@@ -6,7 +6,6 @@ Glossary of shapes: B batch, r rank; U (B, out, r), V (B, in, r).
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +61,7 @@ class LowRankDelta:
         fingerprint: of the model that the change was made for.
         scale: multiplies every change.
     Raises:
-        UserError: there are no factors, or they do not fit each other; the scale is not finite.
+        UserError: there are no factors, or they do not fit each other; the scale is not finite in float32.
     """
 
     factors: Mapping[str, Factors]
@@ -84,8 +83,8 @@ class LowRankDelta:
                 f"a delta needs at least one map and one size of batch for all; this one has {len(self.factors)} maps "
                 f"and batches of {', '.join(map(str, sorted(batches))) or 1}"
             )
-        if not math.isfinite(self.scale):
-            raise NotFinite(f"the scale of a delta cannot be {self.scale}")
+        if not abs(self.scale) <= torch.finfo(torch.float32).max:
+            raise NotFinite(f"the scale of a delta cannot be {self.scale}; it has to be finite in float32")
 
     @property
     def batch(self) -> int:

@@ -337,6 +337,7 @@ def in_another_precision(lm, other):
         (lambda lm, other: lm(ids_of(2, 4), delta=on_map(lm, MAPS[1])), "has 16 outputs and 16 inputs, here 32 and 16"),
         (lambda lm, other: delta_for(lm, 3) + delta_for(lm, 2), "batch 3 and 2"),
         (lambda lm, other: delta_for(lm, 1).scaled(math.nan), "scale of a delta cannot be nan"),
+        (lambda lm, other: delta_for(lm, 1).scaled(1e39), r"scale of a delta cannot be 1e\+39"),
         (lambda lm, other: delta_for(lm, 1) + delta_for(other, 1), "derive both with the same model"),
         (lambda lm, other: best_rank(random_factors(5), 0), "rank 0 is not possible"),
         (lambda lm, other: best_rank(random_factors(5), 4), "rank 4 is not possible"),
