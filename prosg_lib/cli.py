@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Of several processes all raise this one, with the same words; the first says them.
         return _refused(error) if not isinstance(error, Diverged) or os.environ.get("RANK", "0") == "0" else USAGE
     except OSError as error:  # of what no room has named: a full terminal, a name too long, too many open files
-        return _refused(f"{error.filename or 'the output'}: {error.strerror or error}")
+        return _refused(f"{error.filename or 'the output, or a file'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("allocate|out of memory", str(error)):
             raise

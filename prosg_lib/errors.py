@@ -4,6 +4,7 @@ import re
 
 _ADVICE = re.compile(r"trust|weights_only|torch\.load", re.IGNORECASE)
 _CONTROL = re.compile(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f-\x9f]")
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # by a terminal, and halves of characters
 
 
 class UserError(Exception):
@@ -11,6 +12,10 @@ class UserError(Exception):
 
     The `prosg` command prints it without a traceback and exits with code 2; in a notebook it is the last line.
     """
+
+    def __init__(self, message: str):
+        # It may quote a file, or a name on the command line.
+        super().__init__(_OBEYED.sub("\N{REPLACEMENT CHARACTER}", message))
 
 
 def reason(error: Exception) -> str:

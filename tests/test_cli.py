@@ -158,7 +158,7 @@ def test_what_is_to_be_evaluated_reaches_the_suite(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("raised", "code"),
     [
-        (UserError("No."), 2),
+        (UserError("No: \x1b[31m\udce9"), 2),
         (OSError(24, "Too many open files"), 2),
         (MemoryError(), 2),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), 2),
@@ -173,7 +173,9 @@ def test_errors_become_exit_codes(monkeypatch, capsys, raised, code):
 
     monkeypatch.setattr(reproduce, "reproduce", fail)
     assert cli.main(["reproduce"]) == code
-    assert capsys.readouterr().err.startswith("prosg: ")
+    error = capsys.readouterr().err
+    assert error.startswith("prosg: ")
+    assert "\x1b" not in error
     raised = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         cli.main(["reproduce"])
@@ -253,7 +255,7 @@ def test_of_several_processes_the_first_says_what_all_found(monkeypatch, capsys,
     ("shell", "code", "shown"),
     [
         ("train --list | true", 141, ""),
-        ("train --list > /dev/full", 2, "prosg: the output: No space left on device"),
+        ("train --list > /dev/full", 2, "prosg: the output, or a file: No space left on device"),
         ("train --list >&-", 0, ""),
         ("train nothing 2>&-", 2, ""),
         ("chat <&-", 0, "Goodbye."),
