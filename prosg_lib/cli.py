@@ -256,16 +256,14 @@ def _train(options: argparse.Namespace) -> int:
     if options.list:
         print(recipes.table(profile))
         return 0
-    stem = recipes.checkpoint_name(name, profile, options.seed, changes)  # refuses what is unknown, without torch
+    recipes.recipe(name, profile, changes)  # refuses what is unknown or impossible, without torch
 
-    from prosg_lib.training import checkpoints, distributed, load_or_train
+    from prosg_lib.training import distributed, load_or_train
 
     distributed.accelerator()
     try:
-        if options.retrain:
-            checkpoints.forget(profile, [stem])
-        memory = load_or_train.MemoryBudget(options.at_once, options.recompute)
-        load_or_train.load_or_train(name, profile, options.seed, options.retrain, changes, memory=memory)
+        memory, anew = load_or_train.MemoryBudget(options.at_once, options.recompute), options.retrain
+        load_or_train.load_or_train(name, profile, options.seed, anew, changes, memory=memory, anew=anew)
     finally:
         distributed.leave()
     return 0

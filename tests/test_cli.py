@@ -208,21 +208,13 @@ def test_check_prints_each_problem(monkeypatch, capsys, problems, code):
         ),
     ],
 )
-def test_what_is_to_be_trained_reaches_the_training(monkeypatch, tmp_path, line, expected):
-    """Every option in its place; of what was trained here, --retrain removes what is named and nothing else, nor the
-    checkpoint of an interrupted training."""
-    monkeypatch.setenv("PROSG_RUNS", str(tmp_path))
+def test_what_is_to_be_trained_reaches_the_training(monkeypatch, line, expected):
+    """Every option in its place; --retrain trains anew what is named."""
     seen = []
-    monkeypatch.setattr(load_or_train, "load_or_train", lambda *given, memory: seen.append((*given, memory)))
-    folder, name = tmp_path / "smoke" / "checkpoints", "rwkv4-dialogue-final-rank8-steps3-smoke"
-    folder.mkdir(parents=True)
-    others = {"rwkv4-dialogue-final-smoke.safetensors", f"{name}.checkpoint.safetensors", f"{name}.jsonl"}
-    for file in (*others, f"{name}.safetensors"):
-        (folder / file).touch()
+    monkeypatch.setattr(load_or_train, "load_or_train", lambda *given, **named: seen.append((given, named)))
     assert cli.main(["train", *line.split()]) == 0
-    assert seen == [expected]
-    kept = others if "--retrain" in line else {*others, f"{name}.safetensors"}
-    assert {path.name for path in folder.iterdir()} == kept
+    *given, memory = expected
+    assert seen == [(tuple(given), {"memory": memory, "anew": "--retrain" in line})]
 
 
 def test_a_generator_is_trained_and_then_loaded(monkeypatch, tmp_path, capsys, small_world):

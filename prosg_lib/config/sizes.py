@@ -9,20 +9,20 @@ from prosg_lib.errors import UserError
 
 
 class Sizes:
-    """What a user can set. Numbers are above 0 and lists not empty; 0 or an empty list only where it has a meaning.
+    """What a user can set. Numbers are above 0 and lists not empty, unless nothing is their default.
 
     Attributes:
-        may_be_zero: the names of the fields where it has one.
+        may_be_zero: the names of the fields where 0 has a meaning.
     """
 
     may_be_zero = ()
 
     def __post_init__(self):
-        for name in (field.name for field in fields(self)):
-            value, zero = getattr(self, name), name in self.may_be_zero
+        for field in fields(self):
+            name, value, zero = field.name, getattr(self, field.name), field.name in self.may_be_zero
             several = value if isinstance(value, tuple) else (value,)
             numbers = [v for v in several if type(v) in (int, float)]
-            if not (several or zero) or not all(0 < v < math.inf or (zero and v == 0) for v in numbers):
+            if not (several or field.default == ()) or not all(0 < v < math.inf or (zero and v == 0) for v in numbers):
                 raise UserError(f"{name}={value} is refused: it takes {'0 or more' if zero else 'numbers above 0'}")
 
 

@@ -67,6 +67,8 @@ def reproduce(
     because later ones may need it; what was finished stays, and the report is written of it.
 
     Args:
+        retrain: let the notebooks train what they need, in the place of what was trained here before; what an
+            interrupted retraining trained is not trained again.
         names: only these notebooks; what others of the profile recorded before stays in the report. All where empty.
         parameters: values of the notebooks' own parameters, which are texts.
         update_expected: write the ledger from this run (`ledger.update`), and for the reference profiles the figures.
@@ -87,15 +89,17 @@ def reproduce(
         files.check_writable(paths.expected_dir(), "a checkout of your own")
     with files.lock(run_dir / "reproduce.lock", f"The folder {run_dir}"):
         if retrain:
-            from prosg_lib.training.checkpoints import forget
+            from prosg_lib.training import checkpoints
 
-            forget(profile)
+            checkpoints.begin_retraining(profile)
         _forget(profile, list(arguments))
         ran, error = _run_all(profile, selected, arguments)
         if update_expected and not error:
             for written in ledger.update(profile.name, ran):
                 print(f"ledger: {written}")
             _keep_figures(profile, ran)
+        if retrain and not error:
+            checkpoints.end_retraining(profile)
     ended = show(profile, only=ran)
     if not error:
         return ended

@@ -6,8 +6,11 @@ decides whether it is taken for a recipe; the provenance says where it came from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -36,28 +39,46 @@ from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.gradient_steps.map_step import MapStep
 from prosg_lib.gradient_steps.weight_step import WeightStep
+from prosg_lib.strict import read_as
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import distributed
-from prosg_lib.training.recipes import Size
+from prosg_lib.training.recipes import LANGUAGE_MODELS, Size
 
 VERSION = 1
 """Goes up when the same recipe, seed and data would train to something else; other versions do not load."""
 
 
-RECORD = ("recipe", "version", "seed", "data", "module", "training", "course", "lm", "start")
-"""What a checkpoint was trained as, in its header; `load_or_train.record_of` says what each is."""
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint was trained as; `load_or_train.record_of` says what each field is."""
+
+    recipe: str
+    version: int
+    seed: int
+    data: str | dict
+    module: dict[str, object]
+    training: dict[str, object]
+    course: dict[str, object]
+    lm: str | None
+    start: dict[str, object] | None
 
 
-def record_in(meta: dict, path: Path) -> dict:
-    """The record in a checkpoint's header.
+@dataclass(frozen=True)
+class Header:
+    """A checkpoint's header."""
+
+    kind: Literal["lm", "generator"]
+    record: Record
+    provenance: dict[str, object]
+
+
+def header_of(meta: dict, path: Path) -> Header:
+    """A checkpoint's header, as `files.load_meta` gives it.
 
     Raises:
-        UserError: it has none, or one with other fields.
+        UserError: this version does not read it.
     """
-    found = meta.get("record")
-    if not isinstance(found, dict) or found.keys() != set(RECORD):
-        raise UserError(f"{path} has no record that this version reads; remove it, and it is trained again")
-    return found
+    return read_as(Header, meta, f"{path} is of another version (remove it, and it is trained again)")
 
 
 def _maps(size: GeneratorSize, lm: LanguageModel) -> tuple[str, ...]:
@@ -107,14 +128,30 @@ def new_module(kind: str, size: Size, lm: LanguageModel | None = None) -> nn.Mod
     """The untrained module of a kind; lm: the model it is for, None for a language model.
 
     Raises:
-        UserError: the sizes do not fit the model.
+        UserError: the sizes do not fit the model, each other, or this machine's memory.
     """
-    return MODULES[kind][1](size, lm)
+    try:
+        return MODULES[kind][1](size, lm)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a model's class says of sizes that it cannot have
+        why = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise UserError(f"no {kind} has these sizes: {size} ({why})") from error
 
 
 def built(module: nn.Module, path: Path, tensors: dict[str, Tensor]) -> nn.Module:
-    """The module with a checkpoint's tensors, frozen, in evaluation mode, on the device; `checkpoint` is the path."""
-    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    """The module with a checkpoint's tensors, frozen, in evaluation mode, on the device; `checkpoint` is the path.
+
+    Raises:
+        UserError: the tensors are not the module's, or not all numbers.
+    """
+    wrong = [name for name, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
+    if wrong:
+        raise UserError(f"{path} has something other than finite numbers in {wrong[0]}; remove it and train it again")
+    try:
+        module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold the tensors of its record; remove it and train it again") from error
     module.checkpoint = path
     if isinstance(module, LanguageModel):
         module.tokenizer = load_tokenizer()
@@ -131,17 +168,32 @@ def kept(name: str, profile: Profile) -> Path:
     return paths.runs_dir(profile.name) / "checkpoints" / f"{name}.safetensors"
 
 
-def forget(profile: Profile, names: Iterable[str] | None = None) -> None:
-    """Remove checkpoints that were trained here, so that it is done anew.
+def retraining(profile: Profile) -> str | None:
+    """When the retraining in progress began; None where there is none. What is trained meanwhile has it in its
+    provenance, so that it is trained once, however often it is interrupted; what was there before stays till then."""
+    path = _marker(profile)
+    return read_as(_Retraining, files.read_json(path), path).began if path.exists() else None
 
-    Trainings that were interrupted still go on.
 
-    Args:
-        names: of checkpoints; None: all.
-    """
-    for path in kept("any", profile).parent.glob("*.safetensors"):
-        if not path.name.endswith(".checkpoint.safetensors") and (names is None or path.stem in names):
-            path.unlink(missing_ok=True)
+def begin_retraining(profile: Profile) -> None:
+    """Let `load_or_train` with `retrain` take only what is trained from now on, or since an interrupted retraining."""
+    if began := retraining(profile):
+        distributed.say(f"going on with the retraining of {began}; to begin anew remove {_marker(profile)} before")
+    else:
+        files.write_json(_marker(profile), {"began": f"{datetime.now():%Y-%m-%d %H:%M:%S.%f}"})
+
+
+def end_retraining(profile: Profile) -> None:
+    _marker(profile).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Retraining:
+    began: str
+
+
+def _marker(profile: Profile) -> Path:
+    return paths.runs_dir(profile.name) / "retraining.json"
 
 
 def load_generator(name: str, lm: LanguageModel) -> Generator:
@@ -155,16 +207,18 @@ def load_generator(name: str, lm: LanguageModel) -> Generator:
     tensors, meta = files.load_tensors(path)
     if meta.get("kind") != "generator":
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a generator")
-    record = record_in(meta, path)
-    if record["lm"] != lm.fingerprint():
-        raise UserError(f"{path.name} was trained for model {record['lm']}, not for this one ({lm.fingerprint()})")
-    kind, sizes = record["module"]["kind"], {k: v for k, v in record["module"].items() if k != "kind"}
+    record = header_of(meta, path).record
+    if record.lm != lm.fingerprint():
+        raise UserError(f"{path.name} was trained for model {record.lm}, not for this one ({lm.fingerprint()})")
+    kind, sizes = str(record.module.get("kind")), {k: v for k, v in record.module.items() if k != "kind"}
+    if kind not in MODULES.keys() - {*LANGUAGE_MODELS}:
+        raise UserError(f"{path} is of another version: it holds a module of kind {kind!r}")
     if kind in ("weights", "maps"):
         raise UserError(
             f"{path.name} changes all weights of the model ({kind}), which is no low-rank delta; take an adapter or a "
             "generator"
         )
-    size = MODULES[kind][0](**{key: tuple(v) if isinstance(v, list) else v for key, v in sizes.items()})
+    size = read_as(MODULES[kind][0], sizes, f"{path}, record.module")
     return built(new_module(kind, size, lm), path, tensors).to(next(lm.parameters()).device)
 
 

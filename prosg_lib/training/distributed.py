@@ -7,8 +7,10 @@ what there is to do for a single process, which is next to nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
+from prosg_lib import files
 from prosg_lib.errors import UserError
 
 Work, Result = TypeVar("Work"), TypeVar("Result")
@@ -32,8 +35,11 @@ def accelerator() -> Accelerator:
     """
     try:
         found = Accelerator(cpu=not torch.cuda.is_available())
-    except ValueError as error:
-        raise UserError(f"accelerate could not start: {error}") from error
+    except Exception as error:  # whatever the libraries behind it raise
+        raise UserError(
+            f"accelerate could not start: {error} What it was asked for is in the configuration that the launcher was "
+            "given, or in environment variables that begin with ACCELERATE_"
+        ) from error
     if found.distributed_type not in _DATA_PARALLEL:
         raise UserError(
             f"launched as {found.distributed_type.value}, but the processes here share the batch and nothing else; "
@@ -115,6 +121,26 @@ def shared(work: Sequence[Work], do: Callable[[Work], Result]) -> list[Result]:
     """`[do(piece) for piece in work]`, each process doing its share of it, and all having all results."""
     shares = gathered([do(piece) for piece in work[index() :: count()]])
     return [shares[number % count()][number // count()] for number in range(len(work))]
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Nobody but these processes is at work on `path` meanwhile, and its folder can be written to.
+
+    Raises:
+        UserError: in every process, where it is not so.
+    """
+    with ExitStack() as held:
+        refusal = None
+        if first():
+            try:
+                files.check_writable(path.parent, "PROSG_RUNS")
+                held.enter_context(files.lock(path.with_name(f".{path.stem}.lock"), str(path)))
+            except UserError as error:
+                refusal = str(error)
+        if refusal := gathered(refusal)[0]:
+            raise UserError(refusal)
+        yield
 
 
 def leave() -> None:

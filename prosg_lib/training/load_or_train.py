@@ -18,18 +18,19 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.memory import keep_freed_memory
 from prosg_lib.backbones.recompute import recomputed
 from prosg_lib.config import Profile
+from prosg_lib.config.sizes import Sizes
 from prosg_lib.errors import UserError
 from prosg_lib.text.prose import load_prose
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import distributed
-from prosg_lib.training.checkpoints import VERSION, built, kept, new_module, record_in, shipped
+from prosg_lib.training.checkpoints import VERSION, built, header_of, kept, new_module, retraining, shipped
 from prosg_lib.training.loop import fit
 from prosg_lib.training.recipes import GRADIENT_STEPS, Recipe, checkpoint_name, recipe, recipes
 from prosg_lib.training.work import check_data, course_of, data_of, steps_of, work
 
 
 @dataclass(frozen=True)
-class MemoryBudget:
+class MemoryBudget(Sizes):
     """How a training uses less memory. It ends with the same weights, up to rounding.
 
     Attributes:
@@ -49,6 +50,7 @@ def load_or_train(
     changes: Mapping[str, object] | None = None,
     lm: LanguageModel | None = None,
     memory: MemoryBudget = MemoryBudget(),
+    anew: bool = False,
 ) -> nn.Module:
     """The trained module of a recipe, frozen and in evaluation mode; prints in one line what it loaded, or trains it.
 
@@ -59,21 +61,25 @@ def load_or_train(
     Args:
         name: of the recipe (`recipes`), e.g. "rwkv4-dialogue-token".
         seed: of this training, and of the one whose weights it starts from. The model it is for has seed 0.
-        retrain: load nothing that is shipped. What was trained here since `checkpoints.forget` is loaded, so that
-            several notebooks of one run train each module once.
+        retrain: load nothing that is shipped; and while a retraining is in progress (`checkpoints.begin_retraining`)
+            nothing that was trained here before it, so that its notebooks train each module once.
         changes: settings that differ from the recipe's, e.g. {"training.steps": 300, "size.rank": 8}; see
             `recipes.recipe`. They are part of the checkpoint's name.
         lm: the language model that it is for; None: the recipe's own. Any other has a checkpoint of its own.
         memory: of all that is trained.
+        anew: train this one (not the model it is for) whatever is there; an interrupted training goes on.
     Returns:
         The module; its `checkpoint` is the path of its file, with the training's log (.jsonl) beside it.
     Raises:
-        UserError: unknown recipe or setting; data that this machine lacks; a damaged checkpoint; a diverged training.
+        UserError: unknown recipe or setting; data that this machine lacks; a damaged checkpoint; a diverged training;
+            a folder that cannot be written to, or in which another process is training the same.
     """
     made = recipe(name, profile, changes)
     if memory.recompute and made.kind in GRADIENT_STEPS:
         raise UserError(f"{name} needs second derivatives, which recomputed blocks do not have; leave out recompute")
     check_data(made, profile)
+    if changes:
+        _check_sizes(made, profile, lm)
     lm = _model_for(made, profile, retrain, lm, memory)
     made, record = _resolved(made, profile, seed, lm)
     keep_freed_memory()
@@ -82,13 +88,14 @@ def load_or_train(
     mine = plain if own else checkpoint_name(name, profile, seed, changes, lm.fingerprint())
     path = kept(mine, profile)
     places = [path] if retrain else [shipped(plain), kept(plain, profile), path]
-    found = _found(places, record, mine)
+    found = None if anew else _found(places, record, mine, retraining(profile) if retrain else None)
     if distributed.agreed(found is not None, f"whether {mine} is trained"):
         return built(new_module(made.kind, made.size, lm), *found)
     start = None
     if made.start:
         start = load_or_train(made.start, profile, seed, retrain, lm=lm, memory=memory)
-    return _train(made, profile, path, record, lm, start, memory)
+    with distributed.alone(path):
+        return _train(made, profile, path, record, lm, start, memory)
 
 
 def record_of(
@@ -147,19 +154,30 @@ def _model_for(
     return load_or_train(made.lm, profile, 0, retrain, memory=memory) if lm is None else lm
 
 
-def _found(places: list[Path], record: dict, name: str) -> tuple[Path, dict] | None:
-    """The first checkpoint that fits, and its tensors."""
+def _check_sizes(made: Recipe, profile: Profile, lm: LanguageModel | None) -> None:
+    """Raises a UserError where sizes do not fit, before the model that they are for is trained."""
+    with torch.random.fork_rng():
+        if not made.is_model and lm is None and made.lm in recipes(profile):
+            lm = new_module(recipes(profile)[made.lm].kind, recipes(profile)[made.lm].size)
+        if made.is_model or lm is not None:
+            new_module(made.kind, made.size, lm)
+
+
+def _found(places: list[Path], record: dict, name: str, since: str | None) -> tuple[Path, dict] | None:
+    """The first checkpoint that fits, and its tensors; since: only of the retraining that began then."""
     for path in dict.fromkeys(places):
         if not path.exists():
             continue
         tensors, meta = files.load_tensors(path)
-        if meta.get("record") == record:
-            where, saved = meta["provenance"]["device"], path.stat().st_mtime_ns
+        header = header_of(meta, path)
+        if since and header.provenance.get("retraining") != since:
+            continue
+        if meta["record"] == record:
+            where, saved = header.provenance.get("device", "an unknown device"), path.stat().st_mtime_ns
             _say_once(f"{path.stem}: loaded, trained on {where}: same sizes, seed and data", saved)
             return path, tensors
         if path.stem == name:
-            theirs = record_in(meta, path)
-            why = ", ".join(part for part in record if record[part] != theirs[part])
+            why = ", ".join(part for part in record if record[part] != meta["record"][part])
             distributed.say(f"{name}: {path} was trained otherwise ({why}); not used")
     return None
 
@@ -194,6 +212,8 @@ def _train(
     with recomputed(lm or module) if memory.recompute else nullcontext():
         fit(path.stem, module, batch_of, loss_of, made.training, path.parent, record, at_once=at_once, peak_until=peak)
     facts = provenance.facts() | {"prose": load_prose().source, "seconds": round(time.monotonic() - began, 1)}
+    if since := retraining(profile):
+        facts["retraining"] = since
     # Generators are kept in half precision, and used so: what is loaded later is what was measured now.
     keep = {n: t if made.is_model else t.half() for n, t in module.state_dict().items()}
     if distributed.first():

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from prosg_lib import files
 from prosg_lib.backbones.memory import keep_freed_memory
 from prosg_lib.config.sizes import Training
 from prosg_lib.errors import Diverged, NotFinite, UserError
+from prosg_lib.strict import read_as
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.training import distributed
 
@@ -80,7 +82,7 @@ def fit(
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(groups_of(module), lr=sizes.lr, betas=(0.9, 0.99), weight_decay=0.01)
     path = folder / f"{name}.checkpoint.safetensors"
-    start = _resume(path, module, optimiser, record) if path.exists() else 0
+    start = _resume(path, module, optimiser, record, sizes.steps) if path.exists() else 0
     start = distributed.agreed(start, f"the step that {path} is at")
     log_file = folder / f"{name}.jsonl"
     opened = closing(_Log(log_file, name, sizes.steps, start)) if distributed.first() else nullcontext()
@@ -94,14 +96,13 @@ def fit(
                 torch.manual_seed(random.Random(f"{name}/{step}/{distributed.index()}").getrandbits(63))
             try:
                 loss = _backward(step, _own(batch), at_once, loss_of, parameters)
+                _clip(optimiser)
             except NotFinite as error:
                 raise Diverged(
                     f"training {name}: {error} at step {step}; the last good checkpoint "
                     f"is {path if path.exists() else 'none (it happened before the first was written)'}; "
                     f"a smaller learning rate than {sizes.lr} usually helps"
                 ) from error
-            for group in optimiser.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], group["clip"])
             optimiser.step()
             if log:
                 log.step(step, loss)
@@ -183,6 +184,14 @@ def _backward(step: int, batch: Examples, at_once: int | None, loss_of: Callable
     return Loss(total, dict(zip(sums, parts, strict=True)))
 
 
+def _clip(optimiser: torch.optim.Optimizer) -> None:
+    """Raises NotFinite rather than let a gradient spoil weights that a checkpoint may keep."""
+    for group in optimiser.param_groups:
+        norm = nn.utils.clip_grad_norm_(group["params"], group["clip"])
+        if not torch.isfinite(norm):
+            raise NotFinite(f"the norm of the gradient is {norm.item()}")
+
+
 class _Steps(Dataset):
     def __init__(self, batch_of: Callable[[int], Examples]):
         self.batch_of = batch_of
@@ -231,24 +240,38 @@ def _save(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, step:
     files.save_tensors(path, tensors, {"kind": "training", "step": step, "record": record})
 
 
-def _resume(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, record: dict) -> int:
+def _resume(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, record: dict, steps: int) -> int:
     tensors, meta = files.load_tensors(path)
-    if meta.get("record") != record:
+    found = read_as(_Resumable, meta, f"{path} is of another version (remove it to train anew)")
+    if found.record != record:
         raise UserError(
-            f"{path} belongs to another configuration ({_difference(meta.get('record', {}), record)}); "
-            "delete it to train anew"
+            f"{path} belongs to another configuration ({_difference(found.record, record)}); delete it to train anew"
         )
-    state = optimiser.state_dict()
-    for name, tensor in tensors.items():
-        if name.startswith("optimiser."):
-            _, index, key = name.split(".", 2)
-            state["state"].setdefault(int(index), {})[key] = tensor
-    optimiser.load_state_dict(state)
-    module.load_state_dict({n.removeprefix("module."): t for n, t in tensors.items() if n.startswith("module.")})
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    return meta["step"]
+    try:
+        state = optimiser.state_dict()
+        for name, tensor in tensors.items():
+            if name.startswith("optimiser."):
+                _, index, key = name.split(".", 2)
+                state["state"].setdefault(int(index), {})[key] = tensor
+        optimiser.load_state_dict(state)
+        module.load_state_dict({n.removeprefix("module."): t for n, t in tensors.items() if n.startswith("module.")})
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+        if not 0 <= found.step <= steps:
+            raise ValueError(found.step)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not the state of this training; remove it to train anew") from error
+    return found.step
+
+
+@dataclass(frozen=True)
+class _Resumable:
+    """A resumable state's header."""
+
+    kind: Literal["training"]
+    step: int
+    record: dict[str, object]
 
 
 def _difference(theirs: dict, ours: dict) -> str:
@@ -261,9 +284,11 @@ class _Log:
     those a progress bar on a terminal, and elsewhere one every few seconds in words."""
 
     def __init__(self, path: Path, name: str, steps: int, start: int, every_s: float = 10.0):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_after(path, start)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with files.errors_of(path, "written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_after(path, start)
+            self._file = path.open("a", encoding="utf-8")
         self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=not sys.stderr.isatty())
         self._name, self._steps, self._start, self._every = name, steps, start, every_s
         self._began = self._said = time.monotonic()
@@ -281,8 +306,9 @@ class _Log:
         now = time.monotonic()
         rate = (done - self._start) / (now - self._began)
         line = {"step": done, "of": self._steps, "steps_per_s": round(rate, 3), **means}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with files.errors_of(self._path, "written"):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         self._sums = {}
         if not self._bar.disable:
             self._bar.set_postfix(means)
@@ -300,12 +326,12 @@ class _Log:
 def _cut_after(path: Path, step: int) -> None:
     """Drops the log's lines of steps that a killed run had done after its last checkpoint."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = []
         for line in lines:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue  # the line that the kill cut in two
         files.write_text(path, "".join(line + "\n" for line in kept))

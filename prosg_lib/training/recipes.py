@@ -16,6 +16,7 @@ from prosg_lib import paths
 from prosg_lib.config import Profile
 from prosg_lib.config.sizes import (
     TASKS,
+    VOCAB,
     AdapterSize,
     Curriculum,
     GeneratorSize,
@@ -103,7 +104,7 @@ def recipe(name: str, profile: Profile, changes: Mapping[str, object] | None = N
         changes: "size.NAME", "training.NAME" or "curriculum.NAME" -> value, as text or of the field's type. Fewer
             steps come with a shorter warm-up, unless that is changed, too.
     Raises:
-        UserError: unknown name or setting, or a value of the wrong type; lists what there is.
+        UserError: unknown name or setting (lists what there is), a value of the wrong type, or one that cannot be.
     """
     table = recipes(profile)
     if name not in table:
@@ -119,6 +120,10 @@ def recipe(name: str, profile: Profile, changes: Mapping[str, object] | None = N
     if "training.steps" in changes and "training.warmup" not in changes:
         warmup = min(found.training.warmup, max(1, found.training.steps // _SHORTER_WARMUP))
         found = replace(found, training=replace(found.training, warmup=warmup))
+    if not found.training.steps and not found.pairs:
+        raise UserError("training.steps=0 is one epoch of the pairs; this data has none")
+    if getattr(found.size, "vocab", VOCAB) < VOCAB:
+        raise UserError(f"size.vocab={found.size.vocab} is too few; the tokenizer has {VOCAB} tokens")
     return found
 
 
@@ -133,10 +138,13 @@ def _value(key: str, value: object, kind: type) -> object:
     one = typing.get_args(kind)[0] if several else kind
     try:
         if not isinstance(value, str):
-            return tuple(one(v) for v in value) if several else one(value)
+            found = tuple(one(v) for v in value) if several else one(value)
+            if found != (tuple(value) if several else value):  # 2.5 is no whole number
+                raise ValueError
+            return found
         read = {bool: lambda text: {"false": False, "true": True}[text.lower()]}.get(one, one)
         return tuple(read(text) for text in value.split(",")) if several else read(value)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         wanted = f"{one.__name__}, several with commas" if several else one.__name__
         raise UserError(f"{key}={value} is no value of the type {wanted}") from None
 

@@ -51,7 +51,7 @@ TINY = replace(
     token=GeneratorSize(2, 8, MAPS),
     token_training=replace(SIZES, steps=3),
 )
-BROKEN = replace(TINY, name="broken", lm=replace(SIZES, lr=float("inf")))
+BROKEN = replace(TINY, name="broken", lm=replace(SIZES, lr=1e30))
 
 
 def little_prose() -> Prose:

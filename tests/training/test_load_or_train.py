@@ -1,7 +1,11 @@
 """Load or train: a checkpoint is used where its record fits, and only there; what was decided is printed."""
 
 import json
+import math
+import os
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from prosg_lib.generators.base import ALL_MAPS, edited_maps
 from prosg_lib.text.library_tokenizer import folder_tokenizer
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import checkpoints, load_or_train
-from prosg_lib.training.checkpoints import forget, kept, load_generator, new_module
+from prosg_lib.training.checkpoints import kept, load_generator, new_module
 from prosg_lib.training.load_or_train import MemoryBudget
 from prosg_lib.training.recipes import checkpoint_name, recipe, recipes
 
@@ -80,7 +84,7 @@ def test_training_keeps_checkpoint_log_and_provenance(trained):
     stems = {f"{name}-tiny": recipe(name, TINY) for name in TRAINED}
     assert {path.name for path in trained.iterdir()} == {
         f"{s}.{end}" for s in stems for end in ("safetensors", "jsonl")
-    }
+    } | {f".{s}.lock" for s in stems}
     for stem, made in stems.items():
         _, meta = files.load_tensors(trained / f"{stem}.safetensors")
         assert meta["kind"] == ("lm" if made.is_model else "generator")
@@ -165,19 +169,79 @@ def test_a_generator_belongs_to_its_model(place, capsys):
         get(LM, lm=other)
 
 
-def test_what_was_forgotten_is_trained_anew(place, capsys):
-    """Only that: the language model of a generator, trained here too, is still loaded; the same seed gives the same
-    bits, and what training returns is what loading gives, half precision and all."""
-    first = get("rwkv4-dialogue-final")
-    (place / "rwkv4-dialogue-static-tiny.checkpoint.safetensors").touch()
-    forget(TINY, ["rwkv4-dialogue-final-tiny", "rwkv4-dialogue-static-tiny"])
-    assert not first.checkpoint.exists()
-    assert (place / "rwkv4-dialogue-static-tiny.checkpoint.safetensors").exists()
-    again = get("rwkv4-dialogue-final", retrain=True)
-    said = capsys.readouterr().out
-    assert f"{LM}-tiny: loaded" in said
-    assert "rwkv4-dialogue-final-tiny: training" in said
-    assert same(first, again)
+FINAL = "rwkv4-dialogue-final"
+
+
+def trained_now(capsys, *given, **named):
+    """What a call trained, and what it loaded."""
+    capsys.readouterr()
+    load_or_train._say_once.cache_clear()
+    get(*given, **named)
+    lines = capsys.readouterr().out.splitlines()
+    return [[line.partition("-tiny:")[0] for line in lines if f"-tiny: {verb}" in line] for verb in ("train", "load")]
+
+
+def test_one_is_trained_anew(place, capsys):
+    """Its language model, trained here too, is still loaded; the same seed gives the same bits, and what training
+    returns is what loading gives, half precision and all."""
+    first = get(FINAL)
+    assert trained_now(capsys, FINAL, retrain=True, anew=True) == [[FINAL], [LM]]
+    assert same(first, get(FINAL))
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, UserError])
+def test_an_interrupted_retraining_goes_on(place, monkeypatch, capsys, end):
+    """Each is trained once; what was there before stays until its successor is there, and what is not asked for stays;
+    when all is done, the next retraining begins anew."""
+    before, fit = {path.name: path.read_bytes() for path in place.iterdir()}, load_or_train.fit
+
+    def stopped(name, *given, **named):
+        if name == f"{FINAL}-tiny":
+            raise end
+        fit(name, *given, **named)
+
+    checkpoints.begin_retraining(TINY)
+    monkeypatch.setattr(load_or_train, "fit", stopped)
+    with pytest.raises(end):
+        get(FINAL, retrain=True)
+    after = {path.name: path.read_bytes() for path in place.iterdir() if path.suffix == ".safetensors"}
+    assert {name for name, content in after.items() if content != before[name]} == {f"{LM}-tiny.safetensors"}
+    monkeypatch.setattr(load_or_train, "fit", fit)
+    assert trained_now(capsys, FINAL) == [[], [LM, FINAL]]  # without retrain: as ever
+    checkpoints.begin_retraining(TINY)
+    assert "going on with the retraining of 20" in capsys.readouterr().out
+    assert trained_now(capsys, FINAL, retrain=True) == [[FINAL], [LM]]
+    assert trained_now(capsys, FINAL, retrain=True) == [[], [LM, FINAL]]
+    checkpoints.end_retraining(TINY)
+    checkpoints.begin_retraining(TINY)
+    assert trained_now(capsys, FINAL, retrain=True) == [[LM, FINAL], []]
+
+
+def test_a_retraining_may_be_given_up(place, capsys):
+    """By removing the file that the message names."""
+    for expected in ("", "going on", ""):
+        checkpoints.begin_retraining(TINY)
+        said = capsys.readouterr().out
+        assert said.startswith(expected)
+        if expected:
+            Path(said.split("remove ")[1].rpartition(" before")[0]).unlink()
+
+
+def test_two_processes_do_not_train_the_same(place, no_training):
+    """The second is told who does; another checkpoint in the same folder is nobody's business."""
+    with files.lock(place / f".{LM}-seed9-tiny.lock", "it"):
+        with pytest.raises(UserError, match=rf"{LM}-seed9-tiny.safetensors is in use by process {os.getpid()} on"):
+            get(LM, seed=9)
+        with pytest.raises(AssertionError, match="it trained"):
+            get(LM, seed=8)
+    with pytest.raises(AssertionError, match="it trained"):
+        get(LM, seed=9)
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_out_before_the_training(place, no_training, monkeypatch):
+    monkeypatch.setenv("PROSG_RUNS", str(place / f"{LM}-tiny.safetensors"))
+    with pytest.raises(UserError, match=r"cannot be written to \(.*\); choose another with PROSG_RUNS"):
+        get(LM, seed=9)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +250,7 @@ def test_what_was_forgotten_is_trained_anew(place, capsys):
 def test_less_memory_trains_the_same(place, name):
     """One example at a time, with recomputed blocks: the same weights, up to rounding."""
     whole = get(name).state_dict()
-    forget(TINY, [f"{name}-tiny"])
-    pieces = get(name, memory=MemoryBudget(at_once=1, recompute=True)).state_dict()
+    pieces = get(name, memory=MemoryBudget(at_once=1, recompute=True), anew=True).state_dict()
     tolerance = 1e-5 if name == LM else 1e-3  # generators are kept in half precision
     torch.testing.assert_close(pieces, whole, rtol=tolerance, atol=tolerance)
 
@@ -205,6 +268,12 @@ def test_blocks_are_recomputed_only_while_a_training_asks_for_it(place, monkeypa
     assert not any("forward" in vars(block) for block in lm.blocks)
 
 
+@pytest.mark.parametrize("at_once", [0, -1])
+def test_no_examples_at_once_are_refused(at_once):
+    with pytest.raises(UserError, match=f"at_once={at_once} is refused: it takes numbers above 0"):
+        MemoryBudget(at_once)
+
+
 @pytest.mark.parametrize("name", ["rwkv4-dialogue-adapter", "llama-pairs-weights-characters-lc"])
 def test_second_derivatives_are_not_recomputed(name):
     """Said before anything is trained."""
@@ -212,18 +281,49 @@ def test_second_derivatives_are_not_recomputed(name):
         get(name, memory=MemoryBudget(recompute=True))
 
 
-def test_a_damaged_checkpoint_is_no_reason_to_train_silently(place):
-    """It is named, with its remedy; so is one that has another version's record."""
+def changed(meta, **record):
+    return meta | {"record": meta["record"] | record}
+
+
+def last_to(value):
+    """A checkpoint's tensors with another value at the end of one of them."""
+
+    def change(tensors, meta):
+        name, tensor = max(tensors.items())
+        tensor.view(-1)[-1] = value
+        return tensors | {name: tensor}, meta
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "cut short"),
+        (lambda tensors, meta: (tensors, changed(meta, stage="lm")), r"record\.stage should be left out"),
+        (lambda tensors, meta: (tensors, changed(meta, seed="0")), r"record\.seed should be a whole number"),
+        (lambda tensors, meta: (tensors, {k: v for k, v in meta.items() if k != "record"}), "record should be there"),
+        (lambda tensors, meta: (tensors, meta | {"provenance": []}), "provenance should be an object"),
+        (last_to(math.nan), "something other than finite numbers in"),
+        (last_to(math.inf), "something other than finite numbers in"),
+        (lambda tensors, meta: ({n: t.long() for n, t in tensors.items()}, meta), "other than finite numbers in"),
+        (lambda tensors, meta: ({n: t[:1] for n, t in tensors.items()}, meta), "not hold the tensors of its record"),
+        (lambda tensors, meta: ({}, meta), "does not hold the tensors of its record"),
+    ],
+)
+def test_a_damaged_checkpoint_is_no_reason_to_train_silently(place, change, message):
+    """It is named, with the remedy, which works."""
     path = place / f"{LM}-tiny.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:1000])
-    with pytest.raises(UserError, match=r"rwkv4-dialogue-tiny\.safetensors .*cut short"):
-        get(LM)
-    path.write_bytes(whole)
     tensors, meta = files.load_tensors(path)
-    files.save_tensors(path, tensors, meta | {"record": meta["record"] | {"stage": "lm"}})
-    with pytest.raises(UserError, match="has no record that this version reads; remove it"):
+    if change is None:
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        files.save_tensors(path, *change(tensors, meta))
+    with pytest.raises(UserError, match=rf"(?s){re.escape(str(path))}.*{message}") as caught:
         get(LM)
+    assert "remove it" in str(caught.value)
+    path.unlink()
+    assert torch.equal(get(LM).state_dict()[min(tensors)], tensors[min(tensors)])
 
 
 @pytest.mark.parametrize(
@@ -253,12 +353,16 @@ def test_a_variant_is_trained_kept_and_found_again(place, monkeypatch, name, cha
         (TOKEN, {"size.layers": (7,)}, "no map att.output, ffn.key in layer 7"),
         (TOKEN, {"size.maps": ("att.gate",)}, "no linear map"),
         (TOKEN, {"size.rank": 1000}, "rank 1000 asked for"),
+        ("rwkv4-dialogue-static", {"size.rank": 10**9}, "rank 1000000000 asked for"),
+        ("rwkv4-dialogue", {"size.width": 10**8}, "no rwkv4 has these sizes: .*memory"),
+        ("mamba2-dialogue", {"size.heads": 7}, "no mamba2 has these sizes"),
         ("llama-reader-pairs", {}, "wikitext is no task of tiny; take cpu or gpu"),
         ("llama-reader-pairs-maps-squad-lc", {}, "squad is no task of tiny"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(place, no_training, name, changes, message):
-    with pytest.raises(UserError, match=message):
+def test_what_cannot_be_trained_is_refused(small_world, tmp_path, no_training, name, changes, message):
+    """Before the model that it is for is trained."""
+    with small_world(TINY, tmp_path), pytest.raises(UserError, match=message):
         get(name, changes=changes)
 
 
@@ -275,10 +379,9 @@ def test_an_interrupted_start_is_trained_first(place, fits):
     """What goes on from another training starts with its weights, of the same seed; once it is there, the other is not
     needed any more."""
     name, first = "llama-pairs-weights-reversal-after-characters-lc", "llama-pairs-weights-characters-lc"
-    forget(TINY, [f"{name}-tiny"])
-    get(name)
+    get(name, anew=True)
     assert same(fits[-1][0][1], get(first))
-    forget(TINY, [f"{first}-tiny"])
+    kept(f"{first}-tiny", TINY).unlink()
     get(name)
     assert [given[0] for given, _ in fits] == [f"{name}-tiny"]
     get(name, seed=5)
@@ -337,7 +440,7 @@ def test_every_shipped_file_is_of_a_recipe():
     """Its record reads, and its name is the one of that recipe and seed, perhaps changed."""
     for stem in SHIPPED:
         path = checkpoints.shipped(stem)
-        record = checkpoints.record_in(files.load_meta(path), path)
-        assert stem.startswith(record["recipe"])
-        assert record["recipe"] in recipes(CPU)
-        assert stem.endswith(f"-seed{record['seed']}") == bool(record["seed"])
+        record = checkpoints.header_of(files.load_meta(path), path).record
+        assert stem.startswith(record.recipe)
+        assert record.recipe in recipes(CPU)
+        assert stem.endswith(f"-seed{record.seed}") == bool(record.seed)

@@ -264,7 +264,7 @@ def test_log_of_a_killed_run_goes_on(tmp_path):
         disturbed(tmp_path, 9, halt)
     early = log_of(tmp_path)[:5]
     with (tmp_path / "net.jsonl").open("a") as log:
-        log.write(json.dumps({"step": 11, "loss": 1.0}) + '\n{"step": 12, "lo')
+        log.write(json.dumps({"step": 11, "loss": 1.0}) + '\n7\n[]\n{"step": "x"}\n{"step": 12, "lo')
     train(tmp_path)
     lines = log_of(tmp_path)
     assert lines[:5] == early
@@ -283,6 +283,7 @@ def context_diverges(loss):
         (lambda loss: Loss(loss.total * math.nan, loss.parts), "the loss is nan"),
         (lambda loss: Loss(loss.total * math.inf, loss.parts), "the loss is inf"),
         (context_diverges, "the loss of the context is inf before the step"),
+        (lambda loss: Loss(loss.total + (loss.total * 0).sqrt(), loss.parts), "the norm of the gradient is nan"),
     ],
 )
 def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path, what, message):
@@ -312,13 +313,31 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
     assert (tmp_path / "net.checkpoint.safetensors").read_bytes() == before
 
 
-def test_damaged_checkpoint_is_refused(tmp_path):
-    """A file cut short is named with its remedy, not continued from."""
-    train(tmp_path)
-    path = tmp_path / "net.checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"net\.checkpoint\.safetensors .*cut short.*remove it"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, meta: None, "cut short"),
+        (lambda tensors, meta: (tensors, meta | {"step": "3"}), "step should be a whole number"),
+        (lambda tensors, meta: (tensors, meta | {"record": None}), "record should be an object"),
+        (lambda tensors, meta: (tensors, meta | {"step": 99}), "not the state of this training"),
+        (lambda tensors, meta: ({n: t for n, t in tensors.items() if "module" in n}, meta), "not the state of this"),
+        (lambda tensors, meta: ({n: t.flatten()[:1] for n, t in tensors.items()}, meta), "not the state of this"),
+        (lambda tensors, meta: (tensors | {"optimiser.x": tensors["random.cpu"]}, meta), "not the state of this"),
+    ],
+)
+def test_damaged_checkpoint_is_refused(tmp_path, change, message):
+    """It is named with the remedy, which works; neither it nor the log is touched before."""
+    expected, path = bits(train(tmp_path)), tmp_path / "net.checkpoint.safetensors"
+    if new := change(*files.load_tensors(path)):
+        files.save_tensors(path, *new)
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    before = path.read_bytes(), log_of(tmp_path)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} .*{message}.*remove it|remove it.*{message}"):
         train(tmp_path)
+    assert before == (path.read_bytes(), log_of(tmp_path))
+    path.unlink()
+    assert bits(train(tmp_path)) == expected
 
 
 def test_schedule_rises_then_falls_to_a_twentieth():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from prosg_lib.errors import UserError
@@ -82,13 +83,25 @@ def test_what_is_not_done_here_is_refused(launched, found, said):
         processes.accelerator()
 
 
-def test_what_accelerate_itself_refuses_is_one_sentence(monkeypatch, launched):
-    def refuse(cpu):
-        raise ValueError("fp16 mixed precision requires a GPU")
-
-    monkeypatch.setattr(processes, "Accelerator", refuse)
-    with pytest.raises(UserError, match="accelerate could not start: fp16 mixed precision requires a GPU"):
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("USE_DEEPSPEED", "true", "DeepSpeed is not installed"),
+        ("USE_MEGATRON_LM", "true", "Megatron is not installed"),
+        ("MIXED_PRECISION", "fp8", "precision requires"),
+        ("GRADIENT_ACCUMULATION_STEPS", "x", "invalid literal"),
+    ],
+)
+def test_what_accelerate_itself_refuses_is_one_error(monkeypatch, name, value, said):
+    """With where it was asked for; without it, it starts."""
+    processes.accelerator.cache_clear()
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    AcceleratorState._reset_state()
+    with pytest.raises(UserError, match=rf"accelerate could not start: .*{said}.* begin with ACCELERATE_"):
         processes.accelerator()
+    monkeypatch.delenv(f"ACCELERATE_{name}")
+    AcceleratorState._reset_state()
+    assert processes.count() == 1
 
 
 def test_processes_that_accelerate_does_not_know_of_are_said(monkeypatch, launched):

@@ -1,5 +1,7 @@
 """The table of recipes: its names, what fits together in it, and settings that are changed."""
 
+import math
+
 import pytest
 from tiny import TINY
 
@@ -82,9 +84,26 @@ def test_a_shorter_training_warms_up_in_a_sixth_of_its_steps(steps, warmup):
         ("rwkv4-dialogue-token", {"size.rank": "1,2"}, "size.rank=1,2 is no value of the type int"),
         ("rwkv4-dialogue-token", {"size.layers": ""}, "size.layers= is no value of the type int, several with commas"),
         ("rwkv4-dialogue-token", {"size.label": "no"}, "size.label=no is no value of the type bool"),
+        ("rwkv4-dialogue-token", {"size.rank": 2.5}, "size.rank=2.5 is no value of the type int"),
+        ("rwkv4-dialogue-token", {"size.rank": math.inf}, "size.rank=inf is no value of the type int"),
         ("rwkv4-dialogue-token", {"curriculum.blank": 1.5}, "shares from 0 to 1"),
         ("rwkv4-dialogue-supervised", {"size.lessons": 1.5}, "a share from 0 to 1"),
-        ("rwkv4-dialogue-supervised", {"size.strength": 0.0}, "strength=0.0 is refused: it takes numbers above 0"),
+        ("rwkv4-dialogue-supervised", {"size.strength": "nan"}, "strength=nan is refused: it takes numbers above 0"),
+        ("rwkv4-dialogue-token", {"curriculum.locality": "nan"}, "locality=.* is refused: it takes 0 or more"),
+        ("rwkv4-dialogue-token", {"training.lr": "inf"}, "lr=inf is refused: it takes numbers above 0"),
+        ("rwkv4-dialogue-token", {"training.lr": "0"}, "lr=0.0 is refused: it takes numbers above 0"),
+        ("rwkv4-dialogue-token", {"training.batch": "0"}, "batch=0 is refused: it takes numbers above 0"),
+        ("rwkv4-dialogue-token", {"training.steps": "0"}, "steps=0 is refused: it takes numbers above 0"),
+        ("rwkv4-suite", {"training.steps": 0}, "training.steps=0 is one epoch of the pairs; this data has none"),
+        ("rwkv4-dialogue-token", {"training.warmup": 0}, "warmup=0 is refused: it takes numbers above 0"),
+        ("rwkv4-dialogue-token", {"training.facts": "3,0"}, "facts=.* is refused: it takes numbers above 0"),
+        ("rwkv4-dialogue-token", {"training.facts": ()}, "facts=.* is refused: it takes numbers above 0"),
+        ("rwkv4-dialogue-token", {"training.distances": ()}, "distances=.* is refused: it takes 0 or more"),
+        ("rwkv4-dialogue-token", {"training.distances": "-1"}, "distances=.* is refused: it takes 0 or more"),
+        ("rwkv4-dialogue-token", {"size.rank": "0"}, "rank=0 is refused: it takes numbers above 0"),
+        ("rwkv4-dialogue-token", {"size.layers": "0,-1"}, "layers=.* is refused: it takes 0 or more"),
+        ("rwkv4-dialogue", {"size.width": "0"}, "width=0 is refused: it takes numbers above 0"),
+        ("rwkv4-dialogue", {"size.vocab": 100}, "size.vocab=100 is too few; the tokenizer has 2048 tokens"),
     ],
 )
 def test_unknown_names_settings_and_values(name, changes, message):
