@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from prosg_lib import files
 from prosg_lib.errors import UserError
 
 _END = -1  # key of a trie node, besides the bytes that continue: the index of the token that ends here
@@ -101,13 +102,7 @@ def load_world_tokenizer(path: str | Path) -> WorldTokenizer:
         UserError: the file is missing or is not text, or a line is not `index 'token' length` (of the token in bytes),
             or repeats an index or a token; names the line.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"no vocabulary at {path}; give the path of the model's rwkv_vocab_*.txt") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a vocabulary file: byte {error.start} is not UTF-8; copy it again") from error
+    lines = files.read_text(path).removesuffix("\n").split("\n")
     tokens: dict[int, bytes] = {}
     seen: dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
@@ -127,12 +122,12 @@ def _token(line: str) -> tuple[int, bytes]:
     """A line's index and token."""
     index, _, rest = line.partition(" ")
     literal, _, length = rest.rpartition(" ")
-    if not (index.isdecimal() and length.isdecimal() and literal):
+    if not (index.isdecimal() and length.isdecimal() and literal and max(len(index), len(length)) < 10):
         raise ValueError("not `index 'token' length`")
     try:
         token = ast.literal_eval(literal)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise ValueError(f"{literal[:40]} is not a Python string or bytes literal") from None
+        raise ValueError(f"{literal[:40]!r} is not a Python string or bytes literal") from None
     token = token.encode() if isinstance(token, str) else token
     if not isinstance(token, bytes) or not token or int(index) == 0:
         raise ValueError("not an index above 0 with a string or bytes that are not empty")

@@ -6,8 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prosg_lib.errors import UserError
+from prosg_lib.tasks import wikitext as tasks_wikitext
 from prosg_lib.tasks.wikitext import INSTRUCTION, LEAD, LONGEST, Cloze, detokenised, named, wikitext
 from prosg_lib.text.prose import SPLITS, text_lines
 
@@ -121,6 +124,51 @@ def test_practice_has_every_name(tmp_path):
 def test_a_single_sentence_is_no_passage(tmp_path):
     """There the context would be nothing but the query and the answer; an abbreviation does not end a sentence."""
     assert not one(tmp_path, "They all went home to old Mr. Brown and the city of Skjern.")
+
+
+def sentences_by_the_square(passage):
+    """As the sentences were first found: every abbreviation since the last end is looked for again at each end."""
+    start = 0
+    for end in tasks_wikitext._SENTENCE_END.finditer(passage):
+        found = tasks_wikitext._ABBREVIATION.finditer(passage, start, end.start() + 1)
+        if not any(m.end() == end.start() + 1 for m in found):
+            yield passage[start : end.end() - 1]
+            start = end.end()
+    yield passage[start:]
+
+
+PIECES = [
+    "St",
+    "Mr",
+    "Prof",
+    "Capt",
+    "A",
+    "Ab",
+    "vs",
+    "c",
+    "xc",
+    "é",
+    "É",
+    "0",
+    ".",
+    "!",
+    '"',
+    "(",
+    "_",
+    "-",
+    "'",
+    " ",
+    ". ",
+]
+
+
+@settings(deadline=None, max_examples=1000)
+@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
+def test_sentences_are_the_passage(passage):
+    """Cut at single spaces, at the same ones as by the slow reference."""
+    found = list(tasks_wikitext._sentences(passage))
+    assert " ".join(found) == passage
+    assert found == list(sentences_by_the_square(passage))
 
 
 @pytest.mark.parametrize(

@@ -121,9 +121,10 @@ def test_a_byte_without_a_token_is_named():
         ("3 'c'", r"not `index 'token' length`"),
         ("three 'c' 1", r"not `index 'token' length`"),
         ("-3 'c' 1", r"not `index 'token' length`"),
-        ("3 'c 1", "'c is not a Python string"),
-        ("3 c 1", "c is not a Python string"),
-        ("3 open('x') 1", r"open\('x'\) is not a Python string"),
+        ("1" * 5000 + " 'c' 1", r"not `index 'token' length`"),
+        ("3 'c 1", '"\'c" is not a Python string'),
+        ("3 c 1", "'c' is not a Python string"),
+        ("3 open('x') 1", r"open\('x'\)\" is not a Python string"),
         ("3 ['c'] 1", "not an index above 0 with a string or bytes"),
         ("3 '' 0", "bytes that are not empty"),
         ("0 'c' 1", "not an index above 0"),
@@ -143,7 +144,7 @@ def test_a_malformed_line_is_named(tmp_path, line, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no vocabulary at "), (b"", r"mine\.txt, line 1"), (b"1 'a' 1\n\xff\xfe", "byte 8 is not UTF-8")],
+    [(None, "does not exist"), (b"", r"mine\.txt, line 1"), (b"1 'a' 1\n\xff\xfe", r"not UTF-8 text \(byte 8\)")],
 )
 def test_other_files_are_refused(tmp_path, content, message):
     if content is not None:
