@@ -166,7 +166,7 @@ def _from_file(path: Path) -> LanguageModel:
         kind = meta.get("tokenizer_kind", Tokenizer.kind)
         if kind not in _TOKENIZERS:
             raise UserError(f"{path} has a tokenizer of kind {kind!r}; there are {', '.join(_TOKENIZERS)}")
-        model.tokenizer = _TOKENIZERS[kind].from_json(meta["tokenizer"])
+        model.tokenizer = _TOKENIZERS[kind].from_json(meta["tokenizer"], path)
     else:
         with contextlib.suppress(UserError):  # without a checkout there is no tokenizer of the project
             model.tokenizer = load_tokenizer() if load_tokenizer().vocab == model.config.vocab else None

@@ -24,10 +24,6 @@ class LibraryTokenizer(Tokenizer):
     def decode(self, ids):
         return self._bpe.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    @property
-    def vocab(self):
-        return len(self._bpe)
-
     def to_json(self):
         raise UserError(f"a {type(self._bpe).__name__} has no tokenizer.json; save the model in layout 'transformers'")
 

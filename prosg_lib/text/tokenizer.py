@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer as BPE
@@ -37,7 +37,12 @@ class Tokenizer:
         return tuple(self.encode_long(text))
 
     def encode_long(self, text: str) -> list[int]:
-        """Like `encode`, but without a cache; for long texts."""
+        """Like `encode`, but without a cache; for long texts.
+
+        Raises:
+            UserError: half a character (a lone surrogate) is in the text.
+        """
+        utf8(text)
         return self._ids(text, False)
 
     def _ids(self, text: str, special: bool) -> list[int]:
@@ -46,9 +51,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._bpe.decode(list(ids))
 
-    @property
+    @cached_property
     def vocab(self) -> int:
-        return self._bpe.get_vocab_size()
+        """The highest id plus one: how many rows of an embedding it needs, even if some ids have no token."""
+        return max(self._bpe.get_vocab().values(), default=-1) + 1
 
     def to_json(self) -> str:
         return self._bpe.to_str(pretty=False)
@@ -63,23 +69,20 @@ class Tokenizer:
         files.write_json(Path(folder) / "tokenizer_config.json", AS_IT_IS)
 
     @classmethod
-    def from_json(cls, text: str) -> Tokenizer:
-        bpe = BPE.from_str(text)
-        bpe.no_truncation()  # a file may say how its texts were cut and padded in training
-        bpe.no_padding()
-        return cls(bpe)
+    def from_json(cls, text: str, where: object = "the text") -> Tokenizer:
+        """Raises a UserError that names `where` if it is not a tokenizer."""
+        try:
+            bpe = BPE.from_str(text)
+            bpe.no_truncation()  # a file may say how its texts were cut and padded in training
+            bpe.no_padding()
+            return cls(bpe)
+        except Exception as error:  # the tokenizers library raises bare Exception for malformed JSON
+            raise UserError(f"{where} is not a tokenizer ({reason(error)}); copy the file again") from error
 
     @classmethod
     def from_file(cls, path: Path) -> Tokenizer:
         """Raises UserError if the file is missing or is not a tokenizer."""
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"no tokenizer at {path}; restore it from the repository, or give the path of a tokenizer.json"
-            ) from None
-        except Exception as error:  # the tokenizers library raises bare Exception for malformed JSON
-            raise UserError(f"{path} is not a tokenizer file ({reason(error)}); copy it again") from error
+        return cls.from_json(files.read_text(path), path)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:
@@ -92,6 +95,16 @@ class Tokenizer:
         )
         bpe.train_from_iterator(texts, trainer)
         return cls(bpe)
+
+
+def utf8(text: str) -> bytes:
+    """The text's bytes; a UserError if there are none, because half a character (a lone surrogate) is in it."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text has half a character, {text[error.start]!r}, at place {error.start}; take it out"
+        ) from None
 
 
 def _before(whole: list[int], part: list[int]) -> tuple[int, ...]:

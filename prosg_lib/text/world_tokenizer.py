@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from prosg_lib import files
-from prosg_lib.errors import UserError
+from prosg_lib.errors import UserError, reason
+from prosg_lib.text.tokenizer import utf8
 
 _END = -1  # key of a trie node, besides the bytes that continue: the index of the token that ends here
 
@@ -46,9 +47,10 @@ class WorldTokenizer:
         """Like `encode`, but without a cache; for long texts.
 
         Raises:
-            UserError: no token matches at some byte of the text; the full vocabulary has a token for every byte.
+            UserError: half a character is in the text; or no token matches at some byte of the text; the full
+                vocabulary has a token for every byte.
         """
-        data, ids, start = text.encode(), [], 0
+        data, ids, start = utf8(text), [], 0
         while start < len(data):
             index, end = self._longest(data, start)
             if index is None:
@@ -90,8 +92,12 @@ class WorldTokenizer:
     signature = to_json  # identifies it in a record
 
     @classmethod
-    def from_json(cls, text: str) -> WorldTokenizer:
-        return cls({int(index): token.encode("latin-1") for index, token in json.loads(text).items()})
+    def from_json(cls, text: str, where: object = "the text") -> WorldTokenizer:
+        """Raises a UserError that names `where` if it is not a tokenizer."""
+        try:
+            return cls({int(index): token.encode("latin-1") for index, token in json.loads(text).items()})
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{where} is not a World tokenizer ({reason(error)}); copy the file again") from error
 
 
 @lru_cache(maxsize=4)

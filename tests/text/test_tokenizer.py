@@ -1,5 +1,7 @@
 """The tokenizer: any text survives, pieces equal the whole, and every value is one token."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -112,11 +114,25 @@ def test_a_character_of_several_tokens_comes_as_one_piece():
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer at .*nowhere\.json"):
+    with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
         load_tokenizer(tmp_path / "nowhere.json")
     (tmp_path / "foreign.json").write_text("{}")
-    with pytest.raises(UserError, match=r"foreign\.json is not a tokenizer file"):
+    with pytest.raises(UserError, match=r"foreign\.json is not a tokenizer \("):
         load_tokenizer(tmp_path / "foreign.json")
+
+
+def test_the_vocabulary_reaches_to_the_highest_id():
+    """A model with fewer rows would be asked for one that it does not have."""
+    bpe = json.loads(load_tokenizer().to_json())
+    bpe["model"] |= {"vocab": {"a": 7, "b": 900}, "merges": []}
+    assert Tokenizer.from_json(json.dumps(bpe)).vocab == 901
+
+
+def test_half_a_character_is_refused():
+    """Python's name for what a terminal or a JSON file may hold; no tokenizer takes it."""
+    for tokenizer in (load_tokenizer(), WorldTokenizer({1: b"a"})):
+        with pytest.raises(UserError, match=r"the text has half a character, '\\ud83d', at place 1"):
+            tokenizer.encode("a\ud83d")
 
 
 def slow(folder, merges=("a b</w>",), **settings):
