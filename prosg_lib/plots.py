@@ -303,7 +303,7 @@ def knowledge_grid(axes: Sequence[Axes], table: pd.DataFrame, prompt: int) -> No
             ax.add_patch(mpl.patches.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, edgecolor="0.75"))
             text = ("✓ " if row.right else "✗ ") + (row.answer if len(row.answer) <= 32 else row.answer[:31] + "…")
             ax.text(x, y, text.replace(", ", ",\n").replace(". ", ".\n"), ha="center", va="center", fontsize=7.5,
-                    color="white" if row.right else "black")  # fmt: skip
+                    color="white" if row.right else "black", parse_math=False)  # fmt: skip
         ax.set_title(looks[method].label)
         ax.set_xlim(-0.5, len(distances) - 0.5)
         ax.set_ylim(len(facts) - 0.5, -0.5)

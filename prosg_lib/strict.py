@@ -27,6 +27,7 @@ def read_as(cls: Any, value: Any, where: object) -> Any:
         return _as(cls, value, "")
     except _Unfit as unfit:
         place, wanted = unfit.args
+        place = "".join(letter if letter.isprintable() else "?" for letter in place[:200])
         raise UserError(f"{where}: {place.removeprefix('.') or 'its content'} should be {wanted}.") from None
 
 

@@ -32,7 +32,7 @@ def table():
             row("base", 64, "pet", "parrot", "<b>cat & dog</b>.", False),
             row("base", 64, "home", "Oslo", "Oslo.", True),
             row("prosg-token", 0, "pet", "parrot", "parrot.", True),
-            row("prosg-token", 0, "home", "Oslo", "", False),
+            row("prosg-token", 0, "home", "Oslo", "$5^ or $6^", False),
             row("prosg-token", 64, "pet", "parrot", "parrot.", True),
             row("prosg-token", 64, "home", "Oslo", "Oslo.", True),
         ]
@@ -104,12 +104,13 @@ def test_knowledge_tells_the_facts_in_the_order_of_the_prompt(measured):
 
 
 def test_figures_show_what_the_table_has(table):
-    """Grid: the answers of every cell, ticked or crossed; mosaic: as many squares as right answers."""
+    """Grid: the answers of every cell as they are, ticked or crossed; mosaic: as many squares as right answers."""
     figure, axes = plt.subplots(1, 2)
     plots.knowledge_grid(axes, table, prompt=0)
     texts = [[t.get_text() for t in ax.texts] for ax in axes]
     assert [sum(t.startswith("✓") for t in panel) for panel in texts] == [3, 3]
     assert "✗ <b>cat & dog</b>." in texts[0]
+    figure.canvas.draw()  # which would read $...$ as a formula
     plt.close(figure)
     figure, axes = plt.subplots(1, 2)
     plots.knowledge_mosaic(axes, table)
