@@ -2,6 +2,7 @@
 
 import types
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prosg_lib.errors import UserError
@@ -53,13 +54,18 @@ def _as(cls: Any, value: Any, at: str) -> Any:
 
 
 def _dataclass(cls: type, value: dict, at: str) -> Any:
-    wanted, types_ = {field.name: field for field in fields(cls) if field.init}, get_type_hints(cls)
+    wanted, types_ = {field.name: field for field in fields(cls) if field.init}, _types(cls)
     for name in value.keys() - wanted.keys():
         raise _Unfit(f"{at}.{name}", f"left out (there are {', '.join(wanted)})")
     for name, field in wanted.items():
         if name not in value and field.default is MISSING and field.default_factory is MISSING:
             raise _Unfit(f"{at}.{name}", f"there, and {_named(types_[name])}")
     return cls(**{name: _as(types_[name], part, f"{at}.{name}") for name, part in value.items()})
+
+
+@cache
+def _types(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _items(origin: type, inner: tuple, value: list, at: str) -> list[tuple[Any, Any]]:

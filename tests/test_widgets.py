@@ -29,10 +29,10 @@ def table():
         [
             row("base", 0, "pet", "parrot", "parrot.", True),
             row("base", 0, "home", "Oslo", "Oslo.", True),
-            row("base", 64, "pet", "parrot", "<b>cat & dog</b>.", False),
+            row("base", 64, "pet", "parrot", "<b>cat & dog</b> $5^ $6^.", False),
             row("base", 64, "home", "Oslo", "Oslo.", True),
             row("prosg-token", 0, "pet", "parrot", "parrot.", True),
-            row("prosg-token", 0, "home", "Oslo", "$5^ or $6^", False),
+            row("prosg-token", 0, "home", "Oslo", "", False),
             row("prosg-token", 64, "pet", "parrot", "parrot.", True),
             row("prosg-token", 64, "home", "Oslo", "Oslo.", True),
         ]
@@ -74,7 +74,7 @@ def test_right_and_wrong_are_said_in_words(table):
 def test_generated_text_is_escaped(table):
     """A model may generate anything, markup included."""
     shown = widgets.knowledge_html(table, 64, 0)
-    assert "&lt;b&gt;cat &amp; dog&lt;/b&gt;." in shown
+    assert "&lt;b&gt;cat &amp; dog&lt;/b&gt; $5^ $6^." in shown
     assert "<b>" not in shown
 
 
@@ -109,7 +109,7 @@ def test_figures_show_what_the_table_has(table):
     plots.knowledge_grid(axes, table, prompt=0)
     texts = [[t.get_text() for t in ax.texts] for ax in axes]
     assert [sum(t.startswith("✓") for t in panel) for panel in texts] == [3, 3]
-    assert "✗ <b>cat & dog</b>." in texts[0]
+    assert "✗ <b>cat & dog</b> $5^ $6^." in texts[0]
     figure.canvas.draw()  # which would read $...$ as a formula
     plt.close(figure)
     figure, axes = plt.subplots(1, 2)
