@@ -4,10 +4,11 @@ import ast
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from prosg_lib import files, paths
+from prosg_lib import files, paths, strict
 from prosg_lib.errors import UserError
 
 PARAMETERS_TAG = "parameters"
@@ -30,22 +31,44 @@ def course() -> list[Path]:
     return found
 
 
+@dataclass
+class _Cell:
+    cell_type: str
+    source: str | list[str]
+    metadata: dict
+    id: str | None = None
+    outputs: list = field(default_factory=list)
+    execution_count: int | None = None
+    attachments: dict = field(default_factory=dict)
+
+
+@dataclass
+class _Notebook:
+    cells: list[_Cell]
+    metadata: dict
+    nbformat: Literal[4]
+    nbformat_minor: int
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found = files.read_json(path)
+    strict.read_as(_Notebook, found, path)
+    return found
+
+
 def cells(path: Path) -> list[dict[str, Any]]:
     """A notebook's cells, each source as one text.
 
     Raises:
         UserError: it is missing or no notebook.
     """
-    found = files.read_json(path)
-    try:
-        return [{**cell, "source": "".join(cell["source"])} for cell in found["cells"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a valid notebook ({error} is missing in it); restore it.") from error
+    return [{**cell, "source": "".join(cell["source"])} for cell in _read(path)["cells"]]
 
 
 def tags(cell: Mapping[str, Any]) -> list[str]:
     """A cell's tags."""
-    return cell["metadata"].get("tags", [])
+    found = cell["metadata"].get("tags")
+    return found if isinstance(found, list) else []
 
 
 def parameters(path: Path) -> dict[str, Any]:
@@ -60,7 +83,7 @@ def parameters(path: Path) -> dict[str, Any]:
     try:
         statements = ast.parse(tagged[0]["source"]).body
         return {statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements}
-    except (SyntaxError, ValueError, AttributeError) as error:
+    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise UserError(f"{path.name}, parameters cell: {error}; write one `name = literal` a line.") from error
 
 
@@ -72,12 +95,12 @@ def problems(path: Path) -> list[str]:
     """
     import nbformat  # a second and more, and only needed here
 
-    notebook = files.read_json(path)
-    ids = [cell.get("id") for cell in notebook.get("cells", [])]
     try:
+        notebook = _read(path)
+        ids = [cell.get("id") for cell in notebook["cells"]]
         with warnings.catch_warnings(action="ignore"):  # of ids that are missing or there twice, which it repairs
             nbformat.validate(notebook)
-    except nbformat.ValidationError as error:
+    except (UserError, nbformat.ValidationError) as error:
         return [f"{path.name}: not a valid notebook: {str(error).splitlines()[0]}"]
     found = []
     kernel = notebook["metadata"].get("kernelspec", {})

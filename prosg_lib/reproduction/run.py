@@ -271,4 +271,5 @@ def check() -> list[str]:
 
 
 def _set_up(path: Path) -> list[str]:
+    """A notebook's cells that are for Colab."""
     return [cell["source"] for cell in notebook_files.cells(path) if "google.colab" in cell["source"]]
