@@ -1,5 +1,6 @@
 """Dataclasses from JSON, strictly: what a file says is checked once, where it is read."""
 
+import re
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -7,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prosg_lib.errors import UserError
 
+_HALF = re.compile(r"[\ud800-\udfff]")  # pandas, files and terminals have no place for them
 _NAMES = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
 
 
@@ -48,6 +50,8 @@ def _as(cls: Any, value: Any, at: str) -> Any:
         return {_as(inner[0], k, at): _as(inner[1], v, f"{at}.{k}") for k, v in value.items()} if inner else value
     if origin is float and type(value) in (int, float) and abs(value) < 1e308:
         return float(value)
+    if origin is str and type(value) is str and _HALF.search(value):
+        raise _Unfit(at, "text without half characters (lone surrogates)")
     if origin in (int, str, bool, type(None)) and type(value) is origin:
         return value
     raise _Unfit(at, _named(cls))

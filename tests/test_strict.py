@@ -55,6 +55,7 @@ def test_profiles_come_back(name):
     ("change", "message"),
     [
         ({"name": 1}, "name should be text"),
+        ({"name": "\ud800"}, "name should be text without half characters"),
         ({"right": 1}, "right should be true or false"),
         ({"cell": [True, 1]}, r"cell\[0\] should be a whole number"),
         ({"cell": [1.0, 1]}, r"cell\[0\] should be a whole number"),

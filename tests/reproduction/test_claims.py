@@ -393,8 +393,9 @@ def test_quotes_are_found_in_every_text_but_not_in_fenced_code(checkout):
     (checkout / "data").mkdir()
     (checkout / "data" / "datasheet.md").write_text(wrong)
     (checkout / "notebooks").mkdir()
-    cells = [{"cell_type": "code", "source": [wrong]}, {"cell_type": "markdown", "source": ["a\n", wrong]}]
-    (checkout / "notebooks" / "99_test.ipynb").write_text(json.dumps({"cells": cells}))
+    cells = [{"cell_type": kind, "metadata": {}, "source": ["a\n", wrong]} for kind in ("code", "markdown")]
+    notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (checkout / "notebooks" / "99_test.ipynb").write_text(json.dumps(notebook))
     found = quoted(checkout, f"```\n{wrong}\n```\n{wrong}", a=0.5)
     places = ["README.md, line 4", "data/datasheet.md, line 1", "notebooks/99_test.ipynb, cell 1, line 2"]
     assert [problem.partition(":")[0] for problem in found] == places
