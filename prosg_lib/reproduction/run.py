@@ -14,7 +14,7 @@ from prosg_lib.reproduction import ledger, notebook_files, promises, quotes, rep
 
 # Only these runs' figures are kept in the repository, and where.
 REFERENCE_FIGURES = {"cpu": ".", "gpu": "gpu"}
-FOLDERS = {"PROSG_RUNS", "PROSG_TEST_DATA"}
+FOLDERS = ("PROSG_RUNS", "PROSG_TEST_DATA")
 INTERRUPTED = "it was interrupted"
 
 
@@ -81,8 +81,9 @@ def reproduce(
     selected = select(notebook_files.course(), names)
     given = {"profile": profile.name, "seed": seed, "retrain": retrain}
     arguments = bind(selected, given, parameters or {})
-    for name in FOLDERS.intersection(os.environ):  # which a notebook, in its own folder, would look for there
-        os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
+    for name in FOLDERS:  # relative ones would be looked for in the notebooks' folder
+        if folder := os.environ.get(name):
+            os.environ[name] = str(paths.expanded(folder).absolute())
     run_dir = paths.runs_dir(profile.name)
     files.check_writable(run_dir, "PROSG_RUNS")
     if update_expected:
