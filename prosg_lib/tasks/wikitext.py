@@ -41,7 +41,7 @@ class Cloze(Pair):
         return normalised(generated).split()[: len(answer)] == answer
 
 
-def wikitext(split: str, source: str | Path = "hub", words: int | None = None) -> tuple[Cloze, ...]:
+def wikitext(split: str, source: str | Path = "hub", words: int = 1000) -> tuple[Cloze, ...]:
     """One pair for each passage of at least two sentences that has a suitable name or number.
 
     Articles of a local source are divided by title, a tenth, at least one, each for validation and test; an article is
@@ -53,7 +53,7 @@ def wikitext(split: str, source: str | Path = "hub", words: int | None = None) -
         split: "train", "validation" or "test".
         source: "hub" (`Salesforce/wikitext`, wikitext-2-raw-v1, through `datasets`), a folder of .txt files, or a file
             of plain text. WikiText's tokenised form is turned into ordinary text.
-        words: a passage is as many whole sentences of a paragraph as fit into this many words; None: a paragraph.
+        words: a passage is as many whole sentences of a paragraph as fit into this many words.
     Returns:
         Pairs in the text's order. Which of its names or numbers a passage asks for follows from its text alone.
     Raises:
@@ -228,13 +228,12 @@ def _sentences(passage: str) -> Iterator[str]:
     yield passage[start:]
 
 
-def _passages(split: str, source: str | Path, words: int | None) -> Iterator[str]:
-    """Ordinary text without headings: paragraphs, or the pieces that they are cut into."""
+def _passages(split: str, source: str | Path, words: int) -> Iterator[str]:
+    """Ordinary text without headings: the pieces that paragraphs are cut into."""
     check_split(split)
     for line in load_prose("wikitext").paragraphs[split] if source == "hub" else _local(split, Path(source)):
         if not line.startswith("= "):
-            paragraph = detokenised(line)
-            yield from [paragraph] if words is None else _cut(paragraph, words)
+            yield from _cut(detokenised(line), words)
 
 
 def _cut(paragraph: str, words: int) -> Iterator[str]:
