@@ -14,8 +14,9 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str):
-        # It may quote a file, or a name on the command line.
-        super().__init__(_OBEYED.sub("\N{REPLACEMENT CHARACTER}", message))
+        # It may quote a file, or a name on the command line, of any length.
+        message = _OBEYED.sub("\N{REPLACEMENT CHARACTER}", message)
+        super().__init__(message if len(message) <= 2000 else f"{message[:1400]} ... {message[-595:]}")
 
 
 def reason(error: Exception) -> str:

@@ -236,6 +236,7 @@ ENDLESS = r"(([a-z.0-9]+)+)+!"
         (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:2000]), {}, "cut short"),
         (config_with(peft_type="PROMPT_TUNING"), {}, "does not describe a LoRA adapter"),
         (config_with(a_later_invention=2), {}, "a_later_invention = 2"),
+        (config_with(**{"\x1b[2J": 5000 * "x"}), {}, r"has .\[2J = 'xxx.* \.\.\. .*train it without that$"),
         (config_with(lora_alpha=None), {}, "lora_alpha should be a finite number"),
         (config_with(lora_alpha="16"), {}, "lora_alpha should be a finite number"),
         (config_with(lora_alpha=True), {}, "lora_alpha should be a finite number"),
@@ -269,8 +270,10 @@ ENDLESS = r"(([a-z.0-9]+)+)+!"
 def test_other_models_and_damaged_folders_are_refused(lm, make_lm, tmp_path, damage, sizes, message):
     delta_for(lm).save_peft(tmp_path / "adapter", lm)
     damage(tmp_path / "adapter")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         LowRankDelta.load_peft(tmp_path / "adapter", make_lm(**sizes))
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) <= 2000
 
 
 @torch.no_grad()
