@@ -40,6 +40,8 @@ from prosg_lib.training.distributed import device
 
 FILE = "predictions.jsonl.gz"
 
+_MOST_ITEMS = 100_000  # of a cell and seed; all problems are made before the first is measured
+
 MEANINGS = {
     "Recall": "Share of the questions that are answered with exactly the right value.",
     "Recall minus the plain model's": "Paired; each band covers a method's whole curve in 95 of 100 cases.",
@@ -90,8 +92,11 @@ def evaluate(
         UserError: something is missing, damaged or does not fit, or `out` cannot be written to.
     """
     items = profile.forgetting.items if items is None else items
-    if items < 2:
-        raise UserError(f"{items} item a cell; at least two are needed, because one is the other's wrong memory")
+    if not 2 <= items <= _MOST_ITEMS:
+        raise UserError(
+            f"--items {items} is outside 2 to {_MOST_ITEMS:,}; at least two are needed in a cell, because one is the "
+            "other's wrong memory"
+        )
     file = output_folder(out) / FILE
     lm = load_model(model).to(device()).requires_grad_(False)
     generator = generator or own_generator(model)

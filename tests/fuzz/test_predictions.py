@@ -37,7 +37,7 @@ def report(path):
 
 @KINDS
 @given(data=st.data())
-@fuzz(150)
+@fuzz(100)
 def test_damaged_files(tmp_path_factory, rows, data):
     """A flipped bit is found, wherever it is, but for a name that becomes another, the checksum's too."""
     path = tmp_path_factory.mktemp("fuzz") / "a.jsonl.gz"
@@ -52,10 +52,12 @@ def test_damaged_files(tmp_path_factory, rows, data):
 
 @KINDS
 @given(data=st.data())
-@fuzz(60)
+@fuzz(50)
 def test_other_values(tmp_path_factory, rows, data):
-    """Another value at any place, or at the same place of all rows: a report or a message."""
+    """Another value at any place, or at the same place of all rows, of some methods: a report or a message."""
     path, rows = tmp_path_factory.mktemp("fuzz") / "a.jsonl", json.loads(json.dumps(rows))
+    kept = data.draw(st.sets(st.sampled_from(["base", "none", "repeated"]), min_size=1))
+    rows = [row for row in rows if row["method"] in kept] or rows
     column, value = data.draw(st.sampled_from(sorted(rows[0]))), data.draw(json_values())
     inside = isinstance(rows[0][column], (list, dict)) and rows[0][column] and data.draw(st.booleans())
     for row in rows if data.draw(st.booleans()) else rows[:1]:

@@ -236,7 +236,8 @@ def test_everything_is_computed_again_from_the_file(tmp_path, capsys):
     ("line", "message"),
     [
         ("--model some --profile tin --out OUT", "unknown profile 'tin'"),
-        ("--model some --profile tiny --out OUT --items 1", "1 item a cell"),
+        ("--model some --profile tiny --out OUT --items 1", "--items 1 is outside 2 to 100,000"),
+        ("--model some --profile tiny --out OUT --items 999999999", "--items 999999999 is outside"),
         ("--model some --profile tiny --out FILE", "choose another with --out"),
         ("--model some --profile tiny --out FILE/more", "choose another with --out"),
         ("--model some --profile tiny --out LINK", "choose another with --out"),
@@ -265,7 +266,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, line, me
 
 @pytest.mark.usefixtures("small")
 def test_an_interrupted_measurement_goes_on(tmp_path, capsys, monkeypatch):
-    """After Ctrl-C or a full disk the same command measures what is missing, and the result is that of one run; another
+    """After Ctrl-C the same command measures what is missing, and the result is that of one run; another
     seed is another measurement."""
     line = "evaluate --model some --generator its --profile tiny --out {}"
     assert cli.main(line.format(tmp_path / "whole").split()) == 0
