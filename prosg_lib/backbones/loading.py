@@ -163,7 +163,7 @@ def _from_file(path: Path) -> LanguageModel:
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a language model")
     model = _of_transformers(tensors, meta.get("record")) or from_author(tensors)
     if meta.get("tokenizer"):
-        kind = meta.get("tokenizer_kind", Tokenizer.kind)
+        kind = str(meta.get("tokenizer_kind", Tokenizer.kind))
         if kind not in _TOKENIZERS:
             raise UserError(f"{path} has a tokenizer of kind {kind!r}; there are {', '.join(_TOKENIZERS)}")
         model.tokenizer = _TOKENIZERS[kind].from_json(meta["tokenizer"], path)
@@ -334,7 +334,12 @@ def _are_weights(content: object) -> bool:
 
 def _check_not_compressed(path: Path) -> None:
     """Raise a UserError if a file would be larger in memory; PyTorch does not compress its files."""
-    if zipfile.is_zipfile(path):
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as content:
-            if sum(entry.file_size for entry in content.infolist()) > path.stat().st_size:
-                raise UserError(f"{path} is compressed, as no PyTorch file is; {_CONVERT}")
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as content:
+            size = sum(entry.file_size for entry in content.infolist())
+    except Exception as error:  # decoding and other errors, besides zipfile's own
+        raise UserError(f"{path} is cut short or damaged ({reason(error)}); copy it again") from error
+    if size > path.stat().st_size:
+        raise UserError(f"{path} is compressed, as no PyTorch file is; {_CONVERT}")

@@ -158,8 +158,9 @@ def _filled(model: Model, weights: dict[str, Tensor]) -> Model:
     for name, tensor in weights.items():
         if [n for n in tensor.shape if n > 1] != [n for n in layout[name].shape if n > 1]:
             raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(layout[name].shape)}")
-        if not tensor.is_floating_point():
-            raise UserError(f"{name} is {tensor.dtype}; quantised weights cannot be read, take the float16 file")
+        if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+            what = tensor.dtype if tensor.layout is torch.strided else tensor.layout
+            raise UserError(f"{name} is {what}; quantised or sparse weights cannot be read, take the float16 file")
     own = model.state_dict()
     copied = {n: t.to("cpu", torch.float32, copy=True).reshape(own[n].shape) for n, t in weights.items()}
     model.load_state_dict(copied, assign=True)
