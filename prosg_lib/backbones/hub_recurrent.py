@@ -296,7 +296,7 @@ def read_along(tensor: Tensor) -> Tensor:
 
 
 def recurrent_state(cache: DynamicCache, layer: int) -> Tensor | None:
-    """A layer's recurrent state, None before the first token; the library has a method for it since 5.16."""
+    """A layer's recurrent state, None before the first token; `DynamicCache.get_recurrent_state` of newer versions."""
     held = cache.layers[layer]
     return held.recurrent_states[0] if held.has_previous_state[0] else None
 
