@@ -2,7 +2,7 @@
 
 import re
 
-_ADVICE = re.compile(r"trust|weights_only|torch\.load", re.IGNORECASE)
+_ADVICE = re.compile(r"trust|weights_only|torch\.load|ignore_mismatched", re.IGNORECASE)
 _CONTROL = re.compile(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f-\x9f]")
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # by a terminal, and halves of characters
 

@@ -203,14 +203,6 @@ class LanguageModel(nn.Module, ABC):
         device = next(self.parameters()).device
         return ids.to(device), valid.to(device)
 
-    def _encoded(self, text: str, whole: bool) -> tuple[int, ...]:
-        tokenizer = self.needed_tokenizer()
-        try:
-            ids = tokenizer.encode(text)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise UserError(f"{text[:40]!r} is not text: it has half of a character (a surrogate)") from error
-        return tokenizer.starts + ids if whole and ids else ids
-
     @torch.no_grad()
     def derive_state(
         self,
@@ -273,6 +265,11 @@ class LanguageModel(nn.Module, ABC):
     def end_tokens(self) -> tuple[int, ...]:
         """Tokens that end a text: those of the model's files, and the tokenizer's own."""
         return self.ends + (() if self.tokenizer is None else self.tokenizer.ends)
+
+    def _encoded(self, text: str, whole: bool) -> tuple[int, ...]:
+        tokenizer = self.needed_tokenizer()
+        ids = tokenizer.encode(text)
+        return tokenizer.starts + ids if whole and ids else ids
 
     def needed_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises a UserError if there is none."""
