@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -36,12 +38,6 @@ def as_tuple(tokens: int | Sequence[int] | None) -> tuple[int, ...]:
     if any(type(token) is not int for token in ids):
         raise UserError(f"eos_token_id is {tokens!r:.60}; it is one token id, a list of them, or null")
     return ids
-
-
-def check_batch(ids: Tensor, state: RecurrentState | None) -> None:
-    """Raise a UserError unless there is one state for each sequence."""
-    if state is not None and state.batch != len(ids):
-        raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one state per sequence")
 
 
 class LanguageModel(nn.Module, ABC):
@@ -141,6 +137,20 @@ class LanguageModel(nn.Module, ABC):
         self.check_fixed_state("tuned")
         return state, tuple(name for name, t in state.tensors.items() if t.is_floating_point())
 
+    def state_of(self, tensors: dict[str, Tensor]) -> RecurrentState:
+        """These tensors as a state of this model."""
+        return RecurrentState(tensors, weakref.ref(self))
+
+    def check_state(self, ids: Tensor, state: RecurrentState | None) -> None:
+        """Raise a UserError unless there is one state for each sequence, of this model or of one with equal weights."""
+        if state is None:
+            return
+        if state.batch != len(ids):
+            raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one state per sequence")
+        made_by = self if state.model is None else state.model()
+        if made_by is not self and (type(made_by) is not type(self) or made_by.fingerprint() != self.fingerprint()):
+            raise UserError("this state was derived with another model; derive it again with this one")
+
     def check_fixed_state(self, what: str) -> None:
         """Raise a UserError if the state grows with the text, so that it cannot be `what` (a participle)."""
         if self.state_grows:
@@ -169,10 +179,17 @@ class LanguageModel(nn.Module, ABC):
         Returns:
             logits (B, last or T, vocab), meaningless where not valid; state after the last token.
         Raises:
-            UserError: there is not one state, or not one delta, for each sequence; the delta is another model's.
+            UserError: ids are no token ids of this model; there is not one state, or not one delta, for each sequence;
+                the state or the delta is another model's.
         """
-        with applied(self, delta):
-            hidden, state = self.step_through(ids, state, valid)
+        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+            raise UserError(f"ids is a {ids.dtype} of shape {tuple(ids.shape)}; give token ids, torch.int64 of (B, T)")
+        try:
+            with applied(self, delta):
+                hidden, state = self.step_through(ids, state, valid)
+        except IndexError:  # PyTorch's own, which does not name the token
+            self._check_vocabulary(int(ids.min()), int(ids.max()))
+            raise
         return self.read_out(hidden if last is None else hidden[:, -last:]), state
 
     def encode_prompts(
@@ -189,19 +206,28 @@ class LanguageModel(nn.Module, ABC):
             raise UserError("prompts is one string; pass a list of prompts, [prompt] for a single one")
         if len(prompts) == 0:
             raise UserError("the list of prompts is empty; pass at least one prompt")
-        rows = [list(self._encoded(p, state is None) if isinstance(p, str) else p) for p in prompts]
-        for i, row in enumerate(rows):
-            if not row:
-                raise UserError(f"prompt {i} is empty; a prompt needs at least one token")
+        rows = [self._ids_of(number, prompt, state is None) for number, prompt in enumerate(prompts)]
         ids, valid = left_padded(rows)
-        lowest, highest = int(ids.min()), int(ids.max())
+        device = next(self.parameters()).device
+        return ids.to(device), valid.to(device)
+
+    def _ids_of(self, number: int, prompt: str | Sequence[int], whole: bool) -> list[int]:
+        """Token ids of a prompt, the `number`-th; a UserError if it has none, or has one that the model cannot read."""
+        try:
+            row = self._encoded(prompt, whole) if isinstance(prompt, str) else [operator.index(t) for t in prompt]
+        except TypeError as error:
+            raise UserError(f"prompt {number} is neither a text nor a list of whole numbers, token ids") from error
+        if not row:
+            raise UserError(f"prompt {number} is empty; a prompt needs at least one token")
+        self._check_vocabulary(min(row), max(row))
+        return list(row)
+
+    def _check_vocabulary(self, lowest: int, highest: int) -> None:
         if lowest < 0 or highest >= self.config.vocab:
             raise UserError(
                 f"token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of "
                 f"{self.config.vocab}; was the text encoded with another model's tokenizer?"
             )
-        device = next(self.parameters()).device
-        return ids.to(device), valid.to(device)
 
     @torch.no_grad()
     def derive_state(
@@ -282,11 +308,24 @@ class LanguageModel(nn.Module, ABC):
         return self.tokenizer
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that identify this model: a hash of its configuration and every weight."""
-        key = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        """Sixteen hex digits that identify this model: a hash of its configuration and every weight.
+
+        Computed anew when a weight has changed, also where PyTorch does not count the change: by `weight.data`, or in
+        another framework that shares the memory. Looking costs about as much as adding up the weights.
+        """
+        key = [(t.data_ptr(), t._version, int(bit_sum(t))) for t in self.state_dict().values()]
         if getattr(self, "_fingerprint", (None,))[0] != key:
             self._fingerprint = (key, fingerprint(self, json.dumps(asdict(self.config), sort_keys=True)))
         return self._fingerprint[1]
+
+
+def bit_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits, read as whole numbers, eight bytes at a time: it changes with any one number."""
+    flat = tensor.detach().reshape(-1)
+    per_word = 8 // flat.element_size() if flat.element_size() < 8 else 1
+    if flat.numel() % per_word or flat.storage_offset() % per_word:
+        flat = nn.functional.pad(flat, (0, -flat.numel() % per_word))
+    return flat.view(torch.int64).sum()
 
 
 def fingerprint(module: nn.Module, description: str = "") -> str:

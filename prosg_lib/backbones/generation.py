@@ -5,7 +5,9 @@ Users call `LanguageModel.generate`, `stream` and `stream_text`, which are thin;
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.deltas.applying import applied
 from prosg_lib.deltas.low_rank import LowRankDelta
-from prosg_lib.errors import UserError
+from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.text.tokenizer import TextPieces, Tokenizer
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
@@ -64,18 +66,25 @@ class Decoding:
     ignore_eos: bool = False
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; allow at least 1 token")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; give 0 for the likeliest token, or a number above it")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; give at least 1, or None to sample among all tokens")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it is a probability above 0 and at most 1")
-        if "" in self.stops():
-            raise UserError(
-                "a stop string is empty, so every text would be empty; give a text, or None for no stop string"
-            )
+        allowed = {
+            "max_new_tokens": (lambda n: operator.index(n) >= 1, "allow at least 1 token"),
+            "temperature": (lambda t: 0 <= t < float("inf"), "give 0 for the likeliest token, or a number above it"),
+            "top_k": (
+                lambda k: k is None or operator.index(k) >= 1,
+                "give at least 1, or None to sample among all tokens",
+            ),
+            "top_p": (lambda p: 0 < p <= 1, "it is a probability above 0 and at most 1"),
+            "stop": (
+                lambda _: all(isinstance(stop, str) and stop for stop in self.stops()),
+                "give a text that is not empty, several, or None for no stop string",
+            ),
+        }
+        for name, (holds, remedy) in allowed.items():
+            value = getattr(self, name)
+            with suppress(TypeError):  # a value of another kind
+                if holds(value):
+                    continue
+            raise UserError(f"{name} is {value!r}; {remedy}")
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings as a tuple, empty if there is none."""
@@ -180,11 +189,18 @@ def _steps(
         for _ in range(decoding.max_new_tokens):
             with change:  # for this step only: the caller may use the model between two tokens
                 hidden, state = lm.step_through(ids, state, valid)
-            ids, valid = choose(lm.read_out(hidden[:, -1]), rows)[:, None], None
+            chosen, weight = choose(lm.read_out(hidden[:, -1]), rows)
+            ids, valid = chosen[:, None], None
             tokens, pieces = [-1] * batch, [""] * len(texts)
-            for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
+            # One transfer from the device for both: the tokens, and whether they were chosen by a number.
+            for row, token in zip(rows, torch.where(weight.isfinite(), chosen, -1).tolist(), strict=True):
                 if ended[row]:
                     continue
+                if token < 0:
+                    raise NotFinite(
+                        f"the logits after prompt {row} are not finite, so there is no next token; "
+                        "check the weights, the state and the delta for NaN"
+                    )
                 ended[row] = token in ends
                 if texts:
                     pieces[row] = texts[row].rest() if ended[row] else texts[row].push(token)
@@ -204,8 +220,11 @@ def _steps(
     return steps(lm, ids, None if valid.all() else valid, state, change)
 
 
-def _chooser(decoding: Decoding, batch: int, device: torch.device) -> Callable[[Tensor, list[int]], Tensor]:
-    """A function from logits (B, vocab), and which prompts they belong to, to the next token of each sequence, (B,).
+def _chooser(
+    decoding: Decoding, batch: int, device: torch.device
+) -> Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]:
+    """A function from logits (B, vocab), and which prompts they belong to, to the next token of each sequence, (B,),
+    and the number that it was chosen by, (B,), which is not finite where a logit is NaN or infinite.
 
     Samples by an exponential race: among independent exponential variables whose rates are the probabilities, each is
     the smallest with just that probability. Every sequence has its own noise for every token, so its sample depends
@@ -216,11 +235,14 @@ def _chooser(decoding: Decoding, batch: int, device: torch.device) -> Callable[[
             f"seeds is {decoding.seeds!r}, but there are {batch} prompts; give a list with one seed per prompt"
         )
     if decoding.temperature == 0:
-        return lambda logits, rows: logits.argmax(-1)
+        return lambda logits, rows: _weighed(logits, logits.argmax(-1))
     seeds = torch.randint(2**62, (batch,)).tolist() if decoding.seeds is None else decoding.seeds
-    generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+    try:
+        generators = [torch.Generator(device).manual_seed(operator.index(seed)) for seed in seeds]
+    except (TypeError, ValueError, RuntimeError) as error:  # the last two: out of range, by PyTorch's version
+        raise UserError(f"seeds is {seeds!r}; a seed is a whole number from -2^63 to 2^64 - 1") from error
 
-    def draw(logits: Tensor, rows: list[int]) -> Tensor:
+    def draw(logits: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
         probabilities = _probabilities(logits.float() / decoding.temperature, decoding.top_k, decoding.top_p)
         noise = torch.stack(
             [
@@ -228,9 +250,14 @@ def _chooser(decoding: Decoding, batch: int, device: torch.device) -> Callable[[
                 for c, row in zip(probabilities, rows, strict=True)
             ]
         )
-        return (probabilities / noise).argmax(-1)
+        return _weighed(probabilities, (probabilities / noise).argmax(-1))
 
     return draw
+
+
+def _weighed(weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """What was chosen, (B,), and its weight among the weights (B, vocab)."""
+    return chosen, weights.gather(-1, chosen[:, None])[:, 0]
 
 
 def _probabilities(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:

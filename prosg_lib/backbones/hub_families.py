@@ -17,7 +17,6 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from prosg_lib.backbones.hub_recurrent import Recurrent, read_along, recurrent_state, register
 from prosg_lib.backbones.linear_scan import linear_scan
-from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.errors import UserError
 
 CHUNK = 64
@@ -224,7 +223,7 @@ class XLSTM(Recurrent):
             block.mlstm_layer.mlstm_backend.valid = valid
             x, tensors = block(x, None if state is None else tuple(state.tensors[n] for n in names))
             after |= dict(zip(names, tensors, strict=True))
-        return self.model.backbone.out_norm(x), RecurrentState(after)
+        return self.model.backbone.out_norm(x), self.state_of(after)
 
     def read_out(self, hidden):
         cap = self.model.config.output_logit_soft_cap

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -25,7 +26,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from prosg_lib.backbones.base import check_batch
 from prosg_lib.backbones.hub import HubModel
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.errors import UserError
@@ -96,7 +96,7 @@ class Recurrent(HubModel):
     # Reading
 
     def step_through(self, ids, state=None, valid=None):
-        check_batch(ids, state)
+        self.check_state(ids, state)
         if valid is None or (state is None and self.handles_padding):
             return self._read(ids, state, valid)
         hidden = []
@@ -133,7 +133,7 @@ class Recurrent(HubModel):
             body = self.model.base_model(input_ids=ids, use_cache=True, **{name: cache}, **where)
         if state is not None and ids.shape[1] == 1 and torch.is_grad_enabled():
             self._check_gradient([body.last_hidden_state, *state.tensors.values()])
-        return body.last_hidden_state, RecurrentState(_tensors(cache) | seen)
+        return body.last_hidden_state, self.state_of(_tensors(cache) | seen)
 
     def check_second_order(self):
         if installed := self._installed():  # autograd would silently omit what goes through them
@@ -224,7 +224,7 @@ class Recurrent(HubModel):
         weight = next(self.parameters())
         _, state = self.run_body(torch.zeros(batch, 1, dtype=torch.long, device=weight.device), None, None)
         tensors = {n: t[:, :, :0] if n.endswith(("keys", "values")) else t for n, t in state.tensors.items()}
-        return RecurrentState({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+        return self.state_of({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
 
     def state_features(self, state):
         """For every layer, the last column of the convolution, and the recurrent state read along `READS` cosines.
@@ -334,7 +334,7 @@ def _kept(after: RecurrentState, before: RecurrentState | None, active: Tensor) 
             n: t[:, :, max(0, t.shape[2] - longest) :] if n.endswith(("keys", "values")) else t
             for n, t in tensors.items()
         }
-    return RecurrentState(tensors)
+    return replace(after, tensors=tensors)
 
 
 def _saving_copies(tensors: dict[str, Tensor]) -> saved_tensors_hooks:

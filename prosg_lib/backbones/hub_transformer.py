@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prosg_lib.backbones.base import LanguageModel, check_batch
+from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub import HubModel
 from prosg_lib.backbones.hub_recurrent import Recurrent
-from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.errors import UserError
 
@@ -27,7 +26,7 @@ class CausalTransformer(HubModel):
     def step_through(self, ids, state=None, valid=None):
         time = ids.shape[1]
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-        check_batch(ids, state)
+        self.check_state(ids, state)
         if state is not None:
             ids = torch.cat([state.tensors["ids"], ids], 1)
             valid = torch.cat([state.tensors["valid"], valid], 1)
@@ -38,7 +37,7 @@ class CausalTransformer(HubModel):
             position_ids=(valid.long().cumsum(1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-        return hidden[:, -time:], RecurrentState({"ids": ids, "valid": valid})
+        return hidden[:, -time:], self.state_of({"ids": ids, "valid": valid})
 
     @torch.no_grad()
     def check(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from prosg_lib.backbones.base import LanguageModel, check_batch
+from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.overridable import overridable
 from prosg_lib.backbones.state import RecurrentState, state_dtype
 
@@ -79,14 +79,14 @@ class RWKV(LanguageModel):
         """Output of the last block, (B, T, D), and the state of every block after the last token."""
 
     def step_through(self, ids, state=None, valid=None):
-        check_batch(ids, state)
+        self.check_state(ids, state)
         x, before = self.embed(ids), [None] * self.config.layers
         if state is not None:  # (B, L, ...) of every name -> a dict of (B, ...) for every layer
             given = {n: t.to(x.dtype if "shift" in n else t.dtype).unbind(1) for n, t in state.tensors.items()}
             before = [dict(zip(given, tensors, strict=True)) for tensors in zip(*given.values(), strict=True)]
         x, after = self.run_blocks(x, before, valid)
         stacked = {n: torch.stack([s[n] for s in after], 1).to(state_dtype(self.emb.weight)) for n in after[0]}
-        return self.ln_out(x), RecurrentState(stacked)
+        return self.ln_out(x), self.state_of(stacked)
 
     def read_out(self, hidden):
         return self.head(hidden)

@@ -114,7 +114,7 @@ class RWKV4(RWKV):
     def blank_state(self, batch):
         shape = (batch, self.config.layers, self.config.width)
         zeros = torch.zeros(shape, dtype=state_dtype(self.emb.weight), device=self.emb.weight.device)
-        return RecurrentState({n: torch.full_like(zeros, BLANK) if n == "m" else zeros for n in STATE_NAMES})
+        return self.state_of({n: torch.full_like(zeros, BLANK) if n == "m" else zeros for n in STATE_NAMES})
 
     def run_blocks(self, x, before, valid):
         after = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prosg_lib.backbones.rwkv import RWKV, BlockState, interpolate, squared_relu, token_shift
-from prosg_lib.backbones.state import RecurrentState, state_dtype
+from prosg_lib.backbones.state import state_dtype
 from prosg_lib.backbones.wkv7 import wkv7
 from prosg_lib.errors import UserError
 
@@ -204,7 +204,7 @@ class RWKV7(RWKV):
         c, weight = self.config, self.emb.weight
         shift = torch.zeros(batch, c.layers, c.width, dtype=state_dtype(weight), device=weight.device)
         wkv = shift.new_zeros(batch, c.layers, c.width // c.head, c.head, c.head)
-        return RecurrentState({"att_shift": shift, "ffn_shift": shift, "wkv": wkv})
+        return self.state_of({"att_shift": shift, "ffn_shift": shift, "wkv": wkv})
 
     def run_blocks(self, x, before, valid):
         after, first = [], None

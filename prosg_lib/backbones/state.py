@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -23,9 +24,11 @@ class RecurrentState:
             att_shift, ffn_shift, num, den, m, each (B, layers, D); RWKV-7 has the two shifts and a matrix per head,
             wkv (B, layers, H, N, N); models of `transformers` have "3.conv", "3.state", ... by layer
             (`backbones.hub_recurrent.Recurrent`).
+        model: the model that made the state, if one did; any other refuses it.
     """
 
     tensors: dict[str, Tensor]
+    model: weakref.ref | None = field(default=None, repr=False, compare=False)
 
     @property
     def batch(self) -> int:
@@ -38,11 +41,15 @@ class RecurrentState:
 
     def select(self, rows: Tensor | list[int] | slice) -> Self:
         """The states of some sequences of the batch; rows may repeat (one state, many continuations)."""
-        return type(self)({name: tensor[rows] for name, tensor in self.tensors.items()})
+        return replace(self, tensors={name: tensor[rows] for name, tensor in self.tensors.items()})
 
     def detach(self) -> Self:
         """The same numbers, cut off from the graph that they were computed in."""
-        return type(self)({name: tensor.detach() for name, tensor in self.tensors.items()})
+        return replace(self, tensors={name: tensor.detach() for name, tensor in self.tensors.items()})
+
+    def __getstate__(self) -> dict:
+        """To be copied or sent to another process: a weak reference cannot be."""
+        return {"tensors": self.tensors, "model": None}
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Protocol
 
 import torch
@@ -25,6 +26,24 @@ def applied(lm: EditableModel, delta: LowRankDelta | None) -> AbstractContextMan
     return nullcontext() if delta is None else _Applied(changed_maps(lm, delta), delta)
 
 
+def as_written() -> AbstractContextManager[None]:
+    """A context in which every module runs as it is written, also where `torch.compile` compiled it: compiled code
+    ignores the hooks that are added to a module later.
+
+    Raises:
+        UserError: compiled code is running already.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        return nullcontext()
+    with suppress(RuntimeError):  # PyTorch's own, where compiled code is running
+        if not torch.compiler.is_compiling():
+            return torch.compiler.set_stance("force_eager")
+    raise UserError(
+        "a model that torch.compile runs ignores changes of its weights; "
+        'call it inside of `with torch.compiler.set_stance("force_eager"):`'
+    )
+
+
 class _Applied(AbstractContextManager):
     def __init__(self, maps: dict[str, nn.Module], delta: LowRankDelta):
         self._hooks = [(maps[name], _AddDelta(f, delta.scale, maps[name])) for name, f in delta.factors.items()]
@@ -34,11 +53,14 @@ class _Applied(AbstractContextManager):
         if self._handles is not None:  # entered a second time, so probably many more times
             for _, hook in self._hooks:
                 hook.make_contiguous()
+        self._as_written = as_written()
+        self._as_written.__enter__()
         self._handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
 
     def __exit__(self, *error) -> None:
         for handle in self._handles:
             handle.remove()
+        self._as_written.__exit__(*error)
 
 
 class _AddDelta:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prosg_lib.deltas.applying import as_written
 from prosg_lib.deltas.low_rank import EditableModel
 from prosg_lib.errors import UserError
 
@@ -34,7 +35,7 @@ def captured_inputs(lm: EditableModel, names: list[str]) -> Iterator[dict[str, T
 
         return hook
 
-    with ExitStack() as hooks:
+    with as_written(), ExitStack() as hooks:
         for name in names:
             hooks.enter_context(maps[name].register_forward_pre_hook(keep(name)))
         yield inputs
@@ -58,7 +59,7 @@ def captured_passes(lm: EditableModel, names: Iterable[str]) -> Iterator[dict[st
         return hook
 
     maps = lm.editable()
-    with ExitStack() as hooks:
+    with as_written(), ExitStack() as hooks:
         for name in passes:
             hooks.enter_context(maps[name].register_forward_hook(keep(name)))
         yield passes

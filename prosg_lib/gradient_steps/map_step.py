@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.second_order import LeanSecondDerivatives
+from prosg_lib.deltas.applying import as_written
 from prosg_lib.deltas.gradient_factors import captured_passes
 from prosg_lib.generators.base import check_model, parameter_key, step_size_group
 from prosg_lib.gradient_steps.one_step import check_finite, contexts_of_steps
@@ -147,7 +148,7 @@ class _HiddenAndLogits(nn.Module):
 @contextmanager
 def _applied(lm: LanguageModel, step: Step) -> Iterator[None]:
     """A context in which every map, but not the readout, adds its step to its output."""
-    with ExitStack() as hooks:
+    with as_written(), ExitStack() as hooks:
         for name, module in (lm.editable() if step else {}).items():
             hooks.enter_context(
                 module.register_forward_hook(lambda module, args, out, own=step[name]: out + own.attend(args[0]))
