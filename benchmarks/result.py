@@ -10,24 +10,51 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from prosg_lib import files, provenance
+from prosg_lib import files, paths, provenance
+from prosg_lib.errors import UserError
 from prosg_lib.reproduction import ledger
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
+class _Options(argparse.ArgumentParser):
+    """Says what is missing when the options are read, before anything runs."""
+
+    needs: Sequence[str] = ()
+
+    def parse_args(self, *arguments):
+        options = super().parse_args(*arguments)
+        missing = [package for package in self.needs if find_spec(package) is None]
+        if missing:
+            self.error(f"{' and '.join(missing)} missing; install with: pip install {' '.join(missing)}")
+        if options.keep:
+            files.check_writable(paths.expected_dir(), "a checkout of your own")
+        return options
+
+
+def parser(doc: str, needs: Sequence[str] = ()) -> argparse.ArgumentParser:
     """A benchmark's options, of which `--keep` is every one's.
 
     Args:
         doc: its docstring, whose first line says what it does.
+        needs: packages that are not among the project's requirements.
     """
-    made = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    made = _Options(description=doc.partition("\n")[0])
+    made.needs = needs
     made.add_argument("--keep", action="store_true", help="write the result into the ledger, for texts to quote")
     return made
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a benchmark; what the user can correct is one sentence, as it is of the `prosg` command."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 def line(ratios: Mapping[str, float], goals: Mapping[str, float], lower_is_better: bool) -> str:

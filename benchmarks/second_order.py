@@ -153,7 +153,7 @@ def times(rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = result.parser(__doc__)
+    parser = result.parser(__doc__, needs=["torchopt"])
     parser.add_argument("--rounds", type=int, default=7, help="measured gradients each (default: 7)")
     parser.add_argument("--peak-of", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -182,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

@@ -78,6 +78,18 @@ def test_a_kept_number_is_quoted_as_a_claim(keep, tmp_path):
         assert len(quotes.check_quotes()) == problems
 
 
+def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch, capsys):
+    """A package, a ledger that can be written to, and whatever else a user can correct: one sentence, no traceback."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks/race.py", "--keep"])
+    with pytest.raises(SystemExit, match="2"):
+        result.parser("Race.", needs=["torch", "no_such_package"]).parse_args()
+    assert "no_such_package missing; install with: pip install no_such_package" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(result.paths, "expected_dir", lambda: tmp_path / "file")
+    with pytest.raises(SystemExit, match=r"race.py: The folder .* cannot be written to"):
+        result.run(result.parser("Race.").parse_args)
+
+
 def test_one_command_keeps_all_that_readme_quotes():
     """`make benchmarks` runs the benchmarks whose numbers are in README, and each has been kept."""
     makefile = (paths.repo_root() / "Makefile").read_text(encoding="utf-8")

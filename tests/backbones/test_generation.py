@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from prosg_lib.backbones import generation
-from prosg_lib.errors import UserError
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta
+from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.text.tokenizer import load_tokenizer
 
 DRAWN = {"stop": None, "temperature": 0.9, "top_p": 0.95}
@@ -299,8 +300,13 @@ def test_token_ids_in_and_out_without_a_tokenizer(lm, prompts):
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_k": 0}, "top_k is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"stop": ""}, "stop string is empty"),
-        ({"stop": ["\n", ""]}, "stop string is empty"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"max_new_tokens": "9"}, "max_new_tokens is '9'"),
+        ({"stop": ""}, "stop is ''; give a text that is not empty"),
+        ({"stop": ["\n", ""]}, "stop is .*; give a text that is not empty"),
+        ({"stop": 7}, "stop is 7"),
+        ({"seeds": [1, 2**64], "temperature": 1.0}, "a seed is a whole number from"),
+        ({"seeds": [1, 1.5], "temperature": 1.0}, "a seed is a whole number from"),
         ({"seeds": [1, 2, 3]}, r"seeds is \[1, 2, 3\], but there are 2 prompts"),
         ({"seeds": 7}, "seeds is 7, but there are 2 prompts"),
     ],
@@ -311,6 +317,22 @@ def test_values_that_cannot_be_meant_are_refused(lm, wrong, said, call):
     with pytest.raises(UserError, match=said) as refused:
         getattr(lm, call)([[1], [2]], **wrong)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 1.0, "top_k": 3}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_text_from_what_is_no_number(lm, prompts, drawn, value):
+    """NaN counts as the largest logit, which made texts of "!" alone."""
+    delta = random_delta(lm, 2)
+    factors = {name: Factors(u.clone(), v) for name, (u, v) in delta.factors.items()}
+    for u, _ in factors.values():
+        u[1] = value
+    with pytest.raises(NotFinite, match="the logits after prompt 1 are not finite"):
+        lm.generate(prompts[:2], delta=LowRankDelta(factors, delta.fingerprint), **drawn)
+    with torch.no_grad():
+        lm.head.weight[7] = value
+    with pytest.raises(NotFinite, match="the logits after prompt 0 are not finite"):
+        lm.generate(prompts, **drawn)
 
 
 def test_states_and_changes_of_other_numbers_are_refused(lm):
