@@ -182,8 +182,14 @@ class LanguageModel(nn.Module, ABC):
             UserError: ids are no token ids of this model; there is not one state, or not one delta, for each sequence;
                 the state or the delta is another model's.
         """
-        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
-            raise UserError(f"ids is a {ids.dtype} of shape {tuple(ids.shape)}; give token ids, torch.int64 of (B, T)")
+        if (
+            not isinstance(ids, Tensor)
+            or ids.ndim != 2
+            or not ids.numel()
+            or ids.dtype not in (torch.int64, torch.int32)
+        ):
+            found = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise UserError(f"ids is a {found}; give token ids as a tensor, torch.int64 of (B, T)")
         try:
             with applied(self, delta):
                 hidden, state = self.step_through(ids, state, valid)

@@ -64,6 +64,8 @@ def test_prompts_that_are_refused(lm, prompts, message):
         (torch.tensor([[-1]]), "token id -1"),
         (torch.tensor([[1.0]]), r"ids is a torch.float32 of shape \(1, 1\); give token ids"),
         (torch.tensor([1, 2]), r"ids is a torch.int64 of shape \(2,\)"),
+        (torch.ones(2, 0, dtype=torch.long), r"of shape \(2, 0\)"),
+        ([[1, 2]], "ids is a list; give token ids as a tensor"),
     ],
 )
 def test_token_ids_that_are_refused(lm, ids, message):
