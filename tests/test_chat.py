@@ -230,7 +230,7 @@ def test_a_model_without_a_generator_is_explained(monkeypatch, capsys):
     [
         (["--model", "nowhere"], "no model 'nowhere'"),
         (["--remember", " "], "nothing to remember: the text is empty"),
-        (["--remember", "My caf\udce9 is red."], "half of a character"),
+        (["--remember", "My caf\udce9 is red."], "half a character"),
         (["--model", "llama-pairs", "--generator", "rwkv4-dialogue-token"], "was trained for model"),
         (["--model", "llama-pairs", "--remember", "I am Ada."], "nothing can be remembered: this model has no"),
         (["--generator", "rwkv4-dialogue-final"], "is a FinalStateGenerator"),
