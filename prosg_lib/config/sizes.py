@@ -159,6 +159,8 @@ class SupervisedSize(GeneratorSize):
         super().__post_init__()
         if self.lessons > 1:
             raise UserError(f"lessons={self.lessons}: it takes a share from 0 to 1")
+        if self.teacher not in ("answers", "prompt"):
+            raise UserError(f"unknown teacher {self.teacher!r}; there are answers and prompt")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from prosg_lib import paths
 from prosg_lib.config import Profile
 from prosg_lib.config.sizes import (
     TASKS,
-    VOCAB,
     AdapterSize,
     Curriculum,
     GeneratorSize,
@@ -111,25 +110,27 @@ def recipe(name: str, profile: Profile, changes: Mapping[str, object] | None = N
         raise UserError(f"unknown recipe {name!r}; there are {', '.join(table)}")
     found, changes = table[name], dict(changes or {})
     for key, value in changes.items():
-        part, _, field = key.partition(".")
-        settings = getattr(found, part) if part in ("size", "training", "curriculum") else None
-        types = {} if settings is None else typing.get_type_hints(type(settings))
-        if field not in types:
+        if key not in _keys(found):
             raise UserError(f"{name} has no setting {key!r}; there are {', '.join(_keys(found))}")
-        found = replace(found, **{part: replace(settings, **{field: _value(key, value, types[field])})})
+        part, _, field = key.partition(".")
+        settings = getattr(found, part)
+        new = _value(key, value, typing.get_type_hints(type(settings))[field])
+        found = replace(found, **{part: replace(settings, **{field: new})})
     if "training.steps" in changes and "training.warmup" not in changes:
         warmup = min(found.training.warmup, max(1, found.training.steps // _SHORTER_WARMUP))
         found = replace(found, training=replace(found.training, warmup=warmup))
     if not found.training.steps and not found.pairs:
         raise UserError("training.steps=0 is one epoch of the pairs; this data has none")
-    if getattr(found.size, "vocab", VOCAB) < VOCAB:
-        raise UserError(f"size.vocab={found.size.vocab} is too few; the tokenizer has {VOCAB} tokens")
     return found
+
+
+_FIXED = ("size.vocab", "size.kind", "size.rest")  # the tokenizer's size, and what only describes others' models
 
 
 def _keys(found: Recipe) -> list[str]:
     parts = {"size": found.size, "curriculum": found.curriculum, "training": found.training}
-    return [f"{part}.{field.name}" for part, settings in parts.items() if settings for field in fields(settings)]
+    found = [f"{part}.{field.name}" for part, settings in parts.items() if settings for field in fields(settings)]
+    return [key for key in found if key not in _FIXED]
 
 
 def _value(key: str, value: object, kind: type) -> object:

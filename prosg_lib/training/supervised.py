@@ -21,7 +21,6 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.config.sizes import Curriculum, SupervisedSize, Training
 from prosg_lib.deltas.gradient_factors import TokenFactors, sequence_factors
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
-from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator, parameter_key
 from prosg_lib.generators.true_gradient import prompt_gradient, reading_directions, squared_error, squared_norm
 from prosg_lib.tasks.dialogue import ANSWER, DialogueBatch
@@ -49,10 +48,8 @@ def supervised_objective(
         sizes: of the whole training; `size.lessons` of its steps are lessons.
         sample: dialogues by which c is chosen, once.
         generator: of any kind.
-    Raises:
-        UserError: unknown teacher.
     """
-    gradient_of = teacher(size.teacher)
+    gradient_of = TEACHERS[size.teacher]
     lessons = int(size.lessons * sizes.steps)
     end_to_end = generator_objective(lm, generator, sizes, seed, autocast, curriculum)
     kind = next(generator.parameters()).dtype  # under autocast, gradients come in another
@@ -78,9 +75,9 @@ def start_directions(lm: LanguageModel, generator: Generator, size: SupervisedSi
     Random ones read r of `in` dimensions, and what they do not read can be no lesson.
 
     Raises:
-        UserError: unknown teacher, or too few dialogues for so many directions.
+        UserError: too few dialogues for so many directions.
     """
-    for name, factors in teacher(size.teacher)(lm, generator.names, sample).items():
+    for name, factors in TEACHERS[size.teacher](lm, generator.names, sample).items():
         generator.V[parameter_key(name)].copy_(reading_directions(factors, generator.rank))
 
 
@@ -130,20 +127,11 @@ TEACHERS = {
 }
 """Whose gradient a generator is to predict: our reading of a memory loss, which ProSG's abstract leaves open.
 
+Each is (lm, names of maps, DialogueBatch) -> by map TokenFactors (B, T, ...).
+
 - prompt: the prompt's own NLL. The literal one: its tokens are those that the generator reads, so that its delta_t is
   to be the true delta_t. A step against it makes this prompt likelier, and no question about it answerable.
 - answers: the NLL of the answers to questions about the prompt, from a blank state. The change is asked for that knows
   the prompt: L(W + dW) = L(W) + <G, dW> + ..., so that a step against G is the first one that end-to-end training would
   take. Its tokens are the questions', which the generator does not see; what it can learn is the mean over questions.
 """
-
-
-def teacher(name: str):
-    """The one of `TEACHERS` of that name: (lm, names of maps, DialogueBatch) -> by map TokenFactors (B, T, ...).
-
-    Raises:
-        UserError: there is none.
-    """
-    if name not in TEACHERS:
-        raise UserError(f"unknown teacher {name!r}; there are {', '.join(TEACHERS)}")
-    return TEACHERS[name]

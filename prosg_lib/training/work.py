@@ -6,6 +6,7 @@ Each of the three kinds of data has a function (recipe, profile, module, languag
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from itertools import chain
@@ -23,6 +24,7 @@ from prosg_lib.tasks.pair_batches import PairDraw, repeated_tokens
 from prosg_lib.tasks.pair_sources import PEOPLE, available, missing, pairs_of, prose_pairs
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tasks.problems import VERSION, Material
+from prosg_lib.tasks.wording import draw_facts
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.training import distributed
@@ -85,9 +87,12 @@ def course_of(recipe: Recipe) -> dict:
 
 
 def check_data(recipe: Recipe, profile: Profile) -> None:
-    """Raises a UserError where the profile does not have the recipe's tasks, or this machine not their data."""
+    """Raises a UserError where the profile does not have the recipe's tasks, or this machine not their data; or where
+    no prompt has so many facts."""
     if recipe.pairs:
         _tasks(recipe, profile)
+    if recipe.data == "dialogues":
+        draw_facts(max(recipe.training.facts), "train", random.Random(0))
 
 
 def steps_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> int:

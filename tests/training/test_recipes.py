@@ -103,7 +103,9 @@ def test_a_shorter_training_warms_up_in_a_sixth_of_its_steps(steps, warmup):
         ("rwkv4-dialogue-token", {"size.rank": "0"}, "rank=0 is refused: it takes numbers above 0"),
         ("rwkv4-dialogue-token", {"size.layers": "0,-1"}, "layers=.* is refused: it takes 0 or more"),
         ("rwkv4-dialogue", {"size.width": "0"}, "width=0 is refused: it takes numbers above 0"),
-        ("rwkv4-dialogue", {"size.vocab": 100}, "size.vocab=100 is too few; the tokenizer has 2048 tokens"),
+        ("rwkv4-dialogue", {"size.vocab": 4096}, "no setting 'size.vocab'; there are size.width, size.layers"),
+        ("llama-pairs", {"size.rest": "x"}, "no setting 'size.rest'"),
+        ("rwkv4-dialogue-supervised", {"size.teacher": "x"}, "unknown teacher 'x'; there are answers and prompt"),
     ],
 )
 def test_unknown_names_settings_and_values(name, changes, message):

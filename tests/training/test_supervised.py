@@ -12,7 +12,6 @@ from torch.testing import assert_close
 from prosg_lib.config.sizes import SupervisedSize, Training
 from prosg_lib.deltas.gradient_factors import best_rank
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
-from prosg_lib.errors import UserError
 from prosg_lib.generators.final_state import FinalStateGenerator
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.generators.true_gradient import agreement, prompt_gradient, squared_norm
@@ -195,11 +194,6 @@ def test_a_final_state_generator_takes_lessons_too(lm64):
     generator = FinalStateGenerator(lm64, 2, 8, MAPS).double()
     loss_of = supervised_objective(lm64, generator, SIZES, 0, SIZE, batch_of(1))
     assert loss_of(0, batch_of()).total.item() == pytest.approx(1.0, abs=1e-9)
-
-
-def test_an_unknown_teacher_is_refused(lm):
-    with pytest.raises(UserError, match="unknown teacher 'nobody'"):
-        supervised_objective(lm, make(lm), SIZES, 0, replace(SIZE, teacher="nobody"), batch_of())
 
 
 def test_in_half_precision_the_lesson_is_nearly_the_same(lm):
