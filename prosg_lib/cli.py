@@ -192,7 +192,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
     _add_profile(parser)
     parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
-    parser.add_argument("--retrain", action="store_true", help="train anew where a checkpoint would fit")
+    parser.add_argument("--retrain", action="store_true", help="train anew, in the place of what was trained before")
 
 
 def _reproduce(options: argparse.Namespace) -> int:
