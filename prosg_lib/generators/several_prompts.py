@@ -70,10 +70,15 @@ def common_part(lm: LanguageModel, generator: Generator, texts: Sequence[str]) -
     Raises:
         UserError: there are no texts, or one is empty.
     """
-    if not texts:
-        raise UserError("there are no texts to average over; give some prompts of one fact each")
-    each = generator.memorize(lm, [f"User: {text}\n" for text in texts])
+    each = generator.memorize(lm, _lines(texts))
     return sum(each.select([i]) for i in range(len(texts))).scaled(1 / len(texts))
+
+
+def _lines(texts: Sequence[str]) -> list[str]:
+    """What the user says in each prompt, as a dialogue's line."""
+    if isinstance(texts, str) or not texts or not all(map(str.strip, texts)):
+        raise UserError(f"texts is {texts!r}; give a list of at least one text, none of them empty")
+    return [f"User: {text}\n" for text in texts]
 
 
 def joint_delta(
@@ -90,8 +95,7 @@ def joint_delta(
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    if not texts:
-        raise UserError("there are no texts; give at least one prompt")
+    lines = _lines(texts)
     if method == "rederive":
         if not isinstance(generator, TokenGenerator):
             raise UserError(
@@ -99,7 +103,6 @@ def joint_delta(
             )
         memory = functools.reduce(lambda memory, text: append_prompt(lm, generator, text, memory), texts, None)
         return delta_of_prompts(lm, generator, memory)
-    lines = [f"User: {text}\n" for text in texts]
     each = generator.memorize(lm, lines)
     if method == "ridge":
         return ridge_delta(each, generator.prompt_keys(lm, *lm.encode_prompts(lines)))

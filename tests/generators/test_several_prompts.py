@@ -163,8 +163,10 @@ def another_kind(lm, generator):
     ("mistake", "message"),
     [
         (lambda lm, g: joint_delta("sum", lm, g, TEXTS), "unknown method 'sum'"),
-        *((lambda lm, g, method=method: joint_delta(method, lm, g, []), "no texts") for method in METHODS),
-        (lambda lm, g: common_part(lm, g, []), "no texts to average over"),
+        *((lambda lm, g, method=method: joint_delta(method, lm, g, []), r"texts is \[\]") for method in METHODS),
+        (lambda lm, g: joint_delta("add", lm, g, "My pet is a dog."), "give a list of at least one text"),
+        (lambda lm, g: joint_delta("ridge", lm, g, ["My pet is a dog.", " "]), "none of them empty"),
+        (lambda lm, g: common_part(lm, g, []), r"texts is \[\]"),
         (lambda lm, g: append_prompt(lm, g, " \n"), "nothing to remember"),
         (own_directions, "do not share their reading directions"),
         (another_kind, "a FinalStateGenerator cannot continue"),
