@@ -1,6 +1,9 @@
 """The ways to install the project agree with each other."""
 
+import os
+import shutil
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -104,3 +107,40 @@ def test_citation_names_both_papers():
     assert cited == {"arXiv:2311.01981", "arXiv:2506.20989"}
     assert citation["version"] == PROJECT["version"]
     assert citation["license"] == PROJECT["license"]
+
+
+OWN = """
+import torch
+import prosg_lib as prosg
+from prosg_lib.backbones.rwkv4 import RWKV4, RWKV4Config
+from prosg_lib.deltas.low_rank import Factors
+
+for layout, path in (("author", "own.pth"), ("transformers", "own"), ("prosg", "own.safetensors")):
+    prosg.save_model(RWKV4(RWKV4Config(64, 16, 2, 64)), path, layout)
+    lm = prosg.load_model(path)
+    name, module = next(iter(lm.editable().items()))
+    out, into = module.weight.shape
+    delta = prosg.LowRankDelta({name: Factors(torch.ones(1, out, 1), torch.ones(1, into, 1))}, lm.fingerprint())
+    delta.save("delta.safetensors")
+    delta = prosg.LowRankDelta.load("delta.safetensors")
+    assert lm(torch.tensor([[1, 2]]), delta=delta)[0].isfinite().all()
+"""
+
+
+def test_the_package_without_its_checkout(tmp_path):
+    """As a wheel installs it: a user's own models and changes work; what the repository has is said to be there."""
+    shutil.copytree(ROOT / "prosg_lib", tmp_path / "prosg_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    done = run("-c", OWN)
+    assert done.returncode == 0, done.stderr
+    for command in ("chat", "check", "train --list", "train rwkv4-dialogue", "reproduce --profile smoke"):
+        done = run("-m", "prosg_lib.cli", *command.split())
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "without its notebooks and data; clone the repository" in done.stderr
+        assert done.stderr.count("\n") == 1
