@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 
 from prosg_lib.errors import UserError
 
 
 class Sizes:
-    """What a user can set. Numbers are above 0 and lists not empty, unless nothing is their default.
+    """What a user can set. Numbers are above 0 and finite in float32, lists not empty unless that is their default.
 
     Attributes:
         may_be_zero: the names of the fields where 0 has a meaning.
@@ -22,7 +21,7 @@ class Sizes:
             name, value, zero = field.name, getattr(self, field.name), field.name in self.may_be_zero
             several = value if isinstance(value, tuple) else (value,)
             numbers = [v for v in several if type(v) in (int, float)]
-            if not (several or field.default == ()) or not all(0 < v < math.inf or (zero and v == 0) for v in numbers):
+            if not (several or field.default == ()) or not all(0 < v < 3e38 or (zero and v == 0) for v in numbers):
                 raise UserError(f"{name}={value} is refused: it takes {'0 or more' if zero else 'numbers above 0'}")
 
 
