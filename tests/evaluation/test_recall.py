@@ -57,7 +57,7 @@ class Window(LanguageModel):
     def __init__(self, data: Dialogues, items):
         super().__init__()
         self.tokenizer, self.config = data.tokenizer, Config(data.tokenizer.vocab)
-        self.only = nn.Linear(1, 1, bias=False)
+        self.only = nn.Linear(1, WINDOW, bias=False)
         self.known = {data.encode_prompt(item): item for item in items}
         self.follows = torch.zeros(self.config.vocab, dtype=torch.long)
         for item in items:
@@ -113,7 +113,9 @@ class Copy:
         self.blind = blind
 
     def __call__(self, lm, ids, valid=None):
-        held = torch.full_like(ids, PAD) if self.blind else ids.masked_fill(~valid, PAD)
+        held = torch.full((len(ids), WINDOW), PAD)
+        if not self.blind:
+            held[:, -ids.shape[1] :] = ids.masked_fill(~valid, PAD)
         delta = LowRankDelta({"only": Factors(held[..., None].float(), torch.zeros(1, 1, 1))}, lm.fingerprint())
         return delta, lm.step_through(ids, None, valid)[1]
 
