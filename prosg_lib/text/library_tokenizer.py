@@ -65,7 +65,9 @@ def folder_tokenizer(folder: Path) -> Tokenizer | None:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         backend = getattr(found, "backend_tokenizer", None)
         return LibraryTokenizer(found) if backend is None else Tokenizer.from_json(backend.to_str())
-    except Exception as error:  # the library raises whatever its parsers raise
+    except BaseException as error:  # the library raises whatever its parsers raise, and panics
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise UserError(
             f"the tokenizer in {folder} could not be loaded ({reason(error)}); remove tokenizer_config.json if a "
             "tokenizer.json is there, or all of its files to load the model without a tokenizer"

@@ -76,7 +76,9 @@ class Tokenizer:
             bpe.no_truncation()  # a file may say how its texts were cut and padded in training
             bpe.no_padding()
             return cls(bpe)
-        except Exception as error:  # the tokenizers library raises bare Exception for malformed JSON
+        except BaseException as error:  # the library has bare Exceptions, and panics, which are no Exceptions
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise UserError(f"{where} is not a tokenizer ({reason(error)}); copy the file again") from error
 
     @classmethod

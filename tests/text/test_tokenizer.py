@@ -116,9 +116,12 @@ def test_a_character_of_several_tokens_comes_as_one_piece():
 def test_a_missing_or_foreign_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
         load_tokenizer(tmp_path / "nowhere.json")
-    (tmp_path / "foreign.json").write_text("{}")
-    with pytest.raises(UserError, match=r"foreign\.json is not a tokenizer \("):
-        load_tokenizer(tmp_path / "foreign.json")
+    panics = json.loads(load_tokenizer().to_json())
+    panics["model"]["continuing_subword_prefix"] = "much longer than a token"
+    for content in ("{}", json.dumps(panics)):
+        (tmp_path / "foreign.json").write_text(content)
+        with pytest.raises(UserError, match=r"foreign\.json is not a tokenizer \("):
+            load_tokenizer(tmp_path / "foreign.json")
 
 
 def test_the_vocabulary_reaches_to_the_highest_id():
