@@ -64,7 +64,8 @@ def reproduce(
     """Runs notebooks, reports their progress on the terminal, and writes runs/<profile>/report.{json,html}.
 
     A notebook is finished when papermill executed it *and* it left its claims. The first one that fails ends the run,
-    because later ones may need it; what was finished stays, and the report is written of it.
+    because later ones may need it; what was finished stays, and the report is written of it. What a notebook's earlier
+    run recorded stays until it starts again.
 
     Args:
         retrain: let the notebooks train what they need, in the place of what was trained here before; what an
@@ -93,7 +94,6 @@ def reproduce(
             from prosg_lib.training import checkpoints
 
             checkpoints.begin_retraining(profile)
-        _forget(profile, list(arguments))
         ran, error = _run_all(profile, selected, arguments)
         if update_expected and not error:
             for written in ledger.update(profile.name, ran):
@@ -126,6 +126,7 @@ def _run_all(
         ran.append(path.stem)
         label = f"[{len(ran)}/{len(selected)}] {path.stem}"
         print(f"{label} ...", flush=True)
+        _forget(profile, path.stem)
         record = _run(path, profile, arguments[path.stem])
         run_dir = paths.runs_dir(profile.name)
         files.write_json(run_dir / report.RUN_FILE, report.load_records(run_dir) | {path.stem: record})
@@ -185,20 +186,19 @@ def show(profile: Profile, only: Sequence[str] | None = None) -> int:
     return 1 if wrong or broken else 0
 
 
-def _forget(profile: Profile, names: Sequence[str]) -> None:
-    """Removes what earlier runs recorded of these notebooks, so that nothing stale is reported.
+def _forget(profile: Profile, notebook: str) -> None:
+    """Removes what a notebook's earlier run recorded, when it starts again, so that nothing stale is reported.
 
     Checkpoints stay: whether one fits is for the notebooks to decide.
     """
     run_dir = paths.runs_dir(profile.name)
     for figure in report.figures(run_dir):
-        if figure["notebook"] in names:
+        if figure["notebook"] == notebook:
             for suffix in (".png", ".json"):
                 (run_dir / "figures" / f"{figure['name']}{suffix}").unlink()
-    for name in names:
-        ledger.measured_path(name, profile.name).unlink(missing_ok=True)
+    ledger.measured_path(notebook, profile.name).unlink(missing_ok=True)
     records = report.load_records(run_dir)
-    files.write_json(run_dir / report.RUN_FILE, {key: value for key, value in records.items() if key not in names})
+    files.write_json(run_dir / report.RUN_FILE, {name: record for name, record in records.items() if name != notebook})
 
 
 def _run(path: Path, profile: Profile, values: Mapping[str, Any]) -> dict[str, Any]:

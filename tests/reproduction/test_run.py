@@ -276,8 +276,12 @@ def test_the_command_to_go_on_works(finished, course, tmp_path, monkeypatch, fai
     monkeypatch.setattr(notebooks, "execute", execute)
     root = tmp_path / "course"
     shutil.copytree(course, root, ignore=shutil.ignore_patterns("runs"))
+    for name in ("00_fine", "01_off", "04_silent"):  # of an earlier run; each stays until its notebook starts again
+        files.write_text(root / "runs" / "smoke" / "claims" / f"{name}.json", "{}")
     printed = run(root, "00_fine", "01_off", "04_silent", **options).printed
     (command,) = re.findall("To go on: prosg (.*)", printed)
+    after = [name for name in ("00_fine", "01_off", "04_silent") if name > failing]
+    assert all((root / "runs" / "smoke" / "claims" / f"{name}.json").read_text() == "{}" for name in after)
     intended, fail = {name: dict(values) for name, values in ran}, False
     ran.clear()
     with runs_in(root):
