@@ -319,19 +319,22 @@ class LanguageModel(nn.Module, ABC):
         Computed anew when a weight has changed, also where PyTorch does not count the change: by `weight.data`, or in
         another framework that shares the memory. Looking costs about as much as adding up the weights.
         """
-        key = [(t.data_ptr(), t._version, int(bit_sum(t))) for t in self.state_dict().values()]
+        weights = list(self.state_dict().values())
+        sums = torch.stack([bit_sum(t) for t in weights]).tolist() if weights else []  # one transfer from the device
+        key = [(t.data_ptr(), t._version) for t in weights], sums
         if getattr(self, "_fingerprint", (None,))[0] != key:
             self._fingerprint = (key, fingerprint(self, json.dumps(asdict(self.config), sort_keys=True)))
         return self._fingerprint[1]
 
 
 def bit_sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's bits, read as whole numbers, eight bytes at a time: it changes with any one number."""
-    flat = tensor.detach().reshape(-1)
-    per_word = 8 // flat.element_size() if flat.element_size() < 8 else 1
-    if flat.numel() % per_word or flat.storage_offset() % per_word:
-        flat = nn.functional.pad(flat, (0, -flat.numel() % per_word))
-    return flat.view(torch.int64).sum()
+    """The sum of a tensor's bits, read as whole numbers of eight bytes: another one if any one number is another."""
+    tensor = tensor.detach()
+    try:
+        words = tensor.view(torch.int64)
+    except RuntimeError:  # its rows, or its place in memory, are no multiples of eight bytes
+        words = nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % 8)).view(torch.int64)
+    return words.sum()
 
 
 def fingerprint(module: nn.Module, description: str = "") -> str:
