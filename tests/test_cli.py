@@ -85,7 +85,7 @@ def test_unknown_commands_and_options_are_refused(arguments, capsys):
             )
             for part, value in [
                 ("training", "lr=nan"),
-                ("training", "lr=1e39"),
+                ("training", "lr=1e+39"),
                 ("training", "batch=0"),
                 ("training", "steps=0"),
                 ("training", "warmup=-1"),
