@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, small models whose every part has an effect, and a small world to train in."""
 
 import contextlib
+import socket
 
 import pytest
 import torch
@@ -28,6 +29,16 @@ FRESH = {
 def _nothing_said():
     """What is said once a process is said once a test."""
     load_or_train._say_once.cache_clear()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network."""
+
+    def refuse(*_):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The cloze on WikiText: its answers, that only the passage has them, and the errors when there is no text."""
 
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -17,14 +16,7 @@ from prosg_lib.text.prose import SPLITS, text_lines
 NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """No network."""
-
-    def refuse(*_):
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def passage(name):
