@@ -62,8 +62,8 @@ class _Reference(_Judged):
 
 
 @dataclass(kw_only=True)
-class _Run:
-    """A notebook's run."""
+class Origin:
+    """Where numbers and figures came from."""
 
     notebook: str
     profile: str
@@ -71,6 +71,10 @@ class _Run:
     commit: str
     device: str
     versions: dict[str, str]
+
+
+@dataclass(kw_only=True)
+class _Run(Origin):
     peak_mb: float | None
     books: str | None
     claims: dict[str, dict]

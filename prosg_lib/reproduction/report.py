@@ -28,16 +28,10 @@ class Record:
     error: str | None
 
 
-@dataclass
-class Sidecar:
+@dataclass(kw_only=True)
+class Sidecar(ledger.Origin):
     """What is kept beside a figure: where it came from, the claims that it shows, and the same in words."""
 
-    notebook: str
-    profile: str
-    seed: int
-    commit: str
-    device: str
-    versions: dict[str, str]
     claims: list[str]
     alt: str
 
