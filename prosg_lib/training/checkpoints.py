@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from prosg_lib import files, paths
@@ -219,6 +220,10 @@ def load_generator(name: str, lm: LanguageModel) -> Generator:
             "generator"
         )
     size = read_as(MODULES[kind][0], sizes, f"{path}, record.module")
+    with torch.device("meta"):  # a file may ask for more than there is memory for
+        asked = new_module(kind, size, lm).state_dict()
+    if {(name, t.shape) for name, t in asked.items()} != {(name, t.shape) for name, t in tensors.items()}:
+        raise UserError(f"{path} does not hold the tensors of its record; remove it and train it again")
     return built(new_module(kind, size, lm), path, tensors).to(next(lm.parameters()).device)
 
 

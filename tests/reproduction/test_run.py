@@ -282,11 +282,14 @@ def test_the_command_to_go_on_works(finished, course, tmp_path, monkeypatch, fai
     (command,) = re.findall("To go on: prosg (.*)", printed)
     after = [name for name in ("00_fine", "01_off", "04_silent") if name > failing]
     assert all((root / "runs" / "smoke" / "claims" / f"{name}.json").read_text() == "{}" for name in after)
+    retraining = root / "runs" / "smoke" / "retraining.json"
+    assert retraining.exists() is options.get("retrain", False)
     intended, fail = {name: dict(values) for name, values in ran}, False
     ran.clear()
     with runs_in(root):
         cli.main(shlex.split(command))
     assert [name for name, _ in ran] == left
+    assert not retraining.exists()
     assert all(values == intended.get(name, values) for name, values in ran)
     assert all(values["retrain"] is options.get("retrain", False) for _, values in ran)
     assert (root / "expected" / "04_silent.smoke.json").is_file() is options.get("update_expected", False)

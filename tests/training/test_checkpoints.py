@@ -9,7 +9,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.text.tokenizer import load_tokenizer
-from prosg_lib.training.checkpoints import load_generator, own_generator
+from prosg_lib.training.checkpoints import load_generator, own_generator, shipped
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,15 @@ def test_a_file_of_something_else(tmp_path, lm):
     files.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)}, {"kind": "delta"})
     with pytest.raises(UserError, match="not a generator"):
         load_generator(str(tmp_path / "a.safetensors"), lm)
+
+
+def test_a_generator_that_asks_for_more_than_there_is(tmp_path):
+    """A terabyte: found out by the tensors that are there, not by making it."""
+    tensors, meta = files.load_tensors(shipped("rwkv4-dialogue-token"))
+    meta["record"]["module"]["width"] = 10**9
+    files.save_tensors(tmp_path / "a.safetensors", tensors, meta)
+    with pytest.raises(UserError, match="does not hold the tensors of its record"):
+        load_generator(str(tmp_path / "a.safetensors"), load_model("rwkv4-dialogue"))
 
 
 def test_a_models_own_generator():
