@@ -173,7 +173,7 @@ def retraining(profile: Profile) -> str | None:
     """When the retraining in progress began; None where there is none. What is trained meanwhile has it in its
     provenance, so that it is trained once, however often it is interrupted; what was there before stays till then."""
     path = _marker(profile)
-    return read_as(_Retraining, files.read_json(path), path).began if path.exists() else None
+    return files.read_text(path) if path.exists() else None
 
 
 def begin_retraining(profile: Profile) -> None:
@@ -181,20 +181,15 @@ def begin_retraining(profile: Profile) -> None:
     if began := retraining(profile):
         distributed.say(f"going on with the retraining of {began}; to begin anew remove {_marker(profile)} before")
     else:
-        files.write_json(_marker(profile), {"began": f"{datetime.now():%Y-%m-%d %H:%M:%S.%f}"})
+        files.write_text(_marker(profile), f"{datetime.now():%Y-%m-%d %H:%M:%S.%f}")
 
 
 def end_retraining(profile: Profile) -> None:
     _marker(profile).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Retraining:
-    began: str
-
-
 def _marker(profile: Profile) -> Path:
-    return paths.runs_dir(profile.name) / "retraining.json"
+    return paths.runs_dir(profile.name) / "retraining.txt"
 
 
 def load_generator(name: str, lm: LanguageModel) -> Generator:

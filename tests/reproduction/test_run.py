@@ -282,7 +282,7 @@ def test_the_command_to_go_on_works(finished, course, tmp_path, monkeypatch, fai
     (command,) = re.findall("To go on: prosg (.*)", printed)
     after = [name for name in ("00_fine", "01_off", "04_silent") if name > failing]
     assert all((root / "runs" / "smoke" / "claims" / f"{name}.json").read_text() == "{}" for name in after)
-    retraining = root / "runs" / "smoke" / "retraining.json"
+    retraining = root / "runs" / "smoke" / "retraining.txt"
     assert retraining.exists() is options.get("retrain", False)
     intended, fail = {name: dict(values) for name, values in ran}, False
     ran.clear()
