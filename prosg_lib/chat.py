@@ -129,7 +129,7 @@ def _obey(chat: Chat, command: str, argument: str) -> str:
                     scale = float(argument)
                 except ValueError:
                     scale = math.nan
-                if not math.isfinite(scale):
+                if not abs(scale) < 3e38:  # not a number, or infinite in float32
                     raise UserError(f"/scale takes a number, as in /scale 0.5, not {argument!r}")
                 chat.scale = scale
             return f"The change in the weights is scaled by {chat.scale:g}."

@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -111,7 +112,7 @@ def test_every_command(lm, generator):
     one = Chat(lm, generator)
     shown = typed(
         one, "/plain", "/remember", "/remember My pet is a parrot.", "", "  ", "/scale 0.5", "/scale two", "/scale nan",
-        "/scale", "/forgt", "/help", QUESTIONS[0], "/plain", "/quit", "/plain",
+        "/scale 1e39", "/scale", "/forgt", "/help", QUESTIONS[0], "/plain", "/quit", "/plain",
     )  # fmt: skip
     for expected in (
         "/plain\n(there was no question yet)\n",
@@ -120,6 +121,7 @@ def test_every_command(lm, generator):
         "/scale 0.5\nThe change in the weights is scaled by 0.5.\n",
         "/scale two\n(/scale takes a number, as in /scale 0.5, not 'two')\n",
         "/scale nan\n(/scale takes a number, as in /scale 0.5, not 'nan')\n",
+        "/scale 1e39\n(/scale takes a number, as in /scale 0.5, not '1e39')\n",
         "/scale\nThe change in the weights is scaled by 0.5.\n",
         "/forgt\n(there is no command /forgt; /help lists the commands)\n",
         f"User: {QUESTIONS[0]}\nBot:",
@@ -131,6 +133,16 @@ def test_every_command(lm, generator):
     assert shown.endswith("User: /quit\nGoodbye.\n")
     assert "Everything is forgotten" in typed(one, "/forget")
     assert one.delta is None
+
+
+def test_numbers_that_are_not_finite_are_said(lm, generator):
+    """No text is made of them, and the chat continues."""
+    one = Chat(lm, generator)
+    with torch.no_grad():
+        lm.head.weight[3] = torch.nan
+    shown = typed(one, "Hello", "/plain", "/remember I am Ada.", "Hello")
+    assert len(re.findall(r"^Bot:\(.*(?:finite|NaN).*\)$", shown, re.MULTILINE)) == 2
+    assert shown.endswith("Goodbye.\n")
 
 
 class Interrupted(io.StringIO):
