@@ -12,7 +12,7 @@ import json
 import random
 import sys
 
-from prosg_lib import files
+from prosg_lib import checksums, files
 from prosg_lib.config.sizes import VOCAB
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir, extra_data
@@ -23,7 +23,7 @@ from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 WORDS = ("dialogue_words.json", "dialogue_asides.json", "people.json", "own_sentences.json")
 """Written by hand; everything else is made from them."""
 
-TOKENIZER, SAMPLE, MANIFEST = "tokenizer.json", "dialogue_sample.jsonl", files.MANIFEST
+TOKENIZER, SAMPLE, MANIFEST = "tokenizer.json", "dialogue_sample.jsonl", checksums.MANIFEST
 
 TRAINED = ("checkpoints", "measured")
 """Folders of files that trainings and evaluations made."""

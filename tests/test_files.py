@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from prosg_lib import files
+from prosg_lib import checksums, files
 from prosg_lib.errors import UserError
 
 
@@ -97,8 +97,8 @@ def test_a_file_without_a_checksum(tmp_path, monkeypatch):
     old, own = tmp_path / "checkpoints" / "old.safetensors", tmp_path / "own.safetensors"
     old.parent.mkdir()
     old.write_bytes(whole())
-    files.write_json(tmp_path / files.MANIFEST, {"shipped": {"x": hashlib.sha256(old.read_bytes()).hexdigest()}})
-    monkeypatch.setattr(files.paths, "data_dir", lambda: tmp_path)
+    files.write_json(tmp_path / checksums.MANIFEST, {"shipped": {"x": hashlib.sha256(old.read_bytes()).hexdigest()}})
+    monkeypatch.setattr(checksums.paths, "data_dir", lambda: tmp_path)
     content = old.read_bytes()
     for path in (old, own):
         path.write_bytes(content)
@@ -111,6 +111,9 @@ def test_a_file_without_a_checksum(tmp_path, monkeypatch):
     files.load_tensors(own)
     own.write_bytes(safetensors.torch.save({"x": torch.ones(2)}))
     files.load_foreign_tensors(own)
+    (tmp_path / checksums.MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"MANIFEST\.json cannot be read .*restore it"):
+        files.load_tensors(old)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from prosg_lib import files, paths
+from prosg_lib import checksums, files, paths
 from prosg_lib.backbones import hub_recurrent
 
 
@@ -51,7 +51,7 @@ def test_the_page_about_files_names_what_the_code_does():
     text = (paths.repo_root() / "docs" / "files.md").read_text(encoding="utf-8")
     temporary = re.sub("[0-9a-f]{16}", "*", files._temporary(paths.repo_root()).name)
     expanded = f"{files.LARGEST_EXPANDED / 2**20:.0f} MB"
-    for name in (files._CHECKSUM_KEY, files.MANIFEST, temporary, expanded):
+    for name in (checksums.KEY, checksums.MANIFEST, temporary, expanded):
         assert name in text
 
 
