@@ -25,6 +25,8 @@ MARKS = {"blocks.0.att.time_first": RWKV4, "blocks.0.att.r_k": RWKV7}
 _UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
 """Tensors that some RWKV-7 files hold and nothing reads: the first layer has no earlier values to mix in."""
 
+_MERGE = "; merge the LoRA into the model's weights first, by the program that trained it"
+
 _HF_NAMES = (  # the author's name -> the name in transformers, applied in order
     (r"^emb\.", "rwkv.embeddings."),
     (r"^ln_out\.", "rwkv.ln_out."),
@@ -50,6 +52,8 @@ def from_author(weights: dict[str, Tensor]) -> RWKV:
     if "blocks.0.att.r_k" not in weights and any(name.endswith("att.ln_x.weight") for name in weights):
         raise UserError("these are weights of RWKV-5 or RWKV-6, which are not read here; take an RWKV-4 or RWKV-7")
     generation = next((generation for mark, generation in MARKS.items() if mark in weights), None)
+    if generation is None and any("lora" in name.lower() for name in weights):
+        raise UserError(f"these weights are a LoRA alone{_MERGE}")
     if generation is None:
         marks = " nor ".join(f"{mark} ({generation.__name__})" for mark, generation in MARKS.items())
         raise UserError(
@@ -150,7 +154,7 @@ def _filled(model: Model, weights: dict[str, Tensor]) -> Model:
         if missing == {"head.weight"}:
             remedy = '; if the head is tied, save it, too: weights["head.weight"] = weights["emb.weight"].clone()'
         elif any("lora" in name.lower() for name in unknown):
-            remedy = "; merge the LoRA into the weights first, by the program that trained it"
+            remedy = _MERGE
         raise UserError(
             f"these weights are not a whole {kind}: {len(missing)} tensors missing ({', '.join(sorted(missing)[:3])}), "
             f"{len(unknown)} unknown ({', '.join(sorted(unknown)[:3])}){remedy}"

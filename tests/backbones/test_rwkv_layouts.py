@@ -91,6 +91,7 @@ def changed(name, change):
         ("rwkv4", lambda w: w | {f"blocks.{'9' * 5000}.x": w["emb.weight"]}, "its 4 blocks are not those from 0 to 3"),
         ("rwkv4", lambda w: w | {"blocks.0.att.ln_x.weight": w["ln_out.weight"]}, "RWKV-5 or RWKV-6.*take an RWKV-4"),
         ("rwkv4", lambda w: w | {"blocks.0.att.key.lora_A": w["emb.weight"]}, r"lora_A\); merge the LoRA"),
+        ("rwkv4", lambda w: {"blocks.0.att.key.lora_A": w["emb.weight"]}, "these weights are a LoRA alone; merge"),
         ("rwkv4", lambda w: without(w, "0.ffn.key.weight"), "not a whole RWKV4"),
         ("rwkv4", lambda w: without(w, "time_first"), r"neither .*time_first \(RWKV4\) nor blocks.0.att.r_k \(RWKV7\)"),
         ("rwkv4", lambda w: {}, "these 0 tensors .* belong to no known model"),
