@@ -5,6 +5,7 @@ Add a family of your own to `FAMILIES`, and all of that is tested for it.
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from prosg_lib.backbones.hub_families import (
@@ -114,6 +115,8 @@ FAMILIES = {
     "qwen3": lambda: CausalTransformer(library("Qwen3", **HEADS, head_dim=16)),
     "gpt2": lambda: CausalTransformer(library("GPT2", num_attention_heads=2, n_positions=64)),
 }
+if Version(transformers.__version__) < Version("5.23"):  # which keeps the states of its class elsewhere
+    del FAMILIES["recurrent_gemma"]
 RECURRENT = [name for name in FAMILIES if name not in ("llama", "qwen3", "gpt2")]
 OF_TRANSFORMERS = [name for name in RECURRENT if not name.startswith("rwkv")]
 
