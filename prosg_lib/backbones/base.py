@@ -12,7 +12,7 @@ import operator
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Self
 
 import torch
@@ -118,7 +118,7 @@ class LanguageModel(nn.Module, ABC):
             for name in first
             if not any(part in name for part in self.short_term)
         }
-        return RecurrentState(first | sums)
+        return replace(states[0], tensors=first | sums)
 
     def state_decay(self, state: RecurrentState) -> RecurrentState:
         """How much of a state is gone one token later, for methods that restore it.
@@ -145,11 +145,21 @@ class LanguageModel(nn.Module, ABC):
         """Raise a UserError unless there is one state for each sequence, of this model or of one with equal weights."""
         if state is None:
             return
+        if not isinstance(state, RecurrentState) or not state.tensors:
+            raise UserError(f"state is {_described(state)}; give what derive_state returns, or None")
         if state.batch != len(ids):
             raise UserError(f"{len(ids)} sequences but a state of batch {state.batch}; select() one state per sequence")
-        made_by = self if state.model is None else state.model()
-        if made_by is not self and (type(made_by) is not type(self) or made_by.fingerprint() != self.fingerprint()):
+        if state.model is None:  # made by hand: it has to look right, at least
+            mine = self._shapes(state) == self._shapes(self.blank_state(1))
+        else:
+            made_by = state.model()
+            mine = made_by is self or (type(made_by) is type(self) and made_by.fingerprint() == self.fingerprint())
+        if not mine:
             raise UserError("this state was derived with another model; derive it again with this one")
+
+    def _shapes(self, state: RecurrentState) -> dict[str, tuple[int, ...]]:
+        """Of one sequence's tensors; where they grow, only the number of dimensions."""
+        return {n: (t.ndim,) if self.state_grows else tuple(t.shape[1:]) for n, t in state.tensors.items()}
 
     def check_fixed_state(self, what: str) -> None:
         """Raise a UserError if the state grows with the text, so that it cannot be `what` (a participle)."""
@@ -182,14 +192,12 @@ class LanguageModel(nn.Module, ABC):
             UserError: ids are no token ids of this model; there is not one state, or not one delta, for each sequence;
                 the state or the delta is another model's.
         """
-        if (
-            not isinstance(ids, Tensor)
-            or ids.ndim != 2
-            or not ids.numel()
-            or ids.dtype not in (torch.int64, torch.int32)
-        ):
-            found = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise UserError(f"ids is a {found}; give token ids as a tensor, torch.int64 of (B, T)")
+        if not _is_of(ids, torch.int64, torch.int32) or ids.ndim != 2 or not ids.numel():
+            raise UserError(f"ids is {_described(ids)}; give token ids as a tensor, torch.int64 of (B, T)")
+        if valid is not None and not (_is_of(valid, torch.bool) and valid.shape == ids.shape):
+            raise UserError(f"valid is {_described(valid)}; give a torch.bool for each of the ids, {tuple(ids.shape)}")
+        if last is not None and last < 1:
+            raise UserError(f"last is {last}; give at least 1, or None for all positions")
         try:
             with applied(self, delta):
                 hidden, state = self.step_through(ids, state, valid)
@@ -208,8 +216,9 @@ class LanguageModel(nn.Module, ABC):
         Raises:
             UserError: a prompt is empty, or has a token outside the vocabulary.
         """
-        if isinstance(prompts, str):
-            raise UserError("prompts is one string; pass a list of prompts, [prompt] for a single one")
+        if isinstance(prompts, str | bytes) or not hasattr(prompts, "__len__"):
+            what = "one string" if isinstance(prompts, str) else _described(prompts)
+            raise UserError(f"prompts is {what}; pass a list of prompts, [prompt] for a single one")
         if len(prompts) == 0:
             raise UserError("the list of prompts is empty; pass at least one prompt")
         rows = [self._ids_of(number, prompt, state is None) for number, prompt in enumerate(prompts)]
@@ -220,6 +229,8 @@ class LanguageModel(nn.Module, ABC):
     def _ids_of(self, number: int, prompt: str | Sequence[int], whole: bool) -> list[int]:
         """Token ids of a prompt, the `number`-th; a UserError if it has none, or has one that the model cannot read."""
         try:
+            if isinstance(prompt, bytes):
+                raise TypeError
             row = self._encoded(prompt, whole) if isinstance(prompt, str) else [operator.index(t) for t in prompt]
         except TypeError as error:
             raise UserError(f"prompt {number} is neither a text nor a list of whole numbers, token ids") from error
@@ -325,6 +336,15 @@ class LanguageModel(nn.Module, ABC):
         if getattr(self, "_fingerprint", (None,))[0] != key:
             self._fingerprint = (key, fingerprint(self, json.dumps(asdict(self.config), sort_keys=True)))
         return self._fingerprint[1]
+
+
+def _is_of(value: object, *dtypes: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and value.dtype in dtypes
+
+
+def _described(value: object) -> str:
+    """A value that is none of those wanted, in a message."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def bit_sum(tensor: Tensor) -> Tensor:

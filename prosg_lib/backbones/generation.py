@@ -106,7 +106,7 @@ def stream(
     lm: GenerativeModel, prompts: Prompts, state: RecurrentState | None, delta: LowRankDelta | None, decoding: Decoding
 ) -> Iterator[Tensor]:
     """The tokens step by step: see `LanguageModel.stream`."""
-    texts = _texts(lm, len(prompts), decoding) if decoding.stops() else []
+    texts = _texts(lm, prompts, decoding) if decoding.stops() else []
     steps = _steps(lm, prompts, state, delta, decoding, texts)
     return (tokens for tokens, _ in steps if (tokens >= 0).any())
 
@@ -115,7 +115,7 @@ def stream_text(
     lm: GenerativeModel, prompts: Prompts, state: RecurrentState | None, delta: LowRankDelta | None, decoding: Decoding
 ) -> Iterator[list[str]]:
     """The texts piece by piece: see `LanguageModel.stream_text`."""
-    texts = _texts(lm, len(prompts), decoding)
+    texts = _texts(lm, prompts, decoding)
     steps = _steps(lm, prompts, state, delta, decoding, texts)
 
     def pieces() -> Iterator[list[str]]:
@@ -128,7 +128,8 @@ def stream_text(
     return pieces()
 
 
-def _texts(lm: GenerativeModel, count: int, decoding: Decoding) -> list[_Text]:
+def _texts(lm: GenerativeModel, prompts: Prompts, decoding: Decoding) -> list[_Text]:
+    count = len(prompts) if hasattr(prompts, "__len__") else 0  # what are no prompts is refused when they are encoded
     return [_Text(lm.needed_tokenizer(), decoding.stops()) for _ in range(count)]
 
 

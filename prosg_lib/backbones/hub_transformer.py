@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub import HubModel
 from prosg_lib.backbones.hub_recurrent import Recurrent
+from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.errors import UserError
 
@@ -38,6 +39,11 @@ class CausalTransformer(HubModel):
             use_cache=False,
         ).last_hidden_state
         return hidden[:, -time:], self.state_of({"ids": ids, "valid": valid})
+
+    def blank_state(self, batch: int) -> RecurrentState:
+        """The state before the first token."""
+        ids = torch.zeros(batch, 0, dtype=torch.long, device=next(self.parameters()).device)
+        return self.state_of({"ids": ids, "valid": ids.bool()})
 
     @torch.no_grad()
     def check(self) -> None:

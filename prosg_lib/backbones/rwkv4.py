@@ -10,12 +10,13 @@ Glossary of shapes: B batch, T time, D width, F feed-forward width, L layers.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from prosg_lib.backbones.rwkv import RWKV, BlockState, interpolate, squared_relu, token_shift
-from prosg_lib.backbones.state import RecurrentState, state_dtype
+from prosg_lib.backbones.state import state_dtype
 from prosg_lib.backbones.wkv import BLANK, WKVState, wkv
 from prosg_lib.config.sizes import RWKV4Config
 
@@ -143,13 +144,13 @@ class RWKV4(RWKV):
         m = torch.stack([s["m"] for s, _ in counted] or [torch.full_like(states[0].tensors["m"], BLANK)]).amax(0)
         zero = torch.zeros_like(m)
         sums = {n: sum((w * s[n] * torch.exp(s["m"] - m) for s, w in counted), zero) for n in ("num", "den")}
-        return RecurrentState(states[0].tensors | sums | {"m": m})
+        return replace(states[0], tensors=states[0].tensors | sums | {"m": m})
 
     def state_decay(self, state):
         """Both sums shrink by e^{-w} a token, w = e^{time_decay}: they lose 1 - e^{-w} of themselves."""
         decay = torch.stack([block.att.time_decay for block in self.blocks]).exp()  # (L, D)
         share = -torch.expm1(-decay.to(state.tensors["num"]))
-        return RecurrentState(state.tensors | {n: share * state.tensors[n] for n in ("num", "den")})
+        return replace(state, tensors=state.tensors | {n: share * state.tensors[n] for n in ("num", "den")})
 
     def tunable_state(self, state):
         """Scaled to den = 1, which is held fixed: num is then the mean that WKV reads, and m its weight's logarithm."""
@@ -157,7 +158,7 @@ class RWKV4(RWKV):
         size = torch.where(s["den"] > 0, s["den"], 1.0)
         m = torch.where(s["den"] > 0, s["m"] + torch.log(size), BLANK)
         same = s | {"num": s["num"] / size, "den": s["den"] / size, "m": m}
-        return RecurrentState(same), tuple(name for name in STATE_NAMES if name != "den")
+        return replace(state, tensors=same), tuple(name for name in STATE_NAMES if name != "den")
 
     def hf_module_name(self, name):
         return f"rwkv.{name}".replace(".att.", ".attention.").replace(".ffn.", ".feed_forward.")

@@ -283,6 +283,8 @@ def changed_maps(lm: EditableModel, delta: LowRankDelta) -> dict[str, nn.Module]
     Raises:
         UserError: the delta was made for another model, or changes a map that this one does not have in that shape.
     """
+    if not isinstance(delta, LowRankDelta):
+        raise UserError(f"delta is a {type(delta).__name__}; give a LowRankDelta, such as memorize returns, or None")
     if delta.fingerprint != lm.fingerprint():
         raise UserError(
             f"this delta was made for model {delta.fingerprint}, not for this one ({lm.fingerprint()}); "

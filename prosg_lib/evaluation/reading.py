@@ -6,6 +6,7 @@ Glossary of shapes: B batch, T tokens of text, S tokens read (the text's and tho
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Self
 
 import torch
@@ -151,6 +152,5 @@ class UpdatedModel:
 
 
 def _where(rows: Tensor, new: RecurrentState, old: RecurrentState) -> RecurrentState:
-    return RecurrentState(
-        {n: torch.where(rows.view(-1, *[1] * (t.ndim - 1)), t, old.tensors[n]) for n, t in new.tensors.items()}
-    )
+    tensors = {n: torch.where(rows.view(-1, *[1] * (t.ndim - 1)), t, old.tensors[n]) for n, t in new.tensors.items()}
+    return replace(new, tensors=tensors)

@@ -9,6 +9,7 @@ Glossary of shapes: B batch, T tokens of the prompt, r rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,10 +41,10 @@ def tuned_state(
     start, names = lm.tunable_state(state)
 
     def losses_of(leaves: dict[str, Tensor]) -> Tensor:
-        return context_nll(lm, ids, valid, RecurrentState(start.tensors | leaves))
+        return context_nll(lm, ids, valid, replace(start, tensors=start.tensors | leaves))
 
     found = _descend(losses_of, {name: start.tensors[name] for name in names}, ids, steps, lr)
-    return RecurrentState(start.tensors | found)
+    return replace(start, tensors=start.tensors | found)
 
 
 def fine_tuned(

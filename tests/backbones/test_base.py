@@ -9,6 +9,7 @@ from checks import random_delta
 
 from prosg_lib.backbones.base import bit_sum
 from prosg_lib.backbones.hub_transformer import TransformerConfig, new_llama
+from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.errors import UserError
 
 pytestmark = pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
@@ -50,11 +51,14 @@ def test_a_stream_leaves_the_model_alone_between_tokens(lm, prompts):
         ([[2**70]], "token id 1180591620717411303424"),
         ([[3], [1.5]], "prompt 1 is neither a text nor a list of whole numbers"),
         ([None], "prompt 0 is neither"),
+        ([b"abc"], "prompt 0 is neither"),
+        (None, "prompts is a NoneType; pass a list of prompts"),
     ],
 )
 def test_prompts_that_are_refused(lm, prompts, message):
-    with pytest.raises(UserError, match=message):
-        lm.derive_state(prompts)
+    for read in (lm.derive_state, lm.generate):
+        with pytest.raises(UserError, match=message):
+            read(prompts)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +66,8 @@ def test_prompts_that_are_refused(lm, prompts, message):
     [
         (torch.tensor([[1, 5000]]), "token id 5000 is outside the model's vocabulary of"),
         (torch.tensor([[-1]]), "token id -1"),
-        (torch.tensor([[1.0]]), r"ids is a torch.float32 of shape \(1, 1\); give token ids"),
-        (torch.tensor([1, 2]), r"ids is a torch.int64 of shape \(2,\)"),
+        (torch.tensor([[1.0]]), r"ids is torch.float32 of shape \(1, 1\); give token ids"),
+        (torch.tensor([1, 2]), r"ids is torch.int64 of shape \(2,\)"),
         (torch.ones(2, 0, dtype=torch.long), r"of shape \(2, 0\)"),
         ([[1, 2]], "ids is a list; give token ids as a tensor"),
     ],
@@ -73,6 +77,26 @@ def test_token_ids_that_are_refused(lm, ids, message):
         lm(ids)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"state": {}}, "state is a dict; give what derive_state returns"),
+        ({"state": RecurrentState({})}, "state is a RecurrentState; give what"),
+        ({"state": RecurrentState({"m": torch.zeros(1, 3, 16)})}, "derived with another model"),
+        ({"delta": "delta.safetensors"}, "delta is a str; give a LowRankDelta"),
+        (
+            {"valid": torch.ones(1, 1, dtype=torch.bool)},
+            r"valid is torch.bool of shape \(1, 1\)",
+        ),
+        ({"valid": torch.ones(1, 2)}, "valid is torch.float32"),
+        ({"last": 0}, "last is 0; give at least 1"),
+    ],
+)
+def test_arguments_that_are_refused(lm, wrong, message):
+    with pytest.raises(UserError, match=message):
+        lm(torch.tensor([[1, 2]]), **wrong)
+
+
 def test_a_state_of_another_model_is_refused(lm, make_lm, prompts):
     """Of other weights, another size or family, by every way in; one of equal weights, or sent to another process, is
     none of another model."""
@@ -80,6 +104,7 @@ def test_a_state_of_another_model_is_refused(lm, make_lm, prompts):
     llama = new_llama(TransformerConfig("llama", lm.config.vocab, 16, 2, 32, 2))
     others = [make_lm(seed=1), make_lm(layers=2), llama]
     of_others = [other.derive_state(prompts) for other in others]
+    of_others += [RecurrentState(state.tensors) for state in of_others[1:]]  # which nothing but their looks gives away
     for state in (make_lm().derive_state(prompts), *of_others):  # the first one's model is gone
         for use in (
             lambda state: lm(ids, state.select([3, 0, 1, 2])),

@@ -82,7 +82,8 @@ def test_what_is_left_out_is_never_drawn(lm, prompts):
     assert lm.generate(prompts, max_new_tokens=20, stop=None, temperature=3.0, top_k=1) == greedy
     assert lm.generate(prompts, max_new_tokens=20, stop=None, temperature=3.0, top_p=1e-4) == greedy
     assert lm.generate(prompts, max_new_tokens=20, stop=None, top_k=5, top_p=0.5, seeds=range(4)) == greedy
-    assert lm.generate(prompts, max_new_tokens=20, stop=None, temperature=1e-6) == greedy
+    for temperature in (1e-6, 1e-300):
+        assert lm.generate(prompts, max_new_tokens=20, stop=None, temperature=temperature) == greedy
     assert lm.generate(prompts, max_new_tokens=20, stop=None, temperature=3.0) != greedy
 
 
