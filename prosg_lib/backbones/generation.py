@@ -67,7 +67,7 @@ class Decoding:
 
     def __post_init__(self):
         allowed = {
-            "max_new_tokens": (lambda n: operator.index(n) >= 1, "allow at least 1 token"),
+            "max_new_tokens": (lambda n: operator.index(n) >= 1, "allow a whole number of tokens, at least 1"),
             "temperature": (lambda t: 0 <= t < float("inf"), "give 0 for the likeliest token, or a number above it"),
             "top_k": (
                 lambda k: k is None or operator.index(k) >= 1,
@@ -235,7 +235,7 @@ def _chooser(
         raise UserError(
             f"seeds is {decoding.seeds!r}, but there are {batch} prompts; give a list with one seed per prompt"
         )
-    if decoding.temperature == 0:
+    if decoding.temperature < 1e-30:  # 0, or a number that float32 cannot divide by
         return lambda logits, rows: _weighed(logits, logits.argmax(-1))
     seeds = torch.randint(2**62, (batch,)).tolist() if decoding.seeds is None else decoding.seeds
     try:
