@@ -196,10 +196,11 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from prosg_lib.reproduction.run import reproduce
+    from prosg_lib.reproduction.run import interrupt, reproduce
 
     # SIGTERM acts like Ctrl-C: the running notebook is stopped, and the report is written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     return reproduce(
         options.profile,
         seed=options.seed,

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,18 @@ from prosg_lib.reproduction import ledger, notebook_files, promises, quotes, rep
 REFERENCE_FIGURES = {"cpu": ".", "gpu": "gpu"}
 FOLDERS = ("PROSG_RUNS", "PROSG_TEST_DATA")
 INTERRUPTED = "it was interrupted"
+AGAIN_S = 10.0
+
+
+def interrupt(number: int, frame: object) -> None:
+    """Handler of a signal: raises KeyboardInterrupt, and again after `AGAIN_S`, until a notebook was ended by it.
+
+    One that is raised while an object is deleted is printed and lost.
+    """
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+    raise KeyboardInterrupt
 
 
 def select(course: Sequence[Path], names: Sequence[str]) -> list[Path]:
@@ -214,6 +227,8 @@ def _run(path: Path, profile: Profile, values: Mapping[str, Any]) -> dict[str, A
         error = str(caught)
     except KeyboardInterrupt:
         error = INTERRUPTED
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
     if error:
         ledger.measured_path(path.stem, profile.name).unlink(missing_ok=True)  # a cell after finish() may have failed
     return {

@@ -365,6 +365,26 @@ def test_the_kernel_ends_with_the_command(tmp_path, ending, code, busy):
         assert [notebook["status"] for notebook in built["notebooks"]] == ["failed"]
 
 
+def test_an_interruption_that_is_lost_is_repeated(course, tmp_path, monkeypatch):
+    """As by an object that is deleted just then; once it has ended a notebook, there are no more."""
+
+    class Deleted:
+        def __del__(self):
+            reproduce.interrupt(signal.SIGTERM, None)
+
+    def execute(source, target, values):
+        monkeypatch.setattr(sys, "unraisablehook", lambda lost: None)
+        Deleted()
+        time.sleep(100)
+
+    monkeypatch.setattr(notebooks, "execute", execute)
+    monkeypatch.setattr(reproduce, "AGAIN_S", 0.5)
+    shutil.copytree(course, tmp_path / "course", ignore=shutil.ignore_patterns("runs"))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "course", "00_fine")
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
 def test_a_kernel_runs_this_python_and_this_checkout_whatever_else_is_there(tmp_path):
     """Jupyter finds another `python3` first, and PYTHONPATH could not name the checkout's folder; a relative folder
     for runs is the command's."""
