@@ -15,7 +15,7 @@ IMAGE -= {"papermill", "jupyterlab"}  # which Colab has not
 
 @pytest.mark.parametrize(
     ("installed", "missing"),
-    [(IMAGE, []), (IMAGE - {"huggingface-hub", "peft"} | {"huggingface_hub"}, ["peft>=0.17"])],
+    [(IMAGE, []), (IMAGE - {"huggingface-hub", "peft"} | {"huggingface_hub"}, ["peft>=0.18"])],
 )
 def test_what_is_there_is_not_installed_again(installed, missing):
     """Whatever its version, and however its name is written."""

@@ -86,7 +86,9 @@ def load_model(source: str | Path) -> LanguageModel:
         _check_finite(model)
         _check_tokenizer(model)
     except UserError as error:
-        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
     return model.eval()
 
 
