@@ -74,6 +74,6 @@ def _compare_with_manifest(path: Path, digest: str) -> None:
         raise UserError(f"{path} is not the file that {MANIFEST} lists; restore it: git checkout -- {path}")
     warnings.warn(
         f"{path} has no checksum, as an earlier version wrote it: damage would go unnoticed. "
-        "Loaded and saved again it has one.",
+        "Load it and save it again, and it has one.",
         stacklevel=2,
     )

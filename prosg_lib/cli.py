@@ -149,7 +149,7 @@ def _add_evaluated(parser: argparse.ArgumentParser) -> None:
         "--generator", metavar="NAME", help="shipped name or file (default: the model's own, if shipped)"
     )
     _add_profile(parser)
-    parser.add_argument("--seed", type=_seed, nargs="+", default=[0], metavar="N", help="of the items (default: 0)")
+    parser.add_argument("--seed", type=_whole, nargs="+", default=[0], metavar="N", help="of the items (default: 0)")
     parser.add_argument("--items", type=_positive, metavar="N", help="a cell and seed (default: the profile's)")
 
 
@@ -173,16 +173,14 @@ def _add_trained(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _whole(text: str, least: int = 0) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:  # torch takes 64 bits, and some places add to a seed
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {least} to 10^18")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number of 1 or more")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,18}", text):  # torch takes 64 bits, and some places add to a seed
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 0 to 10^18")
-    return int(text)
+    return _whole(text, 1)
 
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:
@@ -191,7 +189,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
     _add_profile(parser)
-    parser.add_argument("--seed", type=_seed, default=0, help="default: 0")
+    parser.add_argument("--seed", type=_whole, default=0, help="default: 0")
     parser.add_argument("--retrain", action="store_true", help="train anew, in the place of what was trained before")
 
 

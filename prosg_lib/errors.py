@@ -3,8 +3,7 @@
 import re
 
 _ADVICE = re.compile(r"trust|weights_only|torch\.load|ignore_mismatched", re.IGNORECASE)
-_CONTROL = re.compile(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f-\x9f]")
-_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # by a terminal, and halves of characters
+_CONTROL = re.compile(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # codes for a terminal, halves of characters
 
 
 class UserError(Exception):
@@ -14,17 +13,17 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str):
-        # It may quote a file, or a name on the command line, of any length.
-        message = _OBEYED.sub("\N{REPLACEMENT CHARACTER}", message)
+        # It may quote anything: a file, a name on the command line, another library.
+        message = _CONTROL.sub(" ", message)
         super().__init__(message if len(message) <= 2000 else f"{message[:1400]} ... {message[-595:]}")
 
 
 def reason(error: Exception) -> str:
     """Another library's error in a line, to quote it: its type and the beginning of its message.
 
-    Control codes are left out, and so is every sentence that advises to switch a safety check off.
+    A sentence that advises switching a safety check off is left out.
     """
-    line = _CONTROL.sub(" ", str(error).strip().partition("\n")[0])[:1000]
+    line = str(error).strip().partition("\n")[0][:1000]
     said = " ".join(sentence for sentence in re.split(r"(?<=[.!?]) +", line) if not _ADVICE.search(sentence))
     return f"{type(error).__name__}: {said[:300]}".strip(": ")
 

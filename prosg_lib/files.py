@@ -43,8 +43,8 @@ def errors_of(path: str | Path, doing: str) -> Iterator[None]:
     """What goes wrong with a file inside becomes one UserError that names it.
 
     Args:
-        doing: "read", where errors of decoding and parsing count as well, or "written", where only the disk's do: other
-            errors are then of what is written, and pass.
+        doing: "read", which includes errors of decoding and parsing, or "written", which only includes the disk's:
+            others are about what is being written, and pass.
     """
     try:
         yield
@@ -71,9 +71,7 @@ def _read_error(error: Exception) -> str | None:
             return " is nested too deeply; restore it or write it again."
         case EOFError() | zlib.error():
             return f" is cut short or damaged ({error}); copy it again."
-        case ValueError() if "integer string conversion" in str(
-            error
-        ):  # the rest of Python's message is for programmers
+        case ValueError() if "integer string conversion" in str(error):
             return " has a number with thousands of digits; restore it or write it again."
         case ValueError():
             return f" cannot be used ({error}); restore it or write it again."
@@ -86,8 +84,9 @@ def _write_error(error: Exception) -> str | None:
             " could not be written: the disk is full. What was there before is unchanged. "
             "Free some space, or name a folder on another disk (PROSG_RUNS, --out), and run it again."
         )
-    if isinstance(error, OSError):
-        return f" could not be written ({error.strerror or error}); what was there before is unchanged."
+    if isinstance(error, OSError) or "embedded null" in str(error):  # the latter is a ValueError of Python's
+        why = getattr(error, "strerror", None) or error
+        return f" could not be written ({why}); what was there before is unchanged."
 
 
 def check_writable(folder: str | Path, option: str) -> None:
@@ -116,7 +115,7 @@ def check_writable(folder: str | Path, option: str) -> None:
 
 @contextlib.contextmanager
 def lock(path: str | Path, what: str) -> Iterator[None]:
-    """Nobody else enters with the same `path` until this ends; a process that dies, however, lets go of it.
+    """Nobody else enters with the same `path` until this ends, or its process dies.
 
     Where there are no such locks (Windows, some network drives) everyone enters.
 

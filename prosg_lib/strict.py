@@ -30,8 +30,8 @@ def read_as(cls: Any, value: Any, where: object) -> Any:
         return _as(cls, value, "")
     except _Unfit as unfit:
         place, wanted = unfit.args
-        place = "".join(letter if letter.isprintable() else "?" for letter in place[:200])
-        raise UserError(f"{where}: {place.removeprefix('.') or 'its content'} should be {wanted}.") from None
+        place = place[:200].removeprefix(".") or "its content"
+        raise UserError(f"{where}: {place} should be {wanted}.") from None
 
 
 def _as(cls: Any, value: Any, at: str) -> Any:

@@ -106,7 +106,9 @@ def test_a_file_without_a_checksum(tmp_path, monkeypatch):
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"old\.safetensors is not the file that MANIFEST\.json lists; restore it"):
         files.load_tensors(old)
-    with pytest.warns(UserWarning, match=r"own\.safetensors has no checksum.*Loaded and saved again it has one"):
+    with pytest.warns(
+        UserWarning, match=r"own\.safetensors has no checksum.*Load it and save it again, and it has one"
+    ):
         files.save_tensors(own, *files.load_tensors(own))
     files.load_tensors(own)
     own.write_bytes(safetensors.torch.save({"x": torch.ones(2)}))
@@ -177,10 +179,11 @@ def test_text_as_other_programs_write_it(tmp_path):
 
 
 def test_names_as_long_as_the_system_allows(tmp_path):
-    """The temporary file's is no longer."""
+    """The temporary file's is no longer; a name that no file can have is refused."""
     files.write_json(tmp_path / ("x" * 250 + ".json"), {})
-    with pytest.raises(UserError, match=r"could not be written .File name too long"):
-        files.write_json(tmp_path / ("x" * 300), {})
+    for name, why in (("x" * 300, "File name too long"), ("a\0b", "embedded null byte")):
+        with pytest.raises(UserError, match=rf"could not be written .{why}"):
+            files.write_json(tmp_path / name, {})
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

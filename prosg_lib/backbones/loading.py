@@ -321,9 +321,8 @@ def _unpickled_tensors(path: Path) -> dict[str, Tensor]:
             f"{_CONVERT}"
         )
     (weights,) = found
-    if (
-        sum(t.numel() * t.element_size() for t in weights.values()) > 2 * path.stat().st_size
-    ):  # a tied head is twice there
+    size = sum(t.numel() * t.element_size() for t in weights.values())
+    if size > 2 * path.stat().st_size:  # a tied head counts twice
         raise UserError(f"{path} holds tensors that are larger than the file; {_CONVERT}")
     return weights
 

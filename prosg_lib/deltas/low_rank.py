@@ -6,6 +6,7 @@ Glossary of shapes: B batch, r rank; U (B, out, r), V (B, in, r).
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,8 +169,12 @@ class LowRankDelta:
         """Read what `save` wrote.
 
         Raises:
-            UserError: the file is missing, damaged or not a delta; its numbers are not finite or do not fit together.
+            UserError: the file is missing, damaged or not a delta (an adapter, for example, which `load_peft` reads);
+                its numbers are not finite or do not fit together.
         """
+        folder = Path(path).parent if Path(path).name == peft.WEIGHTS else Path(path)
+        if os.path.isfile(folder / peft.CONFIG):
+            raise UserError(f"{folder} is a PEFT adapter; read it with LowRankDelta.load_peft(folder, lm)")
         tensors, meta = files.load_tensors(path)
         if meta.get("kind") != "delta":
             raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a delta")

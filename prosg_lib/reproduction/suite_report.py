@@ -136,13 +136,10 @@ def output_folder(out: str | Path) -> Path:
     """The folder that results go to, made if need be.
 
     Raises:
-        UserError: it cannot be written to, or holds folders of the results' names.
+        UserError: it cannot be written to.
     """
     folder = paths.expanded(out)
     files.check_writable(folder, "--out")
-    for name in (FILE, predictions.header_path(FILE), "results.json", "results.md"):
-        if (folder / name).is_dir():
-            raise UserError(f"{folder / name} is a folder, but a file is to be written there; choose another --out")
     return folder
 
 

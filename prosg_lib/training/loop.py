@@ -326,9 +326,8 @@ class _Log:
 def _cut_after(path: Path, step: int) -> None:
     """Drops the log's lines of steps that a killed run had done after its last checkpoint."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = []
-        for line in lines:
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)

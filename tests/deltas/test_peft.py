@@ -135,6 +135,9 @@ def test_a_folder_is_enough_for_peft(pair, tmp_path):
     delta.save_peft(tmp_path / "adapter", lm, base_model=str(tmp_path / "llama"))
     model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert_close(model(input_ids=IDS).logits, ours(lm, delta), **CLOSE)
+    for path in (tmp_path / "adapter", tmp_path / "adapter" / WEIGHTS):
+        with pytest.raises(UserError, match=r"adapter is a PEFT adapter; read it with LowRankDelta\.load_peft"):
+            LowRankDelta.load(path)
 
 
 # --- adapters that PEFT writes ------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_missing_and_damaged_files(tmp_path):
         ({"gold": [], "predicted": []}, "predicted should have as many answers as gold, at least one"),
         ({"competing_right": 9}, "competing_right should be at most competing_total"),
         ({"score": 1.0}, "score should be left out"),
-        ({"a\n\x1b[31m": 1}, r"a\?\?\[31m should be left out"),
+        ({"a\n\x1b[31m": 1}, "a +should be left out"),
     ],
 )
 def test_a_row_of_another_kind_is_refused(tmp_path, change, message):

@@ -241,7 +241,6 @@ def test_everything_is_computed_again_from_the_file(tmp_path, capsys):
         ("--model some --profile tiny --out FILE", "choose another with --out"),
         ("--model some --profile tiny --out FILE/more", "choose another with --out"),
         ("--model some --profile tiny --out LINK", "choose another with --out"),
-        ("--model some --profile tiny --out FOLDER", "results.md is a folder, but a file is to be written there"),
         ("--from-predictions FILE --out FILE/more", "row 1, line 1: not JSON"),
         ("--from-predictions nothing.gz --out OUT", "nothing.gz does not exist"),
         ("--from-predictions FILE --out OUT", "file, row 1, line 1: not JSON"),
@@ -252,9 +251,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, line, me
     """Exit code 2, and no file or folder is new."""
     (tmp_path / "file").write_text("text")
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    (tmp_path / "folder" / "results.md").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    places = {name.upper(): str(tmp_path / name) for name in ("out", "file", "link", "folder")}
+    places = {name.upper(): str(tmp_path / name) for name in ("out", "file", "link")}
     words = [reduce(lambda word, name: word.replace(name, places[name]), places, word) for word in line.split()]
     assert cli.main(["evaluate", *words]) == 2
     error = capsys.readouterr().err
