@@ -9,7 +9,8 @@ needs a C++ compiler, and takes most of the half hour that this runs on one core
 It does not pay, so the training has no option for it: on a processor's core the ratios were 1.2, 0.4 and 0.7, after
 minutes of compiling each. The WKV sums take one of several ways by a number (`wkv_chunked`), which cuts each block's
 graph in two; code for any length is slower than PyTorch's own for this one; and the hooks that read maps' inputs and
-add a change to them are other functions at every step, for which blocks are compiled anew until the compiler gives up.
+add a change to them were other functions at every step, for which blocks were compiled anew until the compiler gave up.
+(Since then, blocks run as they are written while there are hooks: `deltas.applying.as_written`.)
 
     python benchmarks/compile.py [--rounds 5] [--keep]
 """
