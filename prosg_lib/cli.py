@@ -44,9 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         return UNREAD
     except UserError as error:
-        # Of several processes all raise this one, with the same words; the first says them.
+        # Every process of a training raises Diverged with the same message; only the first prints it.
         return _refused(error) if not isinstance(error, Diverged) or os.environ.get("RANK", "0") == "0" else USAGE
-    except OSError as error:  # of what no room has named: a full terminal, a name too long, too many open files
+    except (
+        OSError
+    ) as error:  # that nothing closer to it has named: a full terminal, a name too long, too many open files
         return _refused(f"{error.filename or 'the output, or a file'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("allocate|out of memory", str(error)):
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare_streams() -> None:
-    """Closed ones are empty, and a character that a terminal does not have, or half of one, does not end a command."""
+    """A closed stream becomes an empty one; a character that the terminal cannot show does not end the command."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115

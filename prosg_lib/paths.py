@@ -58,7 +58,7 @@ def extra_data(name: str) -> Path | None:
     there = {folder.name: folder for folder in folders if os.path.isdir(folder)}  # which never raises
     if not there:
         raise UserError(
-            f"PROSG_TEST_DATA is {base}, which is no folder with one of {'/, '.join(EXTRA_DATA)}/ in it; "
+            f"PROSG_TEST_DATA is {base}, which is not a folder with one of {'/, '.join(EXTRA_DATA)}/ in it; "
             "name one, or unset the variable"
         )
     return there.get(name)

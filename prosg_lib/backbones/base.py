@@ -211,7 +211,7 @@ class LanguageModel(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Prompts of different lengths as one left-padded batch: ids (B, T), and valid (B, T), False at padding.
 
-        A text gets in front what the tokenizer's files put there (`<bos>`), unless it goes on from a `state`.
+        What the tokenizer's files put in front of a text (`<bos>`) is added, unless the text continues from a `state`.
 
         Raises:
             UserError: a prompt is empty, or has a token outside the vocabulary.
@@ -327,8 +327,8 @@ class LanguageModel(nn.Module, ABC):
     def fingerprint(self) -> str:
         """Sixteen hex digits that identify this model: a hash of its configuration and every weight.
 
-        Computed anew when a weight has changed, also where PyTorch does not count the change: by `weight.data`, or in
-        another framework that shares the memory. Looking costs about as much as adding up the weights.
+        Computed again when a weight has changed, even if PyTorch does not count the change: through `weight.data`, or
+        in another framework that shares the memory. The check costs about as much as adding up the weights.
         """
         weights = list(self.state_dict().values())
         sums = torch.stack([bit_sum(t) for t in weights]).tolist() if weights else []  # one transfer from the device
@@ -343,16 +343,16 @@ def _is_of(value: object, *dtypes: torch.dtype) -> bool:
 
 
 def _described(value: object) -> str:
-    """A value that is none of those wanted, in a message."""
+    """What a value is, for messages."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def bit_sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's bits, read as whole numbers of eight bytes: another one if any one number is another."""
+    """The sum of a tensor's bits, read as eight-byte integers: it changes if any one number of the tensor does."""
     tensor = tensor.detach()
     try:
         words = tensor.view(torch.int64)
-    except RuntimeError:  # its rows, or its place in memory, are no multiples of eight bytes
+    except RuntimeError:  # its rows, or its place in memory, are not aligned to eight bytes
         words = nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % 8)).view(torch.int64)
     return words.sum()
 

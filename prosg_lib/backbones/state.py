@@ -48,7 +48,7 @@ class RecurrentState:
         return replace(self, tensors={name: tensor.detach() for name, tensor in self.tensors.items()})
 
     def __getstate__(self) -> dict:
-        """To be copied or sent to another process: a weak reference cannot be."""
+        """For copying and pickling, which a weak reference does not allow."""
         return {"tensors": self.tensors, "model": None}
 
 

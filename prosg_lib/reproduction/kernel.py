@@ -54,7 +54,7 @@ class CellOutput(OutStream):
 
 
 def main() -> None:
-    """Runs a kernel until its parent stops it, or ends in whatever way; a cell that is busy cannot delay that."""
+    """Runs a kernel until its parent stops it, or ends, however that happens; a busy cell cannot delay it."""
     if sys.platform == "linux":  # elsewhere ipykernel looks once a second, which waits for a cell that holds the GIL
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(os.environ["JPY_PARENT_PID"]):

@@ -65,14 +65,14 @@ def judge(measured: Mapping[str, Mapping[str, ledger.Row]], profile: str) -> lis
     rows = []
     for promise in load():
         profiles = promise.profiles or (profile, "cpu")  # of a profile without a ledger, the reference is cpu's
-        told, source = _reference(promise, profiles)
+        reference, source = _reference(promise, profiles)
         value = None
         if profile in profiles:
             found = measured.get(promise.notebook, {})
             value = _difference([found.get(name, {}).get("value") for name in promise.claims])
         source = source if value is None else "this run"
-        broken_before = told is not None and not promise.kept(told)
-        value = told if value is None else value
+        broken_before = reference is not None and not promise.kept(reference)
+        value = reference if value is None else value
         holds = value is not None and promise.kept(value)
         newly = source == "this run" and not holds and not broken_before
         rows.append({**asdict(promise), "value": value, "kept": holds, "source": source, "newly_broken": newly})

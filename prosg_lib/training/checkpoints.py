@@ -170,8 +170,8 @@ def kept(name: str, profile: Profile) -> Path:
 
 
 def retraining(profile: Profile) -> str | None:
-    """When the retraining in progress began; None where there is none. What is trained meanwhile has it in its
-    provenance, so that it is trained once, however often it is interrupted; what was there before stays till then."""
+    """When the retraining in progress began; None if there is none. Checkpoints trained meanwhile have it in their
+    provenance, so that each is trained once, however often it is interrupted; until then the earlier one stays."""
     path = _marker(profile)
     return files.read_text(path) if path.exists() else None
 
@@ -179,7 +179,7 @@ def retraining(profile: Profile) -> str | None:
 def begin_retraining(profile: Profile) -> None:
     """Let `load_or_train` with `retrain` take only what is trained from now on, or since an interrupted retraining."""
     if began := retraining(profile):
-        distributed.say(f"going on with the retraining of {began}; to begin anew remove {_marker(profile)} before")
+        distributed.say(f"resuming the retraining of {began}; to start over, first remove {_marker(profile)}")
     else:
         files.write_text(_marker(profile), f"{datetime.now():%Y-%m-%d %H:%M:%S.%f}")
 
@@ -216,8 +216,8 @@ def load_generator(name: str, lm: LanguageModel) -> Generator:
         )
     size = read_as(MODULES[kind][0], sizes, f"{path}, record.module")
     with torch.device("meta"):  # a file may ask for more than there is memory for
-        asked = new_module(kind, size, lm).state_dict()
-    if {(name, t.shape) for name, t in asked.items()} != {(name, t.shape) for name, t in tensors.items()}:
+        expected = new_module(kind, size, lm).state_dict()
+    if {(name, t.shape) for name, t in expected.items()} != {(name, t.shape) for name, t in tensors.items()}:
         raise UserError(f"{path} does not hold the tensors of its record; remove it and train it again")
     return built(new_module(kind, size, lm), path, tensors).to(next(lm.parameters()).device)
 

@@ -103,15 +103,15 @@ def gathered(value: Result) -> list[Result]:
 
 
 def agreed(value: Result, what: str) -> Result:
-    """The value, which every process must have found alike.
+    """The value, on which all processes must agree.
 
     Raises:
-        UserError: in every process, where one found something else.
+        UserError: in every process, if they do not.
     """
     found = gathered(value)
     if any(other != found[0] for other in found):
         raise UserError(
-            f"the processes found different things for {what}: {', '.join(map(str, found))}; "
+            f"the processes disagree on {what}: {', '.join(map(str, found))}; "
             "put PROSG_RUNS on a disk that all machines share"
         )
     return value
@@ -125,10 +125,10 @@ def shared(work: Sequence[Work], do: Callable[[Work], Result]) -> list[Result]:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Nobody but these processes is at work on `path` meanwhile, and its folder can be written to.
+    """While it is entered, only these processes work on `path`.
 
     Raises:
-        UserError: in every process, where it is not so.
+        UserError: in every process, if another run is at work on it, or its folder cannot be written to.
     """
     with ExitStack() as held:
         refusal = None

@@ -61,13 +61,13 @@ def load_or_train(
     Args:
         name: of the recipe (`recipes`), e.g. "rwkv4-dialogue-token".
         seed: of this training, and of the one whose weights it starts from. The model it is for has seed 0.
-        retrain: load nothing that is shipped; and while a retraining is in progress (`checkpoints.begin_retraining`)
-            nothing that was trained here before it, so that its notebooks train each module once.
+        retrain: load nothing that is shipped and, while a retraining is in progress (`checkpoints.begin_retraining`),
+            nothing that was trained here before it; its notebooks then train each module once.
         changes: settings that differ from the recipe's, e.g. {"training.steps": 300, "size.rank": 8}; see
             `recipes.recipe`. They are part of the checkpoint's name.
         lm: the language model that it is for; None: the recipe's own. Any other has a checkpoint of its own.
         memory: of all that is trained.
-        anew: train this one (not the model it is for) whatever is there; an interrupted training goes on.
+        anew: train this one even if a checkpoint fits, but not the model it is for; an interrupted training resumes.
     Returns:
         The module; its `checkpoint` is the path of its file, with the training's log (.jsonl) beside it.
     Raises:

@@ -209,7 +209,7 @@ def _drawn_ahead(batch_of: Callable[[int], Examples], start: int, stop: int, dev
         sampler=range(start, stop),
         num_workers=_workers(device),
         generator=own,
-        worker_init_fn=_deaf,
+        worker_init_fn=_ignore_signals,
     )
 
 
@@ -218,8 +218,8 @@ def _workers(device: torch.device) -> int:
     return min(8, max(0, cores - 2)) if device.type == "cuda" else 0
 
 
-def _deaf(_: int) -> None:
-    """A signal to the whole group of processes is for the one that trains; without it, the others end by themselves."""
+def _ignore_signals(_: int) -> None:
+    """A signal to the whole group of processes is for the one that trains; the loader's processes end with it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -280,8 +280,8 @@ def _difference(theirs: dict, ours: dict) -> str:
 
 
 class _Log:
-    """Lines of JSON in a file, at most a hundred, however fast the machine, so that runs can be compared; of
-    those a progress bar on a terminal, and elsewhere one every few seconds in words."""
+    """Lines of JSON in a file, at most a hundred, at steps that do not depend on the machine, so that runs can be
+    compared. A terminal gets a progress bar; anything else gets a line of text every few seconds."""
 
     def __init__(self, path: Path, name: str, steps: int, start: int, every_s: float = 10.0):
         self._path = path

@@ -87,8 +87,8 @@ def course_of(recipe: Recipe) -> dict:
 
 
 def check_data(recipe: Recipe, profile: Profile) -> None:
-    """Raises a UserError where the profile does not have the recipe's tasks, or this machine not their data; or where
-    no prompt has so many facts."""
+    """Raises a UserError if the profile lacks the recipe's tasks, this machine lacks their data, or no prompt can hold
+    so many facts."""
     if recipe.pairs:
         _tasks(recipe, profile)
     if recipe.data == "dialogues":

@@ -235,31 +235,9 @@ def test_saved_and_loaded_bit_for_bit(lm, tmp_path):
     assert torch.equal(lm.to(device)(ids, delta=again)[0], lm(ids, delta=delta.to(device))[0])
 
 
-def save_as_another_kind(path, lm):
-    files.save_tensors(path, {"a": torch.zeros(1)}, {"kind": "lm"})
-
-
-def flip_a_bit(path, lm):
-    delta_for(lm, 3).save(path)
-    content = bytearray(path.read_bytes())
-    content[-99] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda path, lm: None, "does not exist"),
-        (lambda path, lm: path.write_bytes(b""), "cut short or not a safetensors file"),
-        (lambda path, lm: path.write_bytes(b"no file of tensors"), "cut short or not a safetensors file"),
-        (save_as_another_kind, "holds a lm, not a delta"),
-        (flip_a_bit, "checksum"),
-        (lambda path, lm: path.mkdir(), "is a folder"),
-    ],
-)
-def test_files_that_hold_no_delta_are_refused(lm, tmp_path, write, message):
-    write(tmp_path / "d.safetensors", lm)
-    with pytest.raises(UserError, match=message):
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    files.save_tensors(tmp_path / "d.safetensors", {"a": torch.zeros(1)}, {"kind": "lm"})
+    with pytest.raises(UserError, match="holds a lm, not a delta"):
         LowRankDelta.load(tmp_path / "d.safetensors")
 
 

@@ -5,6 +5,7 @@ times as long, with other examples each time.
 """
 
 import os
+from copy import deepcopy
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -34,6 +35,29 @@ def json_values():
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
         max_leaves=5,
     )
+
+
+def places(value, at=()):
+    """Every place within a JSON value."""
+    yield at
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from places(part, (*at, key))
+
+
+@st.composite
+def changed(draw, value, others):
+    """The JSON value with one of `others` at one of its places, or without that place."""
+    value = {"root": deepcopy(value)}
+    *outer, last = draw(st.sampled_from([("root", *place) for place in places(value["root"])]))
+    inner = value
+    for key in outer:
+        inner = inner[key]
+    if draw(st.booleans()) and outer:
+        del inner[last]
+    else:
+        inner[last] = draw(others)
+    return value["root"]
 
 
 @st.composite

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import rwkv
-from fuzzing import damaged, fuzz, json_values, tried
+from fuzzing import changed, damaged, fuzz, json_values, tried
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,29 +60,6 @@ def row(i):
     return {"title": f"Town {i}", "context": paragraph["context"], "question": "Who?", "answers": answers}
 
 
-def places(value, at=()):
-    """Every place within a JSON value."""
-    yield at
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in inner:
-        yield from places(part, (*at, key))
-
-
-@st.composite
-def changed(draw, value):
-    """The JSON value with something else at one of its places, or without it."""
-    value = {"root": json.loads(json.dumps(value))}
-    *outer, last = draw(st.sampled_from([("root", *place) for place in places(value["root"])]))
-    inner = value
-    for key in outer:
-        inner = inner[key]
-    if draw(st.booleans()) and outer:
-        del inner[last]
-    else:
-        inner[last] = draw(ANY_TEXT | json_values())
-    return value.get("root")
-
-
 @pytest.mark.parametrize(
     "whole", [{"data": [article(i) for i in range(3)]}, [row(i) for i in range(3)]], ids=["nested", "rows"]
 )
@@ -90,7 +67,7 @@ def test_squad(tmp_path_factory, whole):
     path = tmp_path_factory.getbasetemp() / "squad.json"
 
     @fuzz(150)
-    @given(changed(whole), st.booleans())
+    @given(changed(whole, ANY_TEXT | json_values()), st.booleans())
     def check(value, as_lines):
         lines = as_lines and isinstance(value, list)
         path.write_text("\n".join(map(json.dumps, value)) if lines else json.dumps(value))
@@ -145,7 +122,11 @@ def test_damaged_tokenizers(tmp_path_factory, data):
     """A tokenizer that is accepted encodes and decodes."""
     folder = tmp_path_factory.getbasetemp()
     own = json.loads(SMALL.to_json())
-    content = changed(own).map(json.dumps).map(str.encode) | damaged(SMALL.to_json().encode()) | st.binary(max_size=40)
+    content = (
+        changed(own, ANY_TEXT | json_values()).map(json.dumps).map(str.encode)
+        | damaged(SMALL.to_json().encode())
+        | st.binary(max_size=40)
+    )
     (folder / "tokenizer.json").write_bytes(data.draw(content))
     (folder / "vocab.txt").write_bytes(data.draw(damaged(VOCABULARY.encode()) | st.binary(max_size=40)))
     for read, name in ((Tokenizer.from_file, "tokenizer.json"), (load_world_tokenizer.__wrapped__, "vocab.txt")):

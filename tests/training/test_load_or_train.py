@@ -209,7 +209,7 @@ def test_an_interrupted_retraining_goes_on(place, monkeypatch, capsys, end):
     monkeypatch.setattr(load_or_train, "fit", fit)
     assert trained_now(capsys, FINAL) == [[], [LM, FINAL]]  # without retrain: as ever
     checkpoints.begin_retraining(TINY)
-    assert "going on with the retraining of 20" in capsys.readouterr().out
+    assert "resuming the retraining of 20" in capsys.readouterr().out
     assert trained_now(capsys, FINAL, retrain=True) == [[FINAL], [LM]]
     assert trained_now(capsys, FINAL, retrain=True) == [[], [LM, FINAL]]
     checkpoints.end_retraining(TINY)
@@ -219,12 +219,12 @@ def test_an_interrupted_retraining_goes_on(place, monkeypatch, capsys, end):
 
 def test_a_retraining_may_be_given_up(place, capsys):
     """By removing the file that the message names."""
-    for expected in ("", "going on", ""):
+    for expected in ("", "resuming", ""):
         checkpoints.begin_retraining(TINY)
         said = capsys.readouterr().out
         assert said.startswith(expected)
         if expected:
-            Path(said.split("remove ")[1].rpartition(" before")[0]).unlink()
+            Path(said.split("remove ")[1].strip()).unlink()
 
 
 def test_two_processes_do_not_train_the_same(place, no_training):
