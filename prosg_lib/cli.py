@@ -46,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         # Every process of a training raises Diverged with the same message; only the first prints it.
         return _refused(error) if not isinstance(error, Diverged) or os.environ.get("RANK", "0") == "0" else USAGE
-    except (
-        OSError
-    ) as error:  # that nothing closer to it has named: a full terminal, a name too long, too many open files
+    except OSError as error:  # not named closer to its cause: a full terminal, a name too long, too many open files
         return _refused(f"{error.filename or 'the output, or a file'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("allocate|out of memory", str(error)):

@@ -75,7 +75,7 @@ def test_unknown_commands_and_options_are_refused(arguments, capsys):
         (["train", "everything"], "unknown recipe 'everything'; there are rwkv4-dialogue, "),
         (["train", "rwkv4-dialogue-adapter", "--recompute"], "rwkv4-dialogue-adapter needs second derivatives"),
         (["train", "rwkv4-dialogue-token", "--set", "rank=3"], "no setting 'rank'; there are size.rank, size.width"),
-        (["train", "rwkv4-dialogue-token", "--set", "size.rank=x"], "size.rank=x is no value of the type int"),
+        (["train", "rwkv4-dialogue-token", "--set", "size.rank=x"], "size.rank=x is not a value of type int"),
         (["train", "rwkv4-dialogue-token", "--set", "size.rank"], "--set takes NAME=VALUE, not 'size.rank'"),
         (["train", "rwkv4-dialogue", *2 * ("--set", "training.lr=1")], "--set sets training.lr twice"),
         *(
@@ -98,7 +98,7 @@ def test_unknown_commands_and_options_are_refused(arguments, capsys):
             "alone=nan is refused: it takes 0 or more",
         ),
         (["chat", "--model", "x" * 300], "File name too long"),
-        (["train", "llama-reader-pairs-maps-squad-lc", "--profile", "smoke"], "squad is no task of smoke"),
+        (["train", "llama-reader-pairs-maps-squad-lc", "--profile", "smoke"], "squad is not a task of smoke"),
         (["train", "llama-pairs-adapter-characters-lc", "--profile", "paper"], "paper has no model llama-pairs"),
     ],
 )

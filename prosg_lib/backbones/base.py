@@ -189,7 +189,7 @@ class LanguageModel(nn.Module, ABC):
         Returns:
             logits (B, last or T, vocab), meaningless where not valid; state after the last token.
         Raises:
-            UserError: ids are no token ids of this model; there is not one state, or not one delta, for each sequence;
+            UserError: ids are not token ids of this model; there is not one state, or not one delta, for each sequence;
                 the state or the delta is another model's.
         """
         if not _is_of(ids, torch.int64, torch.int32) or ids.ndim != 2 or not ids.numel():

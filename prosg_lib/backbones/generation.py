@@ -129,7 +129,7 @@ def stream_text(
 
 
 def _texts(lm: GenerativeModel, prompts: Prompts, decoding: Decoding) -> list[_Text]:
-    count = len(prompts) if hasattr(prompts, "__len__") else 0  # what are no prompts is refused when they are encoded
+    count = len(prompts) if hasattr(prompts, "__len__") else 0  # anything else is refused when it is encoded
     return [_Text(lm.needed_tokenizer(), decoding.stops()) for _ in range(count)]
 
 

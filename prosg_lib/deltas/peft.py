@@ -152,7 +152,7 @@ def _by_name(patterns: Mapping[str, float] | None, default: float, names: list[s
         done = subprocess.run(command, input=work, capture_output=True, text=True, timeout=_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(
-            f"{config} has patterns that are no regular expressions, or take more than {_SECONDS} s to match: "
+            f"{config} has patterns that are not regular expressions, or take more than {_SECONDS} s to match: "
             f"{', '.join(map(repr, patterns))[:200]}; give the modules' names instead"
         ) from error
     return {n: default if p is None else patterns[p] for n, p in zip(names, json.loads(done.stdout), strict=True)}

@@ -82,7 +82,7 @@ def record(
     elements = value.numel() if hasattr(value, "numel") else getattr(value, "size", None)
     plain = value.item() if elements == 1 else value
     if not isinstance(plain, numbers.Real):
-        raise UserError(f"Claim {name!r} is no number but {value!r}; record a float.")
+        raise UserError(f"Claim {name!r} is not a number but {value!r}; record a float.")
     entry: ledger.Row = {"value": float(plain)}
     if shown:
         entry["shown"] = True

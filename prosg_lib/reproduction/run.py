@@ -21,9 +21,9 @@ AGAIN_S = 10.0
 
 
 def interrupt(number: int, frame: object) -> None:
-    """Handler of a signal: raises KeyboardInterrupt, and again after `AGAIN_S`, until a notebook was ended by it.
+    """Signal handler: raises KeyboardInterrupt, and again every `AGAIN_S` until a notebook has ended by it.
 
-    One that is raised while an object is deleted is printed and lost.
+    Python prints and drops one that is raised while an object is being deleted.
     """
     if hasattr(signal, "setitimer"):  # not on Windows
         signal.signal(signal.SIGALRM, interrupt)

@@ -52,7 +52,7 @@ def pairs_of(task: str, split: str, profile: Profile, tokenizer: Tokenizer | Non
 def missing(task: str, profile: Profile) -> UserError:
     """The error for a task that a profile does not have, or that this machine has no data for."""
     if task not in profile.pairs.tasks:
-        return UserError(f"{task} is no task of {profile.name}; take cpu or gpu")
+        return UserError(f"{task} is not a task of {profile.name}; take cpu or gpu")
     return UserError(f"the data of {task} are not here; set PROSG_TEST_DATA to a folder with xquad/ or wikitext-2/")
 
 

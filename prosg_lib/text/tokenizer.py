@@ -76,7 +76,7 @@ class Tokenizer:
             bpe.no_truncation()  # a file may say how its texts were cut and padded in training
             bpe.no_padding()
             return cls(bpe)
-        except BaseException as error:  # the library has bare Exceptions, and panics, which are no Exceptions
+        except BaseException as error:  # the library has bare Exceptions, and panics, which are not Exceptions
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise UserError(f"{where} is not a tokenizer ({reason(error)}); copy the file again") from error

@@ -211,8 +211,8 @@ def load_generator(name: str, lm: LanguageModel) -> Generator:
         raise UserError(f"{path} is of another version: it holds a module of kind {kind!r}")
     if kind in ("weights", "maps"):
         raise UserError(
-            f"{path.name} changes all weights of the model ({kind}), which is no low-rank delta; take an adapter or a "
-            "generator"
+            f"{path.name} changes all weights of the model ({kind}), which is not a low-rank delta; "
+            "take an adapter or a generator"
         )
     size = read_as(MODULES[kind][0], sizes, f"{path}, record.module")
     with torch.device("meta"):  # a file may ask for more than there is memory for

@@ -147,7 +147,7 @@ def _value(key: str, value: object, kind: type) -> object:
         return tuple(read(text) for text in value.split(",")) if several else read(value)
     except (ValueError, TypeError, KeyError, OverflowError):
         wanted = f"{one.__name__}, several with commas" if several else one.__name__
-        raise UserError(f"{key}={value} is no value of the type {wanted}") from None
+        raise UserError(f"{key}={value} is not a value of type {wanted}") from None
 
 
 def checkpoint_name(

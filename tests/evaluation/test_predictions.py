@@ -71,19 +71,15 @@ def test_missing_and_damaged_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": None}, "method should be text"),
         ({"method": "$x^|\n"}, "method should be a name of letters"),
         ({"distance": "far"}, "distance should be a whole number"),
-        ({"distance": True}, "distance should be a whole number"),
         ({"seed": -1}, "whole numbers should be from 0"),
         ({"prompt": 10**30}, "whole numbers should be from 0"),
         ({"instructions": {"tone": "kind"}}, "instructions"),
-        ({"gold": "Oslo"}, "gold should be a list"),
         ({"gold": [3, 4]}, r"gold\[0\] should be text"),
         ({"predicted": ["Oslo"]}, "predicted should have as many answers as gold"),
         ({"gold": [], "predicted": []}, "predicted should have as many answers as gold, at least one"),
         ({"competing_right": 9}, "competing_right should be at most competing_total"),
-        ({"score": 1.0}, "score should be left out"),
         ({"a\n\x1b[31m": 1}, "a +should be left out"),
     ],
 )

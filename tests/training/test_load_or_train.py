@@ -357,8 +357,8 @@ def test_a_variant_is_trained_kept_and_found_again(place, monkeypatch, name, cha
         ("rwkv4-dialogue-static", {"size.rank": 10**9}, "rank 1000000000 asked for"),
         ("rwkv4-dialogue", {"size.width": 10**8}, "no rwkv4 has these sizes: .*memory"),
         ("mamba2-dialogue", {"size.heads": 7}, "no mamba2 has these sizes"),
-        ("llama-reader-pairs", {}, "wikitext is no task of tiny; take cpu or gpu"),
-        ("llama-reader-pairs-maps-squad-lc", {}, "squad is no task of tiny"),
+        ("llama-reader-pairs", {}, "wikitext is not a task of tiny; take cpu or gpu"),
+        ("llama-reader-pairs-maps-squad-lc", {}, "squad is not a task of tiny"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(small_world, tmp_path, no_training, name, changes, message):

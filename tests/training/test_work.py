@@ -179,7 +179,7 @@ def test_tasks_that_a_profile_or_machine_lacks():
     assert available("characters", TINY)
     assert not available("wikitext", TINY)
     for task, profile, message in (
-        ("wikitext", TINY, "wikitext is no task of tiny"),
+        ("wikitext", TINY, "wikitext is not a task of tiny"),
         ("riddles", TINY, "unknown task 'riddles'; there are characters, reversal"),
         ("squad", PROFILES["cpu"], "the data of squad are not here; set PROSG_TEST_DATA"),
     ):
