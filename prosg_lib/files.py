@@ -105,9 +105,9 @@ def check_writable(folder: str | Path, option: str) -> None:
             probe.write_bytes(b"x")
         finally:
             probe.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a name with a NUL
         in_the_way = isinstance(error, FileExistsError)
-        reason = "a file or a broken link has its name" if in_the_way else error.strerror
+        reason = "a file or a broken link has its name" if in_the_way else getattr(error, "strerror", error)
         raise UserError(
             f"The folder {folder} cannot be written to ({reason}); choose another with {option}."
         ) from error

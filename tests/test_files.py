@@ -321,6 +321,8 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     for name, reason in (("file", "has its name"), ("link", "has its name"), ("file/x", "Not a directory")):
         with pytest.raises(UserError, match=f"{name} cannot be written to .*{reason}.*choose another with --out"):
             files.check_writable(tmp_path / name, "--out")
+    with pytest.raises(UserError, match=r"a b cannot be written to .*embedded null"):
+        files.check_writable(tmp_path / "a\0b", "--out")
     monkeypatch.setattr(
         files.Path, "write_bytes", lambda path, content: os.write(os.open("/dev/full", os.O_RDWR), b"x")
     )
