@@ -332,6 +332,7 @@ def started(root, *arguments, code=PACKAGE, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup, around the tests, ignores
     )
     try:
         yield process

@@ -65,7 +65,7 @@ def test_shares_are_put_together_in_order(monkeypatch, count, work):
 def test_what_processes_found_differently_is_said(monkeypatch):
     """By all of them, with what each found."""
     monkeypatch.setattr(processes, "gathered", lambda value: [value, 3])
-    with pytest.raises(UserError, match="different things for the step: 7, 3; put PROSG_RUNS on a disk"):
+    with pytest.raises(UserError, match="the processes disagree on the step: 7, 3; put PROSG_RUNS on a disk"):
         processes.agreed(7, "the step")
 
 
