@@ -34,9 +34,9 @@ $(STAMP): requirements.lock pyproject.toml
 reproduce: $(STAMP)
 	$(VENV)/bin/prosg reproduce --profile $(PROFILE) $(if $(filter-out 0,$(RETRAIN)),--retrain)
 
-# A process a core, of one thread each; the tests of a file that share something slow stay together (xdist_group).
+# A process a core, of one thread each; the tests of a file stay together, because they share what is slow to make.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -26,8 +26,6 @@ from prosg_lib.reproduction import kernel, report
 from prosg_lib.reproduction import notebook_files as notebooks
 from prosg_lib.reproduction import run as reproduce
 
-pytestmark = pytest.mark.xdist_group("course")
-
 PACKAGE = Path(reproduce.__file__).parents[2]
 PARAMETERS = 'profile = "smoke"\nseed = 0\nretrain = False\n'
 BEGIN = """from prosg_lib.config import get_profile

@@ -14,8 +14,6 @@ from torch.testing import assert_close
 
 from prosg_lib import files, paths
 
-pytestmark = pytest.mark.xdist_group("two processes")
-
 SAME = {"rtol": 0.0, "atol": 1e-5}
 """Sums are taken in another order, and a training of 20 steps makes more of the difference."""
 

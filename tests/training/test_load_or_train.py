@@ -27,8 +27,6 @@ from prosg_lib.training.checkpoints import kept, load_generator, new_module
 from prosg_lib.training.load_or_train import MemoryBudget
 from prosg_lib.training.recipes import checkpoint_name, recipe, recipes
 
-pytestmark = pytest.mark.xdist_group("trained recipes")
-
 LM, TOKEN = "rwkv4-dialogue", "rwkv4-dialogue-token"
 TRAINED = [name for name in recipes(TINY) if "wikitext" not in name and "squad" not in name and "reader" not in name]
 
