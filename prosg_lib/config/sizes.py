@@ -170,6 +170,20 @@ class TransformedSize(GeneratorSize):
 
 
 @dataclass(frozen=True)
+class StateSize(GeneratorSize):
+    """Sizes of a generator that sees states only.
+
+    Attributes:
+        terms: outer products that a state becomes; term: numbers that each is made from.
+        sentences: whether it sees the state after every sentence of the prompt, or only the last.
+    """
+
+    terms: int = 32
+    term: int = 64
+    sentences: bool = False
+
+
+@dataclass(frozen=True)
 class StepSize(Sizes):
     """One gradient step on all weights.
 
@@ -391,6 +405,22 @@ class SuiteSizes:
 
 
 @dataclass(frozen=True)
+class OpenSizes:
+    """All that is trained on the open world, on the same examples; the defaults are the cpu profile's.
+
+    Attributes:
+        model: of the language model; training: of everything, as many steps on as many dialogues.
+        token, final: the generators.
+    """
+
+    model: RWKV4Config = RWKV4Config(VOCAB, 192, 4, 768)
+    training: Training = Training(2400, 32, 3e-3, (3, 6, 6, 12, 24), (0, 0, 64, 128, 256, 512))
+    token: GeneratorSize = GeneratorSize(32, 384, ("att.output", "att.value", "ffn.key", "ffn.value"))
+    final: StateSize = StateSize(32, 384, ("att.output", "att.value", "ffn.key", "ffn.value"))
+    token_training: Training = Training(2400, 32, 2e-3, (3, 6, 6, 12, 24), (0, 0, 64, 128, 256, 512), warmup=150)
+
+
+@dataclass(frozen=True)
 class Profile:
     """All sizes of one profile.
 
@@ -422,3 +452,4 @@ class Profile:
     models_of: str | None = None
     forgetting: Forgetting = Forgetting()
     suite: SuiteSizes = SuiteSizes()
+    open: OpenSizes = OpenSizes()

@@ -152,6 +152,7 @@ def _ask(
     begin: Start,
     state: RecurrentState | None,
     distance: int,
+    longest: int = _ANSWER_TOKENS,
 ) -> list[list[str]]:
     """The generated answers to every item's questions, each asked from its own copy of the state."""
     newline = data.tokenizer.encode("\n")
@@ -166,7 +167,7 @@ def _ask(
         rows = owner[first : first + together]
         forked, copies = begin.select(rows), None if state is None else state.select(rows)
         texts += reading.answering(lm, forked).generate(
-            questions[first : first + together], copies, forked.delta, max_new_tokens=_ANSWER_TOKENS
+            questions[first : first + together], copies, forked.delta, max_new_tokens=longest
         )
     texts = iter(texts)
     return [[next(texts) for _ in item.probes] for item in items]

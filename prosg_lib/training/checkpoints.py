@@ -26,6 +26,7 @@ from prosg_lib.config.sizes import (
     GeneratorSize,
     Mamba2Size,
     RWKV4Config,
+    StateSize,
     StepSize,
     SupervisedSize,
     TransformedSize,
@@ -35,6 +36,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator, edited_maps
 from prosg_lib.generators.final_state import FinalStateGenerator
 from prosg_lib.generators.mend import TransformedGradient
+from prosg_lib.generators.states import StateGenerator
 from prosg_lib.generators.static import StaticDelta
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.gradient_steps.adapter_step import AdapterStep
@@ -105,6 +107,11 @@ def _final_state(size: GeneratorSize, lm: LanguageModel) -> FinalStateGenerator:
     return FinalStateGenerator(lm, size.rank, _width(size, lm), _maps(size, lm))
 
 
+def _states(size: StateSize, lm: LanguageModel) -> StateGenerator:
+    ends = lm.needed_tokenizer().encode(".") if size.sentences else ()
+    return StateGenerator(lm, size.rank, _width(size, lm), _maps(size, lm), size.terms, size.term, ends)
+
+
 def _transformed(size: TransformedSize, lm: LanguageModel) -> TransformedGradient:
     return TransformedGradient(lm, size.rank, _width(size, lm), _maps(size, lm), size.step)
 
@@ -116,6 +123,7 @@ MODULES: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
     "token": (GeneratorSize, _token_wise),
     "supervised": (SupervisedSize, _token_wise),
     "final": (GeneratorSize, _final_state),
+    "states": (StateSize, _states),
     "mend": (TransformedSize, _transformed),
     "static": (GeneratorSize, lambda size, lm: StaticDelta(lm, size.rank, _maps(size, lm))),
     "adapter": (AdapterSize, lambda size, lm: AdapterStep(lm, size.rank, size.maps, size.lr)),

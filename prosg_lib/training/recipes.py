@@ -92,7 +92,7 @@ def ending(profile: Profile) -> str:
 @cache
 def recipes(profile: Profile) -> dict[str, Recipe]:
     """All recipes with the sizes of a profile, by name, each model before what is for it."""
-    found = [*_dialogues(profile), *_pairs(profile), *_problems(profile)]
+    found = [*_dialogues(profile), *_open_world(profile), *_pairs(profile), *_problems(profile)]
     return {recipe.name: recipe for recipe in found}
 
 
@@ -221,6 +221,23 @@ def _dialogues(p: Profile) -> list[Recipe]:
             "32 min, CPU",
             int(REPEATS * llama_training.steps),
         ),
+    ]
+
+
+def _open_world(p: Profile) -> list[Recipe]:
+    """Models of the open world, and what makes deltas for them."""
+    sizes, lm = p.open, "rwkv4-open"
+
+    def generator(kind, about, size, time):
+        return Recipe(
+            f"{lm}-{kind}", about, kind, size, "open", sizes.token_training, lm, curriculum=Curriculum(), time=time
+        )
+
+    return [
+        Recipe(lm, "RWKV-4 language model of the open world", "rwkv4", sizes.model, "open", sizes.training),
+        generator("token", "token-wise generator", sizes.token, ""),
+        generator("states", "generator that sees the final state", sizes.final, ""),
+        generator("static", "control: one delta for all prompts", sizes.token, ""),
     ]
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.config import PROFILES, Profile
 from prosg_lib.config.sizes import TASKS, SupervisedSize
-from prosg_lib.tasks import mqar
+from prosg_lib.tasks import mqar, open_world
 from prosg_lib.tasks.dialogue import data_hash, load_dialogues
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.tasks.pair_batches import PairDraw, repeated_tokens
@@ -27,7 +27,7 @@ from prosg_lib.tasks.problems import VERSION, Material
 from prosg_lib.tasks.wording import draw_facts
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
-from prosg_lib.training import distributed
+from prosg_lib.training import distributed, open_objectives
 from prosg_lib.training.loop import Loss
 from prosg_lib.training.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 from prosg_lib.training.pair_objectives import pair_lm_objective, pair_objective
@@ -61,15 +61,17 @@ def work(recipe: Recipe, profile: Profile, module: nn.Module, lm: LanguageModel 
         if recipe.kind == "llama" and recipe.data != "pairs":
             # Fused attention has no second derivative, which is not needed here, and takes a third of the time.
             module.model.set_attn_implementation("sdpa")
-    return {"dialogues": _dialogue_work, "pairs": _pair_work, "problems": _problem_work}[recipe.data](
-        recipe, profile, module, lm, seed
-    )
+    return {"dialogues": _dialogue_work, "open": _open_work, "pairs": _pair_work, "problems": _problem_work}[
+        recipe.data
+    ](recipe, profile, module, lm, seed)
 
 
 def data_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> str | dict:
     """Names the data of a recipe, as far as every machine has them; a checkpoint's provenance names the prose."""
     if recipe.data == "dialogues":
         return data_hash(tokenizer, rich=not recipe.is_model)
+    if recipe.data == "open":
+        return open_world.data_hash(tokenizer)
     if recipe.data == "problems":
         suite = profile.suite
         return {"problems": VERSION, "mqar": mqar.VOCAB, "cells": suite.practice.cells, "longest": suite.longest}
@@ -117,6 +119,19 @@ def _dialogue_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel |
     if recipe.size.directions:
         start_directions(lm, module, recipe.size, sample)
     return Work(batch_of, supervised_objective(*given, recipe.size, sample, autocast, recipe.curriculum))
+
+
+def _open_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:
+    data = open_world.load_open_world("known", "train", seed, (lm or module).needed_tokenizer())
+    training, autocast = recipe.training, distributed.bfloat16()
+    if lm is None:
+        draw = open_objectives.lm_draw(data, training)
+        return _repeats_first(recipe, module, seed, Work(draw, open_objectives.lm_objective(module, autocast)))
+    draw = open_objectives.generator_draw(data, training, recipe.curriculum)
+    sample = draw(-1).to(distributed.device())
+    module.fit_normaliser(lm, sample.prompt, sample.prompt_valid)
+    objective = open_objectives.generator_objective(lm, module, seed, training, recipe.curriculum, autocast)
+    return Work(draw, objective)
 
 
 def _problem_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:

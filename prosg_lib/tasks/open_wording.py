@@ -1,0 +1,180 @@
+"""The wording of the open world: values and slots that belong to one split each, and sentences about them.
+
+A fact is a slot ("dentist") with a value ("Fadin"), of the user or of somebody else. Values, slots, sentences, names
+and the words of instructions are each divided among the splits, so that a level can take any of them from a held-out
+split: an answer about a new value can only be copied, and a question about a new slot only be found by its words.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from prosg_lib import files
+from prosg_lib.errors import UserError
+from prosg_lib.paths import data_dir
+from prosg_lib.text.prose import check_split
+
+LEVELS = {
+    "known": (),
+    "values": ("values",),
+    "slots": ("slots",),
+    "wordings": ("wordings",),
+    "all": ("values", "slots", "wordings"),
+}
+"""What is new at each level; everything else is as in training."""
+
+
+@cache
+def words() -> dict:
+    """Slots, sentences, instructions and names: `data/open_world.json`, each by split."""
+    return files.read_json(data_dir() / "open_world.json")
+
+
+@cache
+def values() -> dict[str, dict[str, list[str]]]:
+    """Values by type and split: `data/open_values.json`."""
+    return files.read_json(data_dir() / "open_values.json")
+
+
+UNKNOWN = "you did not tell me"
+"""The right answer to a question about what was never said."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A slot of somebody (who; None: the user), and its value."""
+
+    slot: str
+    value: str
+    who: str | None = None
+
+    @property
+    def key(self) -> tuple[str | None, str]:
+        return self.who, self.slot
+
+
+@cache
+def type_of(slot: str) -> str:
+    """The type of a slot's values."""
+    return next(t for t, splits in words()["slots"].items() if any(slot in names for names in splits.values()))
+
+
+@dataclass(frozen=True)
+class Level:
+    """Where an item's parts come from: of the split what is new, and of training everything else.
+
+    Attributes:
+        split: "train", "validation" or "test".
+        new: "values", "slots" and "wordings", as far as they are of the split.
+    """
+
+    split: str
+    new: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_split(self.split)
+
+    @classmethod
+    def named(cls, name: str, split: str) -> Level:
+        """One of `LEVELS`."""
+        if name not in LEVELS:
+            raise UserError(f"unknown level {name!r}; there are {', '.join(LEVELS)}")
+        return cls(split, LEVELS[name])
+
+    def _split(self, part: str) -> str:
+        return self.split if part in self.new else "train"
+
+    def slots(self) -> list[str]:
+        return _slots(self._split("slots"))
+
+    def value(self, slot: str, rng: random.Random, other_than: str | None = None) -> str:
+        """A value of the slot's type."""
+        drawn = rng.choice(values()[type_of(slot)][self._split("values")])
+        return drawn if drawn != other_than else self.value(slot, rng, other_than)
+
+    def others(self) -> list[str]:
+        return words()["others"][self._split("values")]
+
+    def cues(self) -> list[str]:
+        return words()["cues"][self._split("values")]
+
+    def instruction(self, kind: str, rng: random.Random) -> tuple[str, str]:
+        """A word, and a sentence that asks for it."""
+        table = words()["instructions"][kind]
+        word = rng.choice(table["words"][self._split("values")])
+        return word, rng.choice(table[self._split("wordings")]).format(v=word)
+
+    def sentence(self, kind: str, rng: random.Random, **gaps: str) -> str:
+        """A sentence of one kind (`words()["frames"]`)."""
+        return rng.choice(words()["frames"][kind][self._split("wordings")]).format_map(gaps)
+
+    def statement(self, facts: Sequence[Fact], rng: random.Random, update: bool = False) -> str:
+        """One sentence that states one fact or two; update: that corrects an earlier one."""
+        if len(facts) == 2:
+            gaps = {f"{name}{i}": text for i, f in enumerate(facts, 1) for name, text in _gaps(f).items()}
+            return self.sentence("two", rng, **gaps)
+        return self.sentence("update" if update else "one", rng, **_gaps(facts[0]))
+
+    def question(self, fact: Fact, rng: random.Random) -> str:
+        special = f"question_{type_of(fact.slot)}"
+        kind = special if special in words()["frames"] and rng.random() < 0.25 else "question"
+        return self.sentence(kind, rng, **_gaps(fact))
+
+    def embellished(self, sentence: str, rng: random.Random) -> str:
+        """The sentence, at times with an aside before or after it."""
+        if rng.random() < 0.15:
+            start = sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
+            sentence = f"{self.sentence('before', rng)} {start}"
+        if sentence.endswith(".") and rng.random() < 0.1:
+            sentence = f"{sentence.removesuffix('.')}, {self.sentence('after', rng)}."
+        return sentence
+
+
+@cache
+def _slots(split: str) -> list[str]:
+    return [slot for splits in words()["slots"].values() for slot in splits[split]]
+
+
+def _gaps(fact: Fact) -> dict[str, str]:
+    """What fills the gaps of a sentence."""
+    poss, capital = ("my", "My") if fact.who is None else (f"{fact.who}'s", f"{fact.who}'s")
+    return {"poss": poss, "Poss": capital, "noun": fact.slot, "v": fact.value}
+
+
+def full_answer(value: str, instructions: Mapping[str, str]) -> str:
+    """`Well, Fadin, captain, over.`: the value, surrounded by the words of the instructions."""
+    parts = [instructions.get("opener"), value, instructions.get("address"), instructions.get("closer")]
+    return ", ".join(p for p in parts if p) + "."
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a generated answer says: the value it gives, and the share of the instructions that it follows.
+
+    Attributes:
+        said: the answer without the words of instructions.
+        followed: None if there are no instructions.
+    """
+
+    said: str
+    followed: float | None
+
+
+@cache
+def _instruction_words(kind: str) -> frozenset[str]:
+    return frozenset(w for names in words()["instructions"][kind]["words"].values() for w in names)
+
+
+def judge(generated: str, instructions: Mapping[str, str]) -> Verdict:
+    """Take an answer apart. An instruction is followed if its word stands in its place: the opener first, the closer
+    last, the address after the value."""
+    parts = generated.strip().removesuffix(".").split(", ")
+    known = {kind: _instruction_words(kind) | {instructions.get(kind)} for kind in words()["instructions"]}
+    found = {"opener": parts.pop(0) if parts and parts[0] in known["opener"] else None}
+    for kind in ("closer", "address"):
+        found[kind] = parts.pop() if parts and parts[-1] in known[kind] else None
+    followed = [found[kind] == word for kind, word in instructions.items()]
+    return Verdict(", ".join(parts), sum(followed) / len(followed) if followed else None)
