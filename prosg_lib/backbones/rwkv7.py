@@ -9,7 +9,6 @@ Glossary of shapes: B batch, T time, D width, F feed-forward width, L layers, H 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,35 +16,7 @@ from torch import Tensor, nn
 from prosg_lib.backbones.rwkv import RWKV, BlockState, interpolate, squared_relu, token_shift
 from prosg_lib.backbones.state import state_dtype
 from prosg_lib.backbones.wkv7 import wkv7
-from prosg_lib.errors import UserError
-
-
-@dataclass(frozen=True)
-class RWKV7Config:
-    """Sizes; the defaults are those of the published model of width 768.
-
-    Attributes:
-        ffn: the feed-forward width, 4 D in every published model.
-        head: N, 64 in every published model.
-        decay_rank, rate_rank, value_rank, gate_rank: ranks of the low-rank maps to w, a, v and g. A model of a single
-            layer has no map to v, and value_rank 0.
-    """
-
-    vocab: int
-    width: int
-    layers: int
-    ffn: int
-    head: int = 64
-    decay_rank: int = 64
-    rate_rank: int = 64
-    value_rank: int = 32
-    gate_rank: int = 128
-
-    def __post_init__(self):
-        if self.head < 1 or self.width % self.head:
-            raise UserError(f"{self.width} is not a multiple of the head size {self.head}; choose a width that is")
-        if self.layers == 1:
-            object.__setattr__(self, "value_rank", 0)
+from prosg_lib.config.sizes import RWKV7Config
 
 
 def _mixing(config: RWKV7Config, layer: int, power: float) -> nn.Parameter:

@@ -36,6 +36,37 @@ class RWKV4Config(Sizes):
 
 
 @dataclass(frozen=True)
+class RWKV7Config(Sizes):
+    """Sizes; the defaults are those of the published model of width 768.
+
+    Attributes:
+        ffn: the feed-forward width, 4 D in every published model.
+        head: N, 64 in every published model.
+        decay_rank, rate_rank, value_rank, gate_rank: ranks of the low-rank maps to w, a, v and g. A model of a single
+            layer has no map to v, and value_rank 0.
+    """
+
+    may_be_zero = ("value_rank",)
+
+    vocab: int
+    width: int
+    layers: int
+    ffn: int
+    head: int = 64
+    decay_rank: int = 64
+    rate_rank: int = 64
+    value_rank: int = 32
+    gate_rank: int = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.head < 1 or self.width % self.head:
+            raise UserError(f"{self.width} is not a multiple of the head size {self.head}; choose a width that is")
+        if self.layers == 1:
+            object.__setattr__(self, "value_rank", 0)
+
+
+@dataclass(frozen=True)
 class TransformerConfig(Sizes):
     """Sizes of a model of `transformers`. kind: its model_type; ffn, heads: 0 where the class does not say.
 
@@ -414,6 +445,7 @@ class OpenSizes:
     """
 
     model: RWKV4Config = RWKV4Config(VOCAB, 192, 4, 768)
+    seventh: RWKV7Config = RWKV7Config(VOCAB, 128, 4, 512, 32, 32, 32, 16, 64)
     training: Training = Training(2400, 32, 3e-3, (3, 6, 6, 12, 24), (0, 0, 64, 128, 256, 512))
     token: GeneratorSize = GeneratorSize(32, 384, ("att.output", "att.value", "ffn.key", "ffn.value"))
     final: StateSize = StateSize(32, 384, ("att.output", "att.value", "ffn.key", "ffn.value"))

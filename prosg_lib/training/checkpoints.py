@@ -20,12 +20,14 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub_families import new_mamba2
 from prosg_lib.backbones.hub_transformer import new_llama
 from prosg_lib.backbones.rwkv4 import RWKV4
+from prosg_lib.backbones.rwkv7 import RWKV7
 from prosg_lib.config import Profile
 from prosg_lib.config.sizes import (
     AdapterSize,
     GeneratorSize,
     Mamba2Size,
     RWKV4Config,
+    RWKV7Config,
     StateSize,
     StepSize,
     SupervisedSize,
@@ -118,6 +120,7 @@ def _transformed(size: TransformedSize, lm: LanguageModel) -> TransformedGradien
 
 MODULES: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
     "rwkv4": (RWKV4Config, lambda size, lm: RWKV4(size)),
+    "rwkv7": (RWKV7Config, lambda size, lm: RWKV7(size)),
     "llama": (TransformerConfig, lambda size, lm: new_llama(size)),
     "mamba2": (Mamba2Size, lambda size, lm: new_mamba2(size.settings)),
     "token": (GeneratorSize, _token_wise),

@@ -23,13 +23,14 @@ from prosg_lib.config.sizes import (
     PairCourse,
     PairTraining,
     RWKV4Config,
+    RWKV7Config,
     StepSize,
     Training,
     TransformerConfig,
 )
 from prosg_lib.errors import UserError
 
-LANGUAGE_MODELS = ("rwkv4", "llama", "mamba2")
+LANGUAGE_MODELS = ("rwkv4", "rwkv7", "llama", "mamba2")
 GRADIENT_STEPS = ("adapter", "weights", "maps")
 """Kinds of module that take a real gradient step; training goes through it and needs second derivatives."""
 
@@ -42,7 +43,7 @@ _PEOPLE = TASKS[:2]
 _ALL_MAPS = ("",)
 _SHORTER_WARMUP = 6
 
-Size = RWKV4Config | TransformerConfig | Mamba2Size | GeneratorSize | AdapterSize | StepSize
+Size = RWKV4Config | RWKV7Config | TransformerConfig | Mamba2Size | GeneratorSize | AdapterSize | StepSize
 
 
 @dataclass(frozen=True)
@@ -226,19 +227,23 @@ def _dialogues(p: Profile) -> list[Recipe]:
 
 def _open_world(p: Profile) -> list[Recipe]:
     """Models of the open world, and what makes deltas for them."""
-    sizes, lm = p.open, "rwkv4-open"
+    sizes = p.open
 
-    def generator(kind, about, size, time):
+    def generator(lm, kind, about, size, time):
         return Recipe(
             f"{lm}-{kind}", about, kind, size, "open", sizes.token_training, lm, curriculum=Curriculum(), time=time
         )
 
-    return [
-        Recipe(lm, "RWKV-4 language model of the open world", "rwkv4", sizes.model, "open", sizes.training),
-        generator("token", "token-wise generator", sizes.token, ""),
-        generator("states", "generator that sees the final state", sizes.final, ""),
-        generator("static", "control: one delta for all prompts", sizes.token, ""),
-    ]
+    found = []
+    for name, size in {"rwkv4": sizes.model, "rwkv7": sizes.seventh}.items():
+        lm = f"{name}-open"
+        found += [
+            Recipe(lm, f"RWKV-{name[-1]} language model of the open world", name, size, "open", sizes.training),
+            generator(lm, "token", "token-wise generator", sizes.token, ""),
+            generator(lm, "states", "generator that sees the final state", sizes.final, ""),
+            generator(lm, "static", "control: one delta for all prompts", sizes.token, ""),
+        ]
+    return found
 
 
 def _pairs(p: Profile) -> list[Recipe]:
