@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from itertools import product
+from itertools import product, zip_longest
 
 from prosg_lib import files
 from prosg_lib.paths import data_dir
@@ -85,9 +85,15 @@ def values() -> dict[str, dict[str, list[str]]]:
     for kind, candidates in _candidates().items():
         unique = sorted(set(candidates))
         random.Random(f"open values, {kind}").shuffle(unique)
-        longest = LONGEST if kind in ("number", "time") else LONGEST - 1
-        fitting = [v for v in unique if len(encode(" " + v)) <= longest]
-        made[kind] = {s: sorted([v for v in fitting if split_of(v) == s][:most]) for s, most in MOST.items()}
+        longest = LONGEST if kind == "time" else LONGEST - 1
+        made[kind] = {}
+        for split, most in MOST.items():
+            by_length = [[] for _ in range(longest)]  # so that each length has its share, where there are enough
+            for value in unique:
+                if (tokens := len(encode(" " + value))) <= longest and split_of(value) == split:
+                    by_length[tokens - 1].append(value)
+            turns = [v for values in zip_longest(*by_length) for v in values if v is not None]
+            made[kind][split] = sorted(turns[:most])
     return made
 
 

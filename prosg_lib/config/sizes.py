@@ -444,12 +444,12 @@ class OpenSizes:
         token, final: the generators.
     """
 
-    model: RWKV4Config = RWKV4Config(VOCAB, 192, 4, 768)
+    model: RWKV4Config = RWKV4Config(VOCAB, 128, 4, 512)
     seventh: RWKV7Config = RWKV7Config(VOCAB, 128, 4, 512, 32, 32, 32, 16, 64)
-    training: Training = Training(2400, 32, 3e-3, (3, 6, 6, 12, 24), (0, 0, 64, 128, 256, 512))
-    token: GeneratorSize = GeneratorSize(32, 384, ("att.output", "att.value", "ffn.key", "ffn.value"))
-    final: StateSize = StateSize(32, 384, ("att.output", "att.value", "ffn.key", "ffn.value"))
-    token_training: Training = Training(2400, 32, 2e-3, (3, 6, 6, 12, 24), (0, 0, 64, 128, 256, 512), warmup=150)
+    training: Training = Training(1200, 32, 3e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
+    token: GeneratorSize = GeneratorSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
+    final: StateSize = StateSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
+    token_training: Training = Training(1200, 32, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
 
 
 @dataclass(frozen=True)

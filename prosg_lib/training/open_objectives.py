@@ -25,7 +25,10 @@ from prosg_lib.training.objectives import NAMES, Within, autocast_on, divergence
 QUESTIONS = 6
 """About the prompt's facts, at most; with as many facts as that or more, exactly so many."""
 
-_EASY_FACTS = 4
+
+LESSONS = ((0.1, 1), (0.2, 2), (0.4, 4))
+"""Of the language model's training: up to which share of the steps a prompt has at most how many facts, with the
+questions immediately behind it. Copying a value is learned first, and then which one."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,15 @@ class OpenDraw:
     """Step -> batch. Sizes are drawn once for a whole batch.
 
     Attributes:
-        easy_steps: so many first steps have questions immediately behind the prompt; few: and at most four facts.
+        near: so many first steps have questions immediately behind the prompt.
+        lessons: (first steps, most facts in them), ascending; in the first lesson a prompt states facts of the user's
+            and nothing else.
     """
 
     data: OpenWorld
     sizes: Training
-    easy_steps: int
-    few: bool
+    near: int
+    lessons: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, step: int) -> OpenBatch:
         shape = self.shape(step)
@@ -49,8 +54,12 @@ class OpenDraw:
         rng = random.Random(f"{self.data.seed}/{step}")
         facts, distance = rng.choice(self.sizes.facts), rng.choice(self.sizes.distances)
         before = rng.choice((0, 0, 32, 128))
-        if step < self.easy_steps:
-            facts, distance, before = min(facts, _EASY_FACTS) if self.few else facts, 0, 0
+        if step < self.near:
+            distance = before = 0
+        most = next((most for steps, most in self.lessons if step < steps), facts)
+        facts = min(facts, most)
+        if self.lessons and step < self.lessons[0][0]:
+            return Shape(facts, distance, facts)
         return Shape(
             facts,
             distance,
@@ -64,12 +73,9 @@ class OpenDraw:
         )
 
 
-EASY = 0.35
-"""Share of the language model's training with few facts and questions right behind them: recall is learned there."""
-
-
 def lm_draw(data: OpenWorld, sizes: Training) -> OpenDraw:
-    return OpenDraw(data, sizes, int(EASY * sizes.steps), few=True)
+    lessons = tuple((int(share * sizes.steps), most) for share, most in LESSONS)
+    return OpenDraw(data, sizes, lessons[-1][0], lessons)
 
 
 def lm_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, OpenBatch], Loss]:
@@ -95,7 +101,7 @@ def _all_kinds(batch: OpenBatch) -> Tensor:
 
 
 def generator_draw(data: OpenWorld, sizes: Training, curriculum: Curriculum) -> OpenDraw:
-    return OpenDraw(data, sizes, int(curriculum.alone * sizes.steps), few=False)
+    return OpenDraw(data, sizes, int(curriculum.alone * sizes.steps))
 
 
 def generator_objective(
