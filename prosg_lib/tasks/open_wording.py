@@ -102,9 +102,13 @@ class Level:
         return words()["cues"][self._split("values")]
 
     def instruction(self, kind: str, rng: random.Random) -> tuple[str, str]:
-        """A word, and a sentence that asks for it."""
+        """A word, and a sentence that asks for it. Half of the words are made up: there are too few real ones for a
+        model to learn that any word will do."""
         table = words()["instructions"][kind]
         word = rng.choice(table["words"][self._split("values")])
+        if rng.random() < 0.5:
+            word = rng.choice(values()["person" if kind == "address" else "word"][self._split("values")])
+            word = word.capitalize() if kind == "opener" else word
         return word, rng.choice(table[self._split("wordings")]).format(v=word)
 
     def sentence(self, kind: str, rng: random.Random, **gaps: str) -> str:

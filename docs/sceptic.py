@@ -1,0 +1,145 @@
+"""Writes sceptic.md: the text of sceptic.md.jinja with numbers from data/measured/open_*.jsonl.gz.
+
+python docs/sceptic.py                      # write the page
+python docs/sceptic.py check                # exit code 1 if the page is not what would be written
+python docs/sceptic.py measure              # ask the shipped models everything again (about an hour on two cores)
+python docs/sceptic.py measure levels uses  # only some of it
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import pandas as pd
+import torch
+
+from prosg_lib import files, paths
+from prosg_lib.config import get_profile
+from prosg_lib.evaluation import memory_uses, open_recall, predictions, recall, statistics
+from prosg_lib.tasks.open_wording import LEVELS
+from prosg_lib.tasks.open_world import OpenWorld, Shape, load_open_world
+from prosg_lib.training.load_or_train import load_or_train
+
+PAGE = Path(__file__).with_name("sceptic.md")
+TEMPLATE = PAGE.with_suffix(".md.jinja")
+
+MODELS = ("rwkv4-open",)
+DISTANCES = (0, 64, 256, 1024, 4096, 16384)
+METHODS = ("base", "repeated", "prosg-token", "alone", "prosg-final", "wrong", "static", "none")
+PROMPTS = 40
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
+@cache
+def trained(name: str):
+    """The language model of a name, and its generators."""
+    profile = get_profile("cpu")
+    lm = load_or_train(name, profile)
+    kinds = {"token": "token", "final": "states", "static": "static"}
+    return lm, {kind: load_or_train(f"{name}-{recipe}", profile, lm=lm) for kind, recipe in kinds.items()}
+
+
+def asked(name: str, data: OpenWorld, items: list, methods, distances, generators=None) -> pd.DataFrame:
+    lm, own = trained(name)
+    rows = open_recall.answers(lm, generators or own, methods, data, items, distances)
+    return rows.assign(model=name)
+
+
+def levels(split: str) -> Iterator[pd.DataFrame]:
+    """Six facts of the user's, one of somebody else's, one updated, one asked that was never said."""
+    shape = Shape(6, max(DISTANCES), 7, others=1, unknown=1, updates=1, instructions=1)
+    for name in MODELS:
+        for level in LEVELS:
+            data = load_open_world(level, split, 0)
+            yield asked(name, data, data.items(PROMPTS, shape), METHODS, DISTANCES).assign(level=level)
+
+
+def facts(split: str) -> Iterator[pd.DataFrame]:
+    """More facts in the prompt, at 256 tokens."""
+    for name in MODELS:
+        for count, level in [(6, "values"), (24, "values"), (64, "values")]:
+            data = load_open_world(level, split, 1)
+            items = data.items(PROMPTS // 2, Shape(count, 256, min(count, 24)))
+            yield asked(name, data, items, ("base", "repeated", "prosg-token", "alone"), (256,)).assign(level=level)
+
+
+def natural(split: str) -> Iterator[pd.DataFrame]:
+    """The hand-written prompts."""
+    for name in MODELS:
+        data = load_open_world("all", split, 0)
+        yield asked(name, data, data.natural(1024), METHODS, (0, 256, 1024)).assign(level="natural")
+
+
+def query(split: str) -> Iterator[pd.DataFrame]:
+    """The question in the weights, what it asks for in the text."""
+    for name in MODELS:
+        data = load_open_world("values", split, 2)
+        items = data.items(PROMPTS, Shape(2, 128, 1, query=True))
+        yield asked(name, data, items, ("base", "repeated", "prosg-token", "alone", "none"), (128,))
+
+
+class Scaled:
+    """A generator whose changes are multiplied by a factor."""
+
+    def __init__(self, generator, scale: float):
+        self.generator, self.scale = generator, scale
+
+    def __call__(self, lm, ids, valid=None):
+        delta, state = self.generator(lm, ids, valid)
+        return delta.scaled(self.scale), state
+
+
+def scale(split: str) -> Iterator[pd.DataFrame]:
+    """Recall, and answers about others, by the change's size."""
+    for name in MODELS:
+        _, own = trained(name)
+        data = load_open_world("values", split, 3)
+        items = data.items(PROMPTS, Shape(6, 512, 6))
+        given = {f"scale-{s:g}": Scaled(own["token"], s) for s in SCALES}
+        yield asked(name, data, items, list(given), (512,), given)
+
+
+def uses(split: str) -> Iterator[pd.DataFrame]:
+    """Removal, rolling and instructions turn by turn, already judged."""
+    for name in MODELS:
+        lm, own = trained(name)
+        data, token = load_open_world("values", split, 4), own["token"]
+        for use, frame in {
+            "removal": memory_uses.removal(lm, token, data, PROMPTS // 2),
+            "rolling": memory_uses.rolling(lm, token, data, PROMPTS // 2),
+            "turns": memory_uses.instructions_by_turn(lm, token, data, PROMPTS // 2),
+        }.items():
+            yield frame.assign(model=name, use=use)
+
+
+def prose(split: str) -> Iterator[pd.DataFrame]:
+    """Loss of prose after each prompt, nats a token, with and without the change."""
+    for name in MODELS:
+        lm, own = trained(name)
+        data = load_open_world("values", split, 5)
+        items = data.items(PROMPTS, Shape(6, 0, 1, instructions=1))
+        for method in ("base", "prosg-token"):
+            losses = open_recall.prose_losses(lm, own, method, data, items)
+            yield pd.DataFrame({"model": name, "method": method, "prompt": range(PROMPTS), "loss": losses})
+
+
+PARTS: dict[str, Callable[[str], Iterator[pd.DataFrame]]] = {
+    f.__name__: f for f in (levels, facts, natural, query, scale, uses, prose)
+}
+
+
+def measured(part: str) -> Path:
+    return paths.data_dir() / "measured" / f"open_{part}.jsonl.gz"
+
+
+def measure(parts: list[str], split: str = "test") -> None:
+    for part in parts or PARTS:
+        frame = pd.concat(PARTS[part](split), ignore_index=True)
+        records = [{k: v for k, v in row.items() if v == v or isinstance(v, list)} for row in frame.to_dict("records")]
+        predictions.write_rows(measured(part), records)
+        print(f"{measured(part)}: {len(frame)} rows", flush=True)
