@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import pandas as pd
-import torch
 
 from prosg_lib import files, paths
 from prosg_lib.config import get_profile
-from prosg_lib.evaluation import memory_uses, open_recall, predictions, recall, statistics
+from prosg_lib.evaluation import memory_uses, open_recall, predictions, statistics
 from prosg_lib.tasks.open_wording import LEVELS
 from prosg_lib.tasks.open_world import OpenWorld, Shape, load_open_world
 from prosg_lib.training.load_or_train import load_or_train
@@ -143,3 +141,96 @@ def measure(parts: list[str], split: str = "test") -> None:
         records = [{k: v for k, v in row.items() if v == v or isinstance(v, list)} for row in frame.to_dict("records")]
         predictions.write_rows(measured(part), records)
         print(f"{measured(part)}: {len(frame)} rows", flush=True)
+
+
+# The page
+
+LABELS = {
+    "base": "plain model",
+    "repeated": "prompt read again right before the question",
+    "prosg-token": "**ProSG, token by token**",
+    "alone": "its change alone (the state is blank)",
+    "prosg-final": "ProSG, final state",
+    "wrong": "control: another prompt's change and state",
+    "static": "control: one trained change for all prompts",
+    "none": "control: no prompt",
+}
+LEVEL_LABELS = {
+    "known": "nothing (other items than in training)",
+    "values": "values",
+    "slots": "slots",
+    "wordings": "wordings, instruction words",
+    "all": "all of these",
+}
+
+
+@cache
+def kept(part: str) -> pd.DataFrame:
+    frame = pd.read_json(measured(part), lines=True)
+    return open_recall.judged(frame) if "predicted" in frame else frame
+
+
+def where(frame: pd.DataFrame, **cells) -> pd.DataFrame:
+    for name, value in cells.items():
+        frame = frame[frame[name] == value]
+    return frame
+
+
+def cell(frame: pd.DataFrame, method: str, column: str = "recall") -> str:
+    if method not in set(frame.method) or frame[frame.method == method][column].isna().all():
+        return "–"
+    return f"{statistics.mean(frame, method, column).value:.2f}"
+
+
+def grid(rows: list[list], heads: list[str]) -> str:
+    return pd.DataFrame(rows, columns=heads).to_markdown(index=False, disable_numparse=True)
+
+
+def by_distance(part: str, methods=METHODS, column: str = "recall", **cells) -> str:
+    frame = where(kept(part), **cells)
+    distances = sorted(frame.distance.unique())
+    rows = [[LABELS[m], *(cell(where(frame, distance=d), m, column) for d in distances)] for m in methods]
+    return grid(rows, ["", *(f"{d:,}" for d in distances)])
+
+
+def by_level(model: str, distance: int, methods) -> str:
+    frame = where(kept("levels"), model=model, distance=distance)
+    rows = [[text, *(cell(where(frame, level=level), m) for m in methods)] for level, text in LEVEL_LABELS.items()]
+    return grid(rows, ["new in the test", *(LABELS[m] for m in methods)])
+
+
+def excess(model: str, level: str, distance: int) -> str:
+    """How much more each control recalls than no prompt: the difference and the upper end of its interval."""
+    frame = where(kept("levels"), model=model, level=level, distance=distance)
+    found = {m: statistics.difference(frame, m, "none") for m in ("wrong", "static")}
+    return grid([[LABELS[m], f"{e.value:.3f}", f"{e.high:.3f}"] for m, e in found.items()], ["", "excess", "at most"])
+
+
+def kinds(model: str, level: str, distance: int, methods=("base", "repeated", "prosg-token", "alone")) -> str:
+    frame = where(kept("levels"), model=model, level=level, distance=distance)
+    columns = {
+        "fact": "a fact of the user's",
+        "other": "one of somebody else's",
+        "update": "an updated one: the newest value",
+        "unknown": "never said: *you did not tell me*",
+        "abstained": "said, but *you did not tell me*",
+        "followed": "instructions followed",
+    }
+    rows = [[text, *(cell(frame, m, column) for m in methods)] for column, text in columns.items()]
+    return grid(rows, ["", *(LABELS[m] for m in methods)])
+
+
+def page() -> str:
+    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True)
+    names = {f.__name__: f for f in (by_distance, by_level, excess, kinds, kept, where, cell, grid)}
+    return template.render(**names, mean=statistics.mean, prompts=PROMPTS)
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["measure"]:
+        measure(arguments[1:])
+    elif arguments == ["check"]:
+        sys.exit(f"{PAGE.name} is not what {__file__} writes; run it") if PAGE.read_text("utf-8") != page() else None
+    else:
+        files.write_text(PAGE, page())
