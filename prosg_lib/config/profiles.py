@@ -98,7 +98,7 @@ PROFILES = {
             RWKV7Config(VOCAB, 64, 2, 256, 16, 8, 8, 4, 16),
             Training(40, 16, 6e-3, (2, 3, 4), (0, 16, 64), warmup=10),
             GeneratorSize(8, 64, _MAPS),
-            StateSize(8, 64, _MAPS, 8, 16),
+            StateSize(8, 64, _MAPS, terms=8, term=16),
             Training(20, 16, 4e-3, (3, 6), (0, 64), warmup=5),
         ),
     ),

@@ -62,7 +62,7 @@ TINY = replace(
         RWKV7Config(VOCAB, 8, 2, 16, 4, 2, 2, 2, 2),
         STEPS,
         GeneratorSize(2, 8, MAPS),
-        StateSize(2, 8, MAPS, 2, 4),
+        StateSize(2, 8, MAPS, terms=2, term=4),
         STEPS,
     ),
     suite=SuiteSizes(*4 * (PairTraining(2, 2, 1e-3, warmup=1),), longest=150),
