@@ -14,7 +14,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import islice, product
+from itertools import islice, product, zip_longest
 
 from prosg_lib import checksums, files
 from prosg_lib.config.sizes import VOCAB
@@ -54,7 +54,7 @@ _OPEN_SAMPLE_SHAPE = open_world.Shape(
 MOST_VALUES = {"train": 1500, "validation": 300, "test": 500}
 """Values of one type in a split, at most."""
 
-LONGEST_VALUE = {"number": 5, "time": 5}
+LONGEST_VALUE = {"time": 5}
 """Tokens of a value, by type, in which a digit is one; all others have at most 4."""
 
 _FACTS = 32_000  # facts stated and asked for in the tokenizer's training text: about as much text as the prose
@@ -168,11 +168,13 @@ def open_values(tokenizer: Tokenizer) -> str:
     for kind, candidates in _candidates(open_wording.words()["parts"]).items():
         unique = sorted(set(candidates))
         random.Random(f"open values, {kind}").shuffle(unique)
-        longest = LONGEST_VALUE.get(kind, 4)
+        lengths = {v: len(tokenizer.encode_long(" " + v)) for v in unique}
         made[kind] = {}
         for split, most in MOST_VALUES.items():
-            fitting = (v for v in unique if split_of(v) == split and len(tokenizer.encode_long(" " + v)) <= longest)
-            made[kind][split] = sorted(islice(fitting, most))
+            here = [v for v in unique if split_of(v) == split]
+            by_length = [[v for v in here if lengths[v] == n] for n in range(1, LONGEST_VALUE.get(kind, 4) + 1)]
+            turns = (v for values in zip_longest(*by_length) for v in values if v is not None)
+            made[kind][split] = sorted(islice(turns, most))  # each length has its share, where there are enough
     return json.dumps(made, indent=2) + "\n"
 
 

@@ -230,9 +230,8 @@ class OpenWorld:
         """(question, right value, kind, key) of questions about the prompt's facts, and about what it never said."""
         changed = [i for i, (old, new) in enumerate(zip(facts, newest, strict=True)) if old != new]
         others = [i for i in range(len(facts)) if i not in changed]
-        # As many of the updated ones as there is room for, beside at least one that stayed, if any did.
-        room = max(1, shape.probes - 1, shape.probes - len(others))
-        first = rng.sample(changed, min(len(changed), room)) if changed else []
+        # As many of the updated ones as there is room for, beside at least one that stayed.
+        first = rng.sample(changed, min(len(changed), max(1, shape.probes - 1))) if changed else []
         asked = first + rng.sample(others, min(len(others), shape.probes - len(first)))
         probes = []
         for i in asked:

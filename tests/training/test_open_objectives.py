@@ -71,16 +71,16 @@ def test_everything_is_trained_on_the_same_items(data, monkeypatch):
     for step in range(SIZES.steps):
         model, generator = (draw(step) for draw in draws)
         assert taken[-2:] == [(4 * step, 4)] * 2
-        if step >= max(draw.easy_steps for draw in draws):
+        if step >= max(draw.near for draw in draws):
             assert torch.equal(model.context, generator.context)
             assert torch.equal(model.rest, generator.rest)
-    assert [draw.easy_steps for draw in draws] == [7, 5]
+    assert [draw.near for draw in draws] == [8, 5]
 
 
 def test_shapes_are_of_the_sizes(data):
     """Every number of facts and every distance occurs; a question for later only where the body has room for it."""
     draw = generator_draw(data, replace(SIZES, steps=400), CURRICULUM)
-    shapes = [draw.shape(step) for step in range(draw.easy_steps, 400)]
+    shapes = [draw.shape(step) for step in range(draw.near, 400)]
     assert {shape.facts for shape in shapes} == {3, 6, 12}
     assert {shape.distance for shape in shapes} == {0, 64, 128}
     assert {shape.probes for shape in shapes} == {3, QUESTIONS}
@@ -88,19 +88,23 @@ def test_shapes_are_of_the_sizes(data):
         assert len({getattr(shape, name) for shape in shapes}) > 1, name
     assert all(shape.distance >= 64 for shape in shapes if shape.query)
     assert 0.1 < sum(shape.query for shape in shapes) / len(shapes) < 0.3
-    assert shapes == [draw.shape(step) for step in range(draw.easy_steps, 400)]
-    assert shapes != [replace(draw, data=replace(data, seed=1)).shape(step) for step in range(draw.easy_steps, 400)]
+    assert shapes == [draw.shape(step) for step in range(draw.near, 400)]
+    assert shapes != [replace(draw, data=replace(data, seed=1)).shape(step) for step in range(draw.near, 400)]
 
 
 def test_first_steps_ask_immediately_behind_the_prompt(data):
-    """The model has few facts in them, a generator as many as ever."""
+    """The model has one fact, then two, then four at most; a generator as many as ever."""
     sizes = replace(SIZES, steps=100)
     model, generator = lm_draw(data, sizes), generator_draw(data, sizes, CURRICULUM)
+    assert (model.near, generator.near) == (40, 25)
     for draw, most in ((model, 4), (generator, 12)):
-        easy = [draw.shape(step) for step in range(draw.easy_steps)]
-        assert {(shape.distance, shape.before, shape.query) for shape in easy} == {(0, 0, False)}
-        assert max(shape.facts for shape in easy) == most
-        assert draw.shape(draw.easy_steps) == replace(draw, easy_steps=0).shape(draw.easy_steps)
+        near = [draw.shape(step) for step in range(draw.near)]
+        assert {(shape.distance, shape.before, shape.query) for shape in near} == {(0, 0, False)}
+        assert max(shape.facts for shape in near) == most
+        assert {draw.shape(step).distance for step in range(draw.near, 100)} == {0, 64, 128}
+    facts = [model.shape(step).facts for step in range(100)]
+    assert (set(facts[:10]), set(facts[10:20]), set(facts[20:40])) == ({1}, {2}, {3, 4})
+    assert {model.shape(step) for step in range(10)} == {Shape(1, 0, 1)}
 
 
 # What is minimised
