@@ -74,7 +74,7 @@ def test_values_have_one_to_five_tokens():
 
 
 def test_an_answer_can_be_taken_apart():
-    """No value has a comma; three of training's are listed words of instructions, no others. `UNKNOWN` is the file's."""
+    """No value has a comma; three of training's are words of instructions. `UNKNOWN` is the file's."""
     words = {w for split in SPLITS for w in parts(split)["words of instructions"]}
     values = {v for by_split in wording.values().values() for split in SPLITS for v in by_split[split]}
     assert words & (values | {UNKNOWN}) == {"baron", "bravo", "truly"} <= set(wording.values()["word"]["train"])
