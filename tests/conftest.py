@@ -12,7 +12,7 @@ from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.config import profiles
 from prosg_lib.config.sizes import RWKV4Config
 from prosg_lib.evaluation import memory_tests
-from prosg_lib.tasks import dialogue
+from prosg_lib.tasks import dialogue, open_world
 from prosg_lib.text.prose import SPLITS, Prose, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import load_or_train, work
@@ -94,12 +94,14 @@ def small_world():
     def forget():
         dialogue.load_dialogues.cache_clear()
         dialogue._prose.cache_clear()
+        open_world.load_open_world.cache_clear()
+        open_world._prose.cache_clear()
 
     @contextlib.contextmanager
     def world(profile, runs):
         prose = Prose("a little", dict.fromkeys(SPLITS, own_sentences("test")[:40]))
         with pytest.MonkeyPatch.context() as patch:
-            for room in (dialogue, work, load_or_train, memory_tests):
+            for room in (dialogue, open_world, work, load_or_train, memory_tests):
                 patch.setattr(room, "load_prose", lambda: prose)
             patch.setenv("PROSG_RUNS", str(runs))
             patch.setitem(profiles.PROFILES, "tiny", profile)

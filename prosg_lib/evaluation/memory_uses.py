@@ -18,6 +18,7 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.deltas.applying import applied
 from prosg_lib.deltas.low_rank import LowRankDelta
+from prosg_lib.errors import UserError
 from prosg_lib.evaluation import open_recall, recall
 from prosg_lib.evaluation.baselines import Start
 from prosg_lib.generators.base import Generator
@@ -55,7 +56,12 @@ def removal(lm: LanguageModel, generator: Generator, data: OpenWorld, memories: 
     Returns:
         As `open_recall.judged`, by memory ("both"; "removed": the second prompt's change is subtracted; "never": it was
         never there) and about ("kept", "second": the prompt that is asked about).
+    Raises:
+        UserError: two prompts of so many facts would hardly ever be about different slots.
     """
+    most = int(2 * len(data.level.slots()) ** 0.5)  # then one pair in fifty is
+    if facts > most:
+        raise UserError(f"two prompts of {facts} facts would share a slot of this level; choose 1 to {most}")
     shape, numbers, rows = Shape(facts, 0, facts), count(), []
     for number in range(memories):
         first, second = data.item(next(numbers), shape), data.item(next(numbers), shape)

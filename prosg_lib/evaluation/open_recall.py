@@ -92,7 +92,7 @@ def judged(rows: pd.DataFrame) -> pd.DataFrame:
     for row in rows.to_dict("records"):
         verdicts = [judge(text, row["instructions"]) for text in row["predicted"]]
         right = [_plain(v.said) in map(_plain, gold) for v, gold in zip(verdicts, row["gold"], strict=True)]
-        kinds, said = np.array(row["kinds"]), np.array([v.said == UNKNOWN for v in verdicts])
+        kinds, said = np.array(row["kinds"]), np.array([_plain(v.said) == _plain(UNKNOWN) for v in verdicts])
         about = np.isin(kinds, RECALL)
         total = row.pop("competing_total")
         scores = {"recall": _share(right, about), "abstained": _share(said, about)}

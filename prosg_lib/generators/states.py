@@ -7,8 +7,8 @@ never a token. Each state s becomes a few terms, each a vector and a key a map; 
     z_j = (A h)_j,   j = 1 ... m
     U = W sum_s sum_j z_j (K z_j)^T
 
-One head that makes U directly would have width * out * rank weights a map. Factored like this it has out * H + H * rank,
-and the same form as the token-wise generator's, with states in the place of tokens.
+One head that makes U directly would have width * out * rank weights a map. Factored like this it has
+out * H + H * rank, and the same form as the token-wise generator's, with states in the place of tokens.
 
 Glossary of shapes: B batch, F state features, H numbers in a term, m terms a state, r rank.
 """

@@ -174,11 +174,12 @@ def _instruction_words(kind: str) -> frozenset[str]:
 
 def judge(generated: str, instructions: Mapping[str, str]) -> Verdict:
     """Take an answer apart. An instruction is followed if its word stands in its place: the opener first, the closer
-    last, the address after the value."""
-    parts = generated.strip().removesuffix(".").split(", ")
+    last, the address after the value. An answer that is nothing but such words is taken as the value."""
+    whole = generated.strip().removesuffix(".")
+    parts = whole.split(", ")
     known = {kind: _instruction_words(kind) | {instructions.get(kind)} for kind in words()["instructions"]}
     found = {"opener": parts.pop(0) if parts and parts[0] in known["opener"] else None}
     for kind in ("closer", "address"):
         found[kind] = parts.pop() if parts and parts[-1] in known[kind] else None
     followed = [found[kind] == word for kind, word in instructions.items()]
-    return Verdict(", ".join(parts), sum(followed) / len(followed) if followed else None)
+    return Verdict(", ".join(parts) or whole, sum(followed) / len(followed) if followed else None)

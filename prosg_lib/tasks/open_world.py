@@ -2,9 +2,9 @@
 
 An item, as text (its body has exactly the requested number of tokens)::
 
-    ... other text ...                                                           <- before, where the prompt is in mid-text
+    ... other text ...                                                           <- before it, where it is in mid-text
     User: My dentist is Fadin and Tom's gate is K27. Call me captain. ...        <- prompt: facts, instructions
-    Actually, my dentist is now Jilan.                                           <- an update; the newest value is right
+    Actually, my dentist is now Jilan.                                           <- an update; the newest value counts
     Vera's lamp is red drum. ... prose ... Q: What is Vera's lamp? A: red drum.  <- body, d tokens
     User: Who is my dentist?                                                     <- probe
     Bot: Jilan, captain.
@@ -110,9 +110,11 @@ class Shape:
     prose: float = 0.5
 
     def __post_init__(self):
-        possible = min(self.distance, self.before, self.others, self.unknown, self.instructions) >= 0
+        possible = min(self.distance, self.before, self.others, self.unknown, self.instructions, self.facts - 1) >= 0
         if not possible or not 0 < self.probes <= self.facts + self.others or not 0 <= self.updates <= self.facts:
-            raise UserError(f"no item is {self}; probes are 1 to the number of facts, updates at most the user's")
+            raise UserError(
+                f"no item is {self}; facts are 1 or more, probes 1 to the number of facts, updates at most the user's"
+            )
         if self.query and self.distance < _QUERY_ROOM:
             raise UserError(f"no item is {self}; with a query the distance is at least {_QUERY_ROOM}")
 
@@ -173,7 +175,7 @@ class OpenWorld:
         return [self.item(start + i, shape) for i in range(count)]
 
     def natural(self, distance: int, limit: int | None = None) -> list[Item]:
-        """The hand-written prompts of the level's split, `data/natural_prompts.jsonl`, in front of such a body.
+        """The prompts without templates of the level's split, `data/natural_prompts.jsonl`, in front of such a body.
 
         Args:
             limit: only so many.
@@ -194,6 +196,10 @@ class OpenWorld:
         slots = self.level.slots()
         if shape.facts > len(slots) - 1:
             raise UserError(f"a prompt of this level cannot hold {shape.facts} facts; choose 1 to {len(slots) - 1}")
+        if shape.others > len(slots):
+            raise UserError(
+                f"a prompt of this level cannot hold {shape.others} facts about others; choose 0 to {len(slots)}"
+            )
         mine = rng.sample(slots, shape.facts)
         keys: list[tuple[str | None, str]] = [(None, slot) for slot in mine]
         while len(keys) < shape.facts + shape.others:
@@ -221,7 +227,7 @@ class OpenWorld:
         return [sentence] + [self.level.sentence("small_talk", rng)] * (rng.random() < _SMALL_TALK)
 
     def _probes(self, facts: list[Fact], newest: list[Fact], shape: Shape, rng: random.Random) -> list[tuple]:
-        """(question, right value, kind, key) of the questions about the prompt's facts, and about what it never said."""
+        """(question, right value, kind, key) of questions about the prompt's facts, and about what it never said."""
         changed = [i for i, (old, new) in enumerate(zip(facts, newest, strict=True)) if old != new]
         others = [i for i in range(len(facts)) if i not in changed]
         # As many of the updated ones as there is room for, beside at least one that stayed.
@@ -278,6 +284,20 @@ class OpenWorld:
             told = [*told, *self.prose.passage(short, rng)[:-1], *encode("\n")]
         return [*ids, *told], [*kinds, *[TEXT] * len(told)]
 
+    def row(self, item: Item) -> dict:
+        """An item as texts: a row of `data/open_sample.jsonl`."""
+        return {
+            "split": self.level.split,
+            "new": list(self.level.new),
+            "before": self.tokenizer.decode(item.before),
+            "prompt": item.prompt.removesuffix("\n"),
+            "body": self.tokenizer.decode(item.body),
+            "probes": [
+                {"question": p.question, "answer": p.answer, "value": p.value, "kind": p.kind} for p in item.probes
+            ],
+            "instructions": item.instructions,
+        }
+
     def encode_prompt(self, item: Item) -> list[int]:
         return self.tokenizer.encode_long(item.prompt)
 
@@ -328,7 +348,7 @@ def open_batch(data: OpenWorld, items: list[Item]) -> OpenBatch:
 
 
 def natural_prompts(split: str) -> list[dict]:
-    """Prompts as people write them, with questions: rows with id, kind, text and questions (question, answer, accept)."""
+    """Prompts without templates: rows with id, split, kind, text, and questions (question, answer, accept)."""
     return [row for row in files.read_rows(data_dir() / "natural_prompts.jsonl") if row["split"] == split]
 
 
@@ -336,7 +356,8 @@ def data_hash(tokenizer: Tokenizer) -> str:
     """Identifies the data of a checkpoint, except for the prose: tokenizer, words, and how items are drawn."""
     digest = hashlib.sha256(f"{VERSION}".encode())
     digest.update(tokenizer.signature().encode())
-    for part in (wording.words(), wording.values()):
+    drawn_from = {name: part for name, part in wording.words().items() if name != "parts"}
+    for part in (drawn_from, wording.values()):
         digest.update(json.dumps(part, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 

@@ -13,7 +13,7 @@ import pytest
 from prosg_lib.errors import UserError
 from prosg_lib.files import read_json
 from prosg_lib.paths import data_dir
-from prosg_lib.tasks import dialogue, wording
+from prosg_lib.tasks import dialogue, open_world, wording
 from prosg_lib.text.prose import SPLITS, own_sentences
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -22,22 +22,27 @@ spec = importlib.util.spec_from_file_location("data_build", SCRIPT)
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
-SHIPPED = (*build.WORDS, build.TOKENIZER, build.SAMPLE, build.MANIFEST)
+SHIPPED = (*build.WORDS, *build.MADE, build.MANIFEST)
 BOOKS = os.environ.get("PROSG_TEST_DATA", "")
 
-make_sample = build.sample
+MAKE = {name: getattr(build, name) for name in ("sample", "open_values", "open_sample")}
 
 
 @cache
-def sample_of(bpe: str, version: int) -> str:
-    """The sample, made once for each tokenizer and version: it takes two seconds."""
-    return make_sample(Tokenizer.from_json(bpe))
+def made_of(name: str, bpe: str, versions: tuple[int, int]) -> str:
+    """A file, made once for each tokenizer and versions: it takes seconds."""
+    return MAKE[name](Tokenizer.from_json(bpe))
+
+
+def made_once(name: str):
+    return lambda tokenizer: made_of(name, tokenizer.to_json(), (dialogue.VERSION, open_world.VERSION))
 
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """A copy of what is shipped, for `build` and `check` to work on, on a machine without the books."""
-    monkeypatch.setattr(build, "sample", lambda tokenizer: sample_of(tokenizer.to_json(), dialogue.VERSION))
+    for name in MAKE:
+        monkeypatch.setattr(build, name, made_once(name))
     for name in SHIPPED:
         shutil.copy(data_dir() / name, tmp_path)
     for name in build.TRAINED:
@@ -59,7 +64,8 @@ def test_the_shipped_files_pass():
     environment = {name: value for name, value in os.environ.items() if name != "PROSG_TEST_DATA"}
     done = subprocess.run([sys.executable, SCRIPT, "check"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ok  dialogue_sample.jsonl: made again, the same" in done.stdout
+    for name in ("dialogue_sample.jsonl", "open_values.json", "open_sample.jsonl"):
+        assert f"ok  {name}: made again, the same" in done.stdout
     assert "--  tokenizer.json: not trained again, PROSG_TEST_DATA is not set" in done.stdout
     assert "NOT" not in done.stdout
 
@@ -73,13 +79,16 @@ def test_a_changed_file_is_found(copy, capsys, name):
     assert f"NOT {name}" in capsys.readouterr().out
 
 
-def test_a_changed_version_is_found(copy, capsys, monkeypatch):
+@pytest.mark.parametrize(("drawing", "name"), [(dialogue, build.SAMPLE), (open_world, build.OPEN_SAMPLE)])
+def test_a_changed_version_is_found(copy, capsys, monkeypatch, drawing, name):
     """If items were drawn differently, the sample would not be the shipped one."""
-    monkeypatch.setattr(dialogue, "VERSION", dialogue.VERSION + 1)
+    monkeypatch.setattr(drawing, "VERSION", drawing.VERSION + 1)
     assert not build.check()
-    printed = capsys.readouterr().out
-    assert "NOT dialogue_sample.jsonl: made again" in printed
-    assert "NOT MANIFEST.json: made again" in printed
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOT")]
+    assert wrong == [
+        f"NOT {name}: made again, the same",
+        "NOT MANIFEST.json: made again, the same (except for the books)",
+    ]
 
 
 def test_other_books_are_not_compared(copy, capsys, monkeypatch):
@@ -162,10 +171,22 @@ def _written(value) -> str:
     return f"{value:,}"
 
 
-def test_the_datasheets_table_is_the_datas():
+def tables() -> list[dict[str, str]]:
+    """Those of the datasheet that have numbers: what -> number."""
     text = (data_dir() / "DATASHEET.md").read_text(encoding="utf-8")
-    stated = dict(re.findall(r"^\| ([^|]+?) \| ([\d, ]+) \|$", text, re.MULTILINE))
-    assert stated == facts()
+    return [
+        dict(re.findall(r"^\| ([^|]+?) \| ([\d, ]+) \|$", table, re.MULTILINE))
+        for table in text.split("| what | number |\n")[1:]
+    ]
+
+
+def test_the_datasheets_tables_are_the_datas(capsys):
+    """That of the dialogues, and that of the open world as the command in the datasheet prints it."""
+    dialogues, opened = tables()
+    assert dialogues == facts()
+    assert build.main(["counts"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [f"| {what} | {number} |" for what, number in opened.items()] == printed
 
 
 def test_every_slot_and_instruction_has_the_counts_in_the_table():
@@ -189,3 +210,22 @@ def test_the_datasheet_names_books_and_hashes():
         assert f"| `{name}` | `{digest}` |" in text
     assert f"`{manifest['data_hash']}`" in text
     assert f"`{manifest['data_hash_rich']}`" in text
+    assert f"`{manifest['open_data_hash']}`" in text
+
+
+def test_word_parts_are_not_in_the_hash_of_the_open_world(monkeypatch):
+    """Values are, so that a checkpoint fits until an item changes."""
+    words, tokenizer = open_world.wording.words(), load_tokenizer()
+    before = open_world.data_hash(tokenizer)
+    monkeypatch.setattr(open_world.wording, "words", lambda: words | {"parts": {}})
+    assert open_world.data_hash(tokenizer) == before
+    monkeypatch.setattr(open_world.wording, "words", lambda: words | {"cues": {}})
+    assert open_world.data_hash(tokenizer) != before
+
+
+def test_values_are_divided_by_their_hash():
+    """Whatever its case."""
+    for by_split in open_world.wording.values().values():
+        for split in SPLITS:
+            assert {build.split_of(v) for v in by_split[split]} == {split}
+    assert {build.split_of(text) for text in ("Fadin", "fadin", "FADIN")} == {build.split_of("Fadin")}

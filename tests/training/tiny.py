@@ -13,8 +13,11 @@ from prosg_lib.config.sizes import (
     Forgetting,
     GeneratorSize,
     Mamba2Size,
+    OpenSizes,
     PairTraining,
     RWKV4Config,
+    RWKV7Config,
+    StateSize,
     SuiteSizes,
     SupervisedSize,
     Training,
@@ -54,6 +57,14 @@ TINY = replace(
     ),
     pretrained=replace(SMOKE.pretrained, model=Mamba2Size(VOCAB, 16, 1, 2, 8), lm=STEPS, rank=2, token_training=STEPS),
     forgetting=Forgetting(2, (1, 3), ((64, 4),), (3,), (40,), (0.5,)),
+    open=OpenSizes(
+        RWKV4Config(VOCAB, 8, 2, 16),
+        RWKV7Config(VOCAB, 8, 2, 16, 4, 2, 2, 2, 2),
+        STEPS,
+        GeneratorSize(2, 8, MAPS),
+        StateSize(2, 8, MAPS, terms=2, term=4),
+        STEPS,
+    ),
     suite=SuiteSizes(*4 * (PairTraining(2, 2, 1e-3, warmup=1),), longest=150),
 )
 
