@@ -85,23 +85,26 @@ def rolling(
     "rolling" does that; "carried" keeps the state and has no change; "cut" makes the state blank as often and has no
     change; "wrong" has another dialogue's change.
 
+    Args:
+        dialogues: at least 2; turns: an even number, larger than `every`.
     Returns:
         As `open_recall.judged`, one row a method, dialogue and fact; age: turns ago.
     """
+    if dialogues < 2 or turns % 2 or not 0 < every < turns:
+        raise UserError(
+            f"{dialogues} dialogues of {turns} turns, written every {every}: take at least 2 dialogues, an even number "
+            "of turns, and fewer of them at a time"
+        )
     items = data.items(dialogues, Shape(turns // 2, 0, turns // 2))
     told = [_turns(data, item, turns) for item in items]
     pieces = [range(start, min(start + every, turns)) for start in range(0, turns, every)]
     written = [_memory(lm, generator, [[said[t] for t in piece] for piece in pieces[:-1]]) for said, _ in told]
     rows = []
     for number, (item, (_, lines)) in enumerate(zip(items, told, strict=True)):
-        carried = lm.step_through(*lm.encode_prompts([[t for line in lines for t in line]])[:1], None, None)[1]
-        cut = lm.step_through(*lm.encode_prompts([[t for k in pieces[-1] for t in lines[k]]])[:1], None, None)[1]
-        starts = {
-            "rolling": (cut, written[number]),
-            "carried": (carried, None),
-            "cut": (cut, None),
-            "wrong": (cut, written[(number + 1) % dialogues]),
-        }
+        whole, last = [t for line in lines for t in line], [t for k in pieces[-1] for t in lines[k]]
+        texts = {"rolling": (last, written[number]), "carried": (whole, None), "cut": (last, None)}
+        texts["wrong"] = last, written[(number + 1) % dialogues]
+        starts = {method: (_reads(lm, None, text, delta), delta) for method, (text, delta) in texts.items()}
         stated = {fact.key: 2 * place for place, fact in enumerate(item.facts)}
         for method, start in starts.items():
             for probe, text in zip(item.probes, _asked(lm, data, item, *start), strict=True):

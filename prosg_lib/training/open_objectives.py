@@ -1,7 +1,7 @@
 """What is minimised on the dialogues of the open world: one distribution of examples for everything that is trained.
 
-Language model, generators, controls and rivals draw the same items by the same numbers; only what their loss counts
-differs.
+Language model, generators, controls and rivals draw items from the same numbers. Only the first steps have other sizes:
+the language model's prompts have few facts, the generators' questions stand immediately behind the prompt.
 """
 
 from __future__ import annotations
