@@ -90,7 +90,7 @@ def test_a_rolling_memory_knows_all_but_the_last_turns(lm, generator, data, raw,
         return sum(generator.memorize(lm, [f"User: {piece}\n"]) for piece in pieces)
 
     def state(lines):
-        return lm.derive_state([list(itertools.chain.from_iterable(lines))])
+        return lm.derive_state([list(itertools.chain.from_iterable(lines))], delta=delta)
 
     assert [item for item, *_ in asked.given] == [item for item in items for _ in range(4)]
     for number, (said, lines) in enumerate(told):
@@ -99,7 +99,7 @@ def test_a_rolling_memory_knows_all_but_the_last_turns(lm, generator, data, raw,
         assert_same_change(methods["wrong"][2], change(told[1 - number][0]))
         assert methods["carried"][2] is methods["cut"][2] is None
         for method, expected in {"rolling": lines[6:], "cut": lines[6:], "wrong": lines[6:], "carried": lines}.items():
-            assert_close(lm.state_features(methods[method][1]), lm.state_features(state(expected)))
+            assert_close(lm.state_features(methods[method][1]), lm.state_features(state(expected, methods[method][2])))
 
 
 @torch.no_grad()
