@@ -89,7 +89,7 @@ def test_a_rolling_memory_knows_all_but_the_last_turns(lm, generator, data, raw,
         pieces = [" ".join(filter(None, said[start : start + 3])) for start in (0, 3)]
         return sum(generator.memorize(lm, [f"User: {piece}\n"]) for piece in pieces)
 
-    def state(lines):
+    def state(lines, delta):
         return lm.derive_state([list(itertools.chain.from_iterable(lines))], delta=delta)
 
     assert [item for item, *_ in asked.given] == [item for item in items for _ in range(4)]
