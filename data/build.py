@@ -164,9 +164,10 @@ def _lines(rows: list[dict]) -> str:
 
 def open_values(tokenizer: Tokenizer) -> str:
     """The values of the open world's facts, by type and split, as JSON; none is in two splits."""
-    made = {}
+    made, instructions = {}, open_wording.words()["instructions"].values()
+    taken = {w.casefold() for kind in instructions for words in kind["words"].values() for w in words}
     for kind, candidates in _candidates(open_wording.words()["parts"]).items():
-        unique = sorted(set(candidates))
+        unique = sorted({v for v in candidates if v.casefold() not in taken})
         random.Random(f"open values, {kind}").shuffle(unique)
         lengths = {v: len(tokenizer.encode_long(" " + v)) for v in unique}
         made[kind] = {}

@@ -437,11 +437,11 @@ class SuiteSizes:
 
 @dataclass(frozen=True)
 class OpenSizes:
-    """All that is trained on the open world, on the same examples; the defaults are the cpu profile's.
+    """All that is trained on the open world; the defaults are the cpu profile's.
 
     Attributes:
-        model: of the language model; training: of everything, as many steps on as many dialogues.
-        token, final: the generators.
+        model, seventh: the language models, RWKV-4 and RWKV-7; training: theirs, three tenths of it without dialogues.
+        token, final: the generators; token_training: of all that is trained for a language model, on as many dialogues.
     """
 
     model: RWKV4Config = RWKV4Config(VOCAB, 128, 4, 512)

@@ -15,7 +15,7 @@ from functools import cache
 from prosg_lib import files
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
-from prosg_lib.text.prose import check_split
+from prosg_lib.text.prose import SPLITS, check_split
 
 LEVELS = {
     "known": (),
@@ -130,11 +130,19 @@ class Level:
     def embellished(self, sentence: str, rng: random.Random) -> str:
         """The sentence, at times with an aside before or after it."""
         if rng.random() < 0.15:
-            start = sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
+            start = sentence[0].lower() + sentence[1:] if sentence.split()[0] in _first_words() else sentence
             sentence = f"{self.sentence('before', rng)} {start}"
         if sentence.endswith(".") and rng.random() < 0.1:
             sentence = f"{sentence.removesuffix('.')}, {self.sentence('after', rng)}."
         return sentence
+
+
+@cache
+def _first_words() -> frozenset[str]:
+    """The words that sentences begin with and that are small inside of one: neither "I" nor what fills a gap."""
+    tables = [*words()["frames"].values(), *words()["instructions"].values()]
+    sentences = [s for table in tables for split in SPLITS for s in table[split]]
+    return frozenset(["My", *(s.split()[0] for s in sentences if s[0] != "{")]) - {"I"}
 
 
 @cache

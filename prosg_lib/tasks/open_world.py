@@ -38,7 +38,7 @@ from prosg_lib.text.padding import left_padded, right_padded
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
-VERSION = 2
+VERSION = 3
 """Increased whenever the same seed would give different items; checkpoints of another version are not loaded."""
 
 _RECENT = 4  # a competing question is about one of this many latest competing facts
@@ -157,7 +157,7 @@ class OpenWorld:
 
         before, _ = self._body(shape.before, shape.prose, None, rng)
         body, body_kind = self._body(shape.distance, shape.prose, stated, rng)
-        probes = self._probes(facts, newest, shape, rng)
+        probes = self._probes(facts, newest, shape, stated, rng)
         if stated:
             probes.append((f"{cue[0].upper()}{cue[1:]}.", stated.value, "query", None))
         rng.shuffle(probes)
@@ -226,18 +226,21 @@ class OpenWorld:
     def _with_small_talk(self, sentence: str, rng: random.Random) -> list[str]:
         return [sentence] + [self.level.sentence("small_talk", rng)] * (rng.random() < _SMALL_TALK)
 
-    def _probes(self, facts: list[Fact], newest: list[Fact], shape: Shape, rng: random.Random) -> list[tuple]:
+    def _probes(
+        self, facts: list[Fact], newest: list[Fact], shape: Shape, stated: Fact | None, rng: random.Random
+    ) -> list[tuple]:
         """(question, right value, kind, key) of questions about the prompt's facts, and about what it never said."""
         changed = [i for i, (old, new) in enumerate(zip(facts, newest, strict=True)) if old != new]
         others = [i for i in range(len(facts)) if i not in changed]
-        # As many of the updated ones as there is room for, beside at least one that stayed.
-        first = rng.sample(changed, min(len(changed), max(1, shape.probes - 1))) if changed else []
+        # As many of the updated ones as there is room for, beside at least one that stayed where there is one.
+        room = max(1, shape.probes - 1, shape.probes - len(others))
+        first = rng.sample(changed, min(len(changed), room))
         asked = first + rng.sample(others, min(len(others), shape.probes - len(first)))
         probes = []
         for i in asked:
             kind = "update" if i in changed else "fact" if facts[i].who is None else "other"
             probes.append((self.level.question(newest[i], rng), newest[i].value, kind, facts[i].key))
-        known, slots = {f.key for f in facts}, self.level.slots()
+        known, slots = {f.key for f in (*facts, *([stated] if stated else []))}, self.level.slots()
         theirs = [f.slot for f in facts if f.who is not None and (None, f.slot) not in known]
         for _ in range(shape.unknown):
             slot = rng.choice(theirs) if theirs and rng.random() < 0.4 else rng.choice(slots)
@@ -260,8 +263,9 @@ class OpenWorld:
             answer: list[int] = []
             draw = rng.random()
             if told and len(ids) >= place:
-                unit, told = told, []
-            elif draw < prose:
+                ids, kinds, told = [*ids, *told], [*kinds, *[TEXT] * len(told)], []
+                continue
+            if draw < prose:
                 unit = [*self.prose.passage(rng.randint(12, 40), rng), *encode("\n")]
             elif draw < prose + (1 - prose) * 0.55 or not recent:
                 slot = rng.choice(slots)
@@ -272,13 +276,11 @@ class OpenWorld:
                 fact = rng.choice(recent)
                 unit = [*encode(f"Q: {level.question(fact, rng)}\n"), *encode("A:")]
                 answer = encode(f" {fact.value}.")
-            if len(ids) + len(unit) + len(answer) + len(told) + 1 > length:
+            end = encode("\n") if answer else []
+            if len(ids) + len(unit) + len(answer) + len(end) + len(told) > length:
                 break
-            ids += [*unit, *answer]
-            kinds += [TEXT] * len(unit) + [COMPETING] * len(answer)
-            if answer:
-                ids += encode("\n")
-                kinds.append(TEXT)
+            ids += [*unit, *answer, *end]
+            kinds += [TEXT] * len(unit) + [COMPETING] * len(answer) + [TEXT] * len(end)
         short = length - len(ids) - len(told)
         if short > 0:
             told = [*told, *self.prose.passage(short, rng)[:-1], *encode("\n")]

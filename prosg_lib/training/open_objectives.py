@@ -26,9 +26,14 @@ QUESTIONS = 6
 """About the prompt's facts, at most; with as many facts as that or more, exactly so many."""
 
 
-LESSONS = ((0.1, 1), (0.2, 2), (0.4, 4))
-"""Of the language model's training: up to which share of the steps a prompt has at most how many facts, with the
-questions immediately behind it. Copying a value is learned first, and then which one."""
+COPIES = 0.3
+"""Share of the language model's steps with random tokens that are repeated. Without them, 800 steps of dialogues taught
+it what answers look like, and not to copy a value that it had never seen."""
+
+LESSONS = ((0.4, 2), (0.6, 4))
+"""Then: up to which share of its steps a prompt has at most how many facts, immediately before the questions."""
+
+_SHORT, _LONG = (2, 3, 5), (3, 5, 8, 12)  # lengths of what is repeated, in the first and second half of these steps
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,32 @@ class OpenDraw:
 
     Attributes:
         near: so many first steps have questions immediately behind the prompt.
-        lessons: (first steps, most facts in them), ascending; in the first lesson a prompt states facts of the user's
-            and nothing else.
+        copies: so many first steps have random tokens, which are repeated, in the place of dialogues.
+        lessons: (first steps, most facts in them), ascending; in the first one a prompt states facts of the user's and
+            nothing else.
     """
 
     data: OpenWorld
     sizes: Training
     near: int
+    copies: int = 0
     lessons: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, step: int) -> OpenBatch:
+        if 0 <= step < self.copies:
+            return self._copies(step)
         shape = self.shape(step)
         return open_batch(self.data, self.data.items(self.sizes.batch, shape, start=step * self.sizes.batch))
+
+    def _copies(self, step: int) -> OpenBatch:
+        """Random tokens, and the same again: only what is repeated counts."""
+        rng, vocab = random.Random(f"{self.data.seed}/copies/{step}"), self.data.tokenizer.vocab
+        length = rng.choice(_SHORT if step < self.copies // 2 else _LONG)
+        ids = torch.tensor([rng.choices(range(vocab), k=length) for _ in range(self.sizes.batch)])
+        first, valid = ids[:, :1], torch.ones(len(ids), 1, dtype=torch.bool)
+        kind = torch.full((len(ids), 2 * length - 1), ANSWER)
+        kind[:, : length - 1] = 0
+        return OpenBatch(first, valid, first, valid, torch.cat([ids[:, 1:], ids], 1), kind)
 
     def shape(self, step: int) -> Shape:
         rng = random.Random(f"{self.data.seed}/{step}")
@@ -56,8 +75,8 @@ class OpenDraw:
         before = rng.choice((0, 0, 32, 128))
         if step < self.near:
             distance = before = 0
-        most = next((most for steps, most in self.lessons if step < steps), facts)
-        facts = min(facts, most)
+        if most := next((most for steps, most in self.lessons if step < steps), None):
+            facts = min(facts, rng.randint(1, most))
         if self.lessons and step < self.lessons[0][0]:
             return Shape(facts, distance, facts)
         return Shape(
@@ -75,7 +94,7 @@ class OpenDraw:
 
 def lm_draw(data: OpenWorld, sizes: Training) -> OpenDraw:
     lessons = tuple((int(share * sizes.steps), most) for share, most in LESSONS)
-    return OpenDraw(data, sizes, lessons[-1][0], lessons)
+    return OpenDraw(data, sizes, lessons[-1][0], int(COPIES * sizes.steps), lessons)
 
 
 def lm_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, OpenBatch], Loss]:

@@ -74,12 +74,11 @@ def test_values_have_one_to_five_tokens():
 
 
 def test_an_answer_can_be_taken_apart():
-    """No value has a comma; three of training's are words of instructions. `UNKNOWN` is the file's."""
+    """No value has a comma, or is a listed word of instructions."""
     words = {w for split in SPLITS for w in parts(split)["words of instructions"]}
     values = {v for by_split in wording.values().values() for split in SPLITS for v in by_split[split]}
-    assert words & (values | {UNKNOWN}) == {"baron", "bravo", "truly"} <= set(wording.values()["word"]["train"])
+    assert not words & (values | {UNKNOWN})
     assert not [v for v in values | words if "," in v or "." in v]
-    assert WORDS["unknown"] == UNKNOWN
 
 
 # A prompt read again, with nothing but the words that its level may use
@@ -230,18 +229,13 @@ def test_every_right_answer_follows_from_the_text(split, level):
     assert answered >= 24
 
 
-LATER = "items are as in version 2, with which models were trained"
-
-
-@pytest.mark.xfail(reason=LATER, strict=True)
 def test_the_body_states_what_a_later_question_is_about():
-    """In every item: about one in 500 lacks the line, where a competing answer ends exactly at its place."""
+    """In every item, also where other lines fill the body up to its last token."""
     data = data_of("test", "slots")
     for item in data.items(300, FULL):
         assert "User: " in data.tokenizer.decode(item.body)
 
 
-@pytest.mark.xfail(reason=LATER, strict=True)
 def test_what_was_never_said_is_not_what_a_later_question_is_about():
     """Its fact is in the body."""
     reader = reader_of("test", "slots")
@@ -251,9 +245,8 @@ def test_what_was_never_said_is_not_what_a_later_question_is_about():
         assert slot not in unknown
 
 
-@pytest.mark.xfail(reason=LATER, strict=True)
 def test_an_aside_leaves_values_and_names_as_they_are():
-    """ "By the way, fadin is my dentist": the first letter of a sentence becomes small, though it begins a name."""
+    """Not "By the way, fadin is my dentist": the first letter of a sentence becomes small only in ordinary words."""
     for item in data_of("train").items(1500, Shape(6, 0, 1)):
         assert all(fact.value in item.prompt for fact in item.facts)
 
@@ -326,7 +319,7 @@ def test_distance_is_exact(distance, prose):
         Shape(6, 0, 8, others=2),
         Shape(3, 0, 3, updates=2),
         Shape(1, 0, 1, updates=1),
-        pytest.param(Shape(2, 0, 2, updates=2), marks=pytest.mark.xfail(reason=LATER, strict=True)),
+        Shape(2, 0, 2, updates=2),
     ],
 )
 def test_there_are_as_many_probes_as_asked_for(shape):

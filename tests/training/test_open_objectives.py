@@ -59,7 +59,8 @@ def objective_of(lm, kind: str):
 
 
 def test_everything_is_trained_on_the_same_items(data, monkeypatch):
-    """At every step the same numbers, no number at two steps; and beyond the easy steps the same batch."""
+    """At every step the same numbers, no number at two steps, but for the model's first steps; beyond the steps with
+    questions immediately behind the prompt the same batch."""
     taken = []
     real = OpenWorld.items
     monkeypatch.setattr(
@@ -70,11 +71,29 @@ def test_everything_is_trained_on_the_same_items(data, monkeypatch):
     draws = [lm_draw(data, SIZES), generator_draw(data, SIZES, CURRICULUM)]
     for step in range(SIZES.steps):
         model, generator = (draw(step) for draw in draws)
-        assert taken[-2:] == [(4 * step, 4)] * 2
+        assert taken == [(4 * step, 4)] * (1 if step < draws[0].copies else 2)
+        taken.clear()
         if step >= max(draw.near for draw in draws):
             assert torch.equal(model.context, generator.context)
             assert torch.equal(model.rest, generator.rest)
-    assert [draw.near for draw in draws] == [8, 5]
+    assert [draw.near for draw in draws] == [12, 5]
+    assert [draw.copies for draw in draws] == [6, 0]
+
+
+def test_a_model_first_repeats_random_tokens(data):
+    """All of them, and nothing else counts; the sequences of its first steps are the shortest."""
+    draw = lm_draw(data, replace(SIZES, steps=100))
+    lengths = []
+    for step in range(draw.copies):
+        batch = draw(step)
+        whole, kind = torch.cat([batch.context, batch.rest], 1), torch.cat([0 * batch.context, batch.kind], 1)
+        first, again = whole.chunk(2, 1)
+        assert torch.equal(first, again)
+        assert (kind.chunk(2, 1)[0] == 0).all() and (kind.chunk(2, 1)[1] == ANSWER).all()
+        lengths.append(first.shape[1])
+    assert max(lengths[: draw.copies // 2]) == 5
+    assert max(lengths[draw.copies // 2 :]) == 12
+    assert not torch.equal(draw(0).rest[0, :2], draw(0).rest[1, :2])
 
 
 def test_shapes_are_of_the_sizes(data):
@@ -93,18 +112,18 @@ def test_shapes_are_of_the_sizes(data):
 
 
 def test_first_steps_ask_immediately_behind_the_prompt(data):
-    """The model has one fact, then two, then four at most; a generator as many as ever."""
+    """The model has two facts at most, then four; a generator as many as ever."""
     sizes = replace(SIZES, steps=100)
     model, generator = lm_draw(data, sizes), generator_draw(data, sizes, CURRICULUM)
-    assert (model.near, generator.near) == (40, 25)
+    assert (model.copies, model.near, generator.near) == (30, 60, 25)
     for draw, most in ((model, 4), (generator, 12)):
-        near = [draw.shape(step) for step in range(draw.near)]
+        near = [draw.shape(step) for step in range(draw.copies, draw.near)]
         assert {(shape.distance, shape.before, shape.query) for shape in near} == {(0, 0, False)}
         assert max(shape.facts for shape in near) == most
         assert {draw.shape(step).distance for step in range(draw.near, 100)} == {0, 64, 128}
     facts = [model.shape(step).facts for step in range(100)]
-    assert (set(facts[:10]), set(facts[10:20]), set(facts[20:40])) == ({1}, {2}, {3, 4})
-    assert {model.shape(step) for step in range(10)} == {Shape(1, 0, 1)}
+    assert (set(facts[30:40]), set(facts[40:60])) == ({1, 2}, {1, 2, 3, 4})
+    assert {model.shape(step) for step in range(30, 40)} == {Shape(1, 0, 1), Shape(2, 0, 2)}
 
 
 # What is minimised
