@@ -26,8 +26,9 @@ from prosg_lib.training.load_or_train import load_or_train
 PAGE = Path(__file__).with_name("sceptic.md")
 TEMPLATE = PAGE.with_suffix(".md.jinja")
 
-MODELS = ("rwkv4-open",)
-DISTANCES = (0, 64, 256, 1024, 4096, 16384)
+MODELS = ("rwkv7-open",)
+DISTANCES = (0, 64, 256, 1024, 4096)
+FAR = 16384
 METHODS = ("base", "repeated", "prosg-token", "alone", "prosg-final", "wrong", "static", "none")
 PROMPTS = 40
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -55,6 +56,14 @@ def levels(split: str) -> Iterator[pd.DataFrame]:
         for level in LEVELS:
             data = load_open_world(level, split, 0)
             yield asked(name, data, data.items(PROMPTS, shape), METHODS, DISTANCES).assign(level=level)
+
+
+def far(split: str) -> Iterator[pd.DataFrame]:
+    """Six facts, new values, very far away."""
+    for name in MODELS:
+        data = load_open_world("values", split, 6)
+        items = data.items(PROMPTS // 2, Shape(6, FAR, 6))
+        yield asked(name, data, items, ("base", "prosg-token", "alone", "none"), (FAR,))
 
 
 def facts(split: str) -> Iterator[pd.DataFrame]:
@@ -127,7 +136,7 @@ def prose(split: str) -> Iterator[pd.DataFrame]:
 
 
 PARTS: dict[str, Callable[[str], Iterator[pd.DataFrame]]] = {
-    f.__name__: f for f in (levels, facts, natural, query, scale, uses, prose)
+    f.__name__: f for f in (levels, far, facts, natural, query, scale, uses, prose)
 }
 
 
