@@ -236,12 +236,12 @@ def _open_world(p: Profile) -> list[Recipe]:
 
     found = []
     for name, size in {"rwkv4": sizes.model, "rwkv7": sizes.seventh}.items():
-        lm = f"{name}-open"
+        lm, about = f"{name}-open", f"RWKV-{name[-1]} language model of the open world"
         found += [
-            Recipe(lm, f"RWKV-{name[-1]} language model of the open world", name, size, "open", sizes.training),
-            generator(lm, "token", "token-wise generator", sizes.token, ""),
-            generator(lm, "states", "generator that sees the final state", sizes.final, ""),
-            generator(lm, "static", "control: one delta for all prompts", sizes.token, ""),
+            Recipe(lm, about, name, size, "open", sizes.training, time="20 min, CPU"),
+            generator(lm, "token", "token-wise generator", sizes.token, "45 min, CPU"),
+            generator(lm, "states", "generator that sees the final state", sizes.final, "45 min, CPU"),
+            generator(lm, "static", "control: one delta for all prompts", sizes.token, "30 min, CPU"),
         ]
     return found
 

@@ -89,7 +89,8 @@ def test_a_model_first_repeats_random_tokens(data):
         whole, kind = torch.cat([batch.context, batch.rest], 1), torch.cat([0 * batch.context, batch.kind], 1)
         first, again = whole.chunk(2, 1)
         assert torch.equal(first, again)
-        assert (kind.chunk(2, 1)[0] == 0).all() and (kind.chunk(2, 1)[1] == ANSWER).all()
+        assert (kind.chunk(2, 1)[0] == 0).all()
+        assert (kind.chunk(2, 1)[1] == ANSWER).all()
         lengths.append(first.shape[1])
     assert max(lengths[: draw.copies // 2]) == 5
     assert max(lengths[draw.copies // 2 :]) == 12
