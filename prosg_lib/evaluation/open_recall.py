@@ -127,7 +127,7 @@ def prose_losses(
 ) -> np.ndarray:
     """Mean negative log likelihood of prose after each prompt, nats a token, (items,); perplexity is exp of it."""
     begin = start(method, lm, generators, [list(data.encode_prompt(item)) for item in items])
-    rng = random.Random(f"prose/{data.seed}/{data.level}")
+    rng = random.Random(f"prose/{data.seed}/{data.level.name}")
     ids = torch.tensor([data.prose.passage(length, rng) for _ in items], device=next(lm.parameters()).device)
     (read,) = reading.read(lm, begin, ids.tolist(), [length])
     losses = F.cross_entropy(

@@ -118,6 +118,13 @@ class Shape:
         if self.query and self.distance < _QUERY_ROOM:
             raise UserError(f"no item is {self}; with a query the distance is at least {_QUERY_ROOM}")
 
+    @property
+    def name(self) -> str:
+        """Enters the seed of every item, so its characters must never change."""
+        sizes = f"facts={self.facts}, distance={self.distance}, probes={self.probes}, others={self.others}"
+        more = f"before={self.before}, unknown={self.unknown}, instructions={self.instructions}"
+        return f"Shape({sizes}, {more}, updates={self.updates}, query={self.query}, prose={self.prose})"
+
 
 @dataclass(frozen=True)
 class OpenWorld:
@@ -134,7 +141,7 @@ class OpenWorld:
         Raises:
             UserError: the level has fewer slots than the shape asks for.
         """
-        level, rng = self.level, random.Random(f"{VERSION}/{self.seed}/{self.level}/{number}/{shape}")
+        level, rng = self.level, random.Random(f"{VERSION}/{self.seed}/{self.level.name}/{number}/{shape.name}")
         facts = self._facts(shape, rng)
         kinds = rng.sample(sorted(wording.words()["instructions"]), min(shape.instructions, 3))
         drawn = {kind: level.instruction(kind, rng) for kind in sorted(kinds)}
@@ -182,7 +189,7 @@ class OpenWorld:
         """
         found = []
         for number, row in enumerate(natural_prompts(self.level.split)[:limit]):
-            rng = random.Random(f"{VERSION}/{self.seed}/{self.level}/natural/{number}")
+            rng = random.Random(f"{VERSION}/{self.seed}/{self.level.name}/natural/{number}")
             body, kinds = self._body(distance, Shape(1, distance, 1).prose, None, rng)
             probes = tuple(
                 Probe(q["question"], q["answer"] + ".", q["answer"], "fact", accept=tuple(q["accept"]))
