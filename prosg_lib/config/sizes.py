@@ -257,6 +257,19 @@ class Curriculum(Sizes):
 
 
 @dataclass(frozen=True)
+class OpenCurriculum(Curriculum):
+    """A generator's training on the open world.
+
+    Attributes:
+        slots: number of training's slots that its prompts are about; 0: all.
+    """
+
+    may_be_zero = (*Curriculum.may_be_zero, "slots")
+
+    slots: int = 0
+
+
+@dataclass(frozen=True)
 class PairCourse:
     """What a training on pairs of context and query consists of.
 

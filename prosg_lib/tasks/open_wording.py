@@ -69,10 +69,12 @@ class Level:
     Attributes:
         split: "train", "validation" or "test".
         new: "values", "slots" and "wordings", as far as they are of the split.
+        most: only so many slots, the same ones whenever they are drawn; 0: all.
     """
 
     split: str
     new: tuple[str, ...] = ()
+    most: int = 0
 
     def __post_init__(self):
         check_split(self.split)
@@ -80,7 +82,7 @@ class Level:
     @property
     def name(self) -> str:
         """Enters the seed of every item, so its characters must never change."""
-        return f"Level(split={self.split!r}, new={self.new!r})"
+        return f"Level(split={self.split!r}, new={self.new!r})" + f", most={self.most}" * bool(self.most)
 
     @classmethod
     def named(cls, name: str, split: str) -> Level:
@@ -93,7 +95,8 @@ class Level:
         return self.split if part in self.new else "train"
 
     def slots(self) -> list[str]:
-        return _slots(self._split("slots"))
+        names = _slots(self._split("slots"))
+        return sorted(names, key=_mixed)[: self.most] if self.most else names
 
     def value(self, slot: str, rng: random.Random, other_than: str | None = None) -> str:
         """A value of the slot's type."""
@@ -153,6 +156,12 @@ def _first_words() -> frozenset[str]:
 @cache
 def _slots(split: str) -> list[str]:
     return [slot for splits in words()["slots"].values() for slot in splits[split]]
+
+
+@cache
+def _mixed(slot: str) -> float:
+    """Puts slots in an order that mixes their types."""
+    return random.Random(slot).random()
 
 
 def _gaps(fact: Fact) -> dict[str, str]:

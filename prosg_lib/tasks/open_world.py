@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from torch import Tensor
@@ -372,14 +372,15 @@ def data_hash(tokenizer: Tokenizer) -> str:
 
 
 @lru_cache(maxsize=16)
-def load_open_world(level: str, split: str, seed: int, tokenizer: Tokenizer | None = None) -> OpenWorld:
+def load_open_world(level: str, split: str, seed: int, tokenizer: Tokenizer | None = None, most: int = 0) -> OpenWorld:
     """The data set of a level (`open_wording.LEVELS`), split and seed, with the prose that this machine has.
 
     Args:
         tokenizer: a model's; None: the project's own.
+        most: see `Level`.
     """
     tokenizer = tokenizer or load_tokenizer()
-    return OpenWorld(tokenizer, _prose(split, tokenizer), Level.named(level, split), seed)
+    return OpenWorld(tokenizer, _prose(split, tokenizer), replace(Level.named(level, split), most=most), seed)
 
 
 @lru_cache(maxsize=6)

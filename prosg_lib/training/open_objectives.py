@@ -72,6 +72,7 @@ class OpenDraw:
     def shape(self, step: int) -> Shape:
         rng = random.Random(f"{self.data.seed}/{step}")
         facts, distance = rng.choice(self.sizes.facts), rng.choice(self.sizes.distances)
+        facts = min(facts, len(self.data.level.slots()) - 2)
         before = rng.choice((0, 0, 32, 128))
         if step < self.near:
             distance = before = 0

@@ -20,6 +20,7 @@ from prosg_lib.config.sizes import (
     Curriculum,
     GeneratorSize,
     Mamba2Size,
+    OpenCurriculum,
     PairCourse,
     PairTraining,
     RWKV4Config,
@@ -231,7 +232,7 @@ def _open_world(p: Profile) -> list[Recipe]:
 
     def generator(lm, kind, about, size, time):
         return Recipe(
-            f"{lm}-{kind}", about, kind, size, "open", sizes.token_training, lm, curriculum=Curriculum(), time=time
+            f"{lm}-{kind}", about, kind, size, "open", sizes.token_training, lm, curriculum=OpenCurriculum(), time=time
         )
 
     found = []

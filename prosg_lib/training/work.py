@@ -122,7 +122,8 @@ def _dialogue_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel |
 
 
 def _open_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:
-    data = open_world.load_open_world("known", "train", seed, (lm or module).needed_tokenizer())
+    most = 0 if lm is None else recipe.curriculum.slots
+    data = open_world.load_open_world("known", "train", seed, (lm or module).needed_tokenizer(), most)
     training, autocast = recipe.training, distributed.bfloat16()
     if lm is None:
         draw = open_objectives.lm_draw(data, training)
