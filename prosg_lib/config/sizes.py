@@ -453,16 +453,16 @@ class OpenSizes:
     """All that is trained on the open world; the defaults are the cpu profile's.
 
     Attributes:
-        model, seventh: the language models, RWKV-4 and RWKV-7; training: theirs, three tenths of it without dialogues.
+        model, seventh: the language models, RWKV-4 and RWKV-7; training: theirs, a fifth of it without dialogues.
         token, final: the generators; token_training: of all that is trained for a language model, on as many dialogues.
     """
 
     model: RWKV4Config = RWKV4Config(VOCAB, 128, 4, 512)
     seventh: RWKV7Config = RWKV7Config(VOCAB, 128, 4, 512, 32, 32, 32, 16, 64)
-    training: Training = Training(1200, 32, 3e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
+    training: Training = Training(3000, 32, 3e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
     token: GeneratorSize = GeneratorSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
     final: StateSize = StateSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
-    token_training: Training = Training(1200, 32, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
+    token_training: Training = Training(2400, 32, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
 
 
 @dataclass(frozen=True)

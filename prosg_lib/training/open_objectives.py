@@ -26,11 +26,11 @@ QUESTIONS = 6
 """About the prompt's facts, at most; with as many facts as that or more, exactly so many."""
 
 
-COPIES = 0.3
+COPIES = 0.2
 """Share of the language model's steps with random tokens that are repeated. Without them, 800 steps of dialogues taught
 it what answers look like, and not to copy a value that it had never seen."""
 
-LESSONS = ((0.4, 2), (0.6, 4))
+LESSONS = ((0.3, 2), (0.5, 4))
 """Then: up to which share of its steps a prompt has at most how many facts, immediately before the questions."""
 
 _SHORT, _LONG = (2, 3, 5), (3, 5, 8, 12)  # lengths of what is repeated, in the first and second half of these steps

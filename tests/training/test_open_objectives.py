@@ -76,8 +76,8 @@ def test_everything_is_trained_on_the_same_items(data, monkeypatch):
         if step >= max(draw.near for draw in draws):
             assert torch.equal(model.context, generator.context)
             assert torch.equal(model.rest, generator.rest)
-    assert [draw.near for draw in draws] == [12, 5]
-    assert [draw.copies for draw in draws] == [6, 0]
+    assert [draw.near for draw in draws] == [10, 5]
+    assert [draw.copies for draw in draws] == [4, 0]
 
 
 def test_a_model_first_repeats_random_tokens(data):
@@ -116,15 +116,15 @@ def test_first_steps_ask_immediately_behind_the_prompt(data):
     """The model has two facts at most, then four; a generator as many as ever."""
     sizes = replace(SIZES, steps=100)
     model, generator = lm_draw(data, sizes), generator_draw(data, sizes, CURRICULUM)
-    assert (model.copies, model.near, generator.near) == (30, 60, 25)
+    assert (model.copies, model.near, generator.near) == (20, 50, 25)
     for draw, most in ((model, 4), (generator, 12)):
         near = [draw.shape(step) for step in range(draw.copies, draw.near)]
         assert {(shape.distance, shape.before, shape.query) for shape in near} == {(0, 0, False)}
         assert max(shape.facts for shape in near) == most
         assert {draw.shape(step).distance for step in range(draw.near, 100)} == {0, 64, 128}
     facts = [model.shape(step).facts for step in range(100)]
-    assert (set(facts[30:40]), set(facts[40:60])) == ({1, 2}, {1, 2, 3, 4})
-    assert {model.shape(step) for step in range(30, 40)} == {Shape(1, 0, 1), Shape(2, 0, 2)}
+    assert (set(facts[20:30]), set(facts[30:50])) == ({1, 2}, {1, 2, 3, 4})
+    assert {model.shape(step) for step in range(20, 30)} == {Shape(1, 0, 1), Shape(2, 0, 2)}
 
 
 # What is minimised
