@@ -25,7 +25,6 @@ METHODS = {
     "base": "the plain model: the prompt is read, and the state carries on",
     "prosg-token": "ProSG, token-wise generator: as base, with the prompt's delta in the weights",
     "prosg-final": "ProSG, final-state generator: as base, with the prompt's delta in the weights",
-    "alone": "ProSG, token-wise generator, and nothing else: the state is blank, the prompt is in the weights only",
     "wrong": "control: state and delta (token-wise) of another prompt of the same split",
     "static": "control: a trained delta of the same size that is blind to the prompt, which is not read at all",
     "static-read": "control: the same static delta, and the prompt is read as in base",
@@ -37,13 +36,7 @@ METHODS = {
 LORA_RANK, LORA_MAPS = 8, ALL_MAPS
 """Of the LoRA adapters: PEFT's default rank, on every linear map of the blocks."""
 
-_GENERATOR = {
-    "prosg-token": "token",
-    "alone": "token",
-    "wrong": "token",
-    "prosg-final": "final",
-    "static-read": "static",
-}
+_GENERATOR = {"prosg-token": "token", "wrong": "token", "prosg-final": "final", "static-read": "static"}
 
 
 @dataclass(frozen=True)
@@ -308,7 +301,7 @@ def start(
     if kind not in generators:
         raise UserError(f"method {method!r} needs the {kind!r} generator; load or train it first")
     delta, state = generators[kind](lm, *lm.encode_prompts(prompts))
-    if method in ("static", "alone"):
+    if method == "static":
         return Start(None, delta)
     if method == "wrong":
         if len(prompts) < 2:

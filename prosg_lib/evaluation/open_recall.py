@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,9 @@ from prosg_lib.tasks.open_world import Item, OpenWorld
 
 KINDS = ("fact", "other", "update", "query", "unknown")
 """Kinds of question; see `open_world.Probe`."""
+
+ALONE = "alone"
+"""A method: the change of the token-wise generator and nothing else; the prompt is never in the state."""
 
 LONGEST = 28
 """Tokens of an answer: a value of five, and three instructions of up to five with their commas."""
@@ -43,7 +47,7 @@ def answers(
     """What every method answers to every question, at every distance.
 
     Args:
-        methods: see `baselines.start`.
+        methods: see `baselines.start`; or `ALONE`.
         items: of `data`; their bodies are as long as the largest distance.
     Returns:
         One row a method, distance and item: method, distance, seed, prompt (the item's number), facts, instructions,
@@ -57,7 +61,8 @@ def answers(
 def _answered(lm, generators, methods, data, items, distances) -> Iterator[dict]:
     encoded = [list(data.encode_prompt(item)) for item in items]
     for method in methods:
-        begin = start(method, lm, generators, encoded)
+        begin = start("prosg-token" if method == ALONE else method, lm, generators, encoded)
+        begin = replace(begin, state=None) if method == ALONE else begin
         for distance, state, total, right in recall._read(lm, begin, items, distances):
             predicted = recall._ask(lm, data, items, encoded, begin, state, distance, LONGEST)
             for number, item in enumerate(items):

@@ -478,7 +478,8 @@ def test_a_level_of_few_slots_has_the_same_ones_of_several_types():
     """For prompts that are to be about few things; everything else is drawn as ever."""
     few = Level("train", most=8).slots()
     assert few == Level("train", most=20).slots()[:8]
-    assert len(set(few)) == 8 and set(few) < set(Level("train").slots())
+    assert len(set(few)) == 8
+    assert set(few) < set(Level("train").slots())
     assert len({wording.type_of(slot) for slot in few}) > 3
     data = OpenWorld(load_tokenizer(), data_of("train").prose, Level("train", most=8), 0)
     assert {fact.slot for item in data.items(20, Shape(6, 64, 6, others=1)) for fact in item.facts} == set(few)
