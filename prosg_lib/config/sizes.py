@@ -215,6 +215,13 @@ class StateSize(GeneratorSize):
 
 
 @dataclass(frozen=True)
+class ProbeSize(Sizes):
+    """Width of a probe that reads facts off a state (`training.state_probe`)."""
+
+    width: int
+
+
+@dataclass(frozen=True)
 class StepSize(Sizes):
     """One gradient step on all weights.
 
@@ -454,7 +461,8 @@ class OpenSizes:
 
     Attributes:
         model, seventh: the language models, RWKV-4 and RWKV-7; training: theirs, a fifth of it without dialogues.
-        token, final: the generators; token_training: of all that is trained for a language model, on as many dialogues.
+        token, final: the generators; probe: of what a state holds.
+        token_training: of all that is trained for a language model, on as many dialogues.
     """
 
     model: RWKV4Config = RWKV4Config(VOCAB, 128, 4, 512)
@@ -462,6 +470,7 @@ class OpenSizes:
     training: Training = Training(3000, 32, 3e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
     token: GeneratorSize = GeneratorSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
     final: StateSize = StateSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
+    probe: ProbeSize = ProbeSize(512)
     token_training: Training = Training(2400, 32, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
 
 

@@ -26,6 +26,7 @@ from prosg_lib.config.sizes import (
     AdapterSize,
     GeneratorSize,
     Mamba2Size,
+    ProbeSize,
     RWKV4Config,
     RWKV7Config,
     StateSize,
@@ -48,6 +49,7 @@ from prosg_lib.strict import read_as
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import distributed
 from prosg_lib.training.recipes import LANGUAGE_MODELS, Size
+from prosg_lib.training.state_probe import StateProbe
 
 VERSION = 1
 """Goes up when the same recipe, seed and data would train to something else; other versions do not load."""
@@ -128,6 +130,7 @@ MODULES: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
     "final": (GeneratorSize, _final_state),
     "states": (StateSize, _states),
     "mend": (TransformedSize, _transformed),
+    "probe": (ProbeSize, lambda size, lm: StateProbe(lm, size.width)),
     "static": (GeneratorSize, lambda size, lm: StaticDelta(lm, size.rank, _maps(size, lm))),
     "adapter": (AdapterSize, lambda size, lm: AdapterStep(lm, size.rank, size.maps, size.lr)),
     "weights": (StepSize, lambda size, lm: WeightStep(lm, size.rank or None, size.lr)),
@@ -224,6 +227,10 @@ def load_generator(name: str, lm: LanguageModel) -> Generator:
         raise UserError(
             f"{path.name} changes all weights of the model ({kind}), which is not a low-rank delta; "
             "take an adapter or a generator"
+        )
+    if kind == "probe":
+        raise UserError(
+            f"{path.name} reads facts off a state (probe) and makes no delta; take an adapter or a generator"
         )
     size = read_as(MODULES[kind][0], sizes, f"{path}, record.module")
     with torch.device("meta"):  # a file may ask for more than there is memory for

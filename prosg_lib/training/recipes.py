@@ -23,6 +23,7 @@ from prosg_lib.config.sizes import (
     OpenCurriculum,
     PairCourse,
     PairTraining,
+    ProbeSize,
     RWKV4Config,
     RWKV7Config,
     StepSize,
@@ -44,7 +45,7 @@ _PEOPLE = TASKS[:2]
 _ALL_MAPS = ("",)
 _SHORTER_WARMUP = 6
 
-Size = RWKV4Config | RWKV7Config | TransformerConfig | Mamba2Size | GeneratorSize | AdapterSize | StepSize
+Size = RWKV4Config | RWKV7Config | TransformerConfig | Mamba2Size | GeneratorSize | AdapterSize | StepSize | ProbeSize
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,16 @@ def _open_world(p: Profile) -> list[Recipe]:
             Recipe(lm, about, name, size, "open", sizes.training, time="20 min, CPU"),
             generator(lm, "token", "token-wise generator", sizes.token, "45 min, CPU"),
             generator(lm, "states", "generator that sees the final state", sizes.final, "45 min, CPU"),
+            Recipe(
+                f"{lm}-probe",
+                "probe: which facts the state after a prompt holds",
+                "probe",
+                sizes.probe,
+                "open",
+                sizes.token_training,
+                lm,
+                time="30 min, CPU",
+            ),
             generator(lm, "static", "control: one delta for all prompts", sizes.token, "30 min, CPU"),
         ]
     return found

@@ -38,6 +38,7 @@ from prosg_lib.training.problem_objectives import (
     practice,
 )
 from prosg_lib.training.recipes import GRADIENT_STEPS, Recipe
+from prosg_lib.training.state_probe import probe_draw, probe_objective
 from prosg_lib.training.supervised import start_directions, supervised_objective
 
 
@@ -122,15 +123,18 @@ def _dialogue_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel |
 
 
 def _open_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:
-    most = 0 if lm is None else recipe.curriculum.slots
+    most = recipe.curriculum.slots if recipe.curriculum else 0
     data = open_world.load_open_world("known", "train", seed, (lm or module).needed_tokenizer(), most)
     training, autocast = recipe.training, distributed.bfloat16()
     if lm is None:
         draw = open_objectives.lm_draw(data, training)
         return _repeats_first(recipe, module, seed, Work(draw, open_objectives.lm_objective(module, autocast)))
-    draw = open_objectives.generator_draw(data, training, recipe.curriculum)
+    probing = recipe.kind == "probe"
+    draw = probe_draw(data, training) if probing else open_objectives.generator_draw(data, training, recipe.curriculum)
     sample = draw(-1).to(distributed.device())
     module.fit_normaliser(lm, sample.prompt, sample.prompt_valid)
+    if probing:
+        return Work(draw, probe_objective(lm, module))
     objective = open_objectives.generator_objective(lm, module, seed, training, recipe.curriculum, autocast)
     return Work(draw, objective)
 
