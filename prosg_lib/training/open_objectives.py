@@ -26,8 +26,8 @@ QUESTIONS = 6
 """About the prompt's facts, at most; with as many facts as that or more, exactly so many."""
 
 COPIES = 0.2
-"""Share of the language model's steps with random tokens that are repeated. Without them, 1,200 steps of dialogues taught
-an RWKV-4 what answers look like, and not to copy: immediately after the prompt it recalled 0.05."""
+"""Share of the language model's steps with random tokens that are repeated. Without them, 1,200 steps of dialogues
+taught an RWKV-4 what answers look like, and not to copy: immediately after the prompt it recalled 0.05."""
 
 LESSONS = ((0.3, 2), (0.5, 4))
 """Then: up to which share of its steps a prompt has at most how many facts, immediately before the questions."""
