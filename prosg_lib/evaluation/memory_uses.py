@@ -46,7 +46,7 @@ def _asked(
     lm: LanguageModel, data: OpenWorld, item: Item, state: RecurrentState | None, delta: LowRankDelta | None
 ) -> list[str]:
     """The answers to an item's questions, each from a copy of the state."""
-    return recall._ask(lm, data, [item], [[]], Start(state, delta), state, 0, open_recall.LONGEST)[0]
+    return recall.ask(lm, data, [item], [[]], Start(state, delta), state, 0, open_recall.LONGEST)[0]
 
 
 @torch.no_grad()

@@ -63,8 +63,8 @@ def _answered(lm, generators, methods, data, items, distances) -> Iterator[dict]
     for method in methods:
         begin = start("prosg-token" if method == ALONE else method, lm, generators, encoded)
         begin = replace(begin, state=None) if method == ALONE else begin
-        for distance, state, total, right in recall._read(lm, begin, items, distances):
-            predicted = recall._ask(lm, data, items, encoded, begin, state, distance, LONGEST)
+        for distance, state, total, right in recall.read_texts(lm, begin, items, distances):
+            predicted = recall.ask(lm, data, items, encoded, begin, state, distance, LONGEST)
             for number, item in enumerate(items):
                 yield {
                     "method": name_of(method),

@@ -104,8 +104,8 @@ def _answered(
     encoded = [list(data.encode_prompt(item)) for item in items]
     for method in methods:
         begin = start(method, lm, generators, encoded)
-        for distance, state, total, right in _read(lm, begin, items, sorted(set(distances))):
-            predicted = _ask(lm, data, items, encoded, begin, state, distance)
+        for distance, state, total, right in read_texts(lm, begin, items, sorted(set(distances))):
+            predicted = ask(lm, data, items, encoded, begin, state, distance)
             for number, item in enumerate(items):
                 yield {
                     "method": name_of(method),
@@ -123,7 +123,7 @@ def _answered(
                 }
 
 
-def _read(
+def read_texts(
     lm: LanguageModel, begin: Start, items: list[Item], distances: list[int]
 ) -> Iterator[tuple[int, RecurrentState | None, list[int], list[int]]]:
     """Reads the items' texts piece by piece; yields (distance, state there, and for every item the number of words of
@@ -144,7 +144,7 @@ def _read(
         at = distance
 
 
-def _ask(
+def ask(
     lm: LanguageModel,
     data: Dialogues,
     items: list[Item],
@@ -183,7 +183,7 @@ def recall_alone(lm: LanguageModel, delta: LowRankDelta | None, data: Dialogues,
         (items,).
     """
     prompts = [list(data.encode_prompt(item)) for item in items]
-    predicted = _ask(lm, data, items, prompts, Start(None, delta), None, 0)
+    predicted = ask(lm, data, items, prompts, Start(None, delta), None, 0)
     verdicts = [
         [judge(text, probe.fact.value, item.instructions) for text, probe in zip(texts, item.probes, strict=True)]
         for item, texts in zip(items, predicted, strict=True)

@@ -222,6 +222,15 @@ class DialogueBatch(Examples):
     rest: Tensor
     kind: Tensor
 
+    @property
+    def context(self) -> Tensor:
+        """All that is read before `rest`: here the prompt, (B, P)."""
+        return self.prompt
+
+    @property
+    def context_valid(self) -> Tensor:
+        return self.prompt_valid
+
 
 def dialogue_batch(data: Dialogues, items: list[Item]) -> DialogueBatch:
     """Items -> one batch."""

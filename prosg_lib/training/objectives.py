@@ -16,6 +16,7 @@ from prosg_lib.config.sizes import Curriculum, Training
 from prosg_lib.deltas.applying import applied
 from prosg_lib.generators.base import Generator
 from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, DialogueBatch, Dialogues, Shape, dialogue_batch
+from prosg_lib.tasks.open_world import OpenBatch
 from prosg_lib.training.loop import Loss
 
 
@@ -91,12 +92,12 @@ def lm_draw(data: Dialogues, sizes: Training) -> Draw:
     return Draw(data, sizes, int(EASY * sizes.steps), 4, (0, 1, 1, 2))
 
 
-def lm_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, DialogueBatch], Loss]:
+def lm_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, DialogueBatch | OpenBatch], Loss]:
     """Next-token loss over whole dialogues; the words of answers count more than all the text around them."""
 
-    def loss_of(step: int, batch: DialogueBatch) -> Loss:
-        ids, kind = torch.cat([batch.prompt, batch.rest], 1), _all_kinds(batch)
-        valid = torch.cat([batch.prompt_valid, torch.ones_like(batch.rest, dtype=torch.bool)], 1)
+    def loss_of(step: int, batch: DialogueBatch | OpenBatch) -> Loss:
+        ids, kind = torch.cat([batch.context, batch.rest], 1), _all_kinds(batch)
+        valid = torch.cat([batch.context_valid, torch.ones_like(batch.rest, dtype=torch.bool)], 1)
         with autocast_on(ids.device, autocast):
             hidden, _ = lm.step_through(ids[:, :-1], None, valid[:, :-1])
             within = Within(_all_kinds(batch.whole)[:, 1:], batch.rows)
@@ -108,9 +109,9 @@ def lm_objective(lm: LanguageModel, autocast: bool = False) -> Callable[[int, Di
     return loss_of
 
 
-def _all_kinds(batch: DialogueBatch) -> Tensor:
-    """The kinds of prompt and rest, (B, P + T)."""
-    return torch.cat([batch.prompt_valid.long() * TEXT, batch.kind], 1)
+def _all_kinds(batch: DialogueBatch | OpenBatch) -> Tensor:
+    """The kinds of context and rest, (B, C + T)."""
+    return torch.cat([batch.context_valid.long() * TEXT, batch.kind], 1)
 
 
 USUAL = Curriculum()
@@ -127,21 +128,25 @@ def generator_objective(
     seed: int,
     autocast: bool = False,
     curriculum: Curriculum = USUAL,
-) -> Callable[[int, DialogueBatch], Loss]:
+) -> Callable[[int, DialogueBatch | OpenBatch], Loss]:
     """End to end (V1): loss of the answers, given the change of the weights; the model itself stays frozen.
 
     First the change alone; then distances and carried states are mixed, with the loss of competing answers and of the
     text; last comes locality, KL(model without the change || with it) on the text: what it could do, it shall still do.
     """
 
-    def loss_of(step: int, batch: DialogueBatch) -> Loss:
+    def loss_of(step: int, batch: DialogueBatch | OpenBatch) -> Loss:
         alone, local = step < int(curriculum.alone * sizes.steps), step >= int(curriculum.local * sizes.steps)
         blank = alone or random.Random(f"blank/{seed}/{step}").random() < curriculum.blank
         ids, targets, kind = batch.rest[:, :-1], batch.rest[:, 1:], batch.kind[:, 1:]
         within = Within(batch.whole.kind[:, 1:], batch.rows)
         with autocast_on(ids.device, autocast):
-            delta, state = generator(lm, batch.prompt, batch.prompt_valid)
-            start = None if blank else state
+            delta, start = generator(lm, batch.prompt, batch.prompt_valid)
+            if blank:
+                start = None
+            elif batch.context.shape != batch.prompt.shape:  # the prompt is in mid-text
+                with torch.no_grad():
+                    _, start = lm.step_through(batch.context, None, batch.context_valid)
             with applied(lm, delta):
                 hidden, _ = lm.step_through(ids, start)
             losses = token_losses(lm, hidden, targets, kind, 0.3, step, within)

@@ -27,7 +27,7 @@ from prosg_lib.tasks.problems import VERSION, Material
 from prosg_lib.tasks.wording import draw_facts
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
-from prosg_lib.training import distributed, open_objectives
+from prosg_lib.training import distributed, open_draws
 from prosg_lib.training.loop import Loss
 from prosg_lib.training.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 from prosg_lib.training.pair_objectives import pair_lm_objective, pair_objective
@@ -127,16 +127,14 @@ def _open_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | Non
     data = open_world.load_open_world("known", "train", seed, (lm or module).needed_tokenizer(), most)
     training, autocast = recipe.training, distributed.bfloat16()
     if lm is None:
-        draw = open_objectives.lm_draw(data, training)
-        return _repeats_first(recipe, module, seed, Work(draw, open_objectives.lm_objective(module, autocast)))
+        return Work(open_draws.lm_draw(data, training), lm_objective(module, autocast))
     probing = recipe.kind == "probe"
-    draw = probe_draw(data, training) if probing else open_objectives.generator_draw(data, training, recipe.curriculum)
+    draw = probe_draw(data, training) if probing else open_draws.generator_draw(data, training, recipe.curriculum)
     sample = draw(-1).to(distributed.device())
     module.fit_normaliser(lm, sample.prompt, sample.prompt_valid)
     if probing:
         return Work(draw, probe_objective(lm, module))
-    objective = open_objectives.generator_objective(lm, module, seed, training, recipe.curriculum, autocast)
-    return Work(draw, objective)
+    return Work(draw, generator_objective(lm, module, training, seed, autocast, recipe.curriculum))
 
 
 def _problem_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:

@@ -205,8 +205,8 @@ def test_reading_on_equals_reading_from_scratch(data, method):
     prompts = [list(data.encode_prompt(item)) for item in items]
     begin = start(method, lm, {"token": generator}, prompts)
     found = []
-    for distance, state, _, _ in recall._read(lm, begin, items, [0, 33, 70]):
-        texts = recall._ask(lm, data, items, prompts, begin, state, distance)
+    for distance, state, _, _ in recall.read_texts(lm, begin, items, [0, 33, 70]):
+        texts = recall.ask(lm, data, items, prompts, begin, state, distance)
         found.append((distance, state, texts))
     for distance, state, texts in found:
         alone = begin.state
@@ -214,7 +214,7 @@ def test_reading_on_equals_reading_from_scratch(data, method):
             alone = lm(torch.tensor([item.body[:distance] for item in items]), begin.state, begin.delta)[1]
         for name in state.tensors:
             torch.testing.assert_close(state.tensors[name], alone.tensors[name], rtol=1e-4, atol=1e-5)
-        assert texts == recall._ask(lm, data, items, prompts, begin, alone, distance)
+        assert texts == recall.ask(lm, data, items, prompts, begin, alone, distance)
 
 
 def test_reading_again_keeps_what_a_short_memory_loses(data, rows):
@@ -249,8 +249,8 @@ def test_a_transformer_reads_prompt_text_and_question_as_one(data, kind, monkeyp
     prompts = [list(data.encode_prompt(item)) for item in items]
     newline = data.tokenizer.encode("\n")
     begin = start("base", lm, {}, prompts)
-    for distance, state, _, _ in recall._read(lm, begin, items, [0, 33, 70]):
-        texts = recall._ask(lm, data, items, prompts, begin, state, distance)
+    for distance, state, _, _ in recall.read_texts(lm, begin, items, [0, 33, 70]):
+        texts = recall.ask(lm, data, items, prompts, begin, state, distance)
         for item, prompt, found in zip(items, prompts, texts, strict=True):
             text = [*prompt, *item.body[:distance]]
             text += newline if text[-1] != newline[-1] else ()

@@ -13,13 +13,8 @@ from prosg_lib.tasks.open_wording import Level
 from prosg_lib.tasks.open_world import OpenBatch, OpenWorld, Shape, open_batch
 from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
-from prosg_lib.training.open_objectives import (
-    QUESTIONS,
-    generator_draw,
-    generator_objective,
-    lm_draw,
-    lm_objective,
-)
+from prosg_lib.training.objectives import generator_objective, lm_objective
+from prosg_lib.training.open_draws import QUESTIONS, generator_draw, lm_draw
 
 SIZES = Training(20, 4, 1e-3, (3, 6, 12), (0, 64, 128))
 CURRICULUM = Curriculum(alone=0.25, local=0.75)
@@ -52,7 +47,7 @@ def objective_of(lm, kind: str):
     if kind == "lm":
         return lm.requires_grad_(True), lm_objective(lm)
     generator = token_generator(lm.requires_grad_(False), std=0.3).to(lm.emb.weight.dtype)
-    return generator, generator_objective(lm, generator, 0, SIZES, CURRICULUM)
+    return generator, generator_objective(lm, generator, SIZES, 0, curriculum=CURRICULUM)
 
 
 # What is drawn
@@ -158,8 +153,8 @@ def test_the_state_is_that_of_all_the_text_before(lm, data):
     """Where a prompt stands in mid-text, the change is made from the prompt alone and the state from all of it; while
     the change is trained alone, there is no state."""
     generator = token_generator(lm.requires_grad_(False), std=0.3)
-    loss_of = generator_objective(lm, generator, 0, SIZES, replace(CURRICULUM, blank=0.0))
-    blank = generator_objective(lm, generator, 0, SIZES, replace(CURRICULUM, blank=1.0))
+    loss_of = generator_objective(lm, generator, SIZES, 0, curriculum=replace(CURRICULUM, blank=0.0))
+    blank = generator_objective(lm, generator, SIZES, 0, curriculum=replace(CURRICULUM, blank=1.0))
     there = batch_of(data)
     without = replace(there, context=there.prompt, context_valid=there.prompt_valid)
     for loss, step, same in ((loss_of, ALONE, True), (loss_of, MIXED, False), (blank, MIXED, True)):
