@@ -467,7 +467,7 @@ class OpenSizes:
 
     model: RWKV4Config = RWKV4Config(VOCAB, 128, 4, 512)
     seventh: RWKV7Config = RWKV7Config(VOCAB, 128, 4, 512, 32, 32, 32, 16, 64)
-    training: Training = Training(3000, 32, 3e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
+    training: Training = Training(9000, 16, 2.5e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
     token: GeneratorSize = GeneratorSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
     final: StateSize = StateSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
     probe: ProbeSize = ProbeSize(512)

@@ -19,12 +19,15 @@ from prosg_lib.tasks.open_world import OpenBatch, OpenWorld, Shape, open_batch
 QUESTIONS = 6
 """About the prompt's facts, at most; with as many facts as that or more, exactly so many."""
 
-COPIES = 0.2
+COPIES = 0.1
 """Share of the language model's steps with random tokens that are repeated. Without them, 1,200 steps of dialogues
 taught an RWKV-4 what answers look like, and not to copy: immediately after the prompt it recalled 0.05."""
 
-LESSONS = ((0.3, 2), (0.5, 4))
-"""Then: up to which share of its steps a prompt has at most how many facts, immediately before the questions."""
+LESSONS = ((0.2, 2), (0.55, 4))
+"""Then: up to which share of its steps a prompt has at most how many facts."""
+
+NEAR = 0.85
+"""Share of its steps with nothing between prompt and questions: reading is learned there, at half the cost."""
 
 _SHORT, _LONG = (2, 3, 5), (3, 5, 8, 12)  # lengths of what is repeated, in the first and second half of these steps
 
@@ -88,7 +91,7 @@ class OpenDraw:
 
 def lm_draw(data: OpenWorld, sizes: Training) -> OpenDraw:
     lessons = tuple((int(share * sizes.steps), most) for share, most in LESSONS)
-    return OpenDraw(data, sizes, lessons[-1][0], int(COPIES * sizes.steps), lessons)
+    return OpenDraw(data, sizes, int(NEAR * sizes.steps), int(COPIES * sizes.steps), lessons)
 
 
 def generator_draw(data: OpenWorld, sizes: Training, curriculum: Curriculum) -> OpenDraw:
