@@ -1,8 +1,14 @@
-"""The widgets, and the table of single answers that they and their figures show."""
+"""The sliders and widgets, and the table of single answers that they and their figures show."""
 
+import base64
 import html
+import io
+import json
+import math
 import re
+from itertools import product
 
+import numpy as np
 import pandas as pd
 import pytest
 from ipywidgets import HTML, SelectionSlider
@@ -20,6 +26,71 @@ def row(method, distance, slot, value, answer, right):
     question = f"Tell me my {slot}."
     return {"method": method, "distance": distance, "prompt": 0, "slot": slot, "value": value, "question": question,
             "answer": answer, "right": right, "followed": 1.0}  # fmt: skip
+
+
+@pytest.fixture
+def sums():
+    """Two sliders above their values and sum; a page without anything that differs between some settings."""
+    controls = (widgets.Control("first", (1, 2, 3), 2, "{}"), widgets.Control("second", (0.5, 1000), 0.5))
+    return widgets.Sliders(controls, lambda a, b: widgets.Page(f"{a} < {b}?", (f"<p>{a + b}</p>", "<b>the same</b>")))
+
+
+def test_live_sliders_show_the_page_they_stand_at(sums):
+    """Each move makes the page of its setting; only what the versions 7.7.1 and 8 of ipywidgets share is used."""
+    first, second, shown = sums.live().children
+    assert isinstance(first, SelectionSlider)
+    assert isinstance(shown, HTML)
+    assert "2 &lt; 0.5?" in shown.value
+    first.value, second.value = 3, 1000
+    assert "3 &lt; 1000?" in shown.value
+    assert "<p>1003</p><b>the same</b>" in shown.value
+    assert second.options == (("0.5", 0.5), ("1,000", 1000))
+
+
+def test_the_form_without_a_kernel_holds_every_page(sums):
+    """Pages in the order of the sliders, the last fastest; each text is there once; nothing from outside."""
+    shown = sums.html()
+    data = json.loads(re.search(r"const data = (.*);\n", shown).group(1))
+    pages = [[data["texts"][number] for number in page] for page in data["pages"]]
+    assert pages == [[f"{a} < {b}?", f"<p>{a + b}</p>", "<b>the same</b>"] for a, b in product((1, 2, 3), (0.5, 1000))]
+    assert data["texts"].count("<b>the same</b>") == 1
+    assert shown.count("</script>") == 1
+    assert not re.search(r"https?:|src=|@import|url\(", shown)
+    assert '<p role="status">2 &lt; 0.5?</p>' in shown  # what is seen where scripts do not run
+    assert re.findall(r"<span>(.*?)</span><input type=\"range\" min=\"0\" max=\"(.)\" value=\"(.)\">", shown) == [
+        ("first", "2", "1"), ("second", "1", "0")]  # fmt: skip
+
+
+def test_a_slider_starts_at_one_of_its_values():
+    with pytest.raises(UserError, match="rank cannot start at 3; its values are 1, 2"):
+        widgets.Sliders((widgets.Control("rank", (1, 2), 3),), lambda rank: widgets.Page("", ()))
+
+
+def test_rank_slider_says_what_a_rank_keeps():
+    """Energy, error and size by hand; as many bars filled as the rank, the others outlined."""
+    slider = widgets.rank_slider([8, 4, 2, 1], (128, 512), ranks=3)
+    assert slider.controls[0].values == (1, 2, 3)
+    page = slider.page(2)
+    kept = 80 / 85
+    assert f"{kept:.1%} of the energy kept, relative error {math.sqrt(1 - kept):.2f}, 1,280 numbers" in page.summary
+    filled, outlined = re.findall(r'class="o[nf]+" d="(.*?)"', page.blocks[0])
+    assert (filled.count("M"), outlined.count("M")) == (2, 2)
+
+
+def test_decay_slider_shows_the_matrix_it_is_given():
+    """The image has the weights as opacity; the words have the half-life."""
+    asked = []
+
+    def matrix_of(decay):
+        asked.append(decay)
+        return np.tril(np.ones((40, 40)))
+
+    page = widgets.decay_slider(matrix_of, (0.1, 0.2)).page(0.1)
+    assert asked == [0.1]
+    assert f"halves every {math.log(2) / 0.1:.1f} tokens; after 32 tokens 0.041" in page.summary
+    image = plt.imread(io.BytesIO(base64.b64decode(re.search(r"base64,(.*?)\"", page.blocks[0]).group(1))), "png")
+    np.testing.assert_array_equal(image[..., 3], np.tril(np.ones((40, 40))))
+    assert "M0 32H40M32 0V40" in page.blocks[0]
 
 
 @pytest.fixture
