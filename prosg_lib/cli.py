@@ -107,7 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "write the report again from what a run recorded, running nothing")
     _add_profile(report)
 
-    command("check", _check, "check that notebooks are clean and that quoted numbers are the ledger's")
+    command(
+        "doctor",
+        _doctor,
+        "say whether this machine has what the course needs, and what to do where it has not",
+        "Ends with exit code 1 where something has to be fixed.",
+    )
+    command("check", _check, "check that notebooks are clean, quoted numbers the ledger's, and links right")
 
     chat = command(
         "chat",
@@ -215,13 +221,19 @@ def _report(options: argparse.Namespace) -> int:
     return show(options.profile)
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from prosg_lib import doctor
+
+    return 0 if doctor.examine() else FAILED
+
+
 def _check(options: argparse.Namespace) -> int:
     from prosg_lib.reproduction.run import check
 
     problems = check()
     for problem in problems:
         print(problem)
-    print(f"{len(problems)} problems" if problems else "notebooks, ledger and quoted numbers are in order")
+    print(f"{len(problems)} problems" if problems else "notebooks, ledger, quoted numbers and links are in order")
     return FAILED if problems else 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from prosg_lib import files, paths
 from prosg_lib.config import Profile, get_profile
 from prosg_lib.errors import UserError
-from prosg_lib.reproduction import ledger, notebook_files, promises, quotes, report
+from prosg_lib.reproduction import ledger, links, notebook_files, promises, quotes, report
 
 # Only these runs' figures are kept in the repository, and where.
 REFERENCE_FIGURES = {"cpu": ".", "gpu": "gpu"}
@@ -255,14 +255,9 @@ def _keep_figures(profile: Profile, names: Sequence[str]) -> None:
 
 
 def check() -> list[str]:
-    """What the checkout's notebooks, ledger, promises and quoted numbers get wrong, one line each."""
+    """What the checkout's notebooks, ledger, promises, quoted numbers and links get wrong, one line each."""
     course = notebook_files.course()
     found = [problem for path in course for problem in notebook_files.problems(path)]
-    found += [
-        f"{path.name}: its set-up cell is not that of {course[0].name}"
-        for path in course
-        if _set_up(path) != _set_up(course[0])
-    ]
     names = {path.stem for path in course}
     for path in sorted(paths.expected_dir().glob("*.*.json")):
         name, _, profile = path.stem.partition(".")
@@ -283,9 +278,4 @@ def check() -> list[str]:
                 found.append(f"expected/{promises.FILE}: no ledger has the claims of the promise {row['name']!r}")
     except UserError as error:
         found.append(str(error))
-    return found + quotes.check_quotes()
-
-
-def _set_up(path: Path) -> list[str]:
-    """A notebook's cells that are for Colab."""
-    return [cell["source"] for cell in notebook_files.cells(path) if "google.colab" in cell["source"]]
+    return found + quotes.check_quotes() + links.check_links()

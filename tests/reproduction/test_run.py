@@ -532,9 +532,10 @@ def test_unclean_notebooks_are_named(tmp_path, changes, said):
 def test_check_finds_dirty_notebooks_orphaned_ledgers_and_wrong_quotes(tmp_path, monkeypatch):
     """One call looks at everything that a commit may break."""
     monkeypatch.setattr(paths, "repo_root", lambda: tmp_path)
+    monkeypatch.setattr(reproduce.links, "check_links", list)  # which test_links.py is about
     write_notebook(tmp_path / "notebooks", "00_new", "claims.finish()")
     assert reproduce.check() == []
-    write_notebook(tmp_path / "notebooks", "02_other", "'google.colab'")
+    monkeypatch.setattr(reproduce.links, "check_links", lambda: ["README.md: a link"])
     (tmp_path / "expected").mkdir()
     (tmp_path / "expected" / "01_gone.smoke.json").write_text('{"claims": {}}')
     (tmp_path / "expected" / "00_new.smok.json").write_text('{"claims": {}}')
@@ -547,10 +548,10 @@ def test_check_finds_dirty_notebooks_orphaned_ledgers_and_wrong_quotes(tmp_path,
     (tmp_path / "README.md").write_text("0.5<!--claim smoke 00_new a-->")
     found = reproduce.check()
     assert [problem.partition(":")[0] for problem in found] == [
-        "02_other.ipynb",
         "expected/00_new.smok.json",
         "expected/01_gone.smoke.json",
         "expected/gone.benchmark.json",
         "expected/promises.json",
         "README.md, line 1",
+        "README.md",
     ]
