@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,7 +23,9 @@ MEMORY_GB, DISK_GB = 3.0, 2.0
 """What `prosg reproduce --profile cpu` needs, rounded up; an installation with torch for CPUs needs as much disk."""
 
 _INSTALL = "pip install -r requirements.lock && pip install --no-deps --no-build-isolation -e ."
+_AGAIN = f"make a new virtual environment, and in the checkout: {_INSTALL}"
 _GB = 1e9
+_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where there is none
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def checkout() -> Finding:
 
 def packages() -> Finding:
     """Whether everything that pyproject.toml requires is installed, and new enough."""
+    import tomllib  # new in Python 3.11
+
     required = tomllib.loads((paths.repo_root() / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     missing, old = [], []
     for needed in required["dependencies"]:
@@ -71,9 +74,10 @@ def packages() -> Finding:
         if _numbers(version) < _numbers(least):
             old.append(f"{name} {version} (from {least} on)")
     if missing:
-        return Finding("fix", f"{', '.join(missing)} not installed; in the checkout: {_INSTALL}")
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        return Finding("fix", f"{', '.join(missing[:4])}{more} not installed; in the checkout: {_INSTALL}")
     if old:
-        return Finding("fix", f"too old: {', '.join(old)}; in a new virtual environment: {_INSTALL}")
+        return Finding("fix", f"too old: {', '.join(old)}; {_AGAIN}")
     return Finding("ok", f"all {len(required['dependencies'])} that are needed; torch {metadata.version('torch')}")
 
 
@@ -82,6 +86,8 @@ def memory() -> Finding:
     import psutil  # comes with accelerate
 
     free = psutil.virtual_memory().available / _GB
+    if _LIMIT.is_file() and (limit := _LIMIT.read_text().strip()).isdigit():
+        free = min(free, int(limit) / _GB)
     if free < MEMORY_GB:
         return Finding("fix", f"{free:.1f} GB free, {MEMORY_GB:g} are needed; close other programs and notebooks")
     return Finding("ok", f"{free:.0f} GB free")
@@ -108,8 +114,10 @@ def accelerator() -> Finding:
     """What models compute on, in which dtype, and why. Everything in the course computes in float32."""
     try:
         import torch
-    except Exception as error:  # a library that is missing or of another system raises what it likes
-        return Finding("fix", f"torch cannot be imported ({reason(error)}); in the checkout: {_INSTALL}")
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # one of another system, or half installed, raises what it likes
+        return Finding("fix", f"torch cannot be imported ({reason(error)}); {_AGAIN}")
     if not torch.cuda.is_available():
         unused = "; it has a GPU that this torch cannot use: install torch for CUDA" if _has_nvidia() else ""
         hint = "; Runtime > Change runtime type offers a GPU" if in_colab() else ""
@@ -195,8 +203,10 @@ def answer(question: Callable[[], Finding]) -> Finding:
         return question()
     except UserError as error:
         return Finding("fix", str(error))
+    except ModuleNotFoundError as error:
+        return Finding("fix", f"{error.name} is not installed; see the line on packages")
     except ImportError as error:
-        return Finding("fix", f"{error.name or reason(error)} cannot be imported; in the checkout: {_INSTALL}")
+        return Finding("fix", f"{error.name} cannot be imported ({reason(error)}); {_AGAIN}")
     except Exception as error:  # a machine may be broken in ways that nobody foresaw
         return Finding("note", f"could not be found out ({reason(error)})")
 
