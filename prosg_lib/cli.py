@@ -140,6 +140,17 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
+    course = command(
+        "course",
+        _course,
+        "write a copy of the notebooks for a class",
+        "The students' copy has no solutions. The instructor's has them, with timings, questions to discuss, and "
+        "typical wrong answers with the check's reply.",
+    )
+    course.add_argument("kind", choices=("student", "instructor"), help="whose copy")
+    course.add_argument("out", metavar="OUT", help="the folder to write to; made if need be")
+    course.add_argument("--overwrite", action="store_true", help="replace copies that are there")
+
     train = command("train", _train, "train one model, generator or gradient step, or load the checkpoint that fits")
     train.formatter_class, train.epilog = argparse.RawDescriptionHelpFormatter, _LAUNCH
     _add_trained(train)
@@ -256,6 +267,14 @@ def _evaluate(options: argparse.Namespace) -> int:
         how = (options.model, options.generator, options.profile, seeds, options.items, options.out)
         suite_report.evaluate(*how, command=shlex.join(["prosg", *options.words]))
     print(f"written to {options.out}: results.md has the tables")
+    return 0
+
+
+def _course(options: argparse.Namespace) -> int:
+    from prosg_lib.exercises import copies
+
+    for path in copies.write(options.kind, options.out, options.overwrite):
+        print(path)
     return 0
 
 

@@ -20,7 +20,7 @@ from prosg_lib.training.load_or_train import MemoryBudget
     "arguments",
     [
         ["--help"],
-        *([name, "--help"] for name in ("reproduce", "report", "evaluate", "train")),
+        *([name, "--help"] for name in ("reproduce", "report", "evaluate", "train", "course")),
         ["train", "--list"],
     ],
 )
@@ -55,6 +55,8 @@ def test_help_is_there_and_needs_no_torch(arguments):
         ["train", "rwkv4-dialogue", "--list"],
         ["train", "rwkv4-dialogue", "--method", "adapter"],
         ["train", "rwkv4-dialogue", "--at-once", "0"],
+        ["course"],
+        ["course", "teacher", "here"],
     ],
 )
 def test_unknown_commands_and_options_are_refused(arguments, capsys):

@@ -1,0 +1,48 @@
+"""The course's exercises: what is asked, the solution, typical wrong answers, and a check that teaches.
+
+In a notebook: `exercises.check("3.1", gradient)`. There is one module a notebook, named like it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from prosg_lib.errors import UserError
+
+if TYPE_CHECKING:  # the exercises themselves need torch, which takes seconds to import
+    from prosg_lib.exercises.checking import Exercise
+
+MODULES = {1: "state_derivation", 2: "prompt_forgetting", 3: "low_rank_gradients"}
+"""By the notebook's number."""
+
+
+def of_notebook(number: int) -> tuple[Exercise, ...]:
+    """The exercises of a notebook in order; none where it has none of this form."""
+    return import_module(f"prosg_lib.exercises.{MODULES[number]}").EXERCISES if number in MODULES else ()
+
+
+def find(number: str) -> Exercise:
+    """The exercise of that number, such as "3.1".
+
+    Raises:
+        UserError: there is none.
+    """
+    notebook = int(number.split(".")[0]) if number.split(".")[0].isdecimal() else 0
+    found = {exercise.number: exercise for exercise in of_notebook(notebook)}
+    if number not in found:
+        known = ", ".join(found) or ", ".join(f"{n}.1 ..." for n in MODULES)
+        raise UserError(f"There is no exercise {number!r}; there are {known}.")
+    return found[number]
+
+
+def check(number: str, answer: Any) -> None:
+    """Prints that an answer is right and why, what is wrong with it, or that there is none yet.
+
+    Args:
+        number: such as "3.1".
+        answer: the function that was to be written; the function itself, not its result.
+    """
+    from prosg_lib.exercises.checking import reply
+
+    print(reply(find(number), answer).text)
