@@ -27,15 +27,17 @@ from prosg_lib.plots import PALETTE, styles
 _STYLE = """<style>
 .prosg { --ink: #1a1a1a; --paper: #fff; --line: #767676; color-scheme: light; color: var(--ink);
   background: var(--paper); font: 14px/1.5 system-ui, sans-serif; padding: 0.7em 1em; overflow-x: auto }
-.prosg .control { display: flex; gap: 0.7em; align-items: center }
-.prosg .control label { display: flex; gap: 0.7em; align-items: center; flex: 0 1 38em; font-weight: 600 }
-.prosg .control input { flex: 1; accent-color: #0072b2 }
+.prosg .controls:not([hidden]) { display: grid; grid-template-columns: max-content minmax(8em, 24em) max-content;
+  gap: 0.1em 0.8em; align-items: center }
+.prosg .controls label { display: contents; font-weight: 600 } .prosg .controls input { accent-color: #0072b2 }
 .prosg table { border-collapse: collapse; margin: 0.4em 0 0.8em; color: inherit; font-size: inherit; text-align: left }
 .prosg caption, .prosg figcaption { text-align: left; padding: 0.2em 0; color: inherit; font-size: inherit }
 .prosg caption { font-weight: 600 }
 .prosg tr { background: none !important }
 .prosg td, .prosg th { border: 1px solid var(--line); padding: 0.2em 0.5em; text-align: left !important;
   color: inherit }
+.prosg td b { background: rgb(0 114 178 / calc(0.7 * var(--share))); padding: 0.1em 0.3em; white-space: nowrap;
+  font-weight: inherit }
 .prosg figure { margin: 0.4em 0 } .prosg svg { display: block; max-width: 100%; height: auto }
 .prosg .on { fill: #0072b2; stroke: var(--ink) } .prosg .off { fill: none; stroke: var(--line); stroke-dasharray: 2 1 }
 .prosg .edge { fill: none; stroke: var(--line) } .prosg svg text { fill: var(--ink); font-size: 11px }
@@ -56,7 +58,7 @@ _SCRIPT = """(() => {
         const shown = data.options[i][input.value];
         number = number * data.options[i].length + Number(input.value);
         input.setAttribute("aria-valuetext", shown);
-        controls.querySelectorAll("output")[i].textContent = shown;
+        controls.querySelectorAll(".at")[i].textContent = shown;
       });
       const page = data.pages[number];
       summary.textContent = data.texts[page[0]];
@@ -150,9 +152,9 @@ class Sliders:
         name = hashlib.sha256(packed.encode()).hexdigest()[:12]
         first = self.page(*(control.start for control in self.controls))
         inputs = "".join(
-            f'<div class="control"><label><span>{html.escape(control.label)}</span><input type="range" min="0" '
+            f'<label><span>{html.escape(control.label)}</span><input type="range" min="0" '
             f'max="{len(control.values) - 1}" value="{list(control.values).index(control.start)}"></label>'
-            "<output></output></div>"
+            '<span class="at" aria-hidden="true"></span>'
             for control in self.controls
         )
         script = _SCRIPT.replace("ID", name).replace("DATA", packed)
@@ -167,9 +169,9 @@ class Sliders:
         return self.html()
 
 
-def shade(share: float) -> str:
-    """A cell's style: blue, the deeper the larger the share; its text stays readable on light and on dark ground."""
-    return f"background: rgba(0, 114, 178, {0.7 * min(1.0, max(0.0, share)):.2f})"
+def shaded(text: str, share: float) -> str:
+    """A table cell's HTML on blue, the deeper the larger the share; it stays readable on light and on dark ground."""
+    return f"<b style=--share:{min(1.0, max(0.0, share)):.2f}>{text}</b>"
 
 
 def rank_slider(singular: Sequence[float], shape: tuple[int, int], ranks: int = 32) -> Sliders:
