@@ -142,11 +142,11 @@ def lab(chromium, tmp_path):
         server.wait(30)
 
 
-def test_explorer_in_jupyterlab(open_page, lab):
+def test_explorer_in_jupyterlab(lab, open_page):
     """The notebook is run; sliders change what is shown, a prompt of one's own is read, and the console is clean."""
     page = open_page(lab)
-    page.set_default_timeout(180_000)
-    page.locator(".jp-Notebook").wait_for()
+    page.set_default_timeout(120_000)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     live, alone = page.locator(".jp-OutputArea .prosg:not([data-prosg])"), page.locator("[data-prosg]")
