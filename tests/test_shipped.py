@@ -10,12 +10,12 @@ TABLES = sorted(path.name for path in MEASURED.iterdir() if path.name != "README
 
 
 def test_checkpoints_are_small():
-    """At most 35 MB with their logs: one training of each, what notebooks load."""
+    """At most 35 MB with their logs and cards: one training of each, what notebooks load."""
     files = list(CHECKPOINTS.iterdir())
     assert sum(path.stat().st_size for path in files) <= 35e6
     names = {path.stem for path in files}
     assert {path.name for path in files} == {
-        f"{name}{ending}" for name in names for ending in (".safetensors", ".jsonl")
+        f"{name}{ending}" for name in names for ending in (".safetensors", ".jsonl", ".md")
     }
     assert not [name for name in names if "-seed" in name]
 
