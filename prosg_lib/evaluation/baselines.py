@@ -29,7 +29,7 @@ METHODS = {
     "static": "control: a trained delta of the same size that is blind to the prompt, which is not read at all",
     "static-read": "control: the same static delta, and the prompt is read as in base",
     "none": "control: no prompt, no delta",
-    "repeated": "upper bound: as base, and the prompt is read once more immediately before the question",
+    "repeated": "reference: as base, and the prompt is read once more immediately before the question",
 }
 """The main comparison. What a user would try instead are the subclasses of `Baseline`."""
 

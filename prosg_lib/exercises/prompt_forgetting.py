@@ -1,4 +1,4 @@
-"""Exercises of notebook 02: judging an answer, an interval over prompts, the half-life, and the share of a gap."""
+"""Exercises of notebook 02: judging an answer, an interval over prompts, the share of a gap, and a half-life."""
 
 import math
 
@@ -129,6 +129,58 @@ def interval_along_resamples(right, drawn):
 # 2.3
 
 
+def share_of_gap(method, none, repeated):
+    """The share of the gap between two references that a method has recovered.
+
+    Args:
+        method: the recall of the method.
+        none: recall without any prompt.
+        repeated: recall with the prompt repeated before the question.
+    Returns:
+        0 where the method is as good as no prompt, 1 where it is as good as repeating; NaN where there is no gap.
+    """
+    if repeated <= none:
+        return math.nan
+    return (method - none) / (repeated - none)
+
+
+def _by_gap_recovered(method, none, repeated):
+    shares = {"method": method, "none": none, "repeated": repeated}
+    rows = [{"method": n, "facts": 6, "distance": 0, "seed": 0, "prompt": 0, "recall": r} for n, r in shares.items()]
+    return statistics.gap_recovered(pd.DataFrame(rows), "method", 0).value
+
+
+def share_of_repeated(method, none, repeated):
+    if repeated <= none:
+        return math.nan
+    return method / repeated
+
+
+def gap_in_points(method, none, repeated):
+    if repeated <= none:
+        return math.nan
+    return method - none
+
+
+def share_still_missing(method, none, repeated):
+    if repeated <= none:
+        return math.nan
+    return (repeated - method) / (repeated - none)
+
+
+def gain_over_none(method, none, repeated):
+    if repeated <= none:
+        return math.nan
+    return (method - none) / none
+
+
+def share_without_a_gap(method, none, repeated):
+    return (method - none) / (repeated - none)
+
+
+# 2.4
+
+
 def half_life_of(distances, recall):
     """The distance at which recall is half of that at distance 0, on straight lines in log(1 + d).
 
@@ -192,58 +244,6 @@ def half_life_within_the_grid(distances, recall):
     return distances[-1]
 
 
-# 2.4
-
-
-def share_of_gap(method, none, repeated):
-    """The share of the gap between two references that a method has recovered.
-
-    Args:
-        method: the recall of the method.
-        none: recall without any prompt.
-        repeated: recall with the prompt repeated before the question.
-    Returns:
-        0 where the method is as good as no prompt, 1 where it is as good as repeating; NaN where there is no gap.
-    """
-    if repeated <= none:
-        return math.nan
-    return (method - none) / (repeated - none)
-
-
-def _by_gap_recovered(method, none, repeated):
-    shares = {"method": method, "none": none, "repeated": repeated}
-    rows = [{"method": n, "facts": 6, "distance": 0, "seed": 0, "prompt": 0, "recall": r} for n, r in shares.items()]
-    return statistics.gap_recovered(pd.DataFrame(rows), "method", 0).value
-
-
-def share_of_repeated(method, none, repeated):
-    if repeated <= none:
-        return math.nan
-    return method / repeated
-
-
-def gap_in_points(method, none, repeated):
-    if repeated <= none:
-        return math.nan
-    return method - none
-
-
-def share_still_missing(method, none, repeated):
-    if repeated <= none:
-        return math.nan
-    return (repeated - method) / (repeated - none)
-
-
-def gain_over_none(method, none, repeated):
-    if repeated <= none:
-        return math.nan
-    return (method - none) / none
-
-
-def share_without_a_gap(method, none, repeated):
-    return (method - none) / (repeated - none)
-
-
 EXERCISES = (
     Exercise(
         number="2.1",
@@ -301,12 +301,12 @@ EXERCISES = (
         expected=_one_by_one,
         cases=_resamples,
         results=("low", "high"),
-        why="Questions about one prompt succeed and fail together, so the prompt is what must be drawn anew. The "
+        why="Questions about one prompt may succeed and fail together, so the prompt is what must be drawn anew. The "
         "library's intervals are these, with 2,000 resamples.",
         mistakes=(
             Mistake(
                 interval_over_questions,
-                "You draw single questions. Those of one prompt are not independent, so whole prompts must be drawn.",
+                "You draw single questions. Those of one prompt need not be independent, so whole prompts must be drawn.",
             ),
             Mistake(
                 interval_of_single_prompts,
@@ -324,8 +324,8 @@ EXERCISES = (
                 "The mean goes over the wrong axis: you need one mean for each resample, over its prompts.",
             ),
         ),
-        misconception="That more questions a prompt narrow the interval like more prompts. They do not: the prompts "
-        "stay as few as they were.",
+        misconception="That more questions a prompt narrow the interval like more prompts. As far as a prompt's questions "
+        "fail together, they do not: the prompts stay as few as they were.",
         discussion=(
             "The model, too, might have been trained with another seed. Does this interval know of that?",
             "How would you compare two methods that answered the same prompts?",
@@ -333,6 +333,36 @@ EXERCISES = (
     ),
     Exercise(
         number="2.3",
+        title="the share of a gap",
+        stars=1,
+        minutes=5,
+        task="A friend's method has recall 0.55 where no prompt has 0.10 and repeating the prompt has 0.70. Write the "
+        "measure that puts 0 at the one and 1 at the other. Notebook 06 uses it.",
+        hint="Subtract what can be guessed from both. Mind the case without a gap.",
+        solution=share_of_gap,
+        expected=_by_gap_recovered,
+        cases=lambda: [(0.55, 0.10, 0.70), (0.9, 0.2, 0.8), (0.3, 0.05, 0.5), (0.2, 0.3, 0.3)],
+        results=("the share",),
+        why="0.45 of 0.60: three quarters. It may be above 1, because repeating the prompt is a strong reference and "
+        "not a bound.",
+        mistakes=(
+            Mistake(
+                share_of_repeated, "You divide by the reference itself. What can be guessed is in both; subtract it."
+            ),
+            Mistake(gap_in_points, "This is the gain in points. Divide it by the gap to get a share."),
+            Mistake(share_still_missing, "This is the share that is still missing."),
+            Mistake(gain_over_none, "You divide by the recall without a prompt. The gap is repeated minus none."),
+            Mistake(
+                share_without_a_gap,
+                "Where repeating does not help either, there is no gap to recover: return NaN before you divide.",
+            ),
+        ),
+        misconception="That a share of a gap can be compared across distances. The gap itself changes: where it is "
+        "small, the share is mostly noise.",
+        discussion=("What does a value above 1 say about the method, and what about the reference?",),
+    ),
+    Exercise(
+        number="2.4",
         title="a half-life",
         stars=2,
         minutes=15,
@@ -373,35 +403,5 @@ EXERCISES = (
         misconception="That recall decays exponentially, as a half-life in physics suggests. After two half-lives "
         "there need not be a quarter left.",
         discussion=("Which of two methods is better if one starts lower and has the longer half-life?",),
-    ),
-    Exercise(
-        number="2.4",
-        title="the share of a gap",
-        stars=1,
-        minutes=5,
-        task="A friend's method has recall 0.55 where no prompt has 0.10 and repeating the prompt has 0.70. Write the "
-        "measure that puts 0 at the one and 1 at the other. Notebook 06 uses it.",
-        hint="Subtract what can be guessed from both. Mind the case without a gap.",
-        solution=share_of_gap,
-        expected=_by_gap_recovered,
-        cases=lambda: [(0.55, 0.10, 0.70), (0.9, 0.2, 0.8), (0.3, 0.05, 0.5), (0.2, 0.3, 0.3)],
-        results=("the share",),
-        why="0.45 of 0.60: three quarters. It may be above 1, because repeating the prompt is a strong reference and "
-        "not a bound.",
-        mistakes=(
-            Mistake(
-                share_of_repeated, "You divide by the reference itself. What can be guessed is in both; subtract it."
-            ),
-            Mistake(gap_in_points, "This is the gain in points. Divide it by the gap to get a share."),
-            Mistake(share_still_missing, "This is the share that is still missing."),
-            Mistake(gain_over_none, "You divide by the recall without a prompt. The gap is repeated minus none."),
-            Mistake(
-                share_without_a_gap,
-                "Where repeating does not help either, there is no gap to recover: return NaN before you divide.",
-            ),
-        ),
-        misconception="That a share of a gap can be compared across distances. The gap itself changes: where it is "
-        "small, the share is mostly noise.",
-        discussion=("What does a value above 1 say about the method, and what about the reference?",),
     ),
 )

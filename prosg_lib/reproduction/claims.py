@@ -32,6 +32,8 @@ def begin(notebook: str, profile: Profile, seed: int) -> None:
     """Starts a notebook's record; a second call starts it anew, so that a notebook can be run twice in one kernel."""
     global _current
     _current = Context(notebook, profile.name, int(seed))
+    if profile.name == "smoke":
+        print("Profile smoke: tiny models that learned nothing, to test the code. The text describes the profile cpu.")
 
 
 def current() -> Context:

@@ -127,8 +127,8 @@ def test_what_nobody_foresaw_is_described():
 
 
 def test_the_check_prints(capsys):
-    exercises.check("2.4", None)
-    assert "Exercise 2.4 (the share of a gap): not answered yet" in capsys.readouterr().out
+    exercises.check("2.3", None)
+    assert "Exercise 2.3 (the share of a gap): not answered yet" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"There is no exercise '3\.9'; there are 3\.1"):
         exercises.check("3.9", None)
 
