@@ -13,7 +13,14 @@ from prosg_lib.errors import UserError
 if TYPE_CHECKING:  # the exercises themselves need torch, which takes seconds to import
     from prosg_lib.exercises.checking import Exercise
 
-MODULES = {1: "state_derivation", 2: "prompt_forgetting", 3: "low_rank_gradients"}
+MODULES = {
+    1: "state_derivation",
+    2: "prompt_forgetting",
+    3: "low_rank_gradients",
+    4: "synthetic_gradients",
+    5: "meta_training",
+    7: "gradient_as_prompt",
+}
 """By the notebook's number."""
 
 

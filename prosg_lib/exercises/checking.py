@@ -13,10 +13,13 @@ import linecache
 import math
 import numbers
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,7 +108,10 @@ def reply(exercise: Exercise, answer: Any) -> Reply:
 
 def _wrong_arguments(exercise: Exercise, answer: Callable) -> str | None:
     wanted = list(inspect.signature(exercise.solution).parameters)
-    given = [name for name, p in inspect.signature(answer).parameters.items() if p.default is p.empty]
+    try:
+        given = [name for name, p in inspect.signature(answer).parameters.items() if p.default is p.empty]
+    except (TypeError, ValueError):  # a builtin says nothing of its arguments
+        return None
     if given == wanted:
         return None
     ask, have = f"({', '.join(wanted)})", f"({', '.join(given)})"
@@ -140,7 +146,8 @@ def _objection(exercise: Exercise, found: list[Any], wanted: list[Any]) -> str |
     differences = [what or _difference(*pair) for what, pair in compared]
     if not any(differences):
         return None
-    known = [m.says for m in exercise.mistakes if _alike(exercise, found, _outcomes(exercise, m.answer), wanted)]
+    with warnings.catch_warnings(action="ignore"):  # of the wrong answers, which nobody wrote
+        known = [m.says for m in exercise.mistakes if _alike(exercise, found, _outcomes(exercise, m.answer), wanted)]
     case = next(i for i, what in enumerate(differences) if what)
     raised = f"{differences[case]} " if isinstance(found[case], _Raised) else ""
     if known:
@@ -174,7 +181,8 @@ def _number(part: Any) -> Any:
     if isinstance(part, Tensor):
         return part.detach().cpu().double()
     if isinstance(part, numbers.Real) or hasattr(part, "__array__"):
-        return torch.as_tensor(part).double()
+        with suppress(TypeError, ValueError):  # an array of texts
+            return torch.as_tensor(np.asarray(part, float))
     return part
 
 

@@ -306,7 +306,8 @@ EXERCISES = (
         mistakes=(
             Mistake(
                 interval_over_questions,
-                "You draw single questions. Those of one prompt need not be independent, so whole prompts must be drawn.",
+                "You draw single questions. Those of one prompt need not be independent, so whole prompts must be "
+                "drawn.",
             ),
             Mistake(
                 interval_of_single_prompts,
@@ -324,8 +325,8 @@ EXERCISES = (
                 "The mean goes over the wrong axis: you need one mean for each resample, over its prompts.",
             ),
         ),
-        misconception="That more questions a prompt narrow the interval like more prompts. As far as a prompt's questions "
-        "fail together, they do not: the prompts stay as few as they were.",
+        misconception="That more questions a prompt narrow the interval like more prompts. As far as a prompt's "
+        "questions fail together, they do not: the prompts stay as few as they were.",
         discussion=(
             "The model, too, might have been trained with another seed. Does this interval know of that?",
             "How would you compare two methods that answered the same prompts?",

@@ -1,0 +1,254 @@
+"""Exercises of notebook 07: one gradient step through which one can differentiate."""
+
+import torch
+
+from prosg_lib.exercises.checking import Exercise, Mistake
+from prosg_lib.gradient_steps.one_step import gradient_step
+
+
+def _losses(seed):
+    """An inner and an outer loss that are neither quadratic nor alike, and a start."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b, w = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (6, 5, 1))
+    return lambda w: torch.log(torch.cosh(a @ w)).sum(), lambda w: torch.tanh(b @ w).square().sum(), w[0]
+
+
+# 7.1
+
+
+def inner_step(loss, w, eta):
+    """One step of gradient descent through which an outer loss can be differentiated.
+
+    Args:
+        loss: a function of w that returns a scalar, such as the negative log likelihood of a context.
+        w: the weights at the start, (D).
+        eta: learning rate, a number.
+    Returns:
+        The weights after the step, (D).
+    """
+    return w - eta * torch.func.grad(loss)(w)
+
+
+def _by_library(loss, w, eta):
+    return gradient_step([lambda named: loss(named["w"])], {"w": w}, eta)["w"]
+
+
+_CUT = "The numbers are right, but the step is cut off"
+
+
+def _cut_off(answer):
+    inner, outer, w = _losses(0)
+    try:
+        found = torch.func.grad(lambda w: outer(answer(inner, w, 0.2)))(w)
+    except Exception as error:
+        return f"{_CUT}: differentiating an outer loss through it raised {type(error).__name__}. Use torch.func.grad."
+    exact = torch.func.grad(lambda w: outer(inner_step(inner, w, 0.2)))(w)
+    if torch.allclose(found, exact):
+        return None
+    return f"{_CUT} from its start: an outer loss gets another gradient through it. Nothing may be detached."
+
+
+def step_up(loss, w, eta):
+    return w + eta * torch.func.grad(loss)(w)
+
+
+def step_of_rate_one(loss, w, eta):
+    return w - torch.func.grad(loss)(w)
+
+
+def step_alone(loss, w, eta):
+    return -eta * torch.func.grad(loss)(w)
+
+
+def step_detached(loss, w, eta):
+    return w - eta * torch.func.grad(loss)(w).detach()
+
+
+def step_by_the_loss(loss, w, eta):
+    return w - eta * loss(w)
+
+
+# 7.2
+
+
+def meta_gradient(inner, outer, w, eta):
+    """The gradient of the outer loss after one inner step, with respect to the start: exact, of second order.
+
+    Args:
+        inner, outer: functions of w that return a scalar.
+        w: the start, (D).
+        eta: learning rate of the inner step, a number.
+    Returns:
+        d outer(w - eta grad inner(w)) / d w, (D).
+    """
+
+    def outer_after_step(w):
+        return outer(w - eta * torch.func.grad(inner)(w))
+
+    return torch.func.grad(outer_after_step)(w)
+
+
+def _by_hessian(inner, outer, w, eta):
+    stepped = w - eta * torch.func.grad(inner)(w)
+    g = torch.func.grad(outer)(stepped)
+    return g - eta * torch.func.hessian(inner)(w) @ g
+
+
+def meta_gradient_first_order(inner, outer, w, eta):
+    return torch.func.grad(outer)(w - eta * torch.func.grad(inner)(w))
+
+
+def meta_gradient_at_the_start(inner, outer, w, eta):
+    return torch.func.grad(outer)(w)
+
+
+def meta_gradient_wrong_sign(inner, outer, w, eta):
+    g = torch.func.grad(outer)(w - eta * torch.func.grad(inner)(w))
+    return g + eta * torch.func.hessian(inner)(w) @ g
+
+
+def meta_gradient_hessian_after(inner, outer, w, eta):
+    stepped = w - eta * torch.func.grad(inner)(w)
+    g = torch.func.grad(outer)(stepped)
+    return g - eta * torch.func.hessian(inner)(stepped) @ g
+
+
+def meta_gradient_of_a_sum(inner, outer, w, eta):
+    return torch.func.grad(lambda w: outer(w) - eta * inner(w))(w)
+
+
+# 7.3
+
+
+def slope(f, w, direction, eps):
+    """The derivative of f at w along a direction, measured by central differences.
+
+    Args:
+        f: a function of w that returns a scalar.
+        w, direction: (D) each.
+        eps: how far to go to either side, in units of the direction.
+    Returns:
+        A number.
+    """
+    return (f(w + eps * direction) - f(w - eps * direction)) / (2 * eps)
+
+
+def _by_forward_mode(f, w, direction, eps):
+    return torch.func.jvp(f, (w,), (direction,))[1]
+
+
+def _slopes():
+    cases = []
+    for seed in (3, 4):
+        inner, outer, w = _losses(seed)
+        direction = torch.randn(4, generator=torch.Generator().manual_seed(seed + 20), dtype=torch.float64)
+        cases.append((lambda w, i=inner, o=outer: o(w - 0.2 * torch.func.grad(i)(w)), w, direction, 1e-5))
+    return cases
+
+
+def slope_to_one_side(f, w, direction, eps):
+    return (f(w + eps * direction) - f(w)) / eps
+
+
+def slope_without_two(f, w, direction, eps):
+    return (f(w + eps * direction) - f(w - eps * direction)) / eps
+
+
+def slope_not_divided(f, w, direction, eps):
+    return f(w + eps * direction) - f(w - eps * direction)
+
+
+def slope_along_all(f, w, direction, eps):
+    return (f(w + eps) - f(w - eps)) / (2 * eps)
+
+
+EXERCISES = (
+    Exercise(
+        number="7.1",
+        title="a step to differentiate through",
+        stars=2,
+        minutes=10,
+        task="Take one gradient step on the inner loss, so that an outer loss can be differentiated through it. The "
+        "check tries.",
+        hint="`torch.func.grad(loss)` is a function: call it at `w`. Do not change `w` in place, and detach nothing.",
+        solution=inner_step,
+        expected=_by_library,
+        cases=lambda: [(_losses(seed)[0], _losses(seed)[2], eta) for seed, eta in ((0, 0.2), (1, 0.7))],
+        results=("w after the step",),
+        also=_cut_off,
+        why="The step is now a function of its start like any other, and a start can be trained so that the step does "
+        "what a prompt would.",
+        mistakes=(
+            Mistake(step_up, "You go up: a step of gradient descent subtracts the gradient."),
+            Mistake(step_of_rate_one, "The learning rate is missing."),
+            Mistake(step_alone, "This is the step; the weights after it are w plus the step."),
+            Mistake(step_detached, _CUT),
+            Mistake(step_by_the_loss, "You subtract the loss itself. Subtract its gradient."),
+        ),
+        misconception="That `optimizer.step()` would do. It writes over the weights, and what wrote them is forgotten.",
+        discussion=(
+            "Which tensors must be kept between the inner step and the outer gradient, and how large are they?",
+        ),
+    ),
+    Exercise(
+        number="7.2",
+        title="the gradient through the step",
+        stars=3,
+        minutes=15,
+        task="Differentiate the outer loss after one inner step by the *start* of the step.",
+        hint="Write the outer loss after the step as one function of $w$, and take its gradient. By hand it is "
+        "$(I - \\eta H)\\, g$, with $H$ the Hessian of the inner loss at $w$ and $g$ the outer gradient after the "
+        "step.",
+        solution=meta_gradient,
+        expected=_by_hessian,
+        cases=lambda: [(*_losses(seed), eta) for seed, eta in ((0, 0.2), (1, 0.5))],
+        results=("the gradient",),
+        why="One such gradient is a meta-step of LC: inner loss on the context, outer loss the divergence from the "
+        "prompted model. No Hessian is ever formed; automatic differentiation multiplies by it.",
+        mistakes=(
+            Mistake(
+                meta_gradient_first_order,
+                "This is the first-order gradient: it takes the inner gradient as a constant and drops the Hessian.",
+            ),
+            Mistake(
+                meta_gradient_at_the_start, "There is no inner step in this: the outer loss is to be taken after it."
+            ),
+            Mistake(
+                meta_gradient_wrong_sign, "The sign of the Hessian's term: the step subtracts, so it is I - eta H."
+            ),
+            Mistake(
+                meta_gradient_hessian_after,
+                "The Hessian is that of the inner loss at the start of the step, not behind it.",
+            ),
+            Mistake(meta_gradient_of_a_sum, "The losses are not added: the inner loss acts through the step alone."),
+        ),
+        misconception="That a smaller learning rate makes first order exact. The dropped term shrinks with eta, and so "
+        "does everything that the step can do.",
+        discussion=("What does the term with H do to directions in which the inner loss is strongly curved?",),
+    ),
+    Exercise(
+        number="7.3",
+        title="a check by finite differences",
+        stars=1,
+        minutes=5,
+        task="Measure a derivative without differentiating: go a little to either side.",
+        hint="Two evaluations, $2\\varepsilon$ apart.",
+        solution=slope,
+        expected=_by_forward_mode,
+        cases=_slopes,
+        results=("the slope",),
+        why="The error falls with the square of eps, until rounding takes over. It needs nothing of how f was written, "
+        "so it finds mistakes that two formulas may share.",
+        mistakes=(
+            Mistake(
+                slope_to_one_side,
+                "One side only: the error then falls with eps instead of eps squared, too slow for this check.",
+            ),
+            Mistake(slope_without_two, "The two points are 2 eps apart."),
+            Mistake(slope_not_divided, "This is the difference; the slope is the difference over 2 eps."),
+            Mistake(slope_along_all, "You moved along (1, 1, ..., 1). Move along the direction that is given."),
+        ),
+        misconception="That a smaller eps is always better. In float32 the difference drowns in rounding at once.",
+        discussion=("Which eps is best in float64, and why near the cube root of the rounding error?",),
+    ),
+)
