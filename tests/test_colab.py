@@ -1,6 +1,7 @@
 """Set-up on Colab: the first code cell of every notebook, what it installs, and what it keeps."""
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from tiny import TINY
 
 from prosg_lib import colab, paths
 from prosg_lib.errors import UserError
 from prosg_lib.reproduction import links
+from prosg_lib.training import load_or_train
 
 IMAGE = {line.partition("==")[0] for line in (paths.repo_root() / "requirements.lock").read_text().splitlines()}
 IMAGE -= {"papermill", "jupyterlab"}  # which Colab has not
@@ -82,6 +85,38 @@ def test_runs_are_on_drive_if_asked(tmp_path, monkeypatch, capsys):
     assert "packages: everything needed was there" in said
     assert f"your runs: {left.parents[1]}\n" in said
     assert "device: " in said
+
+
+def test_a_training_goes_on_from_drive_alone(tmp_path, monkeypatch, small_world, capsys):
+    """A session ends in the middle of a training; the next has a new machine, and Drive. No step is trained twice."""
+    drive = tmp_path / "drive" / "MyDrive"
+    drive_of(monkeypatch, tmp_path, lambda place: drive.mkdir(parents=True, exist_ok=True))
+    monkeypatch.chdir(tmp_path)
+    steps, work = [], load_or_train.work
+
+    def watched(*given):
+        batch_of, loss_of = work(*given)
+
+        def loss(step, batch):
+            steps.append(step)
+            if len(steps) == 1:
+                os.kill(os.getpid(), signal.SIGINT)  # as a session does that is shut down
+            return loss_of(step, batch)
+
+        return batch_of, loss
+
+    monkeypatch.setattr(load_or_train, "work", watched)
+    for session in range(2):
+        with small_world(TINY, tmp_path / f"machine {session}"):
+            colab.setup(drive=True)
+            if session == 0:
+                with pytest.raises(KeyboardInterrupt):
+                    load_or_train.load_or_train("rwkv4-dialogue", TINY)
+            else:
+                trained = load_or_train.load_or_train("rwkv4-dialogue", TINY)
+    assert steps == [0, 1]
+    assert trained.checkpoint.is_relative_to(drive)
+    assert not (tmp_path / "machine 0").exists()
 
 
 def test_drive_refused_is_one_sentence(tmp_path, monkeypatch):

@@ -70,6 +70,17 @@ def test_lock_is_whole():
     assert not missing
 
 
+def test_the_workflow_takes_the_route_that_the_readme_shows_first():
+    """Every line of its first block that a Windows machine without make runs as it stands, in this order."""
+    block = (ROOT / "README.md").read_text(encoding="utf-8").partition("```bash\n")[2].partition("```")[0]
+    shown = [line.partition("#")[0].strip() for line in block.splitlines()]
+    shown = [line for line in shown if line.startswith(("python", "pip", "prosg doctor"))]
+    assert len(shown) == 4
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["windows"]["steps"]
+    assert [step["run"] for step in steps if step.get("run") in shown] == shown
+    assert not [step for step in steps if "make" in step.get("run", "").split()]
+
+
 def test_make_offers_what_it_says(monkeypatch):
     """Every target that `make help` names exists, and the choices arrive in the command."""
     for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
