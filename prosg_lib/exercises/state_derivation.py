@@ -150,6 +150,48 @@ def old_gauge_returned(num, den, m, w, u, k, v):
 # 1.3
 
 
+def merge(first, second, w, length):
+    """The sums over two pieces of text, from the sums over each, both read from a blank state (all gauges are 0).
+
+    Args:
+        first, second: num and den of either piece, pairs of (B, D).
+        w: decay a token, (D).
+        length: number of tokens in the second piece.
+    Returns:
+        num and den over both, (B, D) each.
+    """
+    faded = torch.exp(-w * length)
+    return faded * first[0] + second[0], faded * first[1] + second[1]
+
+
+def _read_on(first, second, w, length):
+    num, den = first
+    for _ in range(length):
+        num, den = torch.exp(-w) * num, torch.exp(-w) * den
+    return num + second[0], den + second[1]
+
+
+def merge_without_decay(first, second, w, length):
+    return first[0] + second[0], first[1] + second[1]
+
+
+def merge_one_decay(first, second, w, length):
+    return torch.exp(-w) * first[0] + second[0], torch.exp(-w) * first[1] + second[1]
+
+
+def merge_decays_the_second(first, second, w, length):
+    faded = torch.exp(-w * length)
+    return first[0] + faded * second[0], first[1] + faded * second[1]
+
+
+def merge_of_means(first, second, w, length):
+    faded = torch.exp(-w * length)
+    return faded * first[0] / first[1] + second[0] / second[1], faded * first[1] + second[1]
+
+
+# 1.4
+
+
 def token_shift(x, last, mix):
     """Mixes every token's vector with that of the token before.
 
@@ -194,7 +236,7 @@ def shift_keeps_the_mixed(x, last, mix):
     return mixed, mixed[:, -1]
 
 
-# 1.4
+# 1.5
 
 
 def state_bytes(tokens, layers, width, bytes_a_number):
@@ -225,48 +267,6 @@ def bytes_of_the_sums(tokens, layers, width, bytes_a_number):
 
 def bytes_of_one_block(tokens, layers, width, bytes_a_number):
     return 5 * width * bytes_a_number
-
-
-# 1.5
-
-
-def merge(first, second, w, length):
-    """The sums over two pieces of text, from the sums over each, both read from a blank state (all gauges are 0).
-
-    Args:
-        first, second: num and den of either piece, pairs of (B, D).
-        w: decay a token, (D).
-        length: number of tokens in the second piece.
-    Returns:
-        num and den over both, (B, D) each.
-    """
-    faded = torch.exp(-w * length)
-    return faded * first[0] + second[0], faded * first[1] + second[1]
-
-
-def _read_on(first, second, w, length):
-    num, den = first
-    for _ in range(length):
-        num, den = torch.exp(-w) * num, torch.exp(-w) * den
-    return num + second[0], den + second[1]
-
-
-def merge_without_decay(first, second, w, length):
-    return first[0] + second[0], first[1] + second[1]
-
-
-def merge_one_decay(first, second, w, length):
-    return torch.exp(-w) * first[0] + second[0], torch.exp(-w) * first[1] + second[1]
-
-
-def merge_decays_the_second(first, second, w, length):
-    faded = torch.exp(-w * length)
-    return first[0] + faded * second[0], first[1] + faded * second[1]
-
-
-def merge_of_means(first, second, w, length):
-    faded = torch.exp(-w * length)
-    return faded * first[0] / first[1] + second[0] / second[1], faded * first[1] + second[1]
 
 
 EXERCISES = (
@@ -354,6 +354,36 @@ EXERCISES = (
     ),
     Exercise(
         number="1.3",
+        title="gluing two memories",
+        stars=2,
+        minutes=10,
+        task="Two pieces of text were read apart, each from a blank state. Compute the sums over both, one after the "
+        "other.",
+        hint="While the second piece is read, what happens to the sums of the first?",
+        solution=merge,
+        expected=_read_on,
+        cases=lambda: [
+            tuple([(_normal(2, 4, seed=s), _normal(2, 4, seed=s + 1).exp()) for s in (50, 60)] + [_decay(4), 3]),
+            tuple([(_normal(1, 5, seed=s), _normal(1, 5, seed=s + 1).exp()) for s in (70, 80)] + [_decay(5), 7]),
+        ],
+        results=("num", "den"),
+        why="One channel's memory is additive up to a decay, so prompts could be read in parallel and glued. In the "
+        "whole model that fails: the keys of deeper blocks depend on everything read before.",
+        mistakes=(
+            Mistake(merge_without_decay, "The first piece's sums fade while the second is read; yours do not."),
+            Mistake(merge_one_decay, "You let one token pass. The first piece fades by e^(-w) for each of `length`."),
+            Mistake(merge_decays_the_second, "The older piece fades, not the newer: decay the first."),
+            Mistake(
+                merge_of_means,
+                "You add means. Numerators and denominators are added separately and divided at the very end.",
+            ),
+        ),
+        misconception="That states of the whole model can be glued like this. They cannot; deltas can be added "
+        "(notebook 04), and that is one of their attractions.",
+        discussion=("Why is it exact for one layer, and wrong for two?",),
+    ),
+    Exercise(
+        number="1.4",
         title="token shift",
         stars=1,
         minutes=10,
@@ -391,7 +421,7 @@ EXERCISES = (
         discussion=("How many tokens back can the token shifts of four blocks see, without the WKV sums?",),
     ),
     Exercise(
-        number="1.4",
+        number="1.5",
         title="the size of a state",
         stars=1,
         minutes=5,
@@ -417,35 +447,5 @@ EXERCISES = (
         ),
         misconception="That a longer prompt has a larger state.",
         discussion=("From how many tokens on is the cache of a transformer of the same width larger?",),
-    ),
-    Exercise(
-        number="1.5",
-        title="gluing two memories",
-        stars=2,
-        minutes=10,
-        task="Two pieces of text were read apart, each from a blank state. Compute the sums over both, one after the "
-        "other.",
-        hint="While the second piece is read, what happens to the sums of the first?",
-        solution=merge,
-        expected=_read_on,
-        cases=lambda: [
-            tuple([(_normal(2, 4, seed=s), _normal(2, 4, seed=s + 1).exp()) for s in (50, 60)] + [_decay(4), 3]),
-            tuple([(_normal(1, 5, seed=s), _normal(1, 5, seed=s + 1).exp()) for s in (70, 80)] + [_decay(5), 7]),
-        ],
-        results=("num", "den"),
-        why="One channel's memory is additive up to a decay, so prompts could be read in parallel and glued. In the "
-        "whole model that fails: the keys of deeper blocks depend on everything read before.",
-        mistakes=(
-            Mistake(merge_without_decay, "The first piece's sums fade while the second is read; yours do not."),
-            Mistake(merge_one_decay, "You let one token pass. The first piece fades by e^(-w) for each of `length`."),
-            Mistake(merge_decays_the_second, "The older piece fades, not the newer: decay the first."),
-            Mistake(
-                merge_of_means,
-                "You add means. Numerators and denominators are added separately and divided at the very end.",
-            ),
-        ),
-        misconception="That states of the whole model can be glued like this. They cannot; deltas can be added "
-        "(notebook 04), and that is one of their attractions.",
-        discussion=("Why is it exact for one layer, and wrong for two?",),
     ),
 )

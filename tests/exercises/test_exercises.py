@@ -135,8 +135,10 @@ def test_the_check_prints(capsys):
 
 @pytest.mark.parametrize("path", notebook_files.course(), ids=lambda path: path.stem)
 def test_a_notebook_shows_its_exercises(path):
-    """The four cells of each are as its module has them."""
+    """The four cells of each are as its module has them, and stand in the order of their numbers."""
     notebook = notebook_files._read(path)
+    numbers = [cells.number_of(cell)[0] for cell in notebook["cells"] if cells.number_of(cell)]
+    assert numbers == sorted(numbers)
     source = [(c["id"], "".join(c["source"]), c["metadata"]) for c in notebook["cells"]]
     again = [(c["id"], "".join(c["source"]), c["metadata"]) for c in cells.refresh(notebook)["cells"]]
     assert source == again, f"run python -m prosg_lib.exercises.cells notebooks/{path.name}"
