@@ -151,6 +151,16 @@ def _parser() -> argparse.ArgumentParser:
     course.add_argument("out", metavar="OUT", help="the folder to write to; made if need be")
     course.add_argument("--overwrite", action="store_true", help="replace copies that are there")
 
+    site = command(
+        "site",
+        _site,
+        "build the executed course as a site that opens without a network",
+        "Shows what `prosg reproduce` wrote. Ends with exit code 1 where a link leads nowhere, or the like.",
+    )
+    site.add_argument("out", metavar="OUT", help="the folder to write to; made if need be")
+    _add_profile(site)
+    site.add_argument("--overwrite", action="store_true", help="build over a site that is there")
+
     train = command("train", _train, "train one model, generator or gradient step, or load the checkpoint that fits")
     train.formatter_class, train.epilog = argparse.RawDescriptionHelpFormatter, _LAUNCH
     _add_trained(train)
@@ -276,6 +286,16 @@ def _course(options: argparse.Namespace) -> int:
     for path in copies.write(options.kind, options.out, options.overwrite):
         print(path)
     return 0
+
+
+def _site(options: argparse.Namespace) -> int:
+    from prosg_lib.pages import site
+
+    warnings = site.write(options.profile, options.out, options.overwrite)
+    for warning in warnings:
+        print(warning)
+    print(f"{options.out}/index.html is the first page")
+    return FAILED if warnings else 0
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""The executed course for readers without Jupyter: as a site, and as a lecture."""

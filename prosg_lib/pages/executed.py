@@ -1,0 +1,133 @@
+"""A run's executed notebooks, cleaned for pages that open without a kernel and without a network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prosg_lib import files, paths
+from prosg_lib.errors import UserError
+from prosg_lib.reproduction import notebook_files
+
+NEEDS = "This needs Sphinx with myst-nb and furo; install them with `pip install 'prosg-notebooks[site]'` or, in a \
+checkout, `pip install sphinx myst-nb furo`."
+
+_NO_WORDS = "A figure; the text beside it says what it shows."
+_REMOTE_IMAGE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")
+_KEPT_TYPES = ("text/html", "image/png", "image/svg+xml", "text/markdown", "text/latex", "text/plain")
+
+
+def notebooks(run_dir: Path) -> list[Path]:
+    """A run's executed notebooks, in the course's order.
+
+    Raises:
+        UserError: there are none.
+    """
+    copies = [run_dir / "notebooks" / path.name for path in notebook_files.course()]
+    found = [path for path in copies if path.is_file()]
+    if not found:
+        raise UserError(f"{run_dir} holds no executed notebook; run `prosg reproduce --profile {run_dir.name}` first.")
+    return found
+
+
+def alt_texts(figures: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Name of a run's figure -> what it shows, in words; of `report.figures`."""
+    return {figure["name"]: figure["alt"] for figure in figures}
+
+
+def alt_of(source: str, alts: Mapping[str, str]) -> str:
+    """What the figure of a cell shows: found by the name that the cell saves it under."""
+    return next((alt for name, alt in alts.items() if f'"{name}"' in source), _NO_WORDS)
+
+
+def local(text: str) -> str:
+    """Markdown without pictures from elsewhere: a badge becomes a plain link."""
+    return _REMOTE_IMAGE.sub(r"\1", text)
+
+
+def read(path: Path, alts: Mapping[str, str]) -> dict[str, Any]:
+    """An executed notebook for a page.
+
+    Set-up and injected cells are left out, code that is collapsed in Jupyter is folded, figures get their alt texts,
+    and of outputs only what needs no kernel is kept: a live widget has no place here, its kernel-free form has.
+    """
+    notebook = files.read_json(path)
+    kept = []
+    for cell in notebook["cells"]:
+        source, tags = "".join(cell["source"]), list(notebook_files.tags(cell))
+        if "injected-parameters" in tags or "set-up" in tags or not source.strip():
+            continue
+        if cell["cell_type"] == "markdown":
+            source = local(source)
+        else:
+            outputs = [output for output in map(_without_kernel, cell["outputs"]) if output]
+            cell = {**cell, "outputs": outputs}
+        if cell["metadata"].get("jupyter", {}).get("source_hidden"):
+            tags.append("hide-input")
+        metadata = {"tags": tags, "mystnb": {"image": {"alt": alt_of(source, alts)}}}
+        kept.append({**cell, "source": source, "metadata": metadata})
+    metadata = {key: value for key, value in notebook["metadata"].items() if key in ("kernelspec", "language_info")}
+    return {**notebook, "cells": kept, "metadata": metadata}
+
+
+def _without_kernel(output: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The output as far as a page can show it; None: nothing of it, as of a live widget or a progress bar."""
+    if output["output_type"] == "stream":
+        return output if output["name"] == "stdout" else None
+    if "data" not in output:
+        return output  # an error
+    live = any("widget-view" in kind for kind in output["data"])
+    data = {kind: output["data"][kind] for kind in _KEPT_TYPES if kind in output["data"]}
+    if live and list(data) == ["text/plain"]:
+        return None
+    return {**output, "data": data}
+
+
+def mathml(formula: str, block: bool) -> str:
+    r"""A formula in TeX as MathML, which browsers draw themselves: no script, no font, no network.
+
+    Raises:
+        UserError: it uses something that docutils' converter does not know.
+    """
+    from docutils.utils.math import MathError
+    from docutils.utils.math.latex2mathml import tex2mathml
+
+    # The converter knows \bigl and \ldots; in MathML they are the same as \big and \dots.
+    known = re.sub(r"\\(big|Big|bigg|Bigg)(?![A-Za-z])", r"\\\1l", re.sub(r"\\dots(?![A-Za-z])", r"\\ldots", formula))
+    try:
+        return tex2mathml(known, as_block=block)
+    except (MathError, SyntaxError) as error:
+        raise UserError(f"the formula {formula!r} cannot be set: {error}") from error
+
+
+def outside_code(text: str, change) -> str:
+    """`change` applied to all of a Markdown text but fenced code."""
+    parts: Sequence[str] = re.split(r"(^```.*?^```[^\n]*$|^~~~.*?^~~~[^\n]*$)", text, flags=re.DOTALL | re.MULTILINE)
+    return "".join(part if place % 2 else change(part) for place, part in enumerate(parts))
+
+
+def linked(text: str, folder: str, on_site: Iterable[str], address: str) -> str:
+    """Markdown whose links to files of the checkout that the site does not have lead to the repository.
+
+    Args:
+        folder: where the text lies, from the root of the checkout; "" for the root itself.
+        on_site: the files that the site has, from the root.
+    """
+    root, there = paths.repo_root(), set(on_site)
+
+    def moved(match: re.Match[str]) -> str:
+        target, hash_, place = match[2].partition("#")
+        if not target or re.match(r"[a-z]+:", target):
+            return match[0]
+        full = (root / folder / target).resolve()
+        if not full.is_relative_to(root.resolve()):
+            return match[0]
+        name = full.relative_to(root.resolve()).as_posix()
+        if name in there or name.startswith("figures/"):
+            return match[0]
+        kind = "tree" if full.is_dir() else "blob"
+        return f"{match[1]}{address}/{kind}/main/{name}{hash_}{place})"
+
+    return outside_code(text, lambda part: re.sub(r"(\]\()([^()\s]+)\)", moved, part))
