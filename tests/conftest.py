@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, small models whose every part has an effect, and a small world to train in."""
 
 import contextlib
+import shutil
 import socket
 
 import pytest
@@ -18,6 +19,8 @@ from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import load_or_train, work
 
 torch.set_num_threads(1)
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 FRESH = {
     "rwkv4": lambda vocab, width, layers: RWKV4(RWKV4Config(vocab, width, layers, 2 * width)),
@@ -110,3 +113,73 @@ def small_world():
         forget()
 
     return world
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser without a window."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium):
+    """Opens a page in light or dark; at the end of the test nothing may have gone wrong in its console."""
+    errors, pages = [], []
+
+    def opened(address, scheme="light"):
+        page = chromium.new_page(color_scheme=scheme, viewport={"width": 1200, "height": 900})
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+        page.goto(address)
+        pages.append(page)
+        return page
+
+    yield opened
+    for page in pages:
+        page.close()
+    assert not errors
+
+
+_UNREADABLE = """() => {
+  const parts = (colour) => {
+    const found = colour.match(/[\\d.]+/g).map(Number), scale = colour.startsWith("color(") ? 255 : 1;
+    return [...found.slice(0, 3).map((part) => part * scale), found[3] ?? 1];
+  };
+  const over = (top, under) => top.slice(0, 3).map((part, i) => part * top[3] + under[i] * (1 - top[3]));
+  const light = (colour) => {
+    const linear = (c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = colour.map((part) => linear(part / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (element) => {
+    if (!element) return [255, 255, 255];
+    const own = parts(getComputedStyle(element).backgroundColor);
+    return own[3] === 1 ? own.slice(0, 3) : over(own, ground(element.parentElement));
+  };
+  const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    const element = node.parentElement, style = getComputedStyle(element);
+    const seen = element.checkVisibility({ opacityProperty: true, visibilityProperty: true });
+    if (!node.data.trim() || !seen || element.closest("script, style, svg")) continue;
+    let [r, g, b, alpha] = parts(style.color);
+    for (let up = element; up; up = up.parentElement) alpha *= getComputedStyle(up).opacity;
+    const under = ground(element), lights = [light(over([r, g, b, alpha], under)), light(under)].sort((x, y) => y - x);
+    const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+    const ratio = (lights[0] + 0.05) / (lights[1] + 0.05);
+    if (ratio < (large ? 3 : 4.5)) found.push(`${node.data.trim().slice(0, 40)}: ${ratio.toFixed(2)}`);
+  }
+  return found;
+}"""
+
+
+@pytest.fixture
+def unreadable():
+    """Of a page: its texts whose contrast with their ground is below AA (WCAG 2, 1.4.3), each with its ratio."""
+    return lambda page: page.evaluate(_UNREADABLE)

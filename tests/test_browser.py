@@ -5,7 +5,6 @@ Skipped where there is no Chromium: `apt-get install chromium`, or Google's Chro
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,8 +16,6 @@ import numpy as np
 import pytest
 
 from prosg_lib import widgets
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 CELLS = [
     "import prosg_lib as prosg\n"
@@ -32,38 +29,6 @@ CELLS = [
     "box",
     "from prosg_lib import widgets\nwidgets.rank_slider([8, 4, 2, 1], (128, 512))",
 ]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """A browser without a window."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(chromium):
-    """Opens a page in light or dark; at the end of the test nothing may have gone wrong in its console."""
-    errors, pages = [], []
-
-    def opened(address, scheme="light"):
-        page = chromium.new_page(color_scheme=scheme, viewport={"width": 1200, "height": 900})
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-        page.goto(address)
-        pages.append(page)
-        return page
-
-    yield opened
-    for page in pages:
-        page.close()
-    assert not errors
 
 
 def contrast(page):

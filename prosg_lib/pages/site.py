@@ -1,12 +1,13 @@
 """The executed course as a site: `prosg site OUT`. This module is also the extension that Sphinx loads.
 
-Formulas are MathML. MathJax would have to be shipped (a megabyte of script and fonts that a package for Python does not
-bring) or fetched, and LaTeX to be installed; what browsers draw themselves needs none of them, prints and is read aloud.
+Formulas are MathML, which browsers draw themselves. MathJax would have to be fetched, or shipped with its megabyte of
+scripts and fonts, and pictures of formulas need LaTeX; MathML needs neither, prints well, and is read aloud.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +20,9 @@ from prosg_lib.pages import executed
 from prosg_lib.reproduction import ledger, links, promises, report
 
 _CSS = """
+.content { width: 54em; }
+article pre { font-size: .78rem; }
+article table.docutils { font-size: .85rem; }
 .cell_output img, .mystnb img { background: #fff; }
 .cell_output table.dataframe { color: inherit; font-size: .85rem; }
 .cell_output table.dataframe :is(th, td) { color: inherit; border: 1px solid var(--color-background-border); }
@@ -82,7 +86,8 @@ def write(profile: Profile, folder: str | Path, overwrite: bool = False) -> list
             )
             app.build()
         warnings.seek(0)
-        return [line.replace(f"{source}/", "").strip() for line in warnings if line.strip()]
+        plain = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in warnings)
+        return [line.replace(f"{source}/", "").strip() for line in plain if line.strip()]
 
 
 def _write_source(source: Path, built: dict[str, Any], run_dir: Path) -> None:
@@ -93,8 +98,11 @@ def _write_source(source: Path, built: dict[str, Any], run_dir: Path) -> None:
     pages = sorted(path for path in (root / "docs").glob("*.md"))
     names = [f"notebooks/{path.name}" for path in course] + [f"docs/{path.name}" for path in pages]
     shutil.copytree(paths.figures_dir(), source / "figures")
+    entries = []
     for path in course:
         notebook = executed.read(path, alts)
+        title = notebook["cells"][0]["source"].partition("\n")[0].removeprefix("# ")
+        entries.append(f"{path.stem[:2]} {title} <notebooks/{path.stem}>")
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 cell["source"] = executed.linked(cell["source"], "notebooks", names, address)
@@ -103,7 +111,9 @@ def _write_source(source: Path, built: dict[str, Any], run_dir: Path) -> None:
         text = executed.linked(executed.local(files.read_text(path)), "docs", names, address)
         files.write_text(source / "docs" / path.name, text)
     front = executed.local(files.read_text(root / "README.md").partition("\n## ")[0])
-    files.write_text(source / "index.md", _index(executed.linked(front, "", names, address), names, built, address))
+    front = executed.linked(front, "", names, address)
+    more = [*(f"docs/{path.stem}" for path in pages), "run"]
+    files.write_text(source / "index.md", _index(front, entries, more, built, address))
     files.write_text(source / "run.md", _run_page(built))
     files.write_text(source / "_own" / "site.css", _CSS)
 
@@ -117,15 +127,13 @@ def verdict(built: dict[str, Any]) -> str:
     )
 
 
-def _index(front: str, names: list[str], built: dict[str, Any], address: str) -> str:
-    def listed(caption: str, kind: str, more: str = "") -> str:
-        entries = "\n".join(name.rpartition(".")[0] for name in names if name.startswith(kind))
-        return f"```{{toctree}}\n:caption: {caption}\n:maxdepth: 1\n\n{entries}\n{more}\n```\n"
+def _index(front: str, course: list[str], more: list[str], built: dict[str, Any], address: str) -> str:
+    def listed(caption: str, entries: list[str]) -> str:
+        return "\n".join(["```{toctree}", f":caption: {caption}", ":maxdepth: 1", "", *entries, "```", ""])
 
     return (
         f"{front}\n\n**[{verdict(built)}](run.md)** These pages show that run. To run it yourself, or to change it, "
-        f"start from the [repository]({address}).\n\n{listed('The course', 'notebooks/')}\n"
-        f"{listed('More', 'docs/', 'run')}"
+        f"start from the [repository]({address}).\n\n{listed('The course', course)}\n{listed('More', more)}"
     )
 
 

@@ -1,0 +1,236 @@
+"""The site of a small run: built without a network, and opened in a browser from its files."""
+
+import base64
+import io
+import json
+import re
+from itertools import pairwise
+
+import matplotlib as mpl
+import nbformat
+import numpy as np
+import pytest
+
+from prosg_lib import files, paths, widgets
+from prosg_lib.config import get_profile
+from prosg_lib.errors import UserError
+from prosg_lib.pages import executed
+from prosg_lib.reproduction import notebook_files
+
+bs4 = pytest.importorskip("bs4")
+
+WORDS = "Two bars, the second one higher."
+TOUR = r"""# A tour of two pages
+
+[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/x)
+
+Next is [the state](01_state_derivation.ipynb#a-section), then [forgetting](02_prompt_forgetting.ipynb); there are
+[results](../docs/results.md) and [a datasheet](../data/DATASHEET.md). It keeps 0.99<!--claim cpu x y--> of $x_t^\top$.
+
+$$M_{ti} = \begin{cases} e^{-w} & i < t \\ 0 & i > t \end{cases}, \qquad \big(1, \dots, n\big) \in \mathbb{R}^n$$
+
+![curves](../figures/recall_by_distance.png)
+"""
+SOLUTION = "<details>\n<summary>Solution</summary>\n\n```python\nanswer = 42\n```\n\n</details>"
+PLOT = 'save_figure(fig, "00_bars", alt="...")'
+
+
+def picture():
+    image = io.BytesIO()
+    mpl.image.imsave(image, np.eye(40), format="png")
+    return base64.b64encode(image.getvalue()).decode()
+
+
+def output(**data):
+    return nbformat.v4.new_output("display_data", {kind.replace("_", "/"): value for kind, value in data.items()})
+
+
+def small_run(runs):
+    """Two executed notebooks, a figure's sidecar and what the run recorded, as `prosg reproduce` leaves them."""
+    v4, run = nbformat.v4, runs / "smoke"
+    slider = widgets.rank_slider([8, 4, 2, 1], (128, 512))
+    live = v4.new_output(
+        "execute_result",
+        {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "VBox()"},
+        execution_count=1,
+    )
+    said = [v4.new_output("stream", "12 tokens\n", name=name) for name in ("stdout", "stderr")]
+    said[1].text = "a progress bar"
+    table = "<table class='dataframe'><thead><tr><th>rank</th></tr></thead><tbody><tr><td>1</td></tr></tbody></table>"
+    cells = [
+        v4.new_markdown_cell(TOUR, metadata={"tags": ["slide"]}),
+        v4.new_code_cell("import sys", metadata={"tags": ["set-up"]}),
+        v4.new_code_cell("profile = 'smoke'", metadata={"tags": ["injected-parameters"]}),
+        v4.new_markdown_cell("## A question\n\n### Exercise 0.1\n\nFind the answer."),
+        v4.new_markdown_cell(SOLUTION, metadata={"tags": ["solution"]}),
+        v4.new_code_cell("count = 12  # tokens\nprint(f'{count} tokens')", outputs=said),
+        v4.new_code_cell(
+            PLOT,
+            metadata={"jupyter": {"source_hidden": True}, "tags": ["slide"]},
+            outputs=[output(image_png=picture(), text_plain="<Figure>")],
+        ),
+        v4.new_code_cell("slider", outputs=[output(text_html=slider.html(), text_plain="Sliders")]),
+        v4.new_code_cell("live", outputs=[live]),
+        v4.new_code_cell("table", outputs=[output(text_html=table, text_plain="rank")]),
+    ]
+    second = [v4.new_markdown_cell("# The state\n\nBack to [the tour](00_tour.ipynb).\n\n## A section\n\nThe end.")]
+    origin = {"profile": "smoke", "seed": 0, "commit": "abc", "device": "CPU: a small one", "versions": {"torch": "2"}}
+    records = {}
+    for name, content in (("00_tour", cells), ("01_state_derivation", second)):
+        notebook = v4.new_notebook(cells=content)
+        notebook.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
+        (run / "notebooks").mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, run / "notebooks" / f"{name}.ipynb")
+        claims = {**origin, "notebook": name, "peak_mb": 1.0, "books": None, "claims": {"error": {"value": 1.0}}}
+        files.write_json(run / "claims" / f"{name}.json", claims)
+        records[name] = {"notebook": name, "status": "finished", "seconds": 1.0, "peak_mb": 1.0, "seed": 0}
+        records[name] |= {"parameters": {}, "error": None}
+    files.write_json(run / "run.json", records)
+    files.write_bytes(run / "figures" / "00_bars.png", base64.b64decode(picture()))
+    files.write_json(run / "figures" / "00_bars.json", {**origin, "notebook": "00_tour", "claims": [], "alt": WORDS})
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The site's folder; nothing was fetched."""
+    pytest.importorskip("myst_nb")
+    pytest.importorskip("furo")
+    from prosg_lib.pages import site
+
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
+        patch.setenv("PROSG_RUNS", str(folder / "runs"))
+        small_run(folder / "runs")
+        assert site.write(get_profile("smoke"), folder / "out") == []
+        with pytest.raises(UserError, match="is not empty"):
+            site.write(get_profile("smoke"), folder / "out")
+    return folder / "out"
+
+
+def parsed(path):
+    return bs4.BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+def pages(folder):
+    return sorted(page for page in folder.rglob("*.html") if "_static" not in page.parts)
+
+
+def test_every_link_leads_somewhere(built):
+    """Links within the site lead to a file that is there, and to a place in it; nothing is loaded from elsewhere."""
+    soups = {page: parsed(page) for page in pages(built)}
+    assert {"index.html", "run.html", "search.html", "00_tour.html", "results.html"} <= {page.name for page in soups}
+    for page, soup in soups.items():
+        for tag in soup.select("[src], link[href]"):
+            assert not re.match("(https?:)?//", tag.get("src") or tag["href"]), tag
+        for tag in soup.select("a[href], link[href], [src]"):
+            target, _, place = (tag.get("href") or tag["src"]).partition("#")
+            target = target.partition("?")[0]
+            if re.match("[a-z]+:", target):
+                continue
+            file = (page.parent / target).resolve() if target else page
+            assert file.is_file(), f"{page.name}: {tag}"
+            if place and file in soups and place not in ("", "__toc"):
+                assert soups[file].find(id=place), f"{page.name}: {tag}"
+
+
+def test_pages_can_be_read_aloud(built):
+    """One title a page, no level of headings left out, and every picture in words."""
+    for page in pages(built):
+        soup = parsed(page)
+        levels = [int(tag.name[1]) for tag in soup.select("h1, h2, h3, h4, h5, h6")]
+        assert levels[:1] == [1], page
+        assert levels.count(1) == 1, page
+        assert all(b - a <= 1 for a, b in pairwise(levels)), page
+        assert all(image.get("alt") for image in soup.select("img")), page
+    tour = parsed(built / "notebooks" / "00_tour.html")
+    assert WORDS in [image["alt"] for image in tour.select("img")]
+
+
+def test_what_a_notebook_becomes(built):
+    """Set-up, progress bars and live widgets are gone; plumbing and solutions are folded; formulas are MathML."""
+    tour = parsed(built / "notebooks" / "00_tour.html")
+    article = tour.select_one("article")
+    for gone in ("import sys", "progress bar", "VBox", "profile = 'smoke'", "colab-badge", "$"):
+        assert gone not in article.decode(), gone
+    assert "12 tokens" in article.text
+    assert {details.summary.text.strip() for details in article.select("details")} >= {"Solution"}
+    assert article.find("details", string=None).find("pre") is not None
+    assert [math.get("display") for math in article.select("math")] == [None, "block"]
+    links = {a.text: a["href"] for a in article.select("a[href]")}
+    assert links["the state"] == "01_state_derivation.html#a-section"
+    assert links["forgetting"].endswith("/blob/main/notebooks/02_prompt_forgetting.ipynb")
+    assert links["a datasheet"].endswith("/blob/main/data/DATASHEET.md")
+    assert tour.select_one(".next-page")["href"] == "01_state_derivation.html"
+    front = parsed(built / "index.html").text
+    assert re.search(r"\d+ of \d+ promises hold, run on CPU: a small one", front)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(built, open_page, unreadable, scheme):
+    """From files, in both schemes: text stands out from its ground, formulas are drawn, sliders move."""
+    for name in ("index.html", "run.html", "notebooks/01_state_derivation.html"):
+        assert unreadable(open_page((built / name).as_uri(), scheme)) == []
+    page = open_page((built / "notebooks" / "00_tour.html").as_uri(), scheme)
+    assert unreadable(page) == []
+    cases, letter = (page.locator("math").nth(n).bounding_box()["height"] for n in (1, 0))
+    assert cases > 1.5 * letter > 0
+    page.get_by_label("rank r").press("Home")
+    assert "Rank 1 of 4" in page.locator("[role=status]").inner_text()
+    code = page.get_by_text("answer = 42")
+    assert not code.is_visible()
+    page.get_by_text("Solution", exact=True).click()
+    code.wait_for()
+
+
+def test_search_from_a_file(built, open_page):
+    """The index is a script, so that it is found without a server."""
+    page = open_page(f"{(built / 'search.html').as_uri()}?q=question")
+    page.locator("#search-results li a").first.wait_for()
+    assert "A tour of two pages" in page.locator("#search-results").inner_text()
+
+
+def test_nothing_to_show(tmp_path, monkeypatch):
+    """A run is needed first, and the message says which command makes one."""
+    pytest.importorskip("sphinx")
+    from prosg_lib.pages import site
+
+    monkeypatch.setenv("PROSG_RUNS", str(tmp_path))
+    with pytest.raises(UserError, match="prosg reproduce --profile smoke"):
+        site.write(get_profile("smoke"), tmp_path / "out")
+
+
+def test_without_sphinx(monkeypatch, tmp_path):
+    """The message says what to install."""
+    from prosg_lib.pages import site
+
+    monkeypatch.setitem(__import__("sys").modules, "sphinx.application", None)
+    with pytest.raises(UserError, match="pip install"):
+        site.write(get_profile("smoke"), tmp_path / "out")
+
+
+def test_every_formula_of_the_course_is_known():
+    """docutils' converter knows every command that the notebooks and documents use."""
+    pytest.importorskip("docutils.utils.math.latex2mathml")
+    texts = [cell["source"] for path in notebook_files.course() for cell in notebook_files.cells(path)
+             if cell["cell_type"] == "markdown"]  # fmt: skip
+    texts += [path.read_text(encoding="utf-8") for path in (paths.repo_root() / "docs").glob("*.md")]
+    formulas = []
+    for text in texts:
+        text = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+        formulas += re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL)
+        formulas += re.findall(
+            r"(?<![\\$\w])\$([^\s$][^$\n]*?)\$(?!\w)", re.sub(r"\$\$.+?\$\$", "", text, flags=re.DOTALL)
+        )
+    assert len(formulas) > 100
+    for formula in formulas:
+        assert executed.mathml(formula, block=True).startswith("<math")
+    with pytest.raises(UserError, match="cannot be set"):
+        executed.mathml(r"\nosuchcommand", block=False)
+
+
+def test_run_files_are_read_as_json(built):
+    """The search index names the pages by their titles."""
+    index = (built / "searchindex.js").read_text(encoding="utf-8")
+    titles = json.loads(index.removeprefix("Search.setIndex(").removesuffix(")"))["titles"]
+    assert "The state" in titles
