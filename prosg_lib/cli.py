@@ -143,13 +143,15 @@ def _parser() -> argparse.ArgumentParser:
     course = command(
         "course",
         _course,
-        "write a copy of the notebooks for a class",
+        "write a copy of the notebooks for a class, or a lecture",
         "The students' copy has no solutions. The instructor's has them, with timings, questions to discuss, and "
-        "typical wrong answers with the check's reply.",
+        "typical wrong answers with the check's reply. The deck is a lecture in one HTML file, with the pictures of "
+        "what `prosg reproduce` ran.",
     )
-    course.add_argument("kind", choices=("student", "instructor"), help="whose copy")
+    course.add_argument("kind", choices=("student", "instructor", "deck"), help="whose copy, or the lecture")
     course.add_argument("out", metavar="OUT", help="the folder to write to; made if need be")
     course.add_argument("--overwrite", action="store_true", help="replace copies that are there")
+    _add_profile(course)
 
     site = command(
         "site",
@@ -281,6 +283,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _course(options: argparse.Namespace) -> int:
+    if options.kind == "deck":
+        from prosg_lib.pages import deck
+
+        print(deck.write(options.profile, options.out, options.overwrite))
+        return 0
     from prosg_lib.exercises import copies
 
     for path in copies.write(options.kind, options.out, options.overwrite):

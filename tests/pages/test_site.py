@@ -1,17 +1,12 @@
 """The site of a small run: built without a network, and opened in a browser from its files."""
 
-import base64
-import io
 import json
 import re
 from itertools import pairwise
 
-import matplotlib as mpl
-import nbformat
-import numpy as np
 import pytest
 
-from prosg_lib import files, paths, widgets
+from prosg_lib import paths
 from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.pages import executed
@@ -19,79 +14,9 @@ from prosg_lib.reproduction import notebook_files
 
 bs4 = pytest.importorskip("bs4")
 
-WORDS = "Two bars, the second one higher."
-TOUR = r"""# A tour of two pages
-
-[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/x)
-
-Next is [the state](01_state_derivation.ipynb#a-section), then [forgetting](02_prompt_forgetting.ipynb); there are
-[results](../docs/results.md) and [a datasheet](../data/DATASHEET.md). It keeps 0.99<!--claim cpu x y--> of $x_t^\top$.
-
-$$M_{ti} = \begin{cases} e^{-w} & i < t \\ 0 & i > t \end{cases}, \qquad \big(1, \dots, n\big) \in \mathbb{R}^n$$
-
-![curves](../figures/recall_by_distance.png)
-"""
-SOLUTION = "<details>\n<summary>Solution</summary>\n\n```python\nanswer = 42\n```\n\n</details>"
-PLOT = 'save_figure(fig, "00_bars", alt="...")'
-
-
-def picture():
-    image = io.BytesIO()
-    mpl.image.imsave(image, np.eye(40), format="png")
-    return base64.b64encode(image.getvalue()).decode()
-
-
-def output(**data):
-    return nbformat.v4.new_output("display_data", {kind.replace("_", "/"): value for kind, value in data.items()})
-
-
-def small_run(runs):
-    """Two executed notebooks, a figure's sidecar and what the run recorded, as `prosg reproduce` leaves them."""
-    v4, run = nbformat.v4, runs / "smoke"
-    slider = widgets.rank_slider([8, 4, 2, 1], (128, 512))
-    live = v4.new_output(
-        "execute_result",
-        {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "VBox()"},
-        execution_count=1,
-    )
-    said = [v4.new_output("stream", "12 tokens\n", name=name) for name in ("stdout", "stderr")]
-    said[1].text = "a progress bar"
-    table = "<table class='dataframe'><thead><tr><th>rank</th></tr></thead><tbody><tr><td>1</td></tr></tbody></table>"
-    cells = [
-        v4.new_markdown_cell(TOUR, metadata={"tags": ["slide"]}),
-        v4.new_code_cell("import sys", metadata={"tags": ["set-up"]}),
-        v4.new_code_cell("profile = 'smoke'", metadata={"tags": ["injected-parameters"]}),
-        v4.new_markdown_cell("## A question\n\n### Exercise 0.1\n\nFind the answer."),
-        v4.new_markdown_cell(SOLUTION, metadata={"tags": ["solution"]}),
-        v4.new_code_cell("count = 12  # tokens\nprint(f'{count} tokens')", outputs=said),
-        v4.new_code_cell(
-            PLOT,
-            metadata={"jupyter": {"source_hidden": True}, "tags": ["slide"]},
-            outputs=[output(image_png=picture(), text_plain="<Figure>")],
-        ),
-        v4.new_code_cell("slider", outputs=[output(text_html=slider.html(), text_plain="Sliders")]),
-        v4.new_code_cell("live", outputs=[live]),
-        v4.new_code_cell("table", outputs=[output(text_html=table, text_plain="rank")]),
-    ]
-    second = [v4.new_markdown_cell("# The state\n\nBack to [the tour](00_tour.ipynb).\n\n## A section\n\nThe end.")]
-    origin = {"profile": "smoke", "seed": 0, "commit": "abc", "device": "CPU: a small one", "versions": {"torch": "2"}}
-    records = {}
-    for name, content in (("00_tour", cells), ("01_state_derivation", second)):
-        notebook = v4.new_notebook(cells=content)
-        notebook.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
-        (run / "notebooks").mkdir(parents=True, exist_ok=True)
-        nbformat.write(notebook, run / "notebooks" / f"{name}.ipynb")
-        claims = {**origin, "notebook": name, "peak_mb": 1.0, "books": None, "claims": {"error": {"value": 1.0}}}
-        files.write_json(run / "claims" / f"{name}.json", claims)
-        records[name] = {"notebook": name, "status": "finished", "seconds": 1.0, "peak_mb": 1.0, "seed": 0}
-        records[name] |= {"parameters": {}, "error": None}
-    files.write_json(run / "run.json", records)
-    files.write_bytes(run / "figures" / "00_bars.png", base64.b64decode(picture()))
-    files.write_json(run / "figures" / "00_bars.json", {**origin, "notebook": "00_tour", "claims": [], "alt": WORDS})
-
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built(tmp_path_factory, small_runs):
     """The site's folder; nothing was fetched."""
     pytest.importorskip("myst_nb")
     pytest.importorskip("furo")
@@ -100,8 +25,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
-        patch.setenv("PROSG_RUNS", str(folder / "runs"))
-        small_run(folder / "runs")
+        patch.setenv("PROSG_RUNS", str(small_runs))
         assert site.write(get_profile("smoke"), folder / "out") == []
         with pytest.raises(UserError, match="is not empty"):
             site.write(get_profile("smoke"), folder / "out")
@@ -144,7 +68,7 @@ def test_pages_can_be_read_aloud(built):
         assert all(b - a <= 1 for a, b in pairwise(levels)), page
         assert all(image.get("alt") for image in soup.select("img")), page
     tour = parsed(built / "notebooks" / "00_tour.html")
-    assert WORDS in [image["alt"] for image in tour.select("img")]
+    assert "Two bars, the second one higher." in [image["alt"] for image in tour.select("img")]
 
 
 def test_what_a_notebook_becomes(built):

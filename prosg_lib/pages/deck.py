@@ -1,0 +1,180 @@
+"""A lecture as one HTML file, made of the cells tagged `slide` in the executed notebooks: `prosg course deck OUT`.
+
+A slide begins at a tagged Markdown cell; tagged code cells after it add their pictures and tables, or their code where
+they have neither. Of Markdown a slide shows the heading, the first sentence, formulas, lists, tables and pictures. All
+of its prose is in the notes, for whoever speaks.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prosg_lib import files, paths
+from prosg_lib.config import Profile
+from prosg_lib.errors import UserError
+from prosg_lib.pages import executed
+from prosg_lib.reproduction import notebook_files, report
+
+TAG, MINUTES = "slide", 90
+FILE = "lecture.html"
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --soft: #f2f2f2; --link: #0b5cad; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #eee; --paper: #16181a; --soft: #26292c; --link: #8ab8ff; }} }}
+body {{ margin: 0; color: var(--ink); background: var(--paper); font: 1.35rem/1.45 system-ui, sans-serif; }}
+section {{ box-sizing: border-box; min-height: 100vh; padding: 4vh 7vw 9vh; max-width: 78rem; margin: auto; }}
+body.one section:not(.now), body:not(.spoken) aside {{ display: none; }}
+h1, h2 {{ font-size: 2.6rem; line-height: 1.15; margin-top: 22vh; }} h3 {{ font-size: 2rem; margin: 0 0 .6em; }}
+img {{ display: block; max-width: 100%; max-height: 66vh; margin: .6em auto; background: #fff; }}
+math[display=block] {{ font-size: 1.25em; margin: .8em 0; overflow-x: auto; overflow-y: hidden; }}
+pre {{ font-size: 1rem; line-height: 1.4; background: var(--soft); padding: .8em; overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 1.1rem; }} th, td {{ padding: .25em .8em; text-align: left; }}
+tr {{ border-bottom: 1px solid currentColor; }} a {{ color: var(--link); }} .lead {{ font-size: 1.5rem; }}
+aside {{ font-size: 1.05rem; border-top: 1px solid currentColor; margin-top: 1.5em; background: var(--soft);
+  padding: .2em 1em; }}
+footer {{ position: fixed; right: 1.2rem; bottom: .6rem; font-size: 1rem; background: var(--paper); }}
+@media print {{ section, body.one section:not(.now) {{ display: block; min-height: 0; break-after: page; padding: 0; }}
+  body:not(.spoken) aside {{ display: block; }} footer {{ display: none; }} h1, h2 {{ margin-top: 0; }} }}
+</style></head><body>
+{slides}
+<footer><span id="place"></span> · ← → to turn, N for notes</footer>
+<script>
+const slides = [...document.querySelectorAll("section")];
+const place = () => Math.min(slides.length, Math.max(1, Number(location.hash.slice(1)) || 1));
+const show = () => {{
+  slides.forEach((slide, i) => slide.classList.toggle("now", i + 1 === place()));
+  document.getElementById("place").textContent = `${{place()}} / ${{slides.length}}`;
+  scrollTo(0, 0);
+}};
+const steps = {{ ArrowRight: 1, PageDown: 1, " ": 1, ArrowLeft: -1, PageUp: -1, Home: -1e6, End: 1e6 }};
+addEventListener("hashchange", show);
+addEventListener("keydown", (event) => {{
+  if (event.target.closest("input") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key.toLowerCase() === "n") document.body.classList.toggle("spoken");
+  if (!(event.key in steps)) return;
+  event.preventDefault();
+  location.hash = Math.min(slides.length, Math.max(1, place() + steps[event.key]));
+}});
+document.body.classList.add("one");
+show();
+</script></body></html>
+"""
+
+
+@dataclass
+class _Slide:
+    """HTML of what is shown, and of what is said."""
+
+    shown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def write(profile: Profile, folder: str | Path, overwrite: bool = False) -> Path:
+    """Writes the lecture of what runs/<profile> holds; returns its path.
+
+    Raises:
+        UserError: nothing was run, no cell is tagged, a package is missing, or the file is there and may not be
+            overwritten.
+    """
+    path = Path(folder) / FILE
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already; give another folder, or --overwrite.")
+    files.check_writable(folder, "OUT")
+    run_dir = paths.runs_dir(profile.name)
+    alts = executed.alt_texts(report.figures(run_dir))
+    parts = [_slides(executed.read(notebook, alts), alts) for notebook in executed.notebooks(run_dir)]
+    count = sum(map(len, parts))
+    if not count:
+        raise UserError(f"no cell of the notebooks in {run_dir} is tagged '{TAG}'; run them again from this checkout.")
+    title = files.read_text(paths.repo_root() / "README.md").partition("\n")[0].removeprefix("# ")
+    slides = [f"<section><h1>{html.escape(title)}</h1><p>A lecture of {MINUTES} minutes.</p></section>"]
+    for part in filter(None, parts):
+        part[0].shown.append(f"<p>About {max(1, round(MINUTES * len(part) / count))} minutes.</p>")
+        for slide in part:
+            notes = f"<aside>{''.join(slide.notes)}</aside>" if slide.notes else ""
+            slides.append(f"<section>{''.join(slide.shown)}{notes}</section>")
+    files.write_text(path, _PAGE.format(title=html.escape(title), slides="\n".join(slides)))
+    return path
+
+
+def _slides(notebook: dict[str, Any], alts: dict[str, str]) -> list[_Slide]:
+    slides: list[_Slide] = []
+    for cell in notebook["cells"]:
+        if TAG not in notebook_files.tags(cell):
+            continue
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" or not slides:
+            slides.append(_Slide())
+        if cell["cell_type"] == "markdown":
+            _add_text(slides[-1], source)
+        else:
+            pictures = [_output(out["data"], executed.alt_of(source, alts)) for out in cell["outputs"] if "data" in out]
+            slides[-1].shown += list(filter(None, pictures)) or [f"<pre><code>{html.escape(source)}</code></pre>"]
+    return slides
+
+
+def _output(data: dict[str, Any], alt: str) -> str:
+    """A picture or table as HTML; nothing for plain text, which a lecture can do without."""
+    if "image/png" in data:
+        packed = "".join("".join(data["image/png"]).split())
+        return f'<img src="data:image/png;base64,{packed}" alt="{html.escape(alt)}">'
+    return "".join(data.get("text/html", ""))
+
+
+def _add_text(slide: _Slide, source: str) -> None:
+    """Sorts the blocks of a Markdown cell into what is shown and what is said."""
+    parser = _parser()
+    source = re.sub(r"<!--.*?-->", "", source, flags=re.DOTALL)
+    source = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", executed.local(source))
+    tokens, block, led = parser.parse(source), [], False
+    for token in tokens:
+        block.append(token)
+        if token.level or token.nesting == 1:
+            continue
+        kind, text = block[0].type, parser.renderer.render(block, parser.options, {})
+        if kind == "heading_open":
+            level = 2 if block[0].tag == "h1" else 3
+            slide.shown.append(re.sub(r"h\d>", f"h{level}>", text))
+        elif kind == "paragraph_open" and "<img" not in text:
+            slide.notes.append(text)
+            if not led:
+                slide.shown.append(f'<p class="lead">{parser.renderInline(_first_sentence(block[1].content))}</p>')
+            led = True
+        elif kind != "html_block":
+            slide.shown.append(text)
+        block = []
+
+
+def _first_sentence(text: str) -> str:
+    """With the bold words before it, if there are such; `**What did you observe?** The curve falls.`"""
+    return re.match(r"(?:\*\*[^*]+\*\*)?(?:\$[^$]*\$|[^$])*?(?:[.?!](?=\s)|$)", text, re.DOTALL)[0].replace("\n", " ")
+
+
+def _parser() -> Any:
+    try:
+        from markdown_it import MarkdownIt
+        from mdit_py_plugins.dollarmath import dollarmath_plugin
+    except ImportError as error:
+        raise UserError(executed.NEEDS) from error
+
+    def render(formula: str, options: dict[str, Any]) -> str:
+        return executed.mathml(formula, options["display_mode"])
+
+    parser = MarkdownIt("commonmark", {"html": True, "highlight": None}).enable("table")
+    parser.use(dollarmath_plugin, allow_space=False, renderer=render)
+
+    def image(self: Any, tokens: list, index: int, options: Any, env: Any) -> str:
+        token = tokens[index]
+        path = paths.notebooks_dir() / token.attrs["src"]
+        packed = base64.b64encode(path.read_bytes()).decode("ascii") if path.is_file() else ""
+        return f'<img src="data:image/png;base64,{packed}" alt="{html.escape(token.content)}">'
+
+    parser.add_render_rule("image", image)
+    return parser
