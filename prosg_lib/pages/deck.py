@@ -1,8 +1,8 @@
 """A lecture as one HTML file, made of the cells tagged `slide` in the executed notebooks: `prosg course deck OUT`.
 
-A slide begins at a tagged Markdown cell; tagged code cells after it add their pictures and tables, or their code where
-they have neither. Of Markdown a slide shows the heading, the first sentence, formulas, lists, tables and pictures. All
-of its prose is in the notes, for whoever speaks.
+A slide begins at a heading. It shows the first sentence and what there is to look at: pictures and formulas, or, where
+there is no picture, lists and tables. What a tagged code cell showed belongs to the slide before it, and so does the
+first sentence on what was observed. All prose is in the notes, for whoever speaks.
 """
 
 from __future__ import annotations
@@ -70,10 +70,25 @@ show();
 
 @dataclass
 class _Slide:
-    """HTML of what is shown, and of what is said."""
+    """HTML, by what it is; `lists` are left to the notes where there are pictures."""
 
-    shown: list[str] = field(default_factory=list)
+    heading: str
+    lead: str = ""
+    formulas: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    lists: list[str] = field(default_factory=list)
+    observed: str = ""
     notes: list[str] = field(default_factory=list)
+
+    def wanted(self) -> bool:
+        """Whether there is something to look at, or it opens a notebook."""
+        return bool(self.formulas or self.pictures or self.lists) or self.heading.startswith("<h2")
+
+    def html(self, more: str) -> str:
+        shown = [self.heading, self.lead, more, *self.formulas, *(self.pictures or self.lists), self.observed]
+        said = [*self.notes, *(self.lists if self.pictures else [])]
+        notes = f"<aside>{''.join(said)}</aside>" if said else ""
+        return f"<section>{''.join(shown)}{notes}</section>"
 
 
 def write(profile: Profile, folder: str | Path, overwrite: bool = False) -> Path:
@@ -87,68 +102,76 @@ def write(profile: Profile, folder: str | Path, overwrite: bool = False) -> Path
     if path.exists() and not overwrite:
         raise UserError(f"{path} is there already; give another folder, or --overwrite.")
     files.check_writable(folder, "OUT")
-    run_dir = paths.runs_dir(profile.name)
-    alts = executed.alt_texts(report.figures(run_dir))
-    parts = [_slides(executed.read(notebook, alts), alts) for notebook in executed.notebooks(run_dir)]
+    run_dir, built = paths.runs_dir(profile.name), report.build(profile)
+    alts = executed.alt_texts(built["figures"])
+    parts = [_slides(executed.read(notebook, alts)) for notebook in executed.notebooks(run_dir)]
     count = sum(map(len, parts))
     if not count:
         raise UserError(f"no cell of the notebooks in {run_dir} is tagged '{TAG}'; run them again from this checkout.")
-    title = files.read_text(paths.repo_root() / "README.md").partition("\n")[0].removeprefix("# ")
-    slides = [f"<section><h1>{html.escape(title)}</h1><p>A lecture of {MINUTES} minutes.</p></section>"]
+    title = html.escape(files.read_text(paths.repo_root() / "README.md").partition("\n")[0].removeprefix("# "))
+    front = f"<p>A lecture of {MINUTES} minutes.</p><p>{html.escape(executed.verdict(built))}</p>"
+    slides = [f"<section><h1>{title}</h1>{front}</section>"]
     for part in filter(None, parts):
-        part[0].shown.append(f"<p>About {max(1, round(MINUTES * len(part) / count))} minutes.</p>")
-        for slide in part:
-            notes = f"<aside>{''.join(slide.notes)}</aside>" if slide.notes else ""
-            slides.append(f"<section>{''.join(slide.shown)}{notes}</section>")
-    files.write_text(path, _PAGE.format(title=html.escape(title), slides="\n".join(slides)))
+        minutes = max(1, round(MINUTES * len(part) / count))
+        slides += [slide.html("" if place else f"<p>About {minutes} minutes.</p>") for place, slide in enumerate(part)]
+    files.write_text(path, _PAGE.format(title=title, slides="\n".join(slides)))
     return path
 
 
-def _slides(notebook: dict[str, Any], alts: dict[str, str]) -> list[_Slide]:
+def _slides(notebook: dict[str, Any]) -> list[_Slide]:
     slides: list[_Slide] = []
     for cell in notebook["cells"]:
+        source = "".join(cell["source"])
         if TAG not in notebook_files.tags(cell):
             continue
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown" or not slides:
-            slides.append(_Slide())
         if cell["cell_type"] == "markdown":
-            _add_text(slides[-1], source)
-        else:
-            pictures = [_output(out["data"], executed.alt_of(source, alts)) for out in cell["outputs"] if "data" in out]
-            slides[-1].shown += list(filter(None, pictures)) or [f"<pre><code>{html.escape(source)}</code></pre>"]
-    return slides
+            _add_text(slides, source)
+        elif slides:
+            shown = [executed.picture(out, _inline) or _html(out) for out in cell["outputs"]]
+            slides[-1].pictures += list(filter(None, shown)) or [f"<pre><code>{html.escape(source)}</code></pre>"]
+    return [slide for slide in slides if slide.wanted()]
 
 
-def _output(data: dict[str, Any], alt: str) -> str:
-    """A picture or table as HTML; nothing for plain text, which a lecture can do without."""
-    if "image/png" in data:
-        packed = "".join("".join(data["image/png"]).split())
-        return f'<img src="data:image/png;base64,{packed}" alt="{html.escape(alt)}">'
-    return "".join(data.get("text/html", ""))
+def _inline(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _add_text(slide: _Slide, source: str) -> None:
+def _html(output: dict[str, Any]) -> str:
+    """A table or slider; nothing for plain text, which a lecture can do without."""
+    return "".join(output.get("data", {}).get("text/html", ""))
+
+
+def _add_text(slides: list[_Slide], source: str) -> None:
     """Sorts the blocks of a Markdown cell into what is shown and what is said."""
     parser = _parser()
     source = re.sub(r"<!--.*?-->", "", source, flags=re.DOTALL)
     source = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", executed.local(source))
-    tokens, block, led = parser.parse(source), [], False
-    for token in tokens:
+    block: list[Any] = []
+    headed = False
+    for token in parser.parse(source):
         block.append(token)
         if token.level or token.nesting == 1:
             continue
         kind, text = block[0].type, parser.renderer.render(block, parser.options, {})
         if kind == "heading_open":
-            level = 2 if block[0].tag == "h1" else 3
-            slide.shown.append(re.sub(r"h\d>", f"h{level}>", text))
-        elif kind == "paragraph_open" and "<img" not in text:
+            headed, level = True, 2 if block[0].tag == "h1" else 3
+            slides.append(_Slide(re.sub(r"h\d>", f"h{level}>", text)))
+        elif not slides:
+            pass
+        elif kind == "paragraph_open" and "<img" in text:
+            slides[-1].pictures.append(text)
+        elif kind == "paragraph_open":
+            slide = slides[-1]
             slide.notes.append(text)
-            if not led:
-                slide.shown.append(f'<p class="lead">{parser.renderInline(_first_sentence(block[1].content))}</p>')
-            led = True
+            first = f'<p class="lead">{parser.renderInline(_first_sentence(block[1].content))}</p>'
+            if headed:
+                slide.lead = slide.lead or first
+            elif slide.pictures:
+                slide.observed = slide.observed or first
+        elif kind == "math_block":
+            (slides[-1].formulas if headed else slides[-1].notes).append(text)
         elif kind != "html_block":
-            slide.shown.append(text)
+            (slides[-1].lists if headed else slides[-1].notes).append(text)
         block = []
 
 
@@ -173,8 +196,7 @@ def _parser() -> Any:
     def image(self: Any, tokens: list, index: int, options: Any, env: Any) -> str:
         token = tokens[index]
         path = paths.notebooks_dir() / token.attrs["src"]
-        packed = base64.b64encode(path.read_bytes()).decode("ascii") if path.is_file() else ""
-        return f'<img src="data:image/png;base64,{packed}" alt="{html.escape(token.content)}">'
+        return f'<img src="{_inline(path.read_bytes())}" alt="{html.escape(token.content)}">'
 
     parser.add_render_rule("image", image)
     return parser

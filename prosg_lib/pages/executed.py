@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,7 @@ from prosg_lib import files, paths
 from prosg_lib.errors import UserError
 from prosg_lib.reproduction import notebook_files
 
-NEEDS = "This needs Sphinx with myst-nb and furo; install them with `pip install 'prosg-notebooks[site]'` or, in a \
-checkout, `pip install sphinx myst-nb furo`."
+NEEDS = "This needs Sphinx, myst-nb and furo; `pip install -e '.[site]'` in the checkout brings them."
 
 _NO_WORDS = "A figure; the text beside it says what it shows."
 _REMOTE_IMAGE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")
@@ -30,6 +31,15 @@ def notebooks(run_dir: Path) -> list[Path]:
     if not found:
         raise UserError(f"{run_dir} holds no executed notebook; run `prosg reproduce --profile {run_dir.name}` first.")
     return found
+
+
+def verdict(built: dict[str, Any]) -> str:
+    """What holds in a run, and where and when it ran, in a sentence."""
+    kept = sum(row["kept"] for row in built["promises"])
+    return (
+        f"{kept} of {len(built['promises'])} promises hold, run on {built['device']} "
+        f"(profile {built['profile']}, commit {built['commit']})."
+    )
 
 
 def alt_texts(figures: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -62,27 +72,46 @@ def read(path: Path, alts: Mapping[str, str]) -> dict[str, Any]:
         if cell["cell_type"] == "markdown":
             source = local(source)
         else:
-            outputs = [output for output in map(_without_kernel, cell["outputs"]) if output]
+            words = alt_of(source, alts)
+            outputs = [output for found in cell["outputs"] if (output := _without_kernel(found, words))]
             cell = {**cell, "outputs": outputs}
         if cell["metadata"].get("jupyter", {}).get("source_hidden"):
             tags.append("hide-input")
-        metadata = {"tags": tags, "mystnb": {"image": {"alt": alt_of(source, alts)}}}
-        kept.append({**cell, "source": source, "metadata": metadata})
+        kept.append({**cell, "source": source, "metadata": {"tags": tags}})
     metadata = {key: value for key, value in notebook["metadata"].items() if key in ("kernelspec", "language_info")}
     return {**notebook, "cells": kept, "metadata": metadata}
 
 
-def _without_kernel(output: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The output as far as a page can show it; None: nothing of it, as of a live widget or a progress bar."""
+def _without_kernel(output: Mapping[str, Any], alt: str) -> dict[str, Any] | None:
+    """The output as far as a page can show it; None: nothing of it, as of a live widget or a progress bar.
+
+    Args:
+        alt: of its picture, if it has one that brings no words of its own.
+    """
     if output["output_type"] == "stream":
-        return output if output["name"] == "stdout" else None
+        return dict(output) if output["name"] == "stdout" else None
     if "data" not in output:
-        return output  # an error
+        return dict(output)  # an error
     live = any("widget-view" in kind for kind in output["data"])
     data = {kind: output["data"][kind] for kind in _KEPT_TYPES if kind in output["data"]}
     if live and list(data) == ["text/plain"]:
         return None
-    return {**output, "data": data}
+    if "text/markdown" in data:
+        data["text/markdown"] = re.sub(r"^#+ +(.+)$", r"**\1**", "".join(data["text/markdown"]), flags=re.MULTILINE)
+    picture = {"alt": alt, **output.get("metadata", {}).get("image/png", {})}
+    return {**output, "data": data, "metadata": {"image/png": picture}}
+
+
+def picture(output: Mapping[str, Any], source_of: Callable[[bytes], str]) -> str:
+    """An output's picture as HTML, with its words; "" where it has none.
+
+    Args:
+        source_of: the PNG's content -> the address it is shown from.
+    """
+    if "image/png" not in output.get("data", {}):
+        return ""
+    content = base64.b64decode("".join(output["data"]["image/png"]))
+    return f'<img src="{source_of(content)}" alt="{html.escape(output["metadata"]["image/png"]["alt"])}">'
 
 
 def mathml(formula: str, block: bool) -> str:
@@ -102,7 +131,7 @@ def mathml(formula: str, block: bool) -> str:
         raise UserError(f"the formula {formula!r} cannot be set: {error}") from error
 
 
-def outside_code(text: str, change) -> str:
+def outside_code(text: str, change: Callable[[str], str]) -> str:
     """`change` applied to all of a Markdown text but fenced code."""
     parts: Sequence[str] = re.split(r"(^```.*?^```[^\n]*$|^~~~.*?^~~~[^\n]*$)", text, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if place % 2 else change(part) for place, part in enumerate(parts))

@@ -6,6 +6,7 @@ scripts and fonts, and pictures of formulas need LaTeX; MathML needs neither, pr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ _CSS = """
 .content { width: 54em; }
 article pre { font-size: .78rem; }
 article table.docutils { font-size: .85rem; }
-.cell_output img, .mystnb img { background: #fff; }
+.cell_output img { background: #fff; }
 .cell_output table.dataframe { color: inherit; font-size: .85rem; }
 .cell_output table.dataframe :is(th, td) { color: inherit; border: 1px solid var(--color-background-border); }
 .cell_output table.dataframe tr { background: none !important; }
@@ -37,7 +38,7 @@ body[data-theme=light] .prosg { --ink: #1a1a1a !important; --paper: #fff !import
 _CONFIG = {
     "project": "ProSG notebooks",
     "html_title": "ProSG notebooks",
-    "extensions": ["furo", "myst_nb", "prosg_lib.pages.site"],
+    "extensions": ["myst_nb", "prosg_lib.pages.site"],
     "html_theme": "furo",
     "html_static_path": ["_own"],
     "html_css_files": ["site.css"],
@@ -46,8 +47,7 @@ _CONFIG = {
     "html_show_sourcelink": False,
     "html_copy_source": False,
     "html_show_copyright": False,
-    "pygments_style": "a11y-high-contrast-light",
-    "pygments_dark_style": "a11y-high-contrast-dark",
+    "pygments_style": "a11y-high-contrast-light",  # and its dark sister: `setup`
     "nb_execution_mode": "off",
     "nb_merge_streams": True,
     "myst_enable_extensions": ["dollarmath"],
@@ -106,6 +106,9 @@ def _write_source(source: Path, built: dict[str, Any], run_dir: Path) -> None:
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 cell["source"] = executed.linked(cell["source"], "notebooks", names, address)
+            for output in cell.get("outputs", []):
+                if shown := executed.picture(output, lambda content: _kept(content, source / "_own")):
+                    output["data"] = {"text/html": shown}
         files.write_text(source / "notebooks" / path.name, json.dumps(notebook))
     for path in pages:
         text = executed.linked(executed.local(files.read_text(path)), "docs", names, address)
@@ -118,13 +121,11 @@ def _write_source(source: Path, built: dict[str, Any], run_dir: Path) -> None:
     files.write_text(source / "_own" / "site.css", _CSS)
 
 
-def verdict(built: dict[str, Any]) -> str:
-    """What holds in a run, and where and when it ran, in a sentence."""
-    kept = sum(row["kept"] for row in built["promises"])
-    return (
-        f"{kept} of {len(built['promises'])} promises hold, run on {built['device']} "
-        f"(profile `{built['profile']}`, commit {built['commit']})."
-    )
+def _kept(content: bytes, folder: Path) -> str:
+    """Keeps a notebook's picture among the site's own files; the address for a page about a notebook."""
+    name = f"{hashlib.sha256(content).hexdigest()[:16]}.png"
+    files.write_bytes(folder / name, content)
+    return f"../_static/{name}"
 
 
 def _index(front: str, course: list[str], more: list[str], built: dict[str, Any], address: str) -> str:
@@ -132,8 +133,8 @@ def _index(front: str, course: list[str], more: list[str], built: dict[str, Any]
         return "\n".join(["```{toctree}", f":caption: {caption}", ":maxdepth: 1", "", *entries, "```", ""])
 
     return (
-        f"{front}\n\n**[{verdict(built)}](run.md)** These pages show that run. To run it yourself, or to change it, "
-        f"start from the [repository]({address}).\n\n{listed('The course', course)}\n{listed('More', more)}"
+        f"{front}\n\n**[{executed.verdict(built)}](run.md)** These pages show that run. To run it yourself, or to "
+        f"change it, start from the [repository]({address}).\n\n{listed('The course', course)}\n{listed('More', more)}"
     )
 
 
@@ -151,7 +152,7 @@ def _run_page(built: dict[str, Any]) -> str:
 
 
 def setup(app: Any) -> dict[str, Any]:
-    """Sphinx's extension: formulas as MathML."""
+    """Sphinx's extension: formulas as MathML, and code that stands out from a dark ground, too."""
     from docutils import nodes
     from sphinx.util import logging
 
@@ -164,5 +165,9 @@ def setup(app: Any) -> dict[str, Any]:
             translator.body.append(f"<code>{translator.encode(node.astext())}</code>")
         raise nodes.SkipNode
 
+    def dark(app: Any) -> None:
+        app.config.pygments_dark_style = "a11y-high-contrast-dark"  # a setting of the theme's, unknown until now
+
+    app.connect("builder-inited", dark, priority=100)
     app.add_html_math_renderer("mathml", (render, None), (render, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

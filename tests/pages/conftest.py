@@ -45,8 +45,10 @@ def small_run(runs):
         {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "VBox()"},
         execution_count=1,
     )
-    said = [v4.new_output("stream", "12 tokens\n", name=name) for name in ("stdout", "stderr")]
-    said[1].text = "a progress bar"
+    said = [v4.new_output("stream", name="stdout", text="12 tokens\n")]
+    said.append(v4.new_output("stream", name="stderr", text="a progress bar"))
+    described = output(image_png=picture())
+    described.metadata["image/png"] = {"alt": "A diagonal.", "width": 620}
     table = "<table class='dataframe'><thead><tr><th>rank</th></tr></thead><tbody><tr><td>1</td></tr></tbody></table>"
     cells = [
         v4.new_markdown_cell(TOUR, metadata={"tags": ["slide"]}),
@@ -62,6 +64,7 @@ def small_run(runs):
         ),
         v4.new_code_cell("slider", outputs=[output(text_html=slider.html(), text_plain="Sliders")]),
         v4.new_code_cell("live", outputs=[live]),
+        v4.new_code_cell("both", outputs=[output(text_markdown="#### 06, *by claim*"), described]),
         v4.new_code_cell("table", outputs=[output(text_html=table, text_plain="rank")]),
     ]
     second = [v4.new_markdown_cell("# The state\n\nBack to [the tour](00_tour.ipynb).\n\n## A section\n\nThe end.")]
@@ -72,7 +75,13 @@ def small_run(runs):
         notebook.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
         (run / "notebooks").mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, run / "notebooks" / f"{name}.ipynb")
-        claims = {**origin, "notebook": name, "peak_mb": 1.0, "books": None, "claims": {"error": {"value": 1.0}}}
+        claims = {
+            **origin,
+            "notebook": name,
+            "peak_mb": 1.0,
+            "books": None,
+            "claims": {"error": {"value": 1.0, "exact": True}},
+        }
         files.write_json(run / "claims" / f"{name}.json", claims)
         records[name] = {"notebook": name, "status": "finished", "seconds": 1.0, "peak_mb": 1.0, "seed": 0}
         records[name] |= {"parameters": {}, "error": None}

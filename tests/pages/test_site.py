@@ -68,7 +68,11 @@ def test_pages_can_be_read_aloud(built):
         assert all(b - a <= 1 for a, b in pairwise(levels)), page
         assert all(image.get("alt") for image in soup.select("img")), page
     tour = parsed(built / "notebooks" / "00_tour.html")
-    assert "Two bars, the second one higher." in [image["alt"] for image in tour.select("img")]
+    assert [image["alt"] for image in tour.select("img")] == [
+        "curves",
+        "Two bars, the second one higher.",
+        "A diagonal.",
+    ]
 
 
 def test_what_a_notebook_becomes(built):
