@@ -20,7 +20,7 @@ from prosg_lib.training.load_or_train import MemoryBudget
     "arguments",
     [
         ["--help"],
-        *([name, "--help"] for name in ("reproduce", "report", "evaluate", "train", "course")),
+        *([name, "--help"] for name in ("reproduce", "report", "evaluate", "train", "course", "site")),
         ["train", "--list"],
     ],
 )
@@ -57,6 +57,7 @@ def test_help_is_there_and_needs_no_torch(arguments):
         ["train", "rwkv4-dialogue", "--at-once", "0"],
         ["course"],
         ["course", "teacher", "here"],
+        ["site"],
     ],
 )
 def test_unknown_commands_and_options_are_refused(arguments, capsys):

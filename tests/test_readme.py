@@ -37,7 +37,10 @@ def test_a_class_of_ones_own_is_registered_as_the_docstring_says(text):
     assert shown == tested
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/files.md", "docs/results.md"])
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("files", "readings", "results", "syllabus")))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_everything_linked_is_there(page):
     """Relative links and pictures."""
     page = paths.repo_root() / page
