@@ -144,7 +144,7 @@ def _html(output: dict[str, Any]) -> str:
 def _add_text(slides: list[_Slide], source: str) -> None:
     """Sorts the blocks of a Markdown cell into what is shown and what is said."""
     parser = _parser()
-    source = re.sub(r"<!--.*?-->", "", source, flags=re.DOTALL)
+    source = re.sub(r"<!--.*?-->|^\[Open in Colab\]\([^)]*\)$", "", source, flags=re.DOTALL | re.MULTILINE)
     source = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", executed.local(source))
     block: list[Any] = []
     headed = False
@@ -171,7 +171,8 @@ def _add_text(slides: list[_Slide], source: str) -> None:
         elif kind == "math_block":
             (slides[-1].formulas if headed else slides[-1].notes).append(text)
         elif kind != "html_block":
-            (slides[-1].lists if headed else slides[-1].notes).append(text)
+            opening = slides[-1].heading.startswith("<h2")  # there it is what the notebook costs to run
+            (slides[-1].lists if headed and not opening else slides[-1].notes).append(text)
         block = []
 
 

