@@ -29,11 +29,12 @@ _PAGE = """<!DOCTYPE html>
 :root {{ color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --soft: #f2f2f2; --link: #0b5cad; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #eee; --paper: #16181a; --soft: #26292c; --link: #8ab8ff; }} }}
 body {{ margin: 0; color: var(--ink); background: var(--paper); font: 1.35rem/1.45 system-ui, sans-serif; }}
-section {{ box-sizing: border-box; min-height: 100vh; padding: 4vh 7vw 9vh; max-width: 78rem; margin: auto; }}
+section {{ box-sizing: border-box; min-height: 100vh; padding: 4vh 5vw 9vh; max-width: 78rem; margin: auto; }}
 body.one section:not(.now), body:not(.spoken) aside {{ display: none; }}
-h1, h2 {{ font-size: 2.6rem; line-height: 1.15; margin-top: 22vh; }} h3 {{ font-size: 2rem; margin: 0 0 .6em; }}
-img {{ display: block; max-width: 100%; max-height: 66vh; margin: .6em auto; background: #fff; }}
-math[display=block] {{ font-size: 1.25em; margin: .8em 0; overflow-x: auto; overflow-y: hidden; }}
+h1, h2 {{ font-size: 2.6rem; line-height: 1.15; margin-top: 22vh; }} h3 {{ font-size: 1.8rem; margin: 0 0 .6em; }}
+img {{ display: block; max-width: 100%; max-height: 52vh; margin: .6em auto; background: #fff; }}
+math[display=block] {{ margin: .8em 0; overflow-x: auto; overflow-y: hidden; }}
+mtd[columnalign=left] {{ text-align: left; }}
 pre {{ font-size: 1rem; line-height: 1.4; background: var(--soft); padding: .8em; overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 1.1rem; }} th, td {{ padding: .25em .8em; text-align: left; }}
 tr {{ border-bottom: 1px solid currentColor; }} a {{ color: var(--link); }} .lead {{ font-size: 1.5rem; }}
@@ -127,8 +128,10 @@ def _slides(notebook: dict[str, Any]) -> list[_Slide]:
         if cell["cell_type"] == "markdown":
             _add_text(slides, source)
         elif slides:
-            shown = [executed.picture(out, _inline) or _html(out) for out in cell["outputs"]]
-            slides[-1].pictures += list(filter(None, shown)) or [f"<pre><code>{html.escape(source)}</code></pre>"]
+            shown = list(filter(None, (executed.picture(out, _inline) or _html(out) for out in cell["outputs"])))
+            if not shown and executed.FOLDED not in notebook_files.tags(cell):
+                shown = [f"<pre><code>{html.escape(source)}</code></pre>"]
+            slides[-1].pictures += shown
     return [slide for slide in slides if slide.wanted()]
 
 
@@ -178,11 +181,14 @@ def _add_text(slides: list[_Slide], source: str) -> None:
 
 def _first_sentence(text: str) -> str:
     """With the bold words before it, if there are such; `**What did you observe?** The curve falls.`"""
-    return re.match(r"(?:\*\*[^*]+\*\*)?(?:\$[^$]*\$|[^$])*?(?:[.?!](?=\s)|$)", text, re.DOTALL)[0].replace("\n", " ")
+    return re.match(
+        r"(?:\*\*[^*]+\*\*)?(?:\$[^$]*\$|[^$])*?(?:(?<! al)(?<!e\.g)(?<!i\.e)[.?!](?=\s)|$)", text, re.DOTALL
+    )[0].replace("\n", " ")
 
 
 def _parser() -> Any:
     try:
+        import latex2mathml  # noqa: F401
         from markdown_it import MarkdownIt
         from mdit_py_plugins.dollarmath import dollarmath_plugin
     except ImportError as error:

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from prosg_lib import files, paths
-from prosg_lib.errors import UserError
+from prosg_lib.errors import UserError, reason
 from prosg_lib.reproduction import notebook_files
 
-NEEDS = "This needs Sphinx, myst-nb and furo; `pip install -e '.[site]'` in the checkout brings them."
+NEEDS = "This needs Sphinx, myst-nb, furo and latex2mathml; `pip install -e '.[site]'` in the checkout brings them."
+
+FOLDED = "hide-input"
+"""myst-nb's tag of a cell whose code is folded."""
 
 _NO_WORDS = "A figure; the text beside it says what it shows."
 _REMOTE_IMAGE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")
@@ -76,7 +79,7 @@ def read(path: Path, alts: Mapping[str, str]) -> dict[str, Any]:
             outputs = [output for found in cell["outputs"] if (output := _without_kernel(found, words))]
             cell = {**cell, "outputs": outputs}
         if cell["metadata"].get("jupyter", {}).get("source_hidden"):
-            tags.append("hide-input")
+            tags.append(FOLDED)
         kept.append({**cell, "source": source, "metadata": {"tags": tags}})
     metadata = {key: value for key, value in notebook["metadata"].items() if key in ("kernelspec", "language_info")}
     return {**notebook, "cells": kept, "metadata": metadata}
@@ -118,17 +121,17 @@ def mathml(formula: str, block: bool) -> str:
     r"""A formula in TeX as MathML, which browsers draw themselves: no script, no font, no network.
 
     Raises:
-        UserError: it uses something that docutils' converter does not know.
+        UserError: it cannot be read, or uses a command that the converter does not know.
     """
-    from docutils.utils.math import MathError
-    from docutils.utils.math.latex2mathml import tex2mathml
+    from latex2mathml.converter import convert
 
-    # The converter knows \bigl and \ldots; in MathML they are the same as \big and \dots.
-    known = re.sub(r"\\(big|Big|bigg|Bigg)(?![A-Za-z])", r"\\\1l", re.sub(r"\\dots(?![A-Za-z])", r"\\ldots", formula))
     try:
-        return tex2mathml(known, as_block=block)
-    except (MathError, SyntaxError) as error:
-        raise UserError(f"the formula {formula!r} cannot be set: {error}") from error
+        found = convert(formula.strip(), display="block" if block else "inline")
+    except Exception as error:  # it has a dozen of its own, and IndexErrors
+        raise UserError(f"the formula {formula!r} cannot be set: {reason(error)}") from error
+    if unknown := re.search(r"\\[A-Za-z]+", found):
+        raise UserError(f"the formula {formula!r} cannot be set: {unknown[0]} is not known")
+    return found
 
 
 def outside_code(text: str, change: Callable[[str], str]) -> str:

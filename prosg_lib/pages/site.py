@@ -25,11 +25,12 @@ _CSS = """
 article pre { font-size: .78rem; }
 article table.docutils { font-size: .85rem; }
 .cell_output img { background: #fff; }
-.cell_output table.dataframe { color: inherit; font-size: .85rem; }
+.cell_output table.dataframe { border: none; border-collapse: collapse; color: inherit; font-size: .85rem; }
 .cell_output table.dataframe :is(th, td) { color: inherit; border: 1px solid var(--color-background-border); }
 .cell_output table.dataframe tr { background: none !important; }
 .cell_output { overflow-x: auto; }
 math[display=block] { margin: 1em 0; overflow-x: auto; overflow-y: hidden; max-width: 100%; }
+mtd[columnalign=left] { text-align: left; }
 details > summary { cursor: pointer; font-weight: 600; }
 body[data-theme=dark] .prosg { --ink: #eee !important; --paper: #1b1b1b !important; --line: #9a9a9a !important; }
 body[data-theme=light] .prosg { --ink: #1a1a1a !important; --paper: #fff !important; --line: #767676 !important; }
@@ -69,6 +70,7 @@ def write(profile: Profile, folder: str | Path, overwrite: bool = False) -> list
         UserError: nothing was run, Sphinx is not installed, or the folder holds something and may not be overwritten.
     """
     try:
+        import latex2mathml  # noqa: F401
         from sphinx.application import Sphinx
         from sphinx.util.docutils import docutils_namespace
     except ImportError as error:
@@ -102,7 +104,7 @@ def _write_source(source: Path, built: dict[str, Any], run_dir: Path) -> None:
     entries = []
     for path in course:
         notebook = executed.read(path, alts)
-        title = notebook["cells"][0]["source"].partition("\n")[0].removeprefix("# ")
+        title = re.sub(r"^# (\d\d · )?", "", notebook["cells"][0]["source"].partition("\n")[0])
         entries.append(f"{path.stem[:2]} {title} <notebooks/{path.stem}>")
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":

@@ -66,5 +66,6 @@ def test_nothing_is_tagged(small_runs, tmp_path, monkeypatch):
 
 def test_first_sentence():
     """Bold words before it belong to it; points within a formula or a number do not end it."""
+    assert deck._first_sentence("Jaderberg et al. did it. Then more.") == "Jaderberg et al. did it."
     text = "**What did you observe?** With $a.\\; b$ it is 0.57. Then more."
     assert deck._first_sentence(text) == "**What did you observe?** With $a.\\; b$ it is 0.57."

@@ -140,8 +140,8 @@ def test_without_sphinx(monkeypatch, tmp_path):
 
 
 def test_every_formula_of_the_course_is_known():
-    """docutils' converter knows every command that the notebooks and documents use."""
-    pytest.importorskip("docutils.utils.math.latex2mathml")
+    """The converter knows every command that the notebooks and documents use."""
+    pytest.importorskip("latex2mathml")
     texts = [cell["source"] for path in notebook_files.course() for cell in notebook_files.cells(path)
              if cell["cell_type"] == "markdown"]  # fmt: skip
     texts += [path.read_text(encoding="utf-8") for path in (paths.repo_root() / "docs").glob("*.md")]
@@ -155,8 +155,16 @@ def test_every_formula_of_the_course_is_known():
     assert len(formulas) > 100
     for formula in formulas:
         assert executed.mathml(formula, block=True).startswith("<math")
-    with pytest.raises(UserError, match="cannot be set"):
-        executed.mathml(r"\nosuchcommand", block=False)
+    for broken in (r"\nosuchcommand", r"\frac{1}"):
+        with pytest.raises(UserError, match="cannot be set"):
+            executed.mathml(broken, block=False)
+
+
+def test_every_saved_figure_is_shown():
+    """A cell that saves a figure also shows it; the page has what the notebook shows."""
+    for path in notebook_files.course():
+        sources = [cell["source"] for cell in notebook_files.cells(path) if "save_figure(" in cell["source"]]
+        assert [source[-80:] for source in sources if not re.search(r"plt\.show\(\)|^fig$", source, re.M)] == [], path
 
 
 def test_run_files_are_read_as_json(built):
