@@ -218,8 +218,9 @@ class Explored:
         plain, changed = (self.values(distance, s) for s in (0.0, scale))
         return (
             f"Token by token, the probabilities of the right answers {distance:,} tokens after the prompt: the plain "
-            f"model would name {plain.known.sum()} of {len(plain)} values, ProSG at scale {scale:g} "
-            f"{changed.known.sum()}. Mean probability of a value at {distances[-1]:,} tokens: "
+            f"model would name {plain.known.sum()} of {len(plain)} values, and ProSG at scale "
+            f"{scale:g} {changed.known.sum()} of {len(changed)}. At {distances[-1]:,} tokens the mean probability of a "
+            "value is "
             + ", ".join(f"{p:.2f} at scale {s:g}" for s, p in ends.items())
             + ". The change is largest in "
             + "layer {} of {}.".format(*max(self.sizes.stack().items(), key=lambda cell: cell[1])[0])

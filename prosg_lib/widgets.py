@@ -19,10 +19,8 @@ from typing import NamedTuple
 import ipywidgets
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 
 from prosg_lib.errors import UserError
-from prosg_lib.plots import PALETTE, styles
 
 _STYLE = """<style>
 .prosg { --ink: #1a1a1a; --paper: #fff; --line: #767676; color-scheme: light; color: var(--ink);
@@ -95,7 +93,7 @@ class Page(NamedTuple):
     blocks: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sliders:
     """Sliders above what they show. As a cell's last value it is shown in the form that needs no kernel.
 
@@ -150,7 +148,7 @@ class Sliders:
         data = {"options": [control.shown() for control in self.controls], "texts": [*texts], "pages": pages}
         packed = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
         name = hashlib.sha256(packed.encode()).hexdigest()[:12]
-        first = self.page(*(control.start for control in self.controls))
+        first = self._first()
         inputs = "".join(
             f'<label><span>{html.escape(control.label)}</span><input type="range" min="0" '
             f'max="{len(control.values) - 1}" value="{list(control.values).index(control.start)}"></label>'
@@ -167,6 +165,12 @@ class Sliders:
 
     def _repr_html_(self) -> str:
         return self.html()
+
+    def __repr__(self) -> str:
+        return self._first().summary
+
+    def _first(self) -> Page:
+        return self.page(*(control.start for control in self.controls))
 
 
 def shaded(text: str, share: float) -> str:
@@ -250,70 +254,3 @@ def _matrix(weights: np.ndarray, chunk: int, words: str) -> str:
         f'<path class="edge" stroke-width="{size / 300:.2f}" d="{lines}"/></svg>'
         "<figcaption>down: the token t that reads; to the right: the token i that is read</figcaption></figure>"
     )
-
-
-def knowledge_html(table: pd.DataFrame, distance: int, prompt: int) -> str:
-    """One prompt's questions and every method's answers at one distance, as an HTML table.
-
-    Words beside each answer say whether it is right, not colour alone; texts are escaped.
-
-    Args:
-        table: of `recall.knowledge`.
-    Raises:
-        UserError: the table has no such distance or prompt.
-    """
-    part = table[(table.distance == distance) & (table.prompt == prompt)]
-    if part.empty:
-        raise UserError(
-            f"the table has no prompt {prompt} at {distance} tokens; there are the prompts "
-            f"{_listed(table.prompt)} at the distances {_listed(table.distance)}"
-        )
-    methods = list(dict.fromkeys(part.method))
-    cells = part.set_index(["slot", "method"])
-    head = "".join(f'<th scope="col">{html.escape(_label(method))}</th>' for method in methods)
-    rows = []
-    for slot in dict.fromkeys(part.slot):
-        first = cells.loc[(slot, methods[0])]
-        answers = "".join(_answer(cells.loc[(slot, method)]) for method in methods)
-        rows.append(
-            f'<tr><th scope="row">{html.escape(slot)}: {html.escape(first.value)}</th>'
-            f"<td>{html.escape(first.question)}</td>{answers}</tr>"
-        )
-    known = ", ".join(f"{_label(m)} {int(part[part.method == m].right.sum())} of {len(rows)}" for m in methods)
-    return (
-        f"<table><caption>{distance:,} tokens after the prompt, still known: {html.escape(known)}</caption>"
-        f'<thead><tr><th scope="col">the prompt said</th><th scope="col">question</th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table>"
-    )
-
-
-def knowledge_slider(table: pd.DataFrame, prompt: int) -> ipywidgets.VBox:
-    """A slider for the distance, above the facts that each method still knows there (`knowledge_html`)."""
-    distances = sorted(table.distance.unique().tolist())
-    slider = ipywidgets.SelectionSlider(
-        options=[(f"{d:,}", d) for d in distances],
-        value=distances[0],
-        description="tokens between prompt and question",
-        style={"description_width": "initial"},
-        layout=ipywidgets.Layout(width="34em"),
-    )
-    shown = ipywidgets.HTML(knowledge_html(table, distances[0], prompt))
-
-    def show(change) -> None:
-        shown.value = knowledge_html(table, change["new"], prompt)
-
-    slider.observe(show, names="value")
-    return ipywidgets.VBox([slider, shown])
-
-
-def _answer(row: pd.Series) -> str:
-    colour, verdict = (PALETTE["blue"], "✓ right") if row.right else (PALETTE["vermillion"], "✗ wrong")
-    return f'<td>{html.escape(row.answer) or "(nothing)"} <span style="color:{colour}">{verdict}</span></td>'
-
-
-def _label(method: str) -> str:
-    return styles([method])[method].label
-
-
-def _listed(column: pd.Series) -> str:
-    return ", ".join(f"{v}" for v in sorted(column.unique().tolist()))

@@ -76,7 +76,7 @@ def test_page_and_figure_say_the_same(found):
     assert columns[0][1::2] != columns[1][1::2]
     figure, axes = plt.subplots(2, 2)
     words = found.draw(axes.flat, 24)
-    assert f"the plain model would name {plain} of 3 values, ProSG at scale 1 {changed}." in words
+    assert f"the plain model would name {plain} of 3 values, and ProSG at scale 1 {changed} of 3." in words
     assert len(axes.flat[1].texts) == len(found.table[(found.table.distance == 24) & (found.table.scale == 1.0)])
     figure.canvas.draw()
     plt.close(figure)

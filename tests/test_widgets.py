@@ -56,6 +56,7 @@ def test_the_form_without_a_kernel_holds_every_page(sums):
     assert data["texts"].count("<b>the same</b>") == 1
     assert shown.count("</script>") == 1
     assert not re.search(r"https?:|src=|@import|url\(", shown)
+    assert repr(sums) == "2 < 0.5?"
     assert '<p role="status">2 &lt; 0.5?</p>' in shown  # what is seen where scripts do not run
     assert re.findall(r"<span>(.*?)</span><input type=\"range\" min=\"0\" max=\"(.)\" value=\"(.)\">", shown) == [
         ("first", "2", "1"), ("second", "1", "0")]  # fmt: skip
@@ -119,41 +120,6 @@ def measured(lm):
     methods = ("base", "prosg-token")
     known = knowledge(lm, generators, methods, data, (0, 24), facts=3, prompts=2)
     return data, known, measure(lm, generators, methods, data, (0, 24), facts=3, prompts=2, probes=3)
-
-
-def test_slider_shows_the_distance_that_it_stands_at(table):
-    """Moving the slider redraws the table, and moving it back gives the first one again."""
-    slider, shown = widgets.knowledge_slider(table, prompt=0).children
-    assert isinstance(slider, SelectionSlider)
-    assert isinstance(shown, HTML)
-    first = shown.value
-    assert "0 tokens after the prompt, still known: plain model 2 of 2, ProSG, token by token 1 of 2" in first
-    slider.value = 64
-    assert "64 tokens after the prompt, still known: plain model 1 of 2, ProSG, token by token 2 of 2" in shown.value
-    slider.value = 0
-    assert shown.value == first
-
-
-def test_right_and_wrong_are_said_in_words(table):
-    """Four answers at a distance, each with its verdict in words; an empty answer is visible as one."""
-    near, far = (widgets.knowledge_html(table, d, 0) for d in (0, 64))
-    assert (near.count("✓ right"), near.count("✗ wrong")) == (3, 1)
-    assert (far.count("✓ right"), far.count("✗ wrong")) == (3, 1)
-    assert "(nothing)" in near
-
-
-def test_generated_text_is_escaped(table):
-    """A model may generate anything, markup included."""
-    shown = widgets.knowledge_html(table, 64, 0)
-    assert "&lt;b&gt;cat &amp; dog&lt;/b&gt; $5^ $6^." in shown
-    assert "<b>" not in shown
-
-
-@pytest.mark.parametrize(("distance", "prompt"), [(63, 0), (0, 1)])
-def test_what_was_not_asked_is_refused(table, distance, prompt):
-    """The message lists what there is."""
-    with pytest.raises(UserError, match="distances 0, 64"):
-        widgets.knowledge_html(table, distance, prompt)
 
 
 def test_knowledge_counts_what_measure_counts(measured):

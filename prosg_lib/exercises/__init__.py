@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the exercises themselves need torch, which takes seconds to
     from prosg_lib.exercises.checking import Exercise
 
 MODULES = {
+    0: "tour",
     1: "state_derivation",
     2: "prompt_forgetting",
     3: "low_rank_gradients",
@@ -35,7 +36,7 @@ def find(number: str) -> Exercise:
     Raises:
         UserError: there is none.
     """
-    notebook = int(number.split(".")[0]) if number.split(".")[0].isdecimal() else 0
+    notebook = int(number.split(".")[0]) if number.split(".")[0].isdecimal() else -1
     found = {exercise.number: exercise for exercise in of_notebook(notebook)}
     if number not in found:
         known = ", ".join(found) or ", ".join(f"{n}.1 ..." for n in MODULES)
