@@ -150,8 +150,8 @@ class Explored:
         plain, changed = (self.values(distance, s) for s in (0.0, scale))
         summary = (
             f"{distance:,} tokens after the prompt, the plain model would name {plain.known.sum()} of {len(plain)} "
-            f"values (mean probability {plain.p.mean():.2f}), ProSG at scale {scale:g} {changed.known.sum()} of "
-            f"{len(changed)} ({changed.p.mean():.2f})."
+            f"values (mean probability {plain.p.mean():.2f}); ProSG at scale {scale:g} would name "
+            f"{changed.known.sum()} of {len(changed)} ({changed.p.mean():.2f})."
         )
         cells = [
             {slot: _answer(rows) for slot, rows in self._part(distance, s).groupby("slot", sort=False)}
@@ -219,8 +219,8 @@ class Explored:
         return (
             f"Token by token, the probabilities of the right answers {distance:,} tokens after the prompt: the plain "
             f"model would name {plain.known.sum()} of {len(plain)} values, and ProSG at scale "
-            f"{scale:g} {changed.known.sum()} of {len(changed)}. At {distances[-1]:,} tokens the mean probability of a "
-            "value is "
+            f"{scale:g} would name {changed.known.sum()} of {len(changed)}. At {distances[-1]:,} tokens the mean "
+            "probability of a value is "
             + ", ".join(f"{p:.2f} at scale {s:g}" for s, p in ends.items())
             + ". The change is largest in "
             + "layer {} of {}.".format(*max(self.sizes.stack().items(), key=lambda cell: cell[1])[0])

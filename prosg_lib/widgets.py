@@ -33,8 +33,9 @@ _STYLE = """<style>
 .prosg caption { font-weight: 600 }
 .prosg tr { background: none !important }
 .prosg td, .prosg th { border: 1px solid var(--line); padding: 0.2em 0.5em; text-align: left !important;
-  color: inherit }
-.prosg td b { background: rgb(0 114 178 / calc(0.7 * var(--share))); padding: 0.1em 0.3em; white-space: nowrap;
+  color: inherit; line-height: 1.6 }
+.prosg td b { display: inline-block; margin: 0.05em 0; padding: 0 0.3em; white-space: nowrap;
+  background: rgb(0 114 178 / calc(0.7 * var(--share)));
   font-weight: inherit }
 .prosg figure { margin: 0.4em 0 } .prosg svg { display: block; max-width: 100%; height: auto }
 .prosg .on { fill: #0072b2; stroke: var(--ink) } .prosg .off { fill: none; stroke: var(--line); stroke-dasharray: 2 1 }

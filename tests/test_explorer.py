@@ -70,13 +70,13 @@ def test_page_and_figure_say_the_same(found):
     page, other = found.page(24, 1.0), found.page(24, 0.5)
     plain, changed = (int(found.values(24, s).known.sum()) for s in (0.0, 1.0))
     assert f"the plain model would name {plain} of 3 values" in page.summary
-    assert f"ProSG at scale 1 {changed} of 3" in page.summary
+    assert f"ProSG at scale 1 would name {changed} of 3" in page.summary
     columns = [re.findall(r"<td>(.*?)</td>", p.blocks[0]) for p in (page, other)]
     assert columns[0][::2] == columns[1][::2]
     assert columns[0][1::2] != columns[1][1::2]
     figure, axes = plt.subplots(2, 2)
     words = found.draw(axes.flat, 24)
-    assert f"the plain model would name {plain} of 3 values, and ProSG at scale 1 {changed} of 3." in words
+    assert f"the plain model would name {plain} of 3 values, and ProSG at scale 1 would name {changed} of 3." in words
     assert len(axes.flat[1].texts) == len(found.table[(found.table.distance == 24) & (found.table.scale == 1.0)])
     figure.canvas.draw()
     plt.close(figure)
