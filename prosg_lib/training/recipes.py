@@ -254,8 +254,11 @@ def _open_world(p: Profile) -> list[Recipe]:
                 time="30 min, CPU",
             ),
             generator(lm, "static", "control: one delta for all prompts", sizes.token, "30 min, CPU"),
+            generator(lm, "adapter", "real gradient step in an adapter", p.adapter, "60 min, CPU"),
         ]
-    return found
+    about = "transformer of the open world, to compare with"
+    model = Recipe("llama-open", about, "llama", p.pairs.transformer_size, "open", sizes.training, time="60 min, CPU")
+    return [*found, model]
 
 
 def _pairs(p: Profile) -> list[Recipe]:
