@@ -265,7 +265,8 @@ class Curriculum(Sizes):
 
 @dataclass(frozen=True)
 class OpenCurriculum(Curriculum):
-    """A generator's training on the open world.
+    """A training on the open world; a language model's has questions immediately after the prompt as long as a
+    generator's.
 
     Attributes:
         slots: number of training's slots that its prompts are about; 0: all.
@@ -273,6 +274,8 @@ class OpenCurriculum(Curriculum):
 
     may_be_zero = (*Curriculum.may_be_zero, "slots")
 
+    alone: float = 0.7
+    local: float = 0.8
     slots: int = 0
 
 
@@ -471,7 +474,7 @@ class OpenSizes:
     token: GeneratorSize = GeneratorSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
     final: StateSize = StateSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
     probe: ProbeSize = ProbeSize(512)
-    token_training: Training = Training(2400, 32, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
+    token_training: Training = Training(9000, 16, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
 
 
 @dataclass(frozen=True)

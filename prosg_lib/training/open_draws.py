@@ -1,18 +1,18 @@
 """What is drawn for a training on the open world: one distribution of examples for everything that is trained.
 
-Language model, generators, controls and rivals draw items from the same numbers; what is minimised is in `objectives`.
-Only the first steps have other sizes: the language model's prompts have few facts, the generators' questions stand
-immediately behind the prompt.
+Language model, generators, controls and rivals draw the same items, step by step, in the same lessons: prompts of few
+facts first, then the questions still immediately after the prompt, then all distances. Only a language model begins
+with repeated tokens. What is minimised is in `objectives`.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from prosg_lib.config.sizes import Curriculum, Training
+from prosg_lib.config.sizes import Curriculum, OpenCurriculum, Training
 from prosg_lib.tasks.dialogue import ANSWER
 from prosg_lib.tasks.open_world import OpenBatch, OpenWorld, Shape, open_batch
 
@@ -24,10 +24,7 @@ COPIES = 0.1
 taught an RWKV-4 what answers look like, and not to copy: immediately after the prompt it recalled 0.05."""
 
 LESSONS = ((0.2, 2), (0.55, 4))
-"""Then: up to which share of its steps a prompt has at most how many facts."""
-
-NEAR = 0.85
-"""Share of its steps with nothing between prompt and questions: reading is learned there, at half the cost."""
+"""Up to which share of the steps a prompt has at most how many facts."""
 
 _SHORT, _LONG = (2, 3, 5), (3, 5, 8, 12)  # lengths of what is repeated, in the first and second half of these steps
 
@@ -90,9 +87,9 @@ class OpenDraw:
 
 
 def lm_draw(data: OpenWorld, sizes: Training) -> OpenDraw:
-    lessons = tuple((int(share * sizes.steps), most) for share, most in LESSONS)
-    return OpenDraw(data, sizes, int(NEAR * sizes.steps), int(COPIES * sizes.steps), lessons)
+    return replace(generator_draw(data, sizes, OpenCurriculum()), copies=int(COPIES * sizes.steps))
 
 
 def generator_draw(data: OpenWorld, sizes: Training, curriculum: Curriculum) -> OpenDraw:
-    return OpenDraw(data, sizes, int(curriculum.alone * sizes.steps))
+    lessons = tuple((int(share * sizes.steps), most) for share, most in LESSONS)
+    return OpenDraw(data, sizes, int(curriculum.alone * sizes.steps), lessons=lessons)

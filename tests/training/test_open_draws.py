@@ -7,7 +7,7 @@ import torch
 from checks import token_generator
 from tiny import assert_parts_add_up
 
-from prosg_lib.config.sizes import Curriculum, Training
+from prosg_lib.config.sizes import Curriculum, OpenCurriculum, Training
 from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT
 from prosg_lib.tasks.open_wording import Level
 from prosg_lib.tasks.open_world import OpenBatch, OpenWorld, Shape, open_batch
@@ -54,8 +54,7 @@ def objective_of(lm, kind: str):
 
 
 def test_everything_is_trained_on_the_same_items(data, monkeypatch):
-    """At every step the same numbers, no number at two steps, but for the model's first steps; beyond the steps with
-    questions immediately behind the prompt the same batch."""
+    """At every step the same batch, no item at two steps, but for the model's first steps."""
     taken = []
     real = OpenWorld.items
     monkeypatch.setattr(
@@ -63,15 +62,15 @@ def test_everything_is_trained_on_the_same_items(data, monkeypatch):
         "items",
         lambda self, count, shape, start=0: taken.append((start, count)) or real(self, 1, shape, start),
     )
-    draws = [lm_draw(data, SIZES), generator_draw(data, SIZES, CURRICULUM)]
+    draws = [lm_draw(data, SIZES), generator_draw(data, SIZES, OpenCurriculum())]
     for step in range(SIZES.steps):
         model, generator = (draw(step) for draw in draws)
         assert taken == [(4 * step, 4)] * (1 if step < draws[0].copies else 2)
         taken.clear()
-        if step >= max(draw.near for draw in draws):
+        if step >= draws[0].copies:
             assert torch.equal(model.context, generator.context)
             assert torch.equal(model.rest, generator.rest)
-    assert [draw.near for draw in draws] == [17, 5]
+    assert [draw.near for draw in draws] == [14, 14]
     assert [draw.copies for draw in draws] == [2, 0]
 
 
@@ -94,7 +93,7 @@ def test_a_model_first_repeats_random_tokens(data):
 
 def test_shapes_are_of_the_sizes(data):
     """Every number of facts and every distance occurs; a question for later only where the body has room for it."""
-    draw = generator_draw(data, replace(SIZES, steps=400), CURRICULUM)
+    draw = generator_draw(data, replace(SIZES, steps=400), OpenCurriculum())
     shapes = [draw.shape(step) for step in range(draw.near, 400)]
     assert {shape.facts for shape in shapes} == {3, 6, 12}
     assert {shape.distance for shape in shapes} == {0, 64, 128}
@@ -108,18 +107,14 @@ def test_shapes_are_of_the_sizes(data):
 
 
 def test_first_steps_ask_immediately_behind_the_prompt(data):
-    """The model has two facts at most, then four, then as many as a generator."""
-    sizes = replace(SIZES, steps=100)
-    model, generator = lm_draw(data, sizes), generator_draw(data, sizes, CURRICULUM)
-    assert (model.copies, model.near, generator.near) == (10, 85, 25)
-    for draw in (model, generator):
-        near = [draw.shape(step) for step in range(draw.copies, draw.near)]
-        assert {(shape.distance, shape.before, shape.query) for shape in near} == {(0, 0, False)}
-        assert max(shape.facts for shape in near) == 12
-        assert {draw.shape(step).distance for step in range(draw.near, 100)} == {0, 64, 128}
-    facts = [model.shape(step).facts for step in range(100)]
-    assert (set(facts[10:20]), set(facts[20:55])) == ({1, 2}, {1, 2, 3, 4})
-    assert {model.shape(step) for step in range(10, 20)} == {Shape(1, 0, 1), Shape(2, 0, 2)}
+    """Of two facts at most, then four, then of any number."""
+    draw = generator_draw(data, replace(SIZES, steps=100), OpenCurriculum())
+    shapes = [draw.shape(step) for step in range(100)]
+    facts = [shape.facts for shape in shapes]
+    assert (set(facts[:20]), set(facts[20:55]), set(facts[55:])) == ({1, 2}, {1, 2, 3, 4}, {3, 6, 12})
+    assert set(shapes[:20]) == {Shape(1, 0, 1), Shape(2, 0, 2)}
+    assert {(shape.distance, shape.before, shape.query) for shape in shapes[:70]} == {(0, 0, False)}
+    assert {shape.distance for shape in shapes[70:]} == {0, 64, 128}
 
 
 # What is minimised
