@@ -23,7 +23,7 @@ COPIES = 0.1
 """Share of the language model's steps with random tokens that are repeated. Without them, 1,200 steps of dialogues
 taught an RWKV-4 what answers look like, and not to copy: immediately after the prompt it recalled 0.05."""
 
-LESSONS = ((0.2, 2), (0.55, 4))
+LESSONS = ((0.2, 2), (0.45, 4))
 """Up to which share of the steps a prompt has at most how many facts."""
 
 _SHORT, _LONG = (2, 3, 5), (3, 5, 8, 12)  # lengths of what is repeated, in the first and second half of these steps

@@ -111,7 +111,7 @@ def test_first_steps_ask_immediately_behind_the_prompt(data):
     draw = generator_draw(data, replace(SIZES, steps=100), OpenCurriculum())
     shapes = [draw.shape(step) for step in range(100)]
     facts = [shape.facts for shape in shapes]
-    assert (set(facts[:20]), set(facts[20:55]), set(facts[55:])) == ({1, 2}, {1, 2, 3, 4}, {3, 6, 12})
+    assert (set(facts[:20]), set(facts[20:45]), set(facts[45:])) == ({1, 2}, {1, 2, 3, 4}, {3, 6, 12})
     assert set(shapes[:20]) == {Shape(1, 0, 1), Shape(2, 0, 2)}
     assert {(shape.distance, shape.before, shape.query) for shape in shapes[:70]} == {(0, 0, False)}
     assert {shape.distance for shape in shapes[70:]} == {0, 64, 128}
