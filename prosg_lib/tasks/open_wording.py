@@ -8,7 +8,7 @@ split: an answer about a new value can only be copied, and a question about a ne
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,6 +39,8 @@ def values() -> dict[str, dict[str, list[str]]]:
     return files.read_json(data_dir() / "open_values.json")
 
 
+_LONGEST_COINED = 14  # characters
+
 UNKNOWN = "you did not tell me"
 """The right answer to a question about what was never said."""
 
@@ -58,8 +60,10 @@ class Fact:
 
 @cache
 def type_of(slot: str) -> str:
-    """The type of a slot's values."""
-    return next(t for t, splits in words()["slots"].items() if any(slot in names for names in splits.values()))
+    """The type of a slot's values; a coined slot has any, and always the same."""
+    types = words()["slots"]
+    listed = (t for t, splits in types.items() if any(slot in names for names in splits.values()))
+    return next(listed, None) or random.Random(slot).choice(sorted(types))
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,13 @@ class Level:
         split: "train", "validation" or "test".
         new: "values", "slots" and "wordings", as far as they are of the split.
         most: only so many slots, the same ones whenever they are drawn; 0: all.
+        coined: share of the values and slots that are in no list: the beginning of one that is and the end of another.
     """
 
     split: str
     new: tuple[str, ...] = ()
     most: int = 0
+    coined: float = 0.0
 
     def __post_init__(self):
         check_split(self.split)
@@ -82,7 +88,8 @@ class Level:
     @property
     def name(self) -> str:
         """Enters the seed of every item, so its characters must never change."""
-        return f"Level(split={self.split!r}, new={self.new!r})" + f", most={self.most}" * bool(self.most)
+        more = f", most={self.most}" * bool(self.most) + f", coined={self.coined}" * bool(self.coined)
+        return f"Level(split={self.split!r}, new={self.new!r}){more}"
 
     @classmethod
     def named(cls, name: str, split: str) -> Level:
@@ -98,10 +105,34 @@ class Level:
         names = _slots(self._split("slots"))
         return sorted(names, key=_mixed)[: self.most] if self.most else names
 
+    def some_slots(self, count: int, rng: random.Random) -> list[str]:
+        """Different ones."""
+        found: dict[str, None] = {}
+        for slot in rng.sample(self.slots(), count):
+            drawn = self._coined(slot, self.slots(), _all_slots(), rng)
+            while drawn in found:
+                drawn = self._coined(slot, self.slots(), _all_slots(), rng)
+            found[drawn] = None
+        return list(found)
+
     def value(self, slot: str, rng: random.Random, other_than: str | None = None) -> str:
         """A value of the slot's type."""
-        drawn = rng.choice(values()[type_of(slot)][self._split("values")])
+        drawn = self._value(type_of(slot), rng)
         return drawn if drawn != other_than else self.value(slot, rng, other_than)
+
+    def _value(self, kind: str, rng: random.Random) -> str:
+        listed = values()[kind][self._split("values")]
+        return self._coined(rng.choice(listed), listed, _all_values(), rng)
+
+    def _coined(self, word: str, others: Sequence[str], known: Set[str], rng: random.Random) -> str:
+        """The word, or as often as `coined` says its beginning and the end of another; in no split's list."""
+        if not self.coined or rng.random() >= self.coined:
+            return word
+        while True:
+            end = rng.choice(others)
+            made = word[: rng.randint(1, len(word))] + end[rng.randrange(len(end)) :]
+            if made.casefold() not in known and len(made) <= _LONGEST_COINED:
+                return made
 
     def others(self) -> list[str]:
         return words()["others"][self._split("values")]
@@ -115,7 +146,7 @@ class Level:
         table = words()["instructions"][kind]
         word = rng.choice(table["words"][self._split("values")])
         if rng.random() < 0.5:
-            word = rng.choice(values()["person" if kind == "address" else "word"][self._split("values")])
+            word = self._value("person" if kind == "address" else "word", rng)
             word = word.capitalize() if kind == "opener" else word
         return word, rng.choice(table[self._split("wordings")]).format(v=word)
 
@@ -156,6 +187,16 @@ def _first_words() -> frozenset[str]:
 @cache
 def _slots(split: str) -> list[str]:
     return [slot for splits in words()["slots"].values() for slot in splits[split]]
+
+
+@cache
+def _all_slots() -> frozenset[str]:
+    return frozenset(slot.casefold() for split in SPLITS for slot in _slots(split))
+
+
+@cache
+def _all_values() -> frozenset[str]:
+    return frozenset(v.casefold() for splits in values().values() for listed in splits.values() for v in listed)
 
 
 @cache

@@ -207,7 +207,7 @@ class OpenWorld:
             raise UserError(
                 f"a prompt of this level cannot hold {shape.others} facts about others; choose 0 to {len(slots)}"
             )
-        mine = rng.sample(slots, shape.facts)
+        mine = self.level.some_slots(shape.facts, rng)
         keys: list[tuple[str | None, str]] = [(None, slot) for slot in mine]
         while len(keys) < shape.facts + shape.others:
             key = rng.choice(self.level.others()), rng.choice(mine if rng.random() < 0.5 else slots)

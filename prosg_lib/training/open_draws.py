@@ -26,6 +26,11 @@ taught an RWKV-4 what answers look like, and not to copy: immediately after the 
 LESSONS = ((0.2, 2), (0.45, 4))
 """Up to which share of the steps a prompt has at most how many facts."""
 
+COINED = 0.5
+"""Share of the values and slots that are coined, in the second half of the steps. Before, at step 4,138 of 9,000, the
+language model recalled three facts 0.59 with values that it was trained on and 0.32 with others: 8,813 values are few
+enough to be learned by heart."""
+
 _SHORT, _LONG = (2, 3, 5), (3, 5, 8, 12)  # lengths of what is repeated, in the first and second half of these steps
 
 
@@ -49,8 +54,10 @@ class OpenDraw:
     def __call__(self, step: int) -> OpenBatch:
         if 0 <= step < self.copies:
             return self._copies(step)
-        shape = self.shape(step)
-        return open_batch(self.data, self.data.items(self.sizes.batch, shape, start=step * self.sizes.batch))
+        data = self.data
+        if 2 * step >= self.sizes.steps:
+            data = replace(data, level=replace(data.level, coined=COINED))
+        return open_batch(data, data.items(self.sizes.batch, self.shape(step), start=step * self.sizes.batch))
 
     def _copies(self, step: int) -> OpenBatch:
         """Random tokens, and the same again: only what is repeated counts."""

@@ -483,3 +483,20 @@ def test_a_level_of_few_slots_has_the_same_ones_of_several_types():
     assert len({wording.type_of(slot) for slot in few}) > 3
     data = OpenWorld(load_tokenizer(), data_of("train").prose, Level("train", most=8), 0)
     assert {fact.slot for item in data.items(20, Shape(6, 64, 6, others=1)) for fact in item.facts} == set(few)
+
+
+def test_coined_values_and_slots_are_in_no_list():
+    """As many as asked for, new ones all the time; a coined slot keeps its type, and its questions have answers."""
+    data = data_of("train")
+    data = replace(data, level=replace(data.level, coined=0.5))
+    facts = [fact for item in data.items(100, Shape(6, 0, 6)) for fact in item.facts]
+    listed = {
+        what: {word.casefold() for split in SPLITS for word in parts(split)[what]} for what in ("values", "slots")
+    }
+    for what, words in {"values": [f.value for f in facts], "slots": [f.slot for f in facts]}.items():
+        coined = [word for word in words if word.casefold() not in listed[what]]
+        assert 0.4 < len(coined) / len(facts) < 0.6
+        assert len(set(coined)) > 0.95 * len(coined)
+        in_training = {word.casefold() for word in parts("train")[what]}
+        assert {word.casefold() for word in words} - in_training == {word.casefold() for word in coined}
+    assert {wording.type_of(fact.slot) for fact in facts} == set(WORDS["slots"])
