@@ -226,6 +226,7 @@ def open_counts() -> dict[str, list[int]]:
         | {"words of instructions": count([spec["words"] for spec in instructions])}
         | {"sentences of instructions": count(instructions)}
         | {f"sentences, `{kind}`": count([by_split]) for kind, by_split in frames.items()}
+        | {"further sentences": [sum(len(t["further"]) for t in (*frames.values(), *instructions)), 0, 0]}
         | {"sample dialogues": [_sampled(s) for s in SPLITS]}
         | {"natural prompts": [len(rows) for rows in prompts]}
         | {"questions about natural prompts": [sum(len(r["questions"]) for r in rows) for rows in prompts]}

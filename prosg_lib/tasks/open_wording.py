@@ -75,12 +75,14 @@ class Level:
         new: "values", "slots" and "wordings", as far as they are of the split.
         most: only so many slots, the same ones whenever they are drawn; 0: all.
         coined: share of the values and slots that are in no list: the beginning of one that is and the end of another.
+        further: whether training's wordings are all that there are, or those of its first steps.
     """
 
     split: str
     new: tuple[str, ...] = ()
     most: int = 0
     coined: float = 0.0
+    further: bool = False
 
     def __post_init__(self):
         check_split(self.split)
@@ -88,7 +90,8 @@ class Level:
     @property
     def name(self) -> str:
         """Enters the seed of every item, so its characters must never change."""
-        more = f", most={self.most}" * bool(self.most) + f", coined={self.coined}" * bool(self.coined)
+        others = {"most": self.most, "coined": self.coined, "further": self.further}
+        more = "".join(f", {name}={value}" for name, value in others.items() if value)
         return f"Level(split={self.split!r}, new={self.new!r}){more}"
 
     @classmethod
@@ -148,11 +151,15 @@ class Level:
         if rng.random() < 0.5:
             word = self._value("person" if kind == "address" else "word", rng)
             word = word.capitalize() if kind == "opener" else word
-        return word, rng.choice(table[self._split("wordings")]).format(v=word)
+        return word, rng.choice(self._wordings(table)).format(v=word)
 
     def sentence(self, kind: str, rng: random.Random, **gaps: str) -> str:
         """A sentence of one kind (`words()["frames"]`)."""
-        return rng.choice(words()["frames"][kind][self._split("wordings")]).format_map(gaps)
+        return rng.choice(self._wordings(words()["frames"][kind])).format_map(gaps)
+
+    def _wordings(self, table: Mapping[str, list[str]]) -> list[str]:
+        split = self._split("wordings")
+        return table[split] + table["further"] if self.further and split == "train" else table[split]
 
     def statement(self, facts: Sequence[Fact], rng: random.Random, update: bool = False) -> str:
         """One sentence that states one fact or two; update: that corrects an earlier one."""
@@ -180,7 +187,7 @@ class Level:
 def _first_words() -> frozenset[str]:
     """The words that sentences begin with and that are small inside of one: neither "I" nor what fills a gap."""
     tables = [*words()["frames"].values(), *words()["instructions"].values()]
-    sentences = [s for table in tables for split in SPLITS for s in table[split]]
+    sentences = [s for table in tables for split in (*SPLITS, "further") for s in table[split]]
     return frozenset(["My", *(s.split()[0] for s in sentences if s[0] != "{")]) - {"I"}
 
 

@@ -20,7 +20,7 @@ from prosg_lib.text.tokenizer import load_tokenizer
 WORDS = wording.words()
 FULL = Shape(facts=6, distance=64, probes=4, others=2, before=24, unknown=2, instructions=2, updates=2, query=True)
 
-EVERY_LEVEL = [("train", "known"), *itertools.product(("validation", "test"), LEVELS)]
+EVERY_LEVEL = [("train", "known"), ("train", "further"), *itertools.product(("validation", "test"), LEVELS)]
 every_level = pytest.mark.parametrize(("split", "level"), EVERY_LEVEL)
 
 
@@ -28,7 +28,8 @@ every_level = pytest.mark.parametrize(("split", "level"), EVERY_LEVEL)
 def data_of(split: str, level: str = "known", seed: int = 0) -> OpenWorld:
     tokenizer = load_tokenizer()
     prose = ProseTokens.of(Prose("own", {split: own_sentences(split)[:200]}), split, tokenizer)
-    return OpenWorld(tokenizer, prose, Level.named(level, split), seed)
+    drawn = Level(split, further=True) if level == "further" else Level.named(level, split)
+    return OpenWorld(tokenizer, prose, drawn, seed)
 
 
 # What belongs to a split
@@ -46,6 +47,14 @@ def parts(split: str) -> dict[str, list[str]]:
         "names": WORDS["others"][split],
         "cues": WORDS["cues"][split],
     }
+
+
+def test_further_wordings_are_in_no_split():
+    for tables in (WORDS["frames"], WORDS["instructions"]):
+        for kind, table in tables.items():
+            assert len(set(table["further"])) == len(table["further"]) >= 5, kind
+            held = {sentence.casefold() for split in SPLITS for sentence in table[split]}
+            assert not held & {sentence.casefold() for sentence in table["further"]}, kind
 
 
 @pytest.mark.parametrize("what", parts("train"))
@@ -89,17 +98,19 @@ class Reader:
 
     def __init__(self, split: str, level: str):
         def of(part: str) -> str:
-            return split if part in LEVELS[level] else "train"
+            return split if part in LEVELS.get(level, ()) else "train"
+
+        def wordings(table: dict) -> list[re.Pattern]:
+            further = table["further"] if level == "further" else []
+            return [self._pattern(frame) for frame in table[of("wordings")] + further]
 
         self.values = {
             kind: {v.casefold(): v for v in by_split[of("values")]} for kind, by_split in wording.values().items()
         }
         self.names = {f"{name}'s".casefold(): name for name in WORDS["others"][of("values")]} | {"my": None}
         self.slots = {s for by_split in WORDS["slots"].values() for s in by_split[of("slots")]}
-        self.frames = {
-            kind: [self._pattern(f) for f in by_split[of("wordings")]] for kind, by_split in WORDS["frames"].items()
-        }
-        self.asked = {kind: list(map(self._pattern, s[of("wordings")])) for kind, s in WORDS["instructions"].items()}
+        self.frames = {kind: wordings(table) for kind, table in WORDS["frames"].items()}
+        self.asked = {kind: wordings(table) for kind, table in WORDS["instructions"].items()}
         made_up = {kind: self.values["person" if kind == "address" else "word"].keys() for kind in self.asked}
         self.words = {
             kind: made_up[kind] | {word.casefold() for word in spec["words"][of("values")]}
