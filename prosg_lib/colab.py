@@ -12,7 +12,6 @@ from pathlib import Path
 from prosg_lib import doctor, paths
 from prosg_lib.errors import UserError
 
-NOT_NEEDED = ("jupyterlab", "papermill")  # by who is in a notebook already
 DRIVE = Path("/content/drive")
 _PLAIN_VERSION = re.compile(r"[0-9][\w.!+-]*")  # pip takes no other in a constraint
 
@@ -53,7 +52,7 @@ def installed() -> dict[str, str]:
 def missing(names: set[str]) -> list[str]:
     """The project's requirements that are not among these installed packages, whatever their versions."""
     project = tomllib.loads((paths.repo_root() / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    found = {_normal(name) for name in (*names, *NOT_NEEDED)}
+    found = {_normal(name) for name in (*names, *doctor.NOT_IN_COLAB)}
     return [needed for needed in project["dependencies"] if _normal(re.match(r"[\w.-]+", needed)[0]) not in found]
 
 

@@ -24,6 +24,8 @@ MEMORY_GB, DISK_GB = 3.0, 2.0
 
 _INSTALL = "pip install -r requirements.lock && pip install --no-deps --no-build-isolation -e ."
 _AGAIN = f"make a new virtual environment, and in the checkout: {_INSTALL}"
+NOT_IN_COLAB = ("jupyterlab", "papermill")
+"""Not needed by who is in a notebook already."""
 _GB = 1e9
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where there is none
 
@@ -66,6 +68,8 @@ def packages() -> Finding:
     missing, old = [], []
     for needed in required["dependencies"]:
         name, least = re.fullmatch(r"([\w.-]+)>=([\w.]+)", needed).groups()
+        if name in NOT_IN_COLAB and in_colab():
+            continue
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -124,7 +128,7 @@ def accelerator() -> Finding:
         text = f"CPU, {os.cpu_count()} cores, float32, enough for the profile cpu{unused}{hint}"
         return Finding("note" if unused else "ok", text)
     gpu = torch.cuda.get_device_properties(0)
-    what = f"{gpu.name}, {gpu.total_memory / _GB:.0f} GB"
+    what = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB"
     try:
         torch.ones(1, device="cuda").add(1).item()
     except RuntimeError as error:

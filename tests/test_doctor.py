@@ -52,6 +52,10 @@ def test_packages_that_are_missing_or_old(monkeypatch):
     monkeypatch.setattr(metadata, "version", version)
     lacking, old = {"peft"}, set()
     fixed(doctor.packages, "peft not installed", "pip install -r requirements.lock")
+    lacking = {"papermill", "jupyterlab"}
+    fixed(doctor.packages, "jupyterlab, papermill not installed")
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    assert doctor.packages().state == "ok"
     lacking, old = set(), {"torch", "numpy"}
     fixed(doctor.packages, "too old: numpy 1.9.1+cu118 (from 2.0 on), torch 1.9.1+cu118 (from 2.10 on)", "pip install")
 
@@ -115,14 +119,14 @@ def test_a_gpu_and_its_dtype(monkeypatch, name, memory, capability, said):
     torch_with(monkeypatch, name, memory, capability)
     found = doctor.accelerator()
     assert found.state == "ok"
-    assert found.text.startswith(f"{name}, {memory / GB:.0f} GB, float32, ")
+    assert found.text.startswith(f"{name}, {memory / 2**30:.0f} GB, float32, ")
     assert said in found.text
 
 
 def test_a_gpu_that_does_not_compute(monkeypatch):
     """Its driver is too old, or another program broke it."""
     torch_with(monkeypatch, error=RuntimeError("CUDA error: no kernel image is available\nmore"))
-    fixed(doctor.accelerator, "Tesla T4, 16 GB does not compute (RuntimeError: CUDA error", "driver")
+    fixed(doctor.accelerator, "Tesla T4, 15 GB does not compute (RuntimeError: CUDA error", "driver")
 
 
 def test_a_gpu_that_torch_cannot_use(monkeypatch):
