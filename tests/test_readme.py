@@ -24,20 +24,21 @@ def blocks(text):
 def test_example_runs(text, tmp_path, monkeypatch, capsys):
     """The first Python block, as it stands: it still knows the home town, and leaves the file that it saves."""
     monkeypatch.chdir(tmp_path)
-    block, _ = blocks(text)
+    (block,) = blocks(text)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert "Oslo" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["prompt.safetensors"]
 
 
-def test_a_class_of_ones_own_is_registered_as_the_docstring_says(text):
-    """The second block is the one that `register` shows, which tests/backbones/test_backbones.py runs."""
+def test_a_class_of_ones_own_is_registered_as_the_docstring_says():
+    """docs/using.md shows what `register` shows, which tests/backbones/test_backbones.py runs."""
+    (block,) = blocks((paths.repo_root() / "docs" / "using.md").read_text(encoding="utf-8"))
     _, _, example = inspect.getdoc(hub_recurrent.register).partition("::\n")
-    shown, tested = (ast.dump(ast.parse(code)) for code in (blocks(text)[1], inspect.cleandoc(example)))
+    shown, tested = (ast.dump(ast.parse(code)) for code in (block, inspect.cleandoc(example)))
     assert shown == tested
 
 
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("files", "readings", "results", "syllabus")))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("files", "readings", "results", "running", "syllabus", "using")))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -64,7 +64,7 @@ class CausalTransformer(HubModel):
         if not right:
             raise UserError(
                 f"{type(self.model).__name__} does not read padded text as a plain transformer does, and has no "
-                "adapter here; README shows how to write one (Any recurrent model)"
+                "adapter here; docs/using.md shows how to write one (Any recurrent model)"
             )
 
     def with_kv_cache(self) -> CachedTransformer:
