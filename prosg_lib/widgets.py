@@ -17,8 +17,8 @@ from itertools import product
 from typing import NamedTuple
 
 import ipywidgets
-import matplotlib as mpl
 import numpy as np
+from matplotlib.image import imsave
 
 from prosg_lib.errors import UserError
 
@@ -35,8 +35,7 @@ _STYLE = """<style>
 .prosg td, .prosg th { border: 1px solid var(--line); padding: 0.2em 0.5em; text-align: left !important;
   color: inherit; line-height: 1.6 }
 .prosg td b { display: inline-block; margin: 0.05em 0; padding: 0 0.3em; white-space: nowrap;
-  background: rgb(0 114 178 / calc(0.7 * var(--share)));
-  font-weight: inherit }
+  background: rgb(0 114 178 / calc(0.7 * var(--share))); font-weight: inherit }
 .prosg figure { margin: 0.4em 0 } .prosg svg { display: block; max-width: 100%; height: auto }
 .prosg .on { fill: #0072b2; stroke: var(--ink) } .prosg .off { fill: none; stroke: var(--line); stroke-dasharray: 2 1 }
 .prosg .edge { fill: none; stroke: var(--line) } .prosg svg text { fill: var(--ink); font-size: 11px }
@@ -246,7 +245,7 @@ def _matrix(weights: np.ndarray, chunk: int, words: str) -> str:
     blue = np.broadcast_to(np.array([0, 114, 178, 0], dtype=np.uint8), (size, size, 4)).copy()
     blue[..., 3] = np.rint(255 * weights.clip(0, 1))
     image = io.BytesIO()
-    mpl.image.imsave(image, blue, format="png")
+    imsave(image, blue, format="png")
     lines = "".join(f"M0 {at}H{size}M{at} 0V{size}" for at in range(chunk, size, chunk)) + f"M0 0H{size}V{size}H0z"
     return (
         f'<figure><svg viewBox="0 0 {size} {size}" width="330" role="img" aria-label="{html.escape(words)}">'
