@@ -363,6 +363,6 @@ def coloured_tokens(tokens: Sequence[str], values: Sequence[float]) -> str:
         text = html.escape(token).replace("\n", "⏎")
         spans.append(
             f'<span title="{value:.3g}" style="background: rgba(0, 114, 178, {share:.2f}); '
-            f'color: {"white" if share > 0.6 else "black"}">{text}</span>'
+            f'color: {"white" if share > 0.93 else "black"}">{text}</span>'
         )
     return '<p style="background: white; padding: 0.5em; line-height: 1.7">' + "".join(spans) + "</p>"

@@ -32,7 +32,7 @@ body {{ margin: 0; color: var(--ink); background: var(--paper); font: 1.35rem/1.
 section {{ box-sizing: border-box; min-height: 100vh; padding: 4vh 5vw 9vh; max-width: 78rem; margin: auto; }}
 body.one section:not(.now), body:not(.spoken) aside {{ display: none; }}
 h1, h2 {{ font-size: 2.6rem; line-height: 1.15; margin-top: 22vh; }} h3 {{ font-size: 1.8rem; margin: 0 0 .6em; }}
-img {{ display: block; max-width: 100%; max-height: 52vh; margin: .6em auto; background: #fff; }}
+img {{ display: block; max-width: 100%; max-height: 46vh; margin: .6em auto; background: #fff; }}
 math[display=block] {{ margin: .8em 0; overflow-x: auto; overflow-y: hidden; }}
 mtd[columnalign=left] {{ text-align: left; }}
 pre {{ font-size: 1rem; line-height: 1.4; background: var(--soft); padding: .8em; overflow-x: auto; }}
@@ -158,7 +158,7 @@ def _add_text(slides: list[_Slide], source: str) -> None:
         kind, text = block[0].type, parser.renderer.render(block, parser.options, {})
         if kind == "heading_open":
             headed, level = True, 2 if block[0].tag == "h1" else 3
-            slides.append(_Slide(re.sub(r"h\d>", f"h{level}>", text)))
+            slides.append(_Slide(re.sub(r"h\d>(\d\d · )?", f"h{level}>", text)))
         elif not slides:
             pass
         elif kind == "paragraph_open" and "<img" in text:

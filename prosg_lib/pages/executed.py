@@ -131,7 +131,9 @@ def mathml(formula: str, block: bool) -> str:
         raise UserError(f"the formula {formula!r} cannot be set: {reason(error)}") from error
     if unknown := re.search(r"\\[A-Za-z]+", found):
         raise UserError(f"the formula {formula!r} cannot be set: {unknown[0]} is not known")
-    return found
+    return found.replace(
+        "<mi>&#x02032;</mi>", '<mi mathsize="150%">&#x02032;</mi>'
+    )  # a prime is small and high as it is
 
 
 def outside_code(text: str, change: Callable[[str], str]) -> str:

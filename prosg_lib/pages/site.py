@@ -53,6 +53,7 @@ _CONFIG = {
     "nb_execution_mode": "off",
     "nb_merge_streams": True,
     "myst_enable_extensions": ["dollarmath"],
+    "myst_dmath_allow_space": False,  # as in Jupyter; otherwise the text between two formulas may become one
     "myst_heading_anchors": 4,
     "myst_update_mathjax": False,
 }

@@ -18,6 +18,9 @@ TOUR = r"""# A tour of two pages
 Next is [the state](01_state_derivation.ipynb#a-section), then [forgetting](02_prompt_forgetting.ipynb); there are
 [results](../docs/results.md) and [a datasheet](../data/DATASHEET.md). It keeps 0.99<!--claim cpu x y--> of $x_t^\top$.
 
+It adds $K z_t$ to
+$V$ and not to $W'$.
+
 $$M_{ti} = \begin{cases} e^{-w} & i < t \\ 0 & i > t \end{cases}, \qquad \big(1, \dots, n\big) \in \mathbb{R}^n$$
 
 ![curves](../figures/recall_by_distance.png)

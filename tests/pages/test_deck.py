@@ -9,6 +9,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.pages import deck
 
 bs4 = pytest.importorskip("bs4")
+pytest.importorskip("latex2mathml")
 pytest.importorskip("mdit_py_plugins")
 
 

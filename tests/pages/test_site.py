@@ -86,7 +86,7 @@ def test_what_a_notebook_becomes(built):
     assert "12 tokens" in article.text
     assert {details.summary.text.strip() for details in article.select("details")} >= {"Solution"}
     assert article.find("details", string=None).find("pre") is not None
-    assert [math.get("display") for math in article.select("math")] == ["inline", "block"]
+    assert [math.get("display") for math in article.select("math")] == ["inline"] * 4 + ["block"]
     links = {a.text: a["href"] for a in article.select("a[href]")}
     assert links["the state"] == "01_state_derivation.html#a-section"
     assert links["forgetting"].endswith("/blob/main/notebooks/02_prompt_forgetting.ipynb")
@@ -103,7 +103,7 @@ def test_in_a_browser(built, open_page, unreadable, scheme):
         assert unreadable(open_page((built / name).as_uri(), scheme)) == []
     page = open_page((built / "notebooks" / "00_tour.html").as_uri(), scheme)
     assert unreadable(page) == []
-    cases, letter = (page.locator("math").nth(n).bounding_box()["height"] for n in (1, 0))
+    cases, letter = (page.locator("math").nth(n).bounding_box()["height"] for n in (4, 0))
     assert cases > 1.5 * letter > 0
     page.get_by_label("rank r").press("Home")
     assert "Rank 1 of 4" in page.locator("[role=status]").inner_text()
@@ -158,6 +158,13 @@ def test_every_formula_of_the_course_is_known():
     for broken in (r"\nosuchcommand", r"\frac{1}"):
         with pytest.raises(UserError, match="cannot be set"):
             executed.mathml(broken, block=False)
+
+
+def test_every_saved_figure_is_shown():
+    """A cell that saves a figure also shows it; the page has what the notebook shows."""
+    for path in notebook_files.course():
+        sources = [cell["source"] for cell in notebook_files.cells(path) if "save_figure(" in cell["source"]]
+        assert [source[-80:] for source in sources if not re.search(r"plt\.show\(\)|^fig$", source, re.M)] == [], path
 
 
 def test_run_files_are_read_as_json(built):
