@@ -3,7 +3,7 @@
 import base64
 import io
 
-import matplotlib as mpl
+import matplotlib.image
 import nbformat
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ PLOT = 'save_figure(fig, "00_bars", alt="...")'
 
 def picture():
     image = io.BytesIO()
-    mpl.image.imsave(image, np.eye(40), format="png")
+    matplotlib.image.imsave(image, np.eye(40), format="png")
     return base64.b64encode(image.getvalue()).decode()
 
 
