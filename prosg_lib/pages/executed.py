@@ -160,7 +160,7 @@ def linked(text: str, folder: str, on_site: Iterable[str], address: str) -> str:
             return match[0]
         name = full.relative_to(root.resolve()).as_posix()
         if name in there or name.startswith("figures/"):
-            return match[0]
+            return f"{match[1]}{target}{hash_}{place.lower()})"  # Jupyter keeps a heading's capitals, the site does not
         kind = "tree" if full.is_dir() else "blob"
         return f"{match[1]}{address}/{kind}/main/{name}{hash_}{place})"
 

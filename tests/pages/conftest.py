@@ -15,7 +15,7 @@ TOUR = r"""# A tour of two pages
 
 [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/x)
 
-Next is [the state](01_state_derivation.ipynb#a-section), then [forgetting](02_prompt_forgetting.ipynb); there are
+Next is [the state](01_state_derivation.ipynb#A-section), then [forgetting](02_prompt_forgetting.ipynb); there are
 [results](../docs/results.md) and [a datasheet](../data/DATASHEET.md). It keeps 0.99<!--claim cpu x y--> of $x_t^\top$.
 
 It adds $K z_t$ to
