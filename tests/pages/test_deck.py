@@ -7,6 +7,7 @@ import pytest
 from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.pages import deck
+from prosg_lib.reproduction import notebook_files
 
 bs4 = pytest.importorskip("bs4")
 pytest.importorskip("latex2mathml")
@@ -55,6 +56,14 @@ def test_in_a_browser(lecture, open_page, unreadable, scheme):
     assert unreadable(page) == []
     page.emulate_media(media="print")
     assert page.locator("section:visible").count() == 2
+
+
+def test_every_notebook_has_slides():
+    """Enough for 90 minutes; the report of a run has none. Cells that are rewritten keep their tag or hand it on."""
+    course = notebook_files.course()
+    tagged = [sum(deck.TAG in notebook_files.tags(cell) for cell in notebook_files.cells(path)) for path in course]
+    assert min(tagged[:-1]) >= 3
+    assert sum(tagged) >= 60
 
 
 def test_nothing_is_tagged(small_runs, tmp_path, monkeypatch):
