@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import linecache
-import math
 import numbers
 import traceback
 import warnings
@@ -152,7 +151,7 @@ def _objection(exercise: Exercise, found: list[Any], wanted: list[Any]) -> str |
     raised = f"{differences[case]} " if isinstance(found[case], _Raised) else ""
     if known:
         return raised + known[0]
-    return differences[case] + _example(exercise, list(exercise.cases())[case], found[case], wanted[case])
+    return _example(exercise, exercise.cases()[case], found[case], wanted[case]) or differences[case]
 
 
 def _compared(exercise: Exercise, found: Any, wanted: Any) -> tuple[str | None, tuple[dict, dict]]:
@@ -227,16 +226,11 @@ def _difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> st
         factor = float((f * w).sum() / (w * w).sum())
         if w.numel() > 3 and factor and _close(f, factor * w):
             return f"{name}: everything is {factor:.3g} times what it should be; a factor is missing, or one too many."
+        if f.numel() == 1:
+            return f"{name}: {_brief(float(f))} instead of {_brief(float(w))}."
         right = int(torch.isclose(f, w, rtol=1e-6, atol=1e-8, equal_nan=True).sum())
-        share = f"{right} of {f.numel()} numbers are right" if f.numel() > 1 else f"{_short(f)} instead of {_short(w)}"
-        return (
-            f"{name}: the shape is right and the numbers are not ({share})." if f.numel() > 1 else f"{name}: {share}."
-        )
+        return f"{name}: the shape is right and the numbers are not ({right} of {f.numel()} are right)."
     return None
-
-
-def _short(number: Tensor) -> str:
-    return "NaN" if math.isnan(number) else f"{float(number):.4g}"
 
 
 def _example(exercise: Exercise, arguments: tuple, found: Any, wanted: Any) -> str:
@@ -244,4 +238,9 @@ def _example(exercise: Exercise, arguments: tuple, found: Any, wanted: Any) -> s
     call = f"{exercise.name}({', '.join(map(repr, arguments))})"
     if isinstance(found, _Raised) or len(call) > 120 or "tensor" in call or "array" in call:
         return ""
-    return f" `{call}` should be {wanted!r}, and yours gives {found!r}."
+    return f"`{call}` should be {_brief(wanted)}, and yours gives {_brief(found)}."
+
+
+def _brief(result: Any) -> str:
+    plain = isinstance(result, numbers.Real) and not isinstance(result, int | np.bool_)
+    return f"{float(result):.4g}" if plain else repr(result)

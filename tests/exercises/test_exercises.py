@@ -124,6 +124,8 @@ def test_what_nobody_foresaw_is_described():
         (lambda g, x: g @ x, "in the line"),
     ):
         assert says in reply(exercise, answer).text
+    text = reply(exercises.find("2.3"), lambda method, none, repeated: none / 3).text
+    assert "`share_of_gap(0.55, 0.1, 0.7)` should be 0.75, and yours gives 0.03333." in text
 
 
 def test_the_check_prints(capsys):
