@@ -377,6 +377,7 @@ EXERCISES = (
             ([0, 64, 256], [0.8, 0.6, 0.1]),
             ([0, 16, 64, 256], [0.9, 0.85, 0.3, 0.1]),
             ([0, 64, 256], [0.8, 0.7, 0.6]),
+            ([0, 64], [0.9, 0.2]),
         ],
         results=("the half-life",),
         why="One number for a whole curve. It depends on the model, on what is read in between and on how much the "

@@ -3,6 +3,8 @@
 A wrong answer must be refused with the message that is meant for it, and no two of an exercise share one.
 """
 
+import ast
+import copy
 import inspect
 import math
 
@@ -48,6 +50,7 @@ def test_the_stub_is_not_answered(exercise):
 @pytest.mark.parametrize(
     ("exercise", "mistake"), MISTAKES, ids=lambda x: getattr(x, "number", None) or x.answer.__name__
 )
+@pytest.mark.filterwarnings("ignore:std")
 def test_a_mistake_is_recognised(exercise, mistake):
     found = reply(exercise, mistake.answer)
     assert found.right is False
@@ -85,6 +88,46 @@ def test_the_right_shape_is_not_enough(exercise):
         lambda part: part.float().half().double() + 1e-3,
     ):
         assert reply(exercise, in_the_place_of(make)).right is False
+
+
+OTHER = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.Lt: ast.GtE,
+    ast.LtE: ast.Gt,
+    ast.Gt: ast.LtE,
+}
+
+
+def mutants(source):
+    """The source with one operator, sign, transposition or number changed, once for each of them."""
+    tree = ast.parse(source)
+    for place in range(sum(1 for _ in ast.walk(tree))):
+        changed = copy.deepcopy(tree)
+        match list(ast.walk(changed))[place]:
+            case ast.BinOp(op=op) as node if type(op) in OTHER:
+                node.op = OTHER[type(op)]()
+            case ast.Compare(ops=[op]) as node if type(op) in OTHER:
+                node.ops = [OTHER[type(op)]()]
+            case ast.UnaryOp(op=ast.USub()) as node:
+                node.op = ast.UAdd()
+            case ast.Attribute(attr="T" | "mT") as node:
+                node.attr = "data"
+            case ast.Constant(value=int() | float()) as node:
+                node.value += 1
+            case _:
+                continue
+        yield ast.unparse(changed)
+
+
+@every
+@pytest.mark.filterwarnings("ignore")
+def test_a_solution_with_one_thing_changed_is_refused(exercise):
+    for source in mutants(cells.code(exercise.solution)):
+        assert reply(exercise, built(source)).right is False, source
 
 
 def with_arguments(exercise, body):
