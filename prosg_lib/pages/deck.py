@@ -35,7 +35,7 @@ h1, h2 {{ font-size: 2.6rem; line-height: 1.15; margin-top: 22vh; }} h3 {{ font-
 img {{ display: block; max-width: 100%; max-height: 46vh; margin: .6em auto; background: #fff; }}
 math[display=block] {{ margin: .8em 0; overflow-x: auto; overflow-y: hidden; }}
 mtd[columnalign=left] {{ text-align: left; }}
-pre {{ font-size: 1rem; line-height: 1.4; background: var(--soft); padding: .8em; overflow-x: auto; }}
+pre {{ font-size: 1rem; line-height: 1.4; background: var(--soft); padding: .8em; white-space: pre-wrap; }}
 table {{ border-collapse: collapse; font-size: 1.1rem; }} th, td {{ padding: .25em .8em; text-align: left; }}
 tr {{ border-bottom: 1px solid currentColor; }} a {{ color: var(--link); }} .lead {{ font-size: 1.5rem; }}
 aside {{ font-size: 1.05rem; border-top: 1px solid currentColor; margin-top: 1.5em; background: var(--soft);
@@ -140,7 +140,9 @@ def _inline(content: bytes) -> str:
 
 
 def _html(output: dict[str, Any]) -> str:
-    """A table or slider; nothing for plain text, which a lecture can do without."""
+    """A table, a slider, or what was printed."""
+    if output["output_type"] == "stream":
+        return f"<pre>{html.escape(''.join(output['text']).strip())}</pre>"
     return "".join(output.get("data", {}).get("text/html", ""))
 
 

@@ -59,7 +59,7 @@ def small_run(runs):
         v4.new_code_cell("profile = 'smoke'", metadata={"tags": ["injected-parameters"]}),
         v4.new_markdown_cell("## A question\n\n### Exercise 0.1\n\nFind the answer."),
         v4.new_markdown_cell(SOLUTION, metadata={"tags": ["solution"]}),
-        v4.new_code_cell("count = 12  # tokens\nprint(f'{count} tokens')", outputs=said),
+        v4.new_code_cell("count = 12  # tokens\nprint(f'{count} tokens')", metadata={"tags": ["slide"]}, outputs=said),
         v4.new_code_cell(
             PLOT,
             metadata={"jupyter": {"source_hidden": True}, "tags": ["slide"]},

@@ -29,7 +29,8 @@ def test_shows_what_is_tagged_and_keeps_prose_for_the_speaker(lecture):
     title, slide = soup.select("section")
     assert title.h1
     assert slide.h2.text == "A tour of two pages"
-    assert "12 tokens" not in slide.text
+    assert slide.pre.text == "12 tokens"
+    assert "profile" not in slide.text
     assert "Exercise" not in slide.text
     assert slide.select_one(".lead").text.strip().startswith("Next is the state")
     assert "It keeps 0.99" in slide.aside.text
