@@ -18,6 +18,7 @@ from prosg_lib.backbones.hub_families import (
     RecurrentGemma,
 )
 from prosg_lib.backbones.hub_transformer import CausalTransformer
+from prosg_lib.backbones.hub_window import WindowTransformer
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.config.sizes import RWKV4Config
@@ -111,6 +112,8 @@ FAMILIES = {
             "FalconH1", **HEADS, **SSD, head_dim=16, mamba_d_ssm=64, embedding_multiplier=3.0, lm_head_multiplier=0.5
         )
     ),
+    "window": lambda: WindowTransformer(library("Llama", **HEADS), window=64),  # which all texts of the tests fit
+    "short_window": lambda: WindowTransformer(library("Qwen3", **HEADS, head_dim=16), window=8, sinks=2),
     "llama": lambda: CausalTransformer(library("Llama", **HEADS)),
     "qwen3": lambda: CausalTransformer(library("Qwen3", **HEADS, head_dim=16)),
     "gpt2": lambda: CausalTransformer(library("GPT2", num_attention_heads=2, n_positions=64)),
@@ -118,7 +121,8 @@ FAMILIES = {
 if Version(transformers.__version__) < Version("5.23"):  # which keeps the states of its class elsewhere
     del FAMILIES["recurrent_gemma"]
 RECURRENT = [name for name in FAMILIES if name not in ("llama", "qwen3", "gpt2")]
-OF_TRANSFORMERS = [name for name in RECURRENT if not name.startswith("rwkv")]
+OWN = ("rwkv4", "rwkv7", "short_window")  # what is right is said by no class of `transformers`
+OF_TRANSFORMERS = [name for name in RECURRENT if not name.startswith("rwkv") and not name.endswith("window")]
 
 
 def rows_of(lengths, seed=0):

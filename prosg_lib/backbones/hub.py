@@ -68,6 +68,22 @@ class HubModel(LanguageModel):
             if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module not in heads
         }
 
+    @torch.no_grad()
+    def check_read_out(self) -> None:
+        """Raise a UserError if the class makes its logits in another way than `read_out`."""
+        training = self.model.training
+        self.model.eval()  # no dropout, and no kernels that only training uses
+        ours, theirs = self.read_out(self.step_through(self._some_ids())[0]), self.model(self._some_ids()).logits
+        self.model.train(training)
+        if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
+            raise UserError(
+                f"{type(self.model).__name__} does more to its logits than multiply by the output embedding; "
+                f"{type(self).__name__} needs a read_out of its own"
+            )
+
+    def _some_ids(self) -> Tensor:
+        return torch.arange(6, device=next(self.parameters()).device).view(2, 3) % self.config.vocab
+
 
 def pretrained(folder: Path) -> PreTrainedModel:
     """The model in a folder that `save_pretrained` wrote, in float32. Code in the folder is never run.

@@ -2,7 +2,8 @@
 
 A transformer looks back at everything it has read, so its "state" is all of that, and grows. `CausalTransformer` runs
 all tokens again, which is simple and slow for long texts: it is for gradient steps, whose texts are short. For long
-texts, `CachedTransformer` keeps keys and values. Attention is eager, since fused attention has no second derivative.
+texts, `CachedTransformer` keeps keys and values, and `hub_window.WindowTransformer` as many as a window has. Attention
+is eager, since fused attention has no second derivative.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub import HubModel
 from prosg_lib.backbones.hub_recurrent import Recurrent
+from prosg_lib.backbones.hub_window import SINKS, WindowTransformer
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.config.sizes import TransformerConfig
 from prosg_lib.errors import UserError
@@ -50,7 +52,8 @@ class CausalTransformer(HubModel):
         """Compare a padded batch with each text alone, as the wrapped class itself reads it.
 
         Raises:
-            UserError: they differ, or the class does not take padding and positions: it is not a plain transformer.
+            UserError: they differ, or the class does not take padding and positions: it is not a plain transformer; or
+                it makes its logits in a way of its own.
         """
         rows = [[1, 2, 3, 4, 5], [3, 1]]
         try:
@@ -66,11 +69,24 @@ class CausalTransformer(HubModel):
                 f"{type(self.model).__name__} does not read padded text as a plain transformer does, and has no "
                 "adapter here; docs/using.md shows how to write one (Any recurrent model)"
             )
+        self.check_read_out()
 
     def with_kv_cache(self) -> CachedTransformer:
         """The same model, sharing its weights, with keys and values as its state: for long texts."""
         lm = CachedTransformer(self.model)
-        lm.tokenizer = self.tokenizer
+        return self._shared(lm)
+
+    def with_window(self, window: int, sinks: int = SINKS) -> WindowTransformer:
+        """The same model, sharing its weights, with a memory of fixed size: each token sees `window` tokens, the first
+        `sinks` of the text and the latest ones.
+
+        Raises:
+            UserError: window or sinks are out of range, or the class cannot have a window.
+        """
+        return self._shared(WindowTransformer(self.model, window, sinks))
+
+    def _shared(self, lm: HubModel) -> HubModel:
+        lm.tokenizer, lm.ends = self.tokenizer, self.ends
         return lm.train(self.training)
 
 
