@@ -124,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--model", default="rwkv4-dialogue", help="shipped name, path or hub id (default: rwkv4-dialogue)"
     )
+    chat.add_argument(
+        "--window", type=int, default=256, metavar="N", help="tokens that a transformer sees; 0: all (default: 256)"
+    )
     chat.add_argument("--generator", metavar="NAME", help="shipped name or file (default: the model's own, if shipped)")
     chat.add_argument(
         "--remember", action="append", default=[], metavar="TEXT", help="write it into the weights first; repeatable"
@@ -263,7 +266,8 @@ def _check(options: argparse.Namespace) -> int:
 def _chat(options: argparse.Namespace) -> int:
     from prosg_lib.chat import run
 
-    run(options.model, options.generator, options.remember, options.temperature, sys.stdin, sys.stdout)
+    how = (options.model, options.generator, options.remember, options.temperature)
+    run(*how, sys.stdin, sys.stdout, options.window)
     return 0
 
 

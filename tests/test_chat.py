@@ -1,5 +1,6 @@
 """Chat: answers are the model's own, both states read on, nothing grows, and every input is handled."""
 
+import copy
 import gc
 import io
 import os
@@ -10,11 +11,16 @@ import sys
 import pytest
 import torch
 from checks import assert_same_change, token_generator
+from families import HEADS, library
 from torch.testing import assert_close
 
 from prosg_lib import chat, cli
+from prosg_lib.backbones.hub_window import WindowTransformer
 from prosg_lib.chat import Chat, converse
 from prosg_lib.errors import UserError
+from prosg_lib.generators.token_wise import TokenGenerator
+from prosg_lib.text.chat_template import ChatTemplate
+from prosg_lib.text.tokenizer import load_tokenizer
 
 TOKENS = 12
 PROMPT = "My home town is Oslo. Call me captain."
@@ -105,6 +111,49 @@ def live_bytes():
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
     return len(tensors), sum(t.numel() * t.element_size() for t in tensors)
+
+
+TEMPLATE = ChatTemplate(
+    "{% for m in messages %}{% if loop.first %}Be kind.\n{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}",
+    {},
+)
+
+
+def test_the_models_own_format(make_lm):
+    """Where its files have one: each answer continues the conversation as the template writes it, from the tokens of
+    its pieces; it may have several lines."""
+    lm = make_lm()
+    lm.tokenizer = copy.copy(lm.tokenizer)
+    lm.tokenizer.template = TEMPLATE
+    one, state, begin = Chat(lm, None), None, "Be kind.\n"
+    for text in QUESTIONS:
+        question = f"{begin}[user] {text}\n[assistant] "
+        (expected,) = lm.generate([question], state, max_new_tokens=TOKENS, stop=None)
+        assert answer(one, text) == one.plain() == expected
+        state, begin = lm.derive_state([f"{question}{expected}\n"], state), ""
+    assert_close(lm.state_features(one._state), lm.state_features(state))
+    one.forget()
+    assert f"Bot: {answer(one, QUESTIONS[0])}\n" in typed(Chat(lm, None), QUESTIONS[0])
+    lm.tokenizer.template = ChatTemplate("{{ raise_exception('no') }}", {})
+    assert "Bot: (the model's chat template fails" in typed(Chat(lm, None), "Hello")
+
+
+def test_a_window_keeps_a_transformers_memory_flat(monkeypatch):
+    """As many bytes after 30 turns as after 1; a text longer than the window is refused, and the chat goes on."""
+    monkeypatch.setattr(chat, "_ANSWER_TOKENS", 4)
+    lm = WindowTransformer(library("Llama", **HEADS, vocab_size=2048), window=32).eval()
+    lm.tokenizer = load_tokenizer()
+    one, sizes = Chat(lm, TokenGenerator(lm, 3, 24, ("o_proj", "up_proj"))), set()
+    for _ in range(30):
+        answer(one, QUESTIONS[0])
+        sizes.add(one._state.nbytes() + one._plain_state.nbytes())
+    assert len(sizes) == 1
+    assert one._state.tensors["seen"].item() > 300
+    long = "rain " * 33
+    shown = typed(one, long, f"/remember {long}", "/remember My pet is a parrot.", "What is my pet?")
+    assert len(re.findall(r"\(the prompt has \d+ tokens, more than this model sees, 32; shorten it", shown)) == 2
+    assert "It is in the weights now." in shown
 
 
 def test_every_command(lm, generator):
@@ -235,6 +284,9 @@ def test_a_model_without_a_generator_is_explained(monkeypatch, capsys):
     )
     assert "\nBot:" in shown.out
     assert "(nothing can be remembered: this model has no generator" in shown.out
+    assert "\nIt sees its first 4 tokens and the latest 252; the rest is gone.\n" in shown.out
+    code, shown = command(monkeypatch, capsys, "--model", "llama-pairs", "--window", "0")
+    assert (code, "It sees" in shown.out) == (0, False)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +299,7 @@ def test_a_model_without_a_generator_is_explained(monkeypatch, capsys):
         (["--model", "llama-pairs", "--remember", "I am Ada."], "nothing can be remembered: this model has no"),
         (["--generator", "rwkv4-dialogue-final"], "is a FinalStateGenerator"),
         (["--temperature", "-1"], "temperature is -1.0"),
+        (["--model", "llama-pairs", "--window", "1"], "window is 1; this model takes 2 to 4096 tokens"),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):

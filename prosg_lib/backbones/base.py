@@ -53,6 +53,7 @@ class LanguageModel(nn.Module, ABC):
         supports_vmap: whether `torch.func.vmap` can run the model with different weights for each example.
         state_grows: whether the state grows with the text, because attention layers keep what they have read.
         short_term: parts of the names of state tensors that hold the last tokens alone, and no memory of the text.
+        window: the most tokens that a token sees, itself among them; None: the model has no such limit.
     """
 
     tokenizer: Tokenizer | None = None
@@ -61,6 +62,7 @@ class LanguageModel(nn.Module, ABC):
     supports_vmap = True
     state_grows = False
     short_term: tuple[str, ...] = ()
+    window: int | None = None
 
     @abstractmethod
     def step_through(
@@ -167,6 +169,14 @@ class LanguageModel(nn.Module, ABC):
             raise UserError(
                 f"the state of a {type(self).__name__} grows with the text, so it cannot be {what}; "
                 "take a model whose state has a fixed size"
+            )
+
+    def check_fits(self, ids: Tensor) -> None:
+        """Raise a UserError if a prompt, (B, T), is longer than the window, so that its beginning is lost unread."""
+        if self.window is not None and ids.shape[1] > self.window:
+            raise UserError(
+                f"the prompt has {ids.shape[1]} tokens, more than this model sees, {self.window}; shorten it, give it "
+                f"in parts, or load the model with a window of at least {ids.shape[1]}"
             )
 
     def forward(

@@ -43,11 +43,11 @@ def register(*kinds: str) -> Callable[[type[Recurrent]], type[Recurrent]]:
     import prosg_lib as prosg
     from prosg_lib.backbones.hub_recurrent import Recurrent, register
 
-    @register("olmo_hybrid")
-    class OlmoHybrid(Recurrent):
+    @register("lfm2_moe")
+    class LFM2MoE(Recurrent):
         continues_from_state = handles_padding = True  # what the class gets right; without this line slower, not wrong
 
-    lm = prosg.load_model("olmo-hybrid")  # a folder, or a hub id
+    lm = prosg.load_model("lfm2-moe")  # a folder, or a hub id
     lm.check()  # against the class itself, one sequence and one token at a time
     """
 

@@ -141,7 +141,7 @@ class WindowTransformer(HubModel):
 
     @contextmanager
     def _attending(self, run: _Run) -> Iterator[None]:
-        """While this lasts, the wrapped model's attention is `_attention`, and its own rotary embedding does nothing."""
+        """While it lasts, the wrapped model's attention is `_attention`, and its own rotary embedding does nothing."""
         config, rotary = self.model.config, self.model.base_model.rotary_emb
         as_is = rotary.register_forward_hook(lambda _, args, out: (torch.ones_like(out[0]), torch.zeros_like(out[1])))
         was, token = config._attn_implementation, _RUN.set(run)

@@ -12,6 +12,7 @@ import re
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,9 +31,14 @@ from prosg_lib.text.library_tokenizer import folder_tokenizer
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.text.world_tokenizer import WorldTokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 LAYOUTS = ("prosg", "transformers", "author")
 
 _SAFE = (".safetensors", ".st")
+
+_GGUF = ".gguf"
 
 _CONVERT = (
     'save its weights alone by safetensors.torch.save_file(weights, "weights.safetensors") in the program that wrote '
@@ -48,39 +54,43 @@ _SMALL_FILES = ["config.json", "generation_config.json", "*.index.json", "tokeni
 _SMALL_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"]
 
 
-def load_model(source: str | Path) -> LanguageModel:
+def load_model(source: str | Path, window: int | None = None) -> LanguageModel:
     """A language model in evaluation mode, in float32 on the CPU, whatever the precision of its file.
 
     Shipped are `rwkv4-dialogue`, `mamba2-dialogue` and, for other tasks, the transformer `llama-pairs`; the error for
     an unknown name lists them.
 
     Args:
-        source: an existing path, else the name of a shipped checkpoint, else a hub id ("owner/name"). A path is one of
+        source: an existing path, else the name of a shipped checkpoint or of a model that a Python package ships
+            (`smollm2`), else a hub id ("owner/name"). Where the hub cannot be reached, the package's file is taken for
+            the same id: a quantised one, with a fingerprint of its own. A path is one of
 
             - a folder in the layout of transformers: config.json, and model*.safetensors or pytorch_model*.bin.
               Recurrent and hybrid classes are read by their adapters (`hub_families`), any other causal language model
               as a `CausalTransformer`;
+            - a .gguf file, or a folder with one, for which the package `gguf` has to be installed;
             - weights of RWKV-4 or RWKV-7 under their author's names: a .pth file, also as a trainer wrapped it
               (`module.` in front, within "state_dict"), or a .safetensors or .st file;
             - a .safetensors file of this project.
+        window: for a transformer: a memory of fixed size, in which each token sees so many (`hub_window`); None: all.
     Returns:
-        The model, with its tokenizer where there is one: the folder's, or the project's for its own checkpoints. A .pth
-        file has none, and `lm.tokenizer` is None; for a World model, set it by
+        The model, with its tokenizer where there is one: the folder's or GGUF file's, or the project's for its own
+        checkpoints. A .pth file has none, and `lm.tokenizer` is None; for a World model, set it by
         `lm.tokenizer = load_world_tokenizer("rwkv_vocab_v20230424.txt")` (`prosg_lib.text.world_tokenizer`).
     Raises:
         UserError: there is nothing of that name; the hub cannot be reached; the file is damaged, or holds pickled
             objects, weights that are not finite, or the weights of another architecture; it would take more memory than
-            its size allows; the folder's class is unknown, or its tokenizer has more tokens than the model.
+            its size allows; the folder's class is unknown, or its tokenizer has more tokens than the model; there can
+            be no window.
     """
     keep_freed_memory()
     path = paths.expanded(source)
     with files.errors_of(path, "read"):
         exists = path.exists()
     if not exists:
-        if path.suffix in (".pth", *_SAFE) or path.is_absolute():
+        if path.suffix in (".pth", _GGUF, *_SAFE) or path.is_absolute():
             raise UserError(f"{path} does not exist; give the path of a model's file or folder")
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))
-        path = _from_hub(str(source)) if hub else _shipped(str(source))
+        path = _named(str(source))
     try:
         model = _from_folder(path) if path.is_dir() else _from_file(path)
         _check_finite(model)
@@ -89,7 +99,15 @@ def load_model(source: str | Path) -> LanguageModel:
         if str(path) in str(error):
             raise
         raise UserError(f"{path}: {error}") from error
-    return model.eval()
+    return _with_window(model, window).eval()
+
+
+def _with_window(model: LanguageModel, window: int | None) -> LanguageModel:
+    if window is None:
+        return model
+    if not hasattr(model, "with_window"):
+        raise UserError(f"a {type(model).__name__} is no plain transformer; load it without a window")
+    return model.with_window(window)
 
 
 def _check_finite(model: LanguageModel) -> None:
@@ -140,7 +158,27 @@ def save_model(model: LanguageModel, path: str | Path, layout: str) -> None:
         tokenizer.save(path)
 
 
-# Files
+# Names
+
+
+def _named(name: str) -> Path:
+    """The file or folder of a model on the hub, of one that a package ships, or of a shipped checkpoint."""
+    from prosg_lib.backbones.gguf_files import packaged
+
+    entry = packaged(name)
+    file = None if entry is None else entry.file()
+    if file is not None and name == entry.name:
+        return file
+    if entry is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return _shipped(name)
+    try:
+        return _from_hub(name if entry is None else entry.hub)
+    except UserError as error:
+        if file is not None:
+            return file
+        if entry is None:
+            raise
+        raise UserError(f"{error}; or install the package that has it: {entry.install}") from error
 
 
 def _shipped(name: str) -> Path:
@@ -155,7 +193,12 @@ def _shipped(name: str) -> Path:
     return path
 
 
+# Files
+
+
 def _from_file(path: Path) -> LanguageModel:
+    if path.suffix == _GGUF:
+        return _from_gguf(path)
     if path.suffix not in _SAFE:
         return from_author(_unpickled_tensors(path))
     tensors, meta = files.load_any_tensors(path)
@@ -224,7 +267,14 @@ def _from_hub(name: str) -> Path:
 
 def _from_folder(folder: Path) -> LanguageModel:
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model's folder: it has no config.json; give the folder that has one")
+        found = sorted(folder.glob(f"*{_GGUF}"))
+        if len(found) == 1:
+            return _from_gguf(found[0])
+        raise UserError(
+            f"{folder} has {len(found)} GGUF files and no config.json; give the path of one of them"
+            if found
+            else f"{folder} is not a model's folder: it has no config.json; give the folder that has one"
+        )
     config = files.read_json(folder / "config.json")
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
@@ -240,17 +290,33 @@ def _from_folder(folder: Path) -> LanguageModel:
     if kind == "rwkv":
         model = _rwkv4_from_folder(folder, config)
     else:
-        # Imported here, because transformers takes seconds; `hub_families` registers the project's adapters.
-        from prosg_lib.backbones import hub_families  # noqa: F401
-        from prosg_lib.backbones.hub import pretrained
-        from prosg_lib.backbones.hub_recurrent import ADAPTERS
-        from prosg_lib.backbones.hub_transformer import CausalTransformer
+        from prosg_lib.backbones.hub import pretrained  # here, because transformers takes seconds to import
 
-        model = ADAPTERS.get(kind, CausalTransformer)(pretrained(folder))
-        if kind not in ADAPTERS:
-            _check_finite(model)  # or the comparison would blame the class
-            model.check()
+        model = _adapted(pretrained(folder))
     model.tokenizer = folder_tokenizer(folder)
+    return model
+
+
+def _from_gguf(path: Path) -> LanguageModel:
+    from prosg_lib.backbones.gguf_files import from_gguf
+
+    found, tokenizer = from_gguf(path)
+    model = _adapted(found)
+    model.tokenizer = tokenizer
+    return model
+
+
+def _adapted(found: PreTrainedModel) -> LanguageModel:
+    """A model of `transformers` behind this project's interface."""
+    from prosg_lib.backbones import hub_families  # noqa: F401, registers the project's adapters
+    from prosg_lib.backbones.hub_recurrent import ADAPTERS
+    from prosg_lib.backbones.hub_transformer import CausalTransformer
+
+    kind = found.config.model_type
+    model = ADAPTERS.get(kind, CausalTransformer)(found)
+    if kind not in ADAPTERS:
+        _check_finite(model)  # or the comparison would blame the class
+        model.check()
     return model
 
 

@@ -61,7 +61,8 @@ def check_model(fingerprint: str, lm: LanguageModel) -> None:
     """Raises a UserError if what is to be used with this model was trained for one with another fingerprint."""
     if fingerprint != lm.fingerprint():
         raise UserError(
-            f"this module was trained for model {fingerprint}, not for this one ({lm.fingerprint()}); load that model"
+            f"this module was trained for model {fingerprint}, not for this one ({lm.fingerprint()}); load that model, "
+            "in the same quantisation and with the same window, if it has one"
         )
 
 
@@ -140,9 +141,11 @@ class Generator(nn.Module, ABC):
         """One delta per prompt.
 
         Raises:
-            UserError: a prompt is empty, or the generator was trained for another model.
+            UserError: a prompt is empty or longer than the model's window, or the generator was trained for another
+                model.
         """
         check_model(self.fingerprint, lm)
         self.eval()  # no dropout
         ids, valid = lm.encode_prompts(prompts)
+        lm.check_fits(ids)
         return self(lm, ids, None if valid.all() else valid)[0]

@@ -152,11 +152,14 @@ class TokenGenerator(Generator):
             text: or its token ids.
             memory: of what was read before, never changed; None for nothing.
         Raises:
-            UserError: the text is empty, or the generator was trained for another model.
+            UserError: the text is empty or longer than the model's window, or the generator was trained for another
+                model.
         """
         check_model(self.fingerprint, lm)
         self.eval()  # no dropout
-        for piece in lm.encode_prompts([text], memory and memory.state)[0].split(_PIECE, 1):
+        ids, _ = lm.encode_prompts([text], memory and memory.state)
+        lm.check_fits(ids)
+        for piece in ids.split(_PIECE, 1):
             memory = self.update(lm, piece, memory)
         return memory
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from prosg_lib import files
 from prosg_lib.errors import UserError, reason
+from prosg_lib.text.chat_template import ChatTemplate
 from prosg_lib.text.tokenizer import AS_IT_IS, Tokenizer
 
 _PLACES = ("name_or_path", "is_local", "local_files_only")
@@ -63,8 +64,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer | None:
 
     try:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        backend = getattr(found, "backend_tokenizer", None)
-        return LibraryTokenizer(found) if backend is None else Tokenizer.from_json(backend.to_str())
+        return of_library(found)
     except BaseException as error:  # the library raises whatever its parsers raise, and panics
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -72,3 +72,16 @@ def folder_tokenizer(folder: Path) -> Tokenizer | None:
             f"the tokenizer in {folder} could not be loaded ({reason(error)}); remove tokenizer_config.json if a "
             "tokenizer.json is there, or all of its files to load the model without a tokenizer"
         ) from error
+
+
+def of_library(found) -> Tokenizer:
+    """A tokenizer of `transformers` as one of this project, with its chat template."""
+    backend = getattr(found, "backend_tokenizer", None)
+    tokenizer = LibraryTokenizer(found) if backend is None else Tokenizer.from_json(backend.to_str())
+    source = found.chat_template
+    if isinstance(source, dict):  # several, by name
+        source = source.get("default")
+    if source:
+        special = {name: str(token) for name, token in found.special_tokens_map.items() if isinstance(token, str)}
+        tokenizer.template = ChatTemplate(source, special)
+    return tokenizer

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from prosg_lib import files
 from prosg_lib.errors import UserError, reason
 from prosg_lib.paths import data_dir
+from prosg_lib.text.chat_template import ChatTemplate
 
 AS_IT_IS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 """Settings in a folder's tokenizer_config.json with which `transformers` adds nothing to its tokenizer.json."""
@@ -27,6 +28,7 @@ class Tokenizer:
     kind = "bpe"
     ends: tuple[int, ...] = ()  # tokens that end a text for every model with this tokenizer
     starts: tuple[int, ...] = ()  # tokens in front of a whole text, according to its files; `encode` gives pieces
+    template: ChatTemplate | None = None  # how its files say that a conversation is written
 
     def __init__(self, bpe: BPE):
         self._bpe = bpe
@@ -66,7 +68,8 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write it to a model's folder, where this project and `transformers` find it."""
         files.write_text(Path(folder) / "tokenizer.json", self.to_json())
-        files.write_json(Path(folder) / "tokenizer_config.json", AS_IT_IS)
+        more = {} if self.template is None else {"chat_template": self.template.source, **self.template.special}
+        files.write_json(Path(folder) / "tokenizer_config.json", AS_IT_IS | more)
 
     @classmethod
     def from_json(cls, text: str, where: object = "the text") -> Tokenizer:

@@ -219,7 +219,10 @@ def load_generator(name: str, lm: LanguageModel) -> Generator:
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a generator")
     record = header_of(meta, path).record
     if record.lm != lm.fingerprint():
-        raise UserError(f"{path.name} was trained for model {record.lm}, not for this one ({lm.fingerprint()})")
+        raise UserError(
+            f"{path.name} was trained for model {record.lm}, not for this one ({lm.fingerprint()}); load that model, "
+            "in the same quantisation and with the same window, if it has one"
+        )
     kind, sizes = str(record.module.get("kind")), {k: v for k, v in record.module.items() if k != "kind"}
     if kind not in MODULES.keys() - {*LANGUAGE_MODELS}:
         raise UserError(f"{path} is of another version: it holds a module of kind {kind!r}")

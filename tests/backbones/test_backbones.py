@@ -11,8 +11,9 @@ import torch
 from checks import digest, random_delta
 from families import (
     CLOSE,
-    DELTA_RULE,
+    CONVOLUTION,
     DEVICES,
+    EXPERTS,
     FAMILIES,
     HEADS,
     MAMBA,
@@ -503,10 +504,10 @@ def test_the_example_of_a_class_of_ones_own(tmp_path, monkeypatch):
     """The code that `register` shows, as it stands, on a class that the project does not know: right however it is
     batched, padded and cut, and with a change of the weights."""
     monkeypatch.chdir(tmp_path)
-    sizes = HEADS | {n: v for n, v in DELTA_RULE.items() if n != "head_dim"} | {"linear_num_value_heads": 2}
-    library("OlmoHybrid", **sizes).save_pretrained(tmp_path / "olmo-hybrid")
-    with pytest.raises(UserError, match="OlmoHybridForCausalLM does not read padded text as a plain transformer does"):
-        load_model("olmo-hybrid")
+    sizes = HEADS | EXPERTS | CONVOLUTION | {"moe_intermediate_size": 16, "num_dense_layers": 1}
+    library("Lfm2Moe", **sizes).save_pretrained(tmp_path / "lfm2-moe")
+    with pytest.raises(UserError, match="Lfm2MoeForCausalLM does not read padded text as a plain transformer does"):
+        load_model("lfm2-moe")
     _, _, example = inspect.getdoc(hub_recurrent.register).partition("::\n")
     scope = {}
     with mock.patch.dict(hub_recurrent.ADAPTERS):
