@@ -15,11 +15,9 @@ from prosg_lib.backbones.hub_families import (
     GraniteHybrid,
     Mamba,
     Mamba2,
-    NemotronH,
     OlmoHybrid,
     QwenHybrid,
     RecurrentGemma,
-    Zaya,
 )
 from prosg_lib.backbones.hub_transformer import CausalTransformer
 from prosg_lib.backbones.hub_window import WindowTransformer
@@ -67,7 +65,7 @@ DELTA_RULE = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-EQUAL = {"linear_num_value_heads": 2}
+OLMO = {n: v for n, v in DELTA_RULE.items() if n != "head_dim"} | {"linear_num_value_heads": 2}
 CONVOLUTION = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 
@@ -118,36 +116,9 @@ FAMILIES = {
             "FalconH1", **HEADS, **SSD, head_dim=16, mamba_d_ssm=64, embedding_multiplier=3.0, lm_head_multiplier=0.5
         )
     ),
-    "nemotron_h": lambda: NemotronH(
-        library(
-            "NemotronH",
-            **HEADS,
-            num_hidden_layers=3,
-            layers_block_type=["mamba", "attention", "mlp"],
-            head_dim=16,
-            ssm_state_size=8,
-            mamba_num_heads=4,
-            mamba_head_dim=16,
-            n_groups=2,
-            chunk_size=8,
-        )
-    ),
-    "olmo_hybrid": lambda: OlmoHybrid(
-        library("OlmoHybrid", **HEADS, **{n: v for n, v in DELTA_RULE.items() if n != "head_dim"} | EQUAL)
-    ),
+    "olmo_hybrid": lambda: OlmoHybrid(library("OlmoHybrid", **HEADS, **OLMO)),
     "lfm2": lambda: LFM2(library("Lfm2", **HEADS, **CONVOLUTION)),
     "lfm2_bias": lambda: LFM2(library("Lfm2", **HEADS, **CONVOLUTION, conv_bias=True)),
-    "zaya": lambda: Zaya(
-        library(
-            "Zaya",
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            moe_intermediate_size=16,
-            num_experts=4,
-            router_hidden_size=16,
-        )
-    ),
     "window": lambda: WindowTransformer(library("Llama", **HEADS), window=64),  # which all texts of the tests fit
     "short_window": lambda: WindowTransformer(library("Qwen3", **HEADS, head_dim=16), window=8, sinks=2),
     "llama": lambda: CausalTransformer(library("Llama", **HEADS)),
@@ -157,7 +128,7 @@ FAMILIES = {
 if Version(transformers.__version__) < Version("5.23"):  # which keeps the states of its class elsewhere
     del FAMILIES["recurrent_gemma"]
 if Version(transformers.__version__) < Version("5.23"):  # which had no such class, or one that is wrong about padding
-    for name in ("nemotron_h", "olmo_hybrid", "lfm2", "lfm2_bias", "zaya"):
+    for name in ("olmo_hybrid", "lfm2", "lfm2_bias"):
         del FAMILIES[name]
 RECURRENT = [name for name in FAMILIES if name not in ("llama", "qwen3", "gpt2")]
 OWN = ("rwkv4", "rwkv7", "short_window")  # what is right is said by no class of `transformers`

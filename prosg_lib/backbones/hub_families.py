@@ -1,8 +1,8 @@
 """The recurrent and hybrid classes of `transformers` that the project reads, and workarounds for them.
 
 Each adapter is compared with its class, given one sequence and one token at a time (tests/backbones/test_backbones.py;
-last with transformers 5.23). Zamba2 is missing, although `Recurrent` could read it: for single tokens the class ignores
-the lower limit of the time step that it applies to several, so it disagrees with itself.
+last with transformers 5.23). Zamba2 and Nemotron-H are missing, although `Recurrent` could read them: for single tokens
+these classes ignore the lower limit of the time step that they apply to several, so they disagree with themselves.
 """
 
 from __future__ import annotations
@@ -149,11 +149,6 @@ class Checked(Recurrent):
         self.train(training)
 
 
-@register("nemotron_h")
-class NemotronH(Mamba2, Checked):
-    """Nemotron-H: Mamba-2 layers, a few of attention, and feed-forward layers or experts between them."""
-
-
 @register("olmo_hybrid")
 class OlmoHybrid(Checked):
     """OLMo hybrid: gated delta rule in most layers, attention in the others."""
@@ -166,11 +161,6 @@ class LFM2(Checked):
 
     def apply_workarounds(self):
         self.handles_padding = not self.model.config.conv_bias  # it masks the input only, so biases let padding in
-
-
-@register("zaya")
-class Zaya(Checked):
-    """ZAYA: attention whose queries and keys pass a short convolution, half of each value from the token before."""
 
 
 @register("recurrent_gemma")

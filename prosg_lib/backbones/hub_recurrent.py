@@ -38,16 +38,16 @@ ADAPTERS: dict[str, type[Recurrent]] = {}
 
 
 def register(*kinds: str) -> Callable[[type[Recurrent]], type[Recurrent]]:
-    """Class decorator: `load_model` reads these model types with that adapter from now on. For instance::
+    """Class decorator: `load_model` reads these model types with that adapter from now on. For OLMo hybrid, say::
 
     import prosg_lib as prosg
     from prosg_lib.backbones.hub_recurrent import Recurrent, register
 
-    @register("lfm2_moe")
-    class LFM2MoE(Recurrent):
+    @register("olmo_hybrid")
+    class OlmoHybrid(Recurrent):
         continues_from_state = handles_padding = True  # what the class gets right; without this line slower, not wrong
 
-    lm = prosg.load_model("lfm2-moe")  # a folder, or a hub id
+    lm = prosg.load_model("olmo-hybrid")  # a folder, or a hub id
     lm.check()  # against the class itself, one sequence and one token at a time
     """
 
