@@ -162,9 +162,3 @@ class RWKV4(RWKV):
 
     def hf_module_name(self, name):
         return f"rwkv.{name}".replace(".att.", ".attention.").replace(".ffn.", ".feed_forward.")
-
-
-def training_flops(config: RWKV4Config) -> float:
-    """Floating-point operations of training per token: 6 per weight of the linear maps (forward 2, backward 4)."""
-    block = 5 * config.width**2 + 2 * config.width * config.ffn
-    return 6.0 * (config.layers * block + config.width * config.vocab)

@@ -5,9 +5,8 @@ from checks import ids_of
 from torch.testing import assert_close
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from prosg_lib.backbones.rwkv4 import RWKV4, training_flops
+from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.rwkv_layouts import from_hf, to_hf
-from prosg_lib.config.sizes import RWKV4Config
 
 
 def peer(lm: RWKV4) -> RwkvForCausalLM:
@@ -55,8 +54,3 @@ def test_state_of_transformers_goes_on_alike(lm):
         out = theirs(ids[:, t : t + 1], state=out.state, use_cache=True)
         logits, state = lm(ids[:, t : t + 1], state)
         assert_close(logits, out.logits, rtol=1e-4, atol=1e-4)
-
-
-def test_training_flops():
-    """By hand: one layer of 5 maps 4 x 4 and 2 of 4 x 8, a head of 10 x 4; 6 operations a weight."""
-    assert training_flops(RWKV4Config(10, 4, 1, 8)) == 6 * (5 * 16 + 2 * 32 + 40)
