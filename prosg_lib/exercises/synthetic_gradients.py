@@ -1,4 +1,4 @@
-"""Exercises of notebook 04: what a token-wise generator writes, what it reads, and how a delta is applied."""
+"""Exercises of notebook 04: how a delta is applied, what a generator reads of a state, and what each token writes."""
 
 import torch
 
@@ -19,99 +19,6 @@ def _padded(*lengths):
 
 
 # 4.1
-
-
-def written(g, x, v, valid):
-    """U of a batch of prompts, from the gradients that a generator predicts: the sum over t of g_t (V^T x_t)^T.
-
-    Args:
-        g: predicted gradient at the map's output, (B, T, out).
-        x: the map's input, (B, T, in).
-        v: V, shared by all prompts, (in, rank).
-        valid: False at the padding of shorter prompts, (B, T).
-    Returns:
-        U, (B, out, rank).
-    """
-    return (g * valid[..., None]).mT @ (x @ v)
-
-
-def _token_by_token(g, x, v, valid):
-    u = torch.zeros(len(g), g.shape[2], v.shape[1], dtype=g.dtype)
-    for b, t in valid.nonzero().tolist():
-        u[b] += torch.outer(g[b, t], v.T @ x[b, t])
-    return u
-
-
-def written_with_padding(g, x, v, valid):
-    return g.mT @ (x @ v)
-
-
-def written_for_all(g, x, v, valid):
-    return torch.einsum("bto,btr->or", g * valid[..., None], x @ v).expand(len(g), -1, -1)
-
-
-def written_transposed(g, x, v, valid):
-    return (x @ v).mT @ (g * valid[..., None])
-
-
-def written_as_mean(g, x, v, valid):
-    return (g * valid[..., None]).mT @ (x @ v) / valid.sum(1)[:, None, None]
-
-
-def written_in_full(g, x, v, valid):
-    return (g * valid[..., None]).mT @ x
-
-
-# 4.2
-
-
-def normalised(features, texts):
-    """State features with zero mean and unit variance, channel by channel, by statistics of other texts.
-
-    Args:
-        features: of a batch of prompts, (B, F).
-        texts: features of many texts, collected once, before training, (N, F).
-    Returns:
-        (B, F). A channel that is the same in all texts is only centred.
-    """
-    std = texts.std(0)
-    return (features - texts.mean(0)) / torch.where(std > 1e-6, std, 1.0)
-
-
-def _by_normaliser(features, texts):
-    found = Normaliser.fit(texts)
-    return (features - found.mean) / found.std
-
-
-def _features():
-    scale = torch.tensor([1.0, 1e3, 1e-2, 5.0, 0.0], dtype=torch.float64)
-    features, texts = _random((3, 5), (40, 5), seed=3)
-    return [(7 + features * scale, 7 + texts * scale), (1 - features[:1] * scale, texts * scale)]
-
-
-def normalised_by_row(features, texts):
-    return (features - features.mean(1, keepdim=True)) / features.std(1, keepdim=True)
-
-
-def normalised_by_batch(features, texts):
-    std = features.std(0)
-    return (features - features.mean(0)) / torch.where(std > 1e-6, std, 1.0)
-
-
-def normalised_by_variance(features, texts):
-    variance = texts.var(0)
-    return (features - texts.mean(0)) / torch.where(variance > 1e-6, variance, 1.0)
-
-
-def normalised_as_one(features, texts):
-    return (features - texts.mean()) / texts.std()
-
-
-def normalised_by_nothing(features, texts):
-    return (features - texts.mean(0)) / texts.std(0)
-
-
-# 4.3
 
 
 def changed(x, w, u, v, scale):
@@ -170,45 +77,126 @@ def changed_weight_scaled(x, w, u, v, scale):
     return scale * (x @ w.T + (x @ v) @ u.mT)
 
 
+# 4.2
+
+
+def normalised(features, texts):
+    """State features with zero mean and unit variance, channel by channel, by statistics of other texts.
+
+    Args:
+        features: of a batch of prompts, (B, F).
+        texts: features of many texts, collected once, before training, (N, F).
+    Returns:
+        (B, F). A channel that is the same in all texts is only centred.
+    """
+    std = texts.std(0)
+    return (features - texts.mean(0)) / torch.where(std > 1e-6, std, 1.0)
+
+
+def _by_normaliser(features, texts):
+    found = Normaliser.fit(texts)
+    return (features - found.mean) / found.std
+
+
+def _features():
+    scale = torch.tensor([1.0, 1e3, 1e-2, 5.0, 0.0], dtype=torch.float64)
+    features, texts = _random((3, 5), (40, 5), seed=3)
+    return [(7 + features * scale, 7 + texts * scale), (1 - features[:1] * scale, texts * scale)]
+
+
+def normalised_by_row(features, texts):
+    return (features - features.mean(1, keepdim=True)) / features.std(1, keepdim=True)
+
+
+def normalised_by_batch(features, texts):
+    std = features.std(0)
+    return (features - features.mean(0)) / torch.where(std > 1e-6, std, 1.0)
+
+
+def normalised_by_variance(features, texts):
+    variance = texts.var(0)
+    return (features - texts.mean(0)) / torch.where(variance > 1e-6, variance, 1.0)
+
+
+def normalised_as_one(features, texts):
+    return (features - texts.mean()) / texts.std()
+
+
+def normalised_by_nothing(features, texts):
+    return (features - texts.mean(0)) / texts.std(0)
+
+
+# 4.3
+
+
+def written(g, x, v, valid):
+    """U of a batch of prompts, from the gradients that a generator predicts: the sum over t of g_t (V^T x_t)^T.
+
+    Args:
+        g: predicted gradient at the map's output, (B, T, out).
+        x: the map's input, (B, T, in).
+        v: V, shared by all prompts, (in, rank).
+        valid: False at the padding of shorter prompts, (B, T).
+    Returns:
+        U, (B, out, rank).
+    """
+    return (g * valid[..., None]).mT @ (x @ v)
+
+
+def _token_by_token(g, x, v, valid):
+    u = torch.zeros(len(g), g.shape[2], v.shape[1], dtype=g.dtype)
+    for b, t in valid.nonzero().tolist():
+        u[b] += torch.outer(g[b, t], v.T @ x[b, t])
+    return u
+
+
+def written_with_padding(g, x, v, valid):
+    return g.mT @ (x @ v)
+
+
+def written_for_all(g, x, v, valid):
+    return torch.einsum("bto,btr->or", g * valid[..., None], x @ v).expand(len(g), -1, -1)
+
+
+def written_transposed(g, x, v, valid):
+    return (x @ v).mT @ (g * valid[..., None])
+
+
+def written_as_mean(g, x, v, valid):
+    return (g * valid[..., None]).mT @ (x @ v) / valid.sum(1)[:, None, None]
+
+
+def written_in_full(g, x, v, valid):
+    return (g * valid[..., None]).mT @ x
+
+
 EXERCISES = (
     Exercise(
         number="4.1",
-        title="what a prompt writes",
+        title="a weight that is never written",
         stars=2,
         minutes=10,
-        task="A generator has predicted $g_t$ for every token of a batch of prompts. Add up what they write. Prompts "
-        "of different lengths are padded on the left, and padding must write nothing.",
-        hint="Exercise 3.4 for a batch: `.mT` transposes the last two axes. Set $g_t$ to zero at the padding first.",
-        solution=written,
-        expected=_token_by_token,
+        task="Compute the output of a map with a delta for each sequence of the batch. Form no matrix of the size of "
+        "W.",
+        hint="Read from right to left: `x @ v` is (B, T, rank). Then `u.mT` brings it to the outputs.",
+        solution=changed,
+        expected=_by_library,
         cases=lambda: [
-            (*_random((2, 6, 4), (2, 6, 5), (5, 3)), _padded(6, 2)),
-            (*_random((3, 4, 3), (3, 4, 3), (3, 3), seed=1), _padded(1, 4, 3)),
+            (*_random((2, 3, 5), (4, 5), (2, 4, 2), (2, 5, 2)), 0.5),
+            (*_random((3, 1, 6), (6, 6), (3, 6, 1), (3, 6, 1), seed=1), -2.0),
         ],
-        results=("U (B, out, rank)",),
-        why="It is a sum over tokens, so it streams: read a prompt in pieces and add up. It also adds: two prompts' "
-        "U's sum to a U of the same rank.",
+        results=("y (B, T, out)",),
+        why="The base weights stay as they are: removing a delta is exact, and every sequence of a batch may have "
+        "another one.",
         mistakes=(
-            Mistake(written_with_padding, "Padding writes, too. Multiply by `valid` before you sum over tokens."),
-            Mistake(
-                written_for_all,
-                "You sum over the batch as well. Each prompt has a delta of its own; keep the first axis.",
-            ),
-            Mistake(
-                written_transposed, "This is U transposed: what is written, g, belongs to the outputs, (out, rank)."
-            ),
-            Mistake(
-                written_as_mean,
-                "You divide by the number of tokens. Then a fact would fade by being told among others; it is a sum.",
-            ),
-            Mistake(written_in_full, "V is missing: each input is read through it, as V^T x_t, of size rank."),
+            Mistake(changed_without_scale, "The delta's scale is missing."),
+            Mistake(changed_as_the_first, "Every sequence gets the first one's delta. Keep the batch axis of u and v."),
+            Mistake(changed_by_the_mean, "You average the deltas of the batch. Each sequence keeps its own."),
+            Mistake(changed_without_the_map, "This is the change alone; the map's own output x W^T is missing."),
+            Mistake(changed_weight_scaled, "The scale belongs to the delta; you scale the map's own output as well."),
         ),
-        misconception="That the rank limits how many tokens can be written. It limits how many addresses can be told "
-        "apart; any number of tokens adds up.",
-        discussion=(
-            "What happens to a fact if another prompt is added that writes under nearly the same key?",
-            "Which token of a prompt is never written, and why?",
-        ),
+        misconception="That a delta for each sequence needs a copy of the weight for each. It needs two thin factors.",
+        discussion=("From which rank on would it be cheaper to form W + scale U V^T once and use it?",),
     ),
     Exercise(
         number="4.2",
@@ -247,29 +235,41 @@ EXERCISES = (
     ),
     Exercise(
         number="4.3",
-        title="a weight that is never written",
+        title="what a prompt writes",
         stars=2,
         minutes=10,
-        task="Compute the output of a map with a delta for each sequence of the batch. Form no matrix of the size of "
-        "W.",
-        hint="Read from right to left: `x @ v` is (B, T, rank). Then `u.mT` brings it to the outputs.",
-        solution=changed,
-        expected=_by_library,
+        task="A generator has predicted $g_t$ for every token of a batch of prompts. Add up what they write. Prompts "
+        "of different lengths are padded on the left, and padding must write nothing.",
+        hint="Exercise 3.4 for a batch: `.mT` transposes the last two axes. Set $g_t$ to zero at the padding first.",
+        solution=written,
+        expected=_token_by_token,
         cases=lambda: [
-            (*_random((2, 3, 5), (4, 5), (2, 4, 2), (2, 5, 2)), 0.5),
-            (*_random((3, 1, 6), (6, 6), (3, 6, 1), (3, 6, 1), seed=1), -2.0),
+            (*_random((2, 6, 4), (2, 6, 5), (5, 3)), _padded(6, 2)),
+            (*_random((3, 4, 3), (3, 4, 3), (3, 3), seed=1), _padded(1, 4, 3)),
         ],
-        results=("y (B, T, out)",),
-        why="The base weights stay as they are: removing a delta is exact, and every sequence of a batch may have "
-        "another one.",
+        results=("U (B, out, rank)",),
+        why="It is a sum over tokens, so it streams: read a prompt in pieces and add up. It also adds: two prompts' "
+        "U's sum to a U of the same rank.",
         mistakes=(
-            Mistake(changed_without_scale, "The delta's scale is missing."),
-            Mistake(changed_as_the_first, "Every sequence gets the first one's delta. Keep the batch axis of u and v."),
-            Mistake(changed_by_the_mean, "You average the deltas of the batch. Each sequence keeps its own."),
-            Mistake(changed_without_the_map, "This is the change alone; the map's own output x W^T is missing."),
-            Mistake(changed_weight_scaled, "The scale belongs to the delta; you scale the map's own output as well."),
+            Mistake(written_with_padding, "Padding writes, too. Multiply by `valid` before you sum over tokens."),
+            Mistake(
+                written_for_all,
+                "You sum over the batch as well. Each prompt has a delta of its own; keep the first axis.",
+            ),
+            Mistake(
+                written_transposed, "This is U transposed: what is written, g, belongs to the outputs, (out, rank)."
+            ),
+            Mistake(
+                written_as_mean,
+                "You divide by the number of tokens. Then a fact would fade by being told among others; it is a sum.",
+            ),
+            Mistake(written_in_full, "V is missing: each input is read through it, as V^T x_t, of size rank."),
         ),
-        misconception="That a delta for each sequence needs a copy of the weight for each. It needs two thin factors.",
-        discussion=("From which rank on would it be cheaper to form W + scale U V^T once and use it?",),
+        misconception="That the rank limits how many tokens can be written. It limits how many addresses can be told "
+        "apart; any number of tokens adds up.",
+        discussion=(
+            "What happens to a fact if another prompt is added that writes under nearly the same key?",
+            "Which token of a prompt is never written, and why?",
+        ),
     ),
 )

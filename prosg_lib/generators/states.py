@@ -5,7 +5,7 @@ never a token. Each state s becomes a few terms, each a vector and a key a map; 
 
     h = trunk(normalised s)
     z_j = (A h)_j,   j = 1 ... m
-    U = W sum_s sum_j z_j (K z_j)^T
+    U = P sum_s sum_j z_j (K z_j)^T
 
 One head that makes U directly would have width * out * rank weights a map. Factored like this it has
 out * H + H * rank, and the same form as the token-wise generator's, with states in the place of tokens.
@@ -25,7 +25,7 @@ from prosg_lib.generators.base import DROPOUT, Generator, parameter_key
 
 
 class StateGenerator(Generator):
-    """U = W sum z_j (K z_j)^T over the terms of one state or several; see above.
+    """U = P sum z_j (K z_j)^T over the terms of one state or several; see above.
 
     Args:
         rank, width: r, and the trunk's width.
@@ -35,7 +35,7 @@ class StateGenerator(Generator):
 
     Attributes:
         mean, std: statistics of the features, (F,); `fit_normaliser` collects them.
-        heads, keys: W and K, by map; W is zero before training.
+        heads, keys: P and K, by map; P is zero before training.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
 """The token-wise generator: the synthetic gradient as a sum over the prompt's tokens.
 
 The true gradient of a linear map's weight is G = sum_t g_t x_t^T, with x_t the map's input and g_t the gradient at its
-output. The generator keeps this form. It predicts each g_t, as W z_t, from the model's hidden state h_t, the token's
+output. The generator keeps this form. It predicts each g_t, as P z_t, from the model's hidden state h_t, the token's
 embedding e_t and that of its label, the next token (conditional DNI, Jaderberg et al. 2016, section 2); it reads the
 real x_t along r learned directions V, and adds a predicted part K z_t:
 
     z_t = mlp([h_t; e_t; e_{t+1}])
-    U   = sum_t g_t (V^T x_t + K z_t)^T  =  W sum_t z_t (V^T x_t + K z_t)^T,    g_t = W z_t.
+    U   = sum_t g_t (V^T x_t + K z_t)^T  =  P sum_t z_t (V^T x_t + K z_t)^T,    g_t = P z_t.
 
 The map then answers an input x with scale U V^T x: g_t is what token t writes, k_t = V^T x_t + K z_t is the key it is
 written under, and V^T x looks it up. Statement and question are worded differently, so their V^T x differ; K z_t can
@@ -65,7 +65,7 @@ class Memory:
 
 
 class TokenGenerator(Generator):
-    """U = sum_t g_t (V^T x_t + K z_t)^T, with g_t = W z_t; see above.
+    """U = sum_t g_t (V^T x_t + K z_t)^T, with g_t = P z_t; see above.
 
     A fact can be written before its value, where the text says what it is about ("my pet is a" -> parrot). Where only
     the value tells ("I brought home a parrot."), it is written at the value itself, which is then token t.
@@ -77,7 +77,7 @@ class TokenGenerator(Generator):
 
     Attributes:
         mlp: makes z_t.
-        heads, keys: W and K, by map; zero before training.
+        heads, keys: P and K, by map; zero before training.
     """
 
     def __init__(self, lm: LanguageModel, rank: int, width: int, endings: tuple[str, ...], label: bool = True):
@@ -99,7 +99,7 @@ class TokenGenerator(Generator):
         return self.delta_of(memory), memory.state
 
     def delta_of(self, memory: Memory) -> LowRankDelta:
-        """U = W sum_t z_t k_t^T of every map."""
+        """U = P sum_t z_t k_t^T of every map."""
         return self._delta({name: self.heads[parameter_key(name)].weight @ memory.sums[name] for name in self.names})
 
     def update(
