@@ -54,7 +54,7 @@ class Recipe:
 
     Attributes:
         name: of the recipe and of its checkpoint; about: what it is, in a few words.
-        kind: of the module, a key of `load_or_train.MODULES`.
+        kind: of the module, a key of `checkpoints.MODULES`.
         size: its sizes.
         data: "dialogues", "pairs" (of context and query) or "problems" (the established tests of memory).
         training: steps, batch, learning rate.
