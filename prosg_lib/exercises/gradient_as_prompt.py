@@ -120,6 +120,59 @@ def meta_gradient_of_a_sum(inner, outer, w, eta):
 # 7.3
 
 
+def divergence(teacher, student, answer):
+    """The loss of LC: how far the student's next-token distribution is from the teacher's, in nats.
+
+    Args:
+        teacher, student: logits at every position of query and answer, (T, vocab) each.
+        answer: True at the positions of the answer, (T).
+    Returns:
+        KL(teacher || student) over the whole vocabulary, a mean over the positions of the answer, ().
+    """
+    log_p, log_q = teacher[answer].log_softmax(-1), student[answer].log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def _by_entropy(teacher, student, answer):
+    p = teacher[answer].softmax(-1)
+    return torch.nn.functional.cross_entropy(student[answer], p) + (p * p.log()).sum(-1).mean()
+
+
+def _logits():
+    cases = []
+    for seed, vocab in ((5, 6), (6, 9)):
+        generator = torch.Generator().manual_seed(seed)
+        teacher, student = (torch.randn(7, vocab, generator=generator, dtype=torch.float64) for _ in range(2))
+        cases.append((2 * teacher, student, torch.arange(7) >= 4))
+    return cases
+
+
+def divergence_other_way(teacher, student, answer):
+    log_p, log_q = teacher[answer].log_softmax(-1), student[answer].log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
+
+def divergence_from_the_likeliest(teacher, student, answer):
+    return torch.nn.functional.cross_entropy(student[answer], teacher[answer].argmax(-1))
+
+
+def divergence_with_entropy(teacher, student, answer):
+    return torch.nn.functional.cross_entropy(student[answer], teacher[answer].softmax(-1))
+
+
+def divergence_everywhere(teacher, student, answer):
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def divergence_summed(teacher, student, answer):
+    log_p, log_q = teacher[answer].log_softmax(-1), student[answer].log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+# 7.4
+
+
 def slope(f, w, direction, eps):
     """The derivative of f at w along a direction, measured by central differences.
 
@@ -228,6 +281,39 @@ EXERCISES = (
     ),
     Exercise(
         number="7.3",
+        title="the loss of LC",
+        stars=1,
+        minutes=10,
+        task="The teacher has the context in its prompt, the student has taken a step on it. Both read query and "
+        "answer. Write the loss that pulls the student to the teacher at the answer.",
+        hint="Take `log_softmax` of both. $\\mathrm{KL}(p\\,\\|\\,q) = \\sum_i p_i\\,(\\log p_i - \\log q_i)$, here "
+        "with the teacher as $p$.",
+        solution=divergence,
+        expected=_by_entropy,
+        cases=_logits,
+        results=("the loss",),
+        why="It is zero when the student says what the teacher says, unsure where the teacher is. The right answer "
+        "appears nowhere in it.",
+        mistakes=(
+            Mistake(
+                divergence_other_way, "This is KL(student || teacher). The teacher's probabilities are the weights."
+            ),
+            Mistake(
+                divergence_from_the_likeliest,
+                "You keep the teacher's likeliest token alone. What it says of all others is part of the lesson.",
+            ),
+            Mistake(
+                divergence_with_entropy,
+                "This is the cross-entropy. Subtract the teacher's entropy, so that a perfect student gets zero.",
+            ),
+            Mistake(divergence_everywhere, "You count the query's positions, too. Only the answer's matter."),
+            Mistake(divergence_summed, "A sum over the answer's tokens; take their mean, or long answers weigh more."),
+        ),
+        misconception="That LC can beat its teacher. At best it says what the teacher says, mistakes included.",
+        discussion=("What would KL(student || teacher) ask of a student that cannot match its teacher?",),
+    ),
+    Exercise(
+        number="7.4",
         title="a check by finite differences",
         stars=1,
         minutes=5,
