@@ -129,8 +129,8 @@ def divergence(teacher, student, answer):
     Returns:
         KL(teacher || student) over the whole vocabulary, a mean over the positions of the answer, ().
     """
-    log_p, log_q = teacher[answer].log_softmax(-1), student[answer].log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    log_p, log_q = teacher[answer].log_softmax(1), student[answer].log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
 
 def _by_entropy(teacher, student, answer):
