@@ -121,7 +121,7 @@ def _read_once() -> Iterator[None]:
 def _plain(read: PreTrainedModel) -> PreTrainedModel:
     """The same model without the mark of a quantised one, which `save_pretrained` refuses."""
     config = copy.deepcopy(read.config)
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)  # older versions of transformers set none
     weights = read.state_dict()
     for tensor in weights.values():
         tensor.copy_(tensor.bfloat16())

@@ -28,7 +28,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 def new_model():
     torch.manual_seed(0)
     sizes = LlamaConfig(
-        vocab_size=260, num_key_value_heads=1, tie_word_embeddings=True, max_position_embeddings=128, **SIZES
+        vocab_size=261, num_key_value_heads=1, tie_word_embeddings=True, max_position_embeddings=128, **SIZES
     )
     model = LlamaForCausalLM(sizes).eval()
     for p in model.parameters():
@@ -48,15 +48,15 @@ def write(path, model, architecture="llama"):
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(260)
+    writer.add_vocab_size(261)
     writer.add_tokenizer_model("gpt2")
     letters = [*bytes_to_unicode().values()]
-    writer.add_token_list([*letters, "Ġa", "<|endoftext|>", "<|begin|>", "<|end|>"])
-    writer.add_token_types([1] * 257 + [3, 3, 3])
-    writer.add_token_merges(["Ġ a"])
-    writer.add_unk_token_id(257)
-    writer.add_bos_token_id(258)
-    writer.add_eos_token_id(259)
+    writer.add_token_list([*letters, "Ġa", "Ġc", "<|endoftext|>", "<|begin|>", "<|end|>"])
+    writer.add_token_types([1] * 258 + [3, 3, 3])
+    writer.add_token_merges(["Ġ a", "Ġ c"])
+    writer.add_unk_token_id(258)
+    writer.add_bos_token_id(259)
+    writer.add_eos_token_id(260)
     writer.add_chat_template(TEMPLATE)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     for name, tensor in model.named_parameters():
@@ -91,7 +91,7 @@ def test_it_is_the_model_that_was_written(lm):
     """In bfloat16's numbers, whatever the precision that it computes in; eight bits are near enough."""
     model, ids = new_model().bfloat16().float(), torch.tensor(rows_of((20,)))
     assert type(lm) is CausalTransformer
-    assert lm.ends == (259,)
+    assert lm.ends == (260,)
     theirs = dict(model.named_parameters())
     for name, weight in lm.model.named_parameters():
         if "down_proj" in name:
@@ -105,12 +105,12 @@ def test_it_is_the_model_that_was_written(lm):
 
 def test_tokenizer_and_template_come_with_it(lm):
     tokenizer = lm.tokenizer
-    assert tokenizer.vocab == 260
+    assert tokenizer.vocab == 261
     assert tokenizer.decode(tokenizer.encode("that a cat, 7\n")) == "that a cat, 7\n"
     assert tokenizer.encode("th a")[2:] == (256,)
     written = tokenizer.template.question("Hello")
     assert written == "<|begin|>user Hello<|end|><|begin|>assistant "
-    assert [i for i in tokenizer.encode(written) if i > 257] == [258, 259, 258]
+    assert [i for i in tokenizer.encode(written) if i > 257] == [259, 260, 259]
 
 
 def test_a_folder_with_one(lm, file, tmp_path):
