@@ -1,6 +1,7 @@
 """Ledgers, promises, what runs recorded, and notebooks, damaged or made up: a report and a check, or one UserError."""
 
 import json
+from pathlib import Path
 
 import pytest
 from fuzzing import changed, damaged, fuzz, json_values, tried
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from prosg_lib import paths
 from prosg_lib.config import get_profile
-from prosg_lib.reproduction import report, run
+from prosg_lib.reproduction import links, report, run
 
 SMOKE = get_profile("smoke")
 FACTS = {"commit": "abc", "device": "CPU", "versions": {"python": "3.11"}}
@@ -18,6 +19,7 @@ EXACT, SPREAD, HOSTILE = {"exact": True}, {"spread": 0.1}, "<script>alert('&amp;
 COUNT = {"reference": 2, **EXACT}
 PROMISE = {"name": "p", "sentence": HOSTILE, "since": "2026-11-29", "notebook": "00_fine", "relation": "at_least"}
 TEXT = {"cell_type": "markdown", "id": "t", "metadata": {}, "source": ["It is 0.5<!--claim smoke 00_fine a-->."]}
+BADGE = TEXT | {"id": "b", "source": [f"[Colab]({links.badge(Path('00_fine.ipynb'))})"]}
 CODE = {"cell_type": "code", "id": "c", "metadata": {"tags": ["parameters"]}, "source": "profile = ''\nseed = 0"}
 CONTENTS = {
     "expected/00_fine.smoke.json": {
@@ -27,7 +29,14 @@ CONTENTS = {
     },
     "expected/promises.json": [PROMISE | {"claims": ["a", "b"], "bar": -2.0, "profiles": ["smoke"]}],
     "notebooks/00_fine.ipynb": {
-        "cells": [TEXT, CODE | {"outputs": [], "execution_count": None}],
+        "cells": [
+            TEXT,
+            BADGE,
+            *(
+                cell | {"outputs": [], "execution_count": None}
+                for cell in (CODE | {"id": "s", "metadata": {}, "source": links.set_up_cell()}, CODE)
+            ),
+        ],
         "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
         "nbformat": 4,
         "nbformat_minor": 5,
@@ -51,6 +60,7 @@ CONTENTS = {
 @pytest.fixture(scope="module", autouse=True)
 def checkout(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkout")
+    (root / "pyproject.toml").write_bytes((paths.repo_root() / "pyproject.toml").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "repo_root", lambda: root)
         patch.delenv("PROSG_RUNS", raising=False)
