@@ -109,14 +109,14 @@ class Level:
         return sorted(names, key=_mixed)[: self.most] if self.most else names
 
     def some_slots(self, count: int, rng: random.Random) -> list[str]:
-        """Different ones."""
-        found: dict[str, None] = {}
-        for slot in rng.sample(self.slots(), count):
-            drawn = self._coined(slot, self.slots(), _all_slots(), rng)
+        """Different ones; where there are only so many (`most`), none is coined."""
+        found, slots = [], self.slots()
+        for slot in rng.sample(slots, count):
+            drawn = slot if self.most else self._coined(slot, slots, _all_slots(), rng)
             while drawn in found:
-                drawn = self._coined(slot, self.slots(), _all_slots(), rng)
-            found[drawn] = None
-        return list(found)
+                drawn = self._coined(slot, slots, _all_slots(), rng)
+            found.append(drawn)
+        return found
 
     def value(self, slot: str, rng: random.Random, other_than: str | None = None) -> str:
         """A value of the slot's type."""

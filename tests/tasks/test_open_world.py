@@ -511,3 +511,6 @@ def test_coined_values_and_slots_are_in_no_list():
         in_training = {word.casefold() for word in parts("train")[what]}
         assert {word.casefold() for word in words} - in_training == {word.casefold() for word in coined}
     assert {wording.type_of(fact.slot) for fact in facts} == set(WORDS["slots"])
+    few = replace(data, level=replace(data.level, most=8))
+    slots = {fact.slot for item in few.items(20, Shape(6, 0, 6)) for fact in item.facts}
+    assert slots <= {*few.level.slots()}
