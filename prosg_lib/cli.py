@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_sizes(reproduce)
     reproduce.add_argument(
-        "--notebook", action="append", default=[], metavar="NAME", help="only this one, e.g. 00_tour; repeatable"
+        "--notebook", action="append", default=[], metavar="NAME", help="only this one: 03 or 03_low...; repeatable"
     )
     reproduce.add_argument(
         "--param", action="append", default=[], metavar="NAME=VALUE", help="a notebook's own parameter; repeatable"

@@ -260,7 +260,8 @@ def show(rows: Sequence[Row]) -> None:
 def update(profile: str, notebooks: Iterable[str]) -> list[Path]:
     """Writes the ledger from a finished run: its column (own prose, or the books) with what the run measured.
 
-    What a notebook no longer records is dropped from that column. Promises are in another file, which is not touched.
+    What a notebook no longer records is dropped from both columns; a run without the books keeps the claims that only
+    the books have. Promises are in another file, which is not touched.
 
     Args:
         notebooks: those that the run finished.
@@ -280,7 +281,9 @@ def update(profile: str, notebooks: Iterable[str]) -> list[Path]:
         own, books = _columns(ledger["claims"])
         if found["books"]:
             books, facts["digest"] = new, found["books"]
+            own = {name: entry for name, entry in own.items() if name in new}
         else:
+            books = {name: entry for name, entry in books.items() if name in new or name not in own}
             own = new
         ledger = {
             "notebook": notebook,

@@ -1,6 +1,7 @@
 """Runs the course's notebooks in order, compares their claims with the ledger, and writes the report."""
 
 import os
+import re
 import shlex
 import signal
 import time
@@ -34,15 +35,27 @@ def interrupt(number: int, frame: object) -> None:
 def select(course: Sequence[Path], names: Sequence[str]) -> list[Path]:
     """The notebooks of those names in the course's order; all where no name is given.
 
+    Args:
+        names: each a notebook's name, its number (3 or 03), or the first letters of one notebook alone.
     Raises:
-        UserError: an unknown name; lists the known ones.
+        UserError: a name of no notebook, or of several; lists those that it may mean.
     """
-    wanted = [name.removesuffix(".ipynb") for name in names]
-    known = [path.stem for path in course]
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"There is no notebook {name!r}; the course has {', '.join(known)}.")
-    return [path for path in course if not wanted or path.stem in wanted]
+    wanted = {_find([path.stem for path in course], name.removesuffix(".ipynb")) for name in names}
+    return [path for path in course if not names or path.stem in wanted]
+
+
+def _find(known: Sequence[str], name: str) -> str:
+    number = re.sub(r"^(\d)(?!\d)", r"0\1", name)
+    for fits in (
+        [stem for stem in known if stem == name],
+        [stem for stem in known if stem.partition("_")[0] == number],
+        [stem for stem in known if name and stem.startswith(name)],
+    ):
+        if len(fits) == 1:
+            return fits[0]
+    if fits:
+        raise UserError(f"{name!r} may be {' or '.join(fits)}; write more of the name.")
+    raise UserError(f"There is no notebook {name!r}; the course has {', '.join(known)}.")
 
 
 def bind(selected: Sequence[Path], given: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -315,13 +315,18 @@ def test_the_ledger_has_a_column_for_own_prose_and_one_for_the_books(checkout, m
     monkeypatch.delenv("PROSG_TEST_DATA")
     assert holds(same=0.5, other=0.2) == {"same": True, "other": True}
     assert [row["holds"] for row in ledger.judge(None, "99_test", "smoke")] == [False, False]
-    finish_run(same=0.6)  # what is no longer recorded is dropped from the column of this run alone
+    finish_run(same=0.6)  # `other` is no longer recorded; whether `cloze` is, only a run with the books can say
     ledger.update("smoke", ["99_test"])
-    assert ledger.expected("99_test", "smoke")["claims"] == {
-        "same": {"reference": 0.6, "spread": 0.01, "books": {"reference": 0.5, "spread": 0.01}},
-        "other": {"books": {"reference": 0.4, "spread": 0.01}},
-        "cloze": {"books": {"reference": 0.9, "spread": 0.01}},
-    }
+    same = {"reference": 0.6, "spread": 0.01, "books": {"reference": 0.5, "spread": 0.01}}
+    cloze = {"books": {"reference": 0.9, "spread": 0.01}}
+    assert ledger.expected("99_test", "smoke")["claims"] == {"same": same, "cloze": cloze}
+    finish_run(same=0.6, new=0.1)
+    ledger.update("smoke", ["99_test"])
+    books_are_there(checkout, monkeypatch)
+    finish_run(new=0.2)
+    ledger.update("smoke", ["99_test"])
+    new = {"reference": 0.1, "spread": 0.01, "books": {"reference": 0.2, "spread": 0.01}}
+    assert ledger.expected("99_test", "smoke")["claims"] == {"new": new}
 
 
 # Quotes

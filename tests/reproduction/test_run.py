@@ -449,6 +449,23 @@ def test_update_writes_ledger_and_reference_figures(tmp_path):
     assert (tmp_path / "figures" / "line.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("names", "selected"),
+    [
+        (["06"], ["06_recall"]),
+        (["6b", "0.ipynb"], ["00_tour", "06b_costs"]),
+        (["06b_costs.ipynb", "06b_c", "06b"], ["06b_costs"]),
+        ([], ["00_tour", "06_recall", "06b_costs", "07_steps"]),
+    ],
+)
+def test_a_notebook_is_named_by_its_number_or_first_letters(names, selected):
+    """In the course's order, each once; a number is that notebook's alone, though others begin with it."""
+    course = [Path(f"{name}.ipynb") for name in ("00_tour", "06_recall", "06b_costs", "07_steps")]
+    assert [path.stem for path in reproduce.select(course, names)] == selected
+    with pytest.raises(UserError, match=r"^'06_' may be 06_one or 06_two; write more of the name\.$"):
+        reproduce.select([Path("06_one.ipynb"), Path("06_two.ipynb")], ["06_"])
+
+
 # What is refused before anything runs
 
 
@@ -462,7 +479,8 @@ def test_unknown_profile_notebook_and_parameter_are_refused_with_the_known_ones(
     """papermill would only warn of a parameter; nothing is run, nothing recorded is lost."""
     before = sorted((course / "runs").rglob("*"))
     assert "smok" in refused(course, profile="smok")
-    assert "00_fine, 01_off" in refused(course, "06_gone")
+    assert "no notebook '06_gone'; the course has 00_fine, 01_off" in refused(course, "06_gone")
+    assert "no notebook ''" in refused(course, "")
     assert "'leng'" in refused(course, parameters={"leng": "1"})
     assert "--param length." in refused(course, "00_fine", parameters={"leng": "1"})
     assert "--param nothing else." in refused(course, "01_off", parameters={"length": "1"})
