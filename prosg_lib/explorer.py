@@ -30,7 +30,7 @@ from prosg_lib.tasks import wording
 from prosg_lib.tasks.dialogue import Dialogues, Item, Probe
 from prosg_lib.tasks.wording import Fact
 from prosg_lib.text.padding import left_padded
-from prosg_lib.widgets import Control, Page, Sliders, shaded
+from prosg_lib.widgets import Control, Page, Sliders, shaded, typed
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
@@ -231,9 +231,8 @@ class Explored:
         for y, (_, rows) in enumerate(facts):
             for x, row in enumerate(rows.itertuples()):
                 known = row.favourite == row.token
-                ax.add_patch(_cell(x, y, row.p))
-                words = f"{'✓' if known else '✗'} {html.unescape(_quoted(row.token))}\n{row.p:.2f}"
-                ax.text(x, y, words, ha="center", va="center", fontsize=7.5, parse_math=False)
+                words = f"{'✓' if known else '✗'} {html.unescape(quoted(row.token))}\n{row.p:.2f}"
+                draw_share(ax, x, y, row.p, words, fontsize=7.5)
         ax.set(xlim=(-0.5, max(len(rows) for _, rows in facts) - 0.5), ylim=(len(facts) - 0.5, -0.5))
         ax.set_yticks(range(len(facts)), [slot for slot, _ in facts])
         ax.set_xticks([])
@@ -243,8 +242,7 @@ class Explored:
         values = scale * self.sizes.to_numpy()
         for y, row in enumerate(values):
             for x, size in enumerate(row):
-                ax.add_patch(_cell(x, y, size / (values.max() or 1)))
-                ax.text(x, y, f"{size:.2f}", ha="center", va="center", fontsize=9)
+                draw_share(ax, x, y, size / (values.max() or 1), f"{size:.2f}")
         ax.set(xlim=(-0.5, values.shape[1] - 0.5), ylim=(len(values) - 0.5, -0.5), title="size of the change, relative")
         ax.set_xticks(range(values.shape[1]), self.sizes.columns)
         ax.set_yticks(range(len(values)), [f"layer {layer}" for layer in self.sizes.index])
@@ -268,28 +266,14 @@ def own_prompt(
     """
     line = ipywidgets.Text(item.prompt.strip().removeprefix("User: "), description="prompt")
     line.layout.width = "60em"
-    button, message = ipywidgets.Button(description="remember it"), ipywidgets.HTML()
-    whole = ipywidgets.VBox([line, button, message])
-    setting = [distance, 1.0]
 
-    def remember(_=None) -> None:
-        button.disabled, message.value = True, "reading …"
-        try:
-            probes, prompt = probes_in(line.value), data.tokenizer.encode(f"User: {line.value.strip()}\n")
-            found = explore(lm, generator, data, prompt, probes, item.body, distances, scales)
-        except UserError as error:
-            message.value = html.escape(str(error))
-        else:
-            if len(whole.children) > 3:  # the new sliders stand where the old ones stood
-                setting[:] = [slider.value for slider in whole.children[3].children[:2]]
-            message.value = f"{len(prompt)} tokens, {len(probes)} facts: {', '.join(p.fact.value for p in probes)}"
-            whole.children = (line, button, message, found.sliders(*setting).live())
-        finally:
-            button.disabled = False
+    def read(text: str, setting: list | None) -> tuple[str, Sliders]:
+        probes, prompt = probes_in(text), data.tokenizer.encode(f"User: {text.strip()}\n")
+        found = explore(lm, generator, data, prompt, probes, item.body, distances, scales)
+        said = f"{len(prompt)} tokens, {len(probes)} facts: {', '.join(p.fact.value for p in probes)}"
+        return said, found.sliders(*(setting or (distance, 1.0)))  # the new sliders stand where the old ones stood
 
-    button.on_click(remember)
-    remember()
-    return whole
+    return typed(line, "remember it", read)
 
 
 def _answer(rows: pd.DataFrame) -> str:
@@ -297,17 +281,18 @@ def _answer(rows: pd.DataFrame) -> str:
     words = []
     for row in rows.itertuples():
         known = row.favourite == row.token
-        other = "" if known else f" → {_quoted(row.favourite)} {row.p_favourite:.2f}"
-        words.append(shaded(f"{'✓' if known else '✗'} {_quoted(row.token)} {row.p:.2f}{other}", row.p))
+        other = "" if known else f" → {quoted(row.favourite)} {row.p_favourite:.2f}"
+        words.append(shaded(f"{'✓' if known else '✗'} {quoted(row.token)} {row.p:.2f}{other}", row.p))
     return " ".join(words)
 
 
-def _quoted(token: str) -> str:
+def quoted(token: str) -> str:
     """A word as it is, anything else in quotation marks; escaped."""
     return html.escape(token if token.isalnum() else f"“{token}”")
 
 
-def _cell(x: int, y: int, share: float) -> Rectangle:
-    """A square of a figure, blue by opacity; black text on it stays readable."""
+def draw_share(ax: Axes, x: int, y: int, share: float, words: str, fontsize: float = 9) -> None:
+    """A square with words in it, blue by opacity; black text on it stays readable."""
     blue = (*to_rgb(PALETTE["blue"]), 0.7 * share)
-    return Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=blue, edgecolor="0.6")
+    ax.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=blue, edgecolor="0.6"))
+    ax.text(x, y, words, ha="center", va="center", fontsize=fontsize, parse_math=False)

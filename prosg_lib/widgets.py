@@ -1,6 +1,6 @@
-"""Figures with sliders: live in a notebook, and as HTML that needs neither a kernel nor anything from elsewhere.
+"""Figures with sliders and boxes: live in a notebook, and as HTML that needs no kernel and nothing from elsewhere.
 
-What is shown is one function of the sliders' values (`Page`); both forms call it. Beside each stands a static figure.
+What is shown is one function of their values (`Page`); both forms call it. Beside each stands a static figure.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _STYLE = """<style>
 .prosg .controls:not([hidden]) { display: grid; grid-template-columns: max-content minmax(8em, 24em) max-content;
   gap: 0.1em 0.8em; align-items: center }
 .prosg .controls label { display: contents; font-weight: 600 } .prosg .controls input { accent-color: #0072b2 }
+.prosg .controls input[type=checkbox] { justify-self: start; width: 1.2em; height: 1.2em; margin: 0.25em 0 }
 .prosg table { border-collapse: collapse; margin: 0.4em 0 0.8em; color: inherit; font-size: inherit; text-align: left }
 .prosg caption, .prosg figcaption { text-align: left; padding: 0.2em 0; color: inherit; font-size: inherit }
 .prosg caption { font-weight: 600 }
@@ -45,6 +46,7 @@ _STYLE = """<style>
 # Runs in the page, with {id} and {data} filled in; an output that is shown in two places is set up in both.
 _SCRIPT = """(() => {
   const data = DATA;
+  const place = (input) => Number(input.type === "checkbox" ? input.checked : input.value);
   for (const root of document.querySelectorAll('[data-prosg="ID"]')) {
     if (root.dataset.ready) continue;
     root.dataset.ready = "yes";
@@ -53,9 +55,9 @@ _SCRIPT = """(() => {
     const show = () => {
       let number = 0;
       inputs.forEach((input, i) => {
-        const shown = data.options[i][input.value];
-        number = number * data.options[i].length + Number(input.value);
-        input.setAttribute("aria-valuetext", shown);
+        const shown = data.options[i][place(input)];
+        number = number * data.options[i].length + place(input);
+        if (input.type === "range") input.setAttribute("aria-valuetext", shown);
         controls.querySelectorAll(".at")[i].textContent = shown;
       });
       const page = data.pages[number];
@@ -81,6 +83,17 @@ class Control(NamedTuple):
         return [self.form.format(value) for value in self.values]
 
 
+class Tick(NamedTuple):
+    """A box to tick: what it is called, and whether it is ticked at first."""
+
+    label: str
+    start: bool
+    values = (False, True)
+
+    def shown(self) -> list[str]:
+        return ["off", "on"]
+
+
 class Page(NamedTuple):
     """What the sliders show at one setting.
 
@@ -103,7 +116,7 @@ class Sliders:
         UserError: a control starts at a value that it does not have.
     """
 
-    controls: tuple[Control, ...]
+    controls: tuple[Control | Tick, ...]
     page: Callable[..., Page]
 
     def __post_init__(self):
@@ -114,16 +127,7 @@ class Sliders:
 
     def live(self) -> ipywidgets.VBox:
         """As widgets, which need a running kernel: each page is made when it is asked for."""
-        sliders = [
-            ipywidgets.SelectionSlider(
-                options=list(zip(control.shown(), control.values, strict=True)),
-                value=control.start,
-                description=control.label,
-                style={"description_width": "initial"},
-                layout=ipywidgets.Layout(width="34em"),
-            )
-            for control in self.controls
-        ]
+        sliders = [_live(control) for control in self.controls]
         shown = ipywidgets.HTML()
 
         def show(_=None) -> None:
@@ -150,8 +154,7 @@ class Sliders:
         name = hashlib.sha256(packed.encode()).hexdigest()[:12]
         first = self._first()
         inputs = "".join(
-            f'<label><span>{html.escape(control.label)}</span><input type="range" min="0" '
-            f'max="{len(control.values) - 1}" value="{list(control.values).index(control.start)}"></label>'
+            f"<label><span>{html.escape(control.label)}</span>{_input(control)}</label>"
             '<span class="at" aria-hidden="true"></span>'
             for control in self.controls
         )
@@ -171,6 +174,56 @@ class Sliders:
 
     def _first(self) -> Page:
         return self.page(*(control.start for control in self.controls))
+
+
+def _live(control: Control | Tick) -> ipywidgets.Widget:
+    if isinstance(control, Tick):
+        return ipywidgets.Checkbox(value=control.start, description=control.label, indent=False)
+    return ipywidgets.SelectionSlider(
+        options=list(zip(control.shown(), control.values, strict=True)),
+        value=control.start,
+        description=control.label,
+        style={"description_width": "initial"},
+        layout=ipywidgets.Layout(width="34em"),
+    )
+
+
+def _input(control: Control | Tick) -> str:
+    if isinstance(control, Tick):
+        return f'<input type="checkbox"{" checked" * control.start}>'
+    place = list(control.values).index(control.start)
+    return f'<input type="range" min="0" max="{len(control.values) - 1}" value="{place}">'
+
+
+def typed(
+    field: ipywidgets.Text | ipywidgets.Textarea,
+    button: str,
+    make: Callable[[str, list | None], tuple[str, Sliders]],
+) -> ipywidgets.VBox:
+    """A field to type in, a button, and below them the live form of what `make` makes of the text; needs a kernel.
+
+    Args:
+        make: the text, and how the controls below stand (None: there are none yet) -> a message and new controls. What
+            it cannot read it refuses with a `UserError`, which is shown; the controls below then stay.
+    """
+    press, message = ipywidgets.Button(description=button), ipywidgets.HTML()
+    whole = ipywidgets.VBox([field, press, message])
+
+    def read(_=None) -> None:
+        press.disabled, message.value = True, "reading …"
+        try:
+            below = whole.children[3].children[:-1] if len(whole.children) > 3 else None
+            said, sliders = make(field.value, below and [control.value for control in below])
+            message.value = html.escape(said)
+            whole.children = (field, press, message, sliders.live())
+        except UserError as error:
+            message.value = html.escape(str(error))
+        finally:
+            press.disabled = False
+
+    press.on_click(read)
+    read()
+    return whole
 
 
 def shaded(text: str, share: float) -> str:

@@ -15,7 +15,8 @@ import nbformat
 import numpy as np
 import pytest
 
-from prosg_lib import widgets
+import prosg_lib as prosg
+from prosg_lib import explorer, memories, widgets
 
 CELLS = [
     "import prosg_lib as prosg\n"
@@ -28,6 +29,9 @@ CELLS = [
     "box = explorer.own_prompt(lm, generator, data, item, (0, 64), 0, (0.0, 1.0, 2.0))\n"
     "box",
     "from prosg_lib import widgets\nwidgets.rank_slider([8, 4, 2, 1], (128, 512))",
+    "from prosg_lib import memories\n"
+    'common = generator.memorize(lm, ["User: My favourite colour is red.\\n"])\n'
+    'memories.own_memories(lm, generator, ["My pet is a parrot.", "My home town is Oslo."], common)',
 ]
 
 
@@ -66,6 +70,36 @@ def test_sliders_from_a_file(open_page, tmp_path, scheme):
     assert contrast(page) > 7
     ground = page.evaluate("() => getComputedStyle(document.querySelector('.prosg')).backgroundColor")
     assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(27, 27, 27)"}[scheme]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_boxes_from_a_file(open_page, tmp_path, scheme):
+    """Memories are ticked by mouse and by keyboard, twice; words and table follow, and the scale does."""
+    lm = prosg.load_model("rwkv4-dialogue")
+    generator = prosg.load_generator("rwkv4-dialogue-token", lm)
+    texts = ["My pet is a parrot.", "My home town is Oslo."]
+    common = generator.memorize(lm, ["User: My favourite colour is red.\n"])
+    bank = memories.Bank.of(lm, generator, texts, [explorer.probes_in(text) for text in texts], common)
+    boxes = bank.sliders([True, False])
+    file = tmp_path / "page.html"
+    file.write_text(f"<!doctype html><title>memories</title>{boxes.html()}{boxes.html()}", encoding="utf-8")
+    page = open_page(file.as_uri(), scheme)
+    status, table = page.locator("[role=status]"), page.locator("table").first
+    seen = [status.first.inner_text()]
+    page.get_by_label("memory B").first.check()
+    seen.append(status.first.inner_text())
+    assert "B (in)" in table.inner_text()
+    page.get_by_label("memory A").first.press("Space")
+    seen.append(status.first.inner_text())
+    page.get_by_label("scale of the sum").first.press("Home")
+    seen.append(status.first.inner_text())
+    settings = [(True, False, 1.0), (True, True, 1.0), (False, True, 1.0), (False, True, 0.0)]
+    assert seen == [bank.page(a, b, True, scale).summary for a, b, scale in settings]
+    assert "The model would name 1 of the 1 values that are in" in seen[0]
+    assert status.last.inner_text() == seen[0]
+    assert contrast(page) > 7
+    if folder := os.environ.get("PROSG_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/memories-{scheme}.png", full_page=True)
 
 
 @pytest.fixture
@@ -114,7 +148,8 @@ def test_explorer_in_jupyterlab(lab, open_page):
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    live, alone = page.locator(".jp-OutputArea .prosg:not([data-prosg])"), page.locator("[data-prosg]")
+    live = page.locator(".jp-OutputArea .prosg:not([data-prosg])", has_text="plain model would name")
+    alone = page.locator("[data-prosg]")
     live.get_by_text("0 tokens after the prompt, the plain model would name 3 of 3 values").wait_for()
     scale = page.locator(".noUi-handle").nth(1)
     scale.focus()
@@ -127,6 +162,14 @@ def test_explorer_in_jupyterlab(lab, open_page):
     page.get_by_role("button", name="remember it").click()
     live.get_by_text("64 tokens after the prompt, the plain model would name 1 of 1 values").wait_for()
     live.get_by_text("Oslo").first.wait_for()
+
+    bank = page.locator(".jp-OutputArea .prosg", has_text="In the weights")
+    bank.get_by_text("In the weights: A and B, at scale 1").wait_for()
+    page.get_by_label("memory A").uncheck()
+    bank.get_by_text("In the weights: B, at scale 1").wait_for()
+    page.get_by_label("memories").fill("I live in Oslo.\nI play the lute.\nMy pet is a cat.")
+    page.get_by_role("button", name="remember them").click()
+    bank.get_by_text("In the weights: A, B and C, at scale 1").wait_for()
 
     alone.get_by_label("rank r").press("Home")
     assert "Rank 1 of 4" in alone.locator("[role=status]").inner_text()

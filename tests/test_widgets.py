@@ -11,7 +11,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from ipywidgets import HTML, SelectionSlider
+from ipywidgets import HTML, Checkbox, SelectionSlider
 from matplotlib import pyplot as plt
 
 from prosg_lib import plots, widgets
@@ -65,6 +65,27 @@ def test_the_form_without_a_kernel_holds_every_page(sums):
 def test_a_slider_starts_at_one_of_its_values():
     with pytest.raises(UserError, match="rank cannot start at 3; its values are 1, 2"):
         widgets.Sliders((widgets.Control("rank", (1, 2), 3),), lambda rank: widgets.Page("", ()))
+
+
+@pytest.mark.parametrize("ticked", [True, False])
+def test_a_box_to_tick_is_off_or_on(ticked):
+    """In both forms, where it starts and what it gives; beside a slider."""
+    controls = (widgets.Tick("memory A", ticked), widgets.Control("scale", (0, 1), 1, "{}"))
+    boxes = widgets.Sliders(controls, lambda a, b: widgets.Page(f"{a} and {b}", ()))
+    box, slider, shown = boxes.live().children
+    assert isinstance(box, Checkbox)
+    assert f"{ticked} and 1" in shown.value
+    box.value, slider.value = not ticked, 0
+    assert f"{not ticked} and 0" in shown.value
+    page = boxes.html()
+    data = json.loads(re.search(r"const data = (.*);\n", page).group(1))
+    assert [data["texts"][number] for (number,) in data["pages"]] == [
+        "False and 0",
+        "False and 1",
+        "True and 0",
+        "True and 1",
+    ]
+    assert f'<input type="checkbox"{" checked" if ticked else ""}>' in page
 
 
 def test_rank_slider_says_what_a_rank_keeps():
