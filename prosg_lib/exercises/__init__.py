@@ -21,6 +21,8 @@ MODULES = {
     4: "synthetic_gradients",
     5: "meta_training",
     7: "gradient_as_prompt",
+    8: "pretrained_models",
+    9: "reproduction_report",
 }
 """By the notebook's number."""
 
