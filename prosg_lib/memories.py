@@ -124,7 +124,8 @@ class Bank:
         rows = []
         for (name, part), text in zip(found.groupby("memory"), self.texts, strict=True):
             state = "in" if part.inside.iloc[0] else "out"
-            first = f'<th scope="rowgroup" rowspan="{len(part)}">{name} ({state})<br>{html.escape(text)}</th>'
+            says = f"{name} ({state})<br><span style=font-weight:400>{html.escape(text)}</span>"
+            first = f'<th scope="rowgroup" rowspan="{len(part)}">{says}</th>'
             for row in part.itertuples():
                 answer = shaded(f"{'✓' if row.known else '✗'} {quoted(row.value)} {row.p:.2f}", row.p)
                 other = "" if row.known else f" → {quoted(row.favourite)} {row.p_favourite:.2f}"
