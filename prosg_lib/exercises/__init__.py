@@ -1,6 +1,7 @@
 """The course's exercises: what is asked, the solution, typical wrong answers, and a check that teaches.
 
-In a notebook: `exercises.check("3.1", gradient)`. There is one module a notebook, named like it.
+In a notebook: `exercises.check("3.1", gradient)`. There is one module a notebook, named like it. Notebooks 06, 06b and
+06c count their exercises together.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ if TYPE_CHECKING:  # the exercises themselves need torch, which takes seconds to
     from prosg_lib.exercises.checking import Exercise
 
 MODULES = {
-    0: "tour",
-    1: "state_derivation",
-    2: "prompt_forgetting",
-    3: "low_rank_gradients",
-    4: "synthetic_gradients",
-    5: "meta_training",
-    7: "gradient_as_prompt",
-    8: "pretrained_models",
-    9: "reproduction_report",
+    0: ("tour",),
+    1: ("state_derivation",),
+    2: ("prompt_forgetting",),
+    3: ("low_rank_gradients",),
+    4: ("synthetic_gradients",),
+    5: ("meta_training",),
+    6: ("forgetting_evaluation", "what_else", "other_ways"),
+    7: ("gradient_as_prompt",),
+    8: ("pretrained_models",),
+    9: ("reproduction_report",),
 }
 """By the notebook's number."""
 
 
 def of_notebook(number: int) -> tuple[Exercise, ...]:
     """The exercises of a notebook in order; none where it has none of this form."""
-    return import_module(f"prosg_lib.exercises.{MODULES[number]}").EXERCISES if number in MODULES else ()
+    modules = (import_module(f"prosg_lib.exercises.{name}") for name in MODULES.get(number, ()))
+    return tuple(exercise for module in modules for exercise in module.EXERCISES)
 
 
 def find(number: str) -> Exercise:

@@ -105,8 +105,8 @@ def _write_source(source: Path, built: dict[str, Any], run_dir: Path) -> None:
     entries = []
     for path in course:
         notebook = executed.read(path, alts)
-        title = re.sub(r"^# (\d\d · )?", "", notebook["cells"][0]["source"].partition("\n")[0])
-        entries.append(f"{path.stem[:2]} {title} <notebooks/{path.stem}>")
+        title = re.sub(r"^# (\d\d\w? · )?", "", notebook["cells"][0]["source"].partition("\n")[0])
+        entries.append(f"{path.stem.partition('_')[0]} {title} <notebooks/{path.stem}>")
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 cell["source"] = executed.linked(cell["source"], "notebooks", names, address)

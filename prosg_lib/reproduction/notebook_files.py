@@ -20,12 +20,12 @@ CELL_S = 12 * 3600
 
 
 def course() -> list[Path]:
-    """The course's notebooks in the order of their numbers.
+    """The course's notebooks in the order of their numbers, 06 before 06b.
 
     Raises:
         UserError: there are none.
     """
-    found = sorted(paths.notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
+    found = sorted(paths.notebooks_dir().glob("[0-9][0-9]*_*.ipynb"))
     if not found:
         raise UserError(f"{paths.notebooks_dir()} holds no notebook named like 00_tour.ipynb; restore the checkout.")
     return found
