@@ -25,7 +25,7 @@ from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.errors import UserError
 from prosg_lib.generators.several_prompts import append_prompt, delta_of_prompts
 from prosg_lib.generators.token_wise import Memory, TokenGenerator
-from prosg_lib.text.chat_template import Exchange
+from prosg_lib.text.chat_template import Exchange, Lines, format_of
 from prosg_lib.training.checkpoints import load_generator, own_generator
 
 _ANSWER_TOKENS = 200
@@ -37,21 +37,6 @@ _NO_GENERATOR = (
     "this model has no generator to turn a text into a change of its weights; "
     "name one that was trained for it (--generator), or use --model rwkv4-dialogue, which has one"
 )
-
-
-class Lines:
-    """The format of the dialogues, with the methods of a `ChatTemplate`."""
-
-    space = ""  # an answer begins with one
-
-    def question(self, text: str, last: Exchange | None = None) -> str:
-        return f"User: {text}\nBot:"
-
-    def statement(self, text: str, last: Exchange | None = None) -> str:
-        return f"User: {text}\n"
-
-    def answered(self, text: str, answer: str, last: Exchange | None = None) -> str:
-        return f"{answer}\n"
 
 
 class Chat:
@@ -69,9 +54,9 @@ class Chat:
             UserError: the temperature is negative.
         """
         self.lm, self.generator, self.scale = lm, generator, 1.0
-        template = lm.needed_tokenizer().template
-        self.format = template or Lines()
-        self._decoding = Decoding(_ANSWER_TOKENS, stop=None if template else "\n", temperature=temperature)
+        self.format = format_of(lm.needed_tokenizer())
+        stop = "\n" if isinstance(self.format, Lines) else None
+        self._decoding = Decoding(_ANSWER_TOKENS, stop=stop, temperature=temperature)
         self.forget()
 
     def forget(self) -> None:

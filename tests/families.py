@@ -3,6 +3,8 @@
 Add a family of your own to `FAMILIES`, and all of that is tested for it.
 """
 
+import copy
+
 import torch
 import transformers
 from packaging.version import Version
@@ -24,6 +26,8 @@ from prosg_lib.backbones.hub_window import WindowTransformer
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.config.sizes import RWKV4Config
+from prosg_lib.text.chat_template import ChatTemplate
+from prosg_lib.text.tokenizer import load_tokenizer
 
 VOCAB = 64
 CLOSE = {"rtol": 1e-3, "atol": 5e-4}  # logits are of size 1 to 6
@@ -138,3 +142,18 @@ OF_TRANSFORMERS = [name for name in RECURRENT if not name.startswith("rwkv") and
 def rows_of(lengths, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randint(2, VOCAB, (n,), generator=g).tolist() for n in lengths]
+
+
+TEMPLATE = ChatTemplate(
+    "{% for m in messages %}{% if loop.first %}Be kind.\n{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}",
+    {},
+)
+
+
+def talking(window=200):
+    """A tiny transformer with a window, the project's tokenizer and a chat template of its own."""
+    lm = WindowTransformer(library("Llama", **HEADS, vocab_size=2048), window).eval().requires_grad_(False)
+    lm.tokenizer = copy.copy(load_tokenizer())
+    lm.tokenizer.template = TEMPLATE
+    return lm

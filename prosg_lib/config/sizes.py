@@ -147,6 +147,24 @@ class PairTraining(Sizes):
 
 
 @dataclass(frozen=True)
+class ConversationTraining(Sizes):
+    """Sizes of one training stage on conversations.
+
+    Attributes:
+        steps, batch, lr, warmup: as in `Training`; a batch counts prompts.
+        facts: numbers of facts of an open-world prompt; a step draws one.
+        questions: about each prompt, at most.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    facts: tuple[int, ...]
+    questions: int
+    warmup: int = 100
+
+
+@dataclass(frozen=True)
 class GeneratorSize(Sizes):
     """Sizes of a generator.
 
@@ -277,6 +295,31 @@ class OpenCurriculum(Curriculum):
     alone: float = 0.7
     local: float = 0.8
     slots: int = 0
+
+
+@dataclass(frozen=True)
+class ConversationCurriculum(Sizes):
+    """A generator's training on conversations.
+
+    Attributes:
+        easy: share of the steps in which prompts state one fact or two, and nothing else.
+        teacher: weight of the KL to the model with the prompt in front of it, beside the loss of the right answers.
+        local: share of the steps after which locality counts as well: KL to the model without the delta, on prose.
+        locality: its weight; passage: tokens of such a prose.
+    """
+
+    may_be_zero = ("easy", "teacher", "local", "locality")
+
+    easy: float = 0.15
+    teacher: float = 0.5
+    local: float = 0.6
+    locality: float = 1.0
+    passage: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        if max(self.easy, self.local) > 1:
+            raise UserError(f"{self}: easy and local take shares from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -477,6 +520,27 @@ class OpenSizes:
     token_training: Training = Training(9000, 16, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
 
 
+_LATER_MAPS = GeneratorSize(16, 256, ("self_attn.o_proj", "mlp.down_proj"), tuple(range(8, 28)))
+
+
+@dataclass(frozen=True)
+class ConversationSizes:
+    """A generator for a transformer that others trained (SmolLM2-135M), with a memory of fixed size; the defaults are
+    the cpu profile's.
+
+    Attributes:
+        window: tokens that the model sees.
+        token: the generator, small enough to be shipped: 40 maps, 7 M numbers; static: the control's sizes.
+        training: of the generator; static_training: of the control, which learns no more after a few hundred steps.
+    """
+
+    window: int = 256
+    token: GeneratorSize = _LATER_MAPS
+    static: GeneratorSize = _LATER_MAPS
+    training: ConversationTraining = ConversationTraining(3000, 8, 1e-3, (1, 2, 3, 4, 6), 4)
+    static_training: ConversationTraining = ConversationTraining(400, 8, 1e-3, (1, 2, 3, 4, 6), 4, 30)
+
+
 @dataclass(frozen=True)
 class Profile:
     """All sizes of one profile.
@@ -510,3 +574,4 @@ class Profile:
     forgetting: Forgetting = Forgetting()
     suite: SuiteSizes = SuiteSizes()
     open: OpenSizes = OpenSizes()
+    conversations: ConversationSizes = ConversationSizes()

@@ -96,8 +96,8 @@ def judged(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for row in rows.to_dict("records"):
         verdicts = [judge(text, row["instructions"]) for text in row["predicted"]]
-        right = [_plain(v.said) in map(_plain, gold) for v, gold in zip(verdicts, row["gold"], strict=True)]
-        kinds, said = np.array(row["kinds"]), np.array([_plain(v.said) == _plain(UNKNOWN) for v in verdicts])
+        right = [plain(v.said) in map(plain, gold) for v, gold in zip(verdicts, row["gold"], strict=True)]
+        kinds, said = np.array(row["kinds"]), np.array([plain(v.said) == plain(UNKNOWN) for v in verdicts])
         about = np.isin(kinds, RECALL)
         total = row.pop("competing_total")
         scores = {"recall": _share(right, about), "abstained": _share(said, about)}
@@ -115,7 +115,7 @@ def _share(right: Sequence[bool], which: np.ndarray) -> float:
     return float(np.mean(np.array(right)[which])) if which.any() else float("nan")
 
 
-def _plain(answer: str) -> str:
+def plain(answer: str) -> str:
     """An answer without case, articles, and punctuation around it."""
     words = answer.casefold().strip(string.punctuation + string.whitespace).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)

@@ -99,8 +99,12 @@ class Generator(nn.Module, ABC):
                 )
             self.V[parameter_key(name)] = nn.Parameter(torch.randn(shape[1], rank) / shape[1] ** 0.5)
 
+    def directions(self, name: str) -> Tensor:
+        """V of a map, (in, r)."""
+        return self.V[parameter_key(name)]
+
     def _delta(self, u: dict[str, Tensor]) -> LowRankDelta:
-        factors = {name: Factors(u[name], self.V[parameter_key(name)][None]) for name in self.names}
+        factors = {name: Factors(u[name], self.directions(name)[None]) for name in self.names}
         return LowRankDelta(factors, self.fingerprint, SCALE)
 
     def fit_normaliser(self, lm: LanguageModel, ids: Tensor, valid: Tensor) -> None:
@@ -124,7 +128,7 @@ class Generator(nn.Module, ABC):
         with captured_inputs(lm, self.names) as inputs:
             lm.step_through(ids, None, valid)
         mask = 1.0 if valid is None else valid[..., None]
-        return {name: inputs[name] @ self.V[parameter_key(name)] * mask for name in self.names}
+        return {name: inputs[name] @ self.directions(name) * mask for name in self.names}
 
     def adapt(self, lm: LanguageModel, contexts: Rows, successive: bool) -> LogitsOf:
         """The model under the delta of each example's context, (B, 1, C); see `gradient_steps.one_step.Method`.

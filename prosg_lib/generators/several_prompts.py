@@ -35,6 +35,7 @@ from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator
 from prosg_lib.generators.token_wise import Memory, TokenGenerator
+from prosg_lib.text.chat_template import format_of
 
 METHODS = ("add", "concatenate", "rederive", "ridge")
 
@@ -43,22 +44,25 @@ RIDGE = 0.01
 
 
 def append_prompt(lm: LanguageModel, generator: TokenGenerator, text: str, memory: Memory | None = None) -> Memory:
-    """The memory of a dialogue's line that starts with what the user says, or goes on with it after `memory`.
+    """The memory of what the user says, in the model's own format: of a dialogue's line that starts with it, or goes on
+    with it after `memory`; of a message, where the model's files have a chat template.
 
     Args:
-        text: without "User:" and without an end of line; of any length.
+        text: what the user says, and nothing else; of any length.
     Raises:
         UserError: the text is empty, or the generator was trained for another model.
     """
     text = text.strip()
     if not text:
         raise UserError("there is nothing to remember: the text is empty")
-    return generator.read_text(lm, f"User: {text}" if memory is None else f" {text}", memory)
+    written = format_of(lm.needed_tokenizer()).remembered(text, more=memory is not None)
+    return generator.read_text(lm, written, memory)
 
 
 def delta_of_prompts(lm: LanguageModel, generator: TokenGenerator, memory: Memory) -> LowRankDelta:
-    """The delta of the line in `memory`, as if it ended here."""
-    return generator.delta_of(generator.read_text(lm, "\n", memory))
+    """The delta of what is in `memory`, as if it ended here."""
+    end = format_of(lm.needed_tokenizer()).remembered_end
+    return generator.delta_of(generator.read_text(lm, end, memory) if end else memory)
 
 
 def common_part(lm: LanguageModel, generator: Generator, texts: Sequence[str]) -> LowRankDelta:
@@ -70,15 +74,16 @@ def common_part(lm: LanguageModel, generator: Generator, texts: Sequence[str]) -
     Raises:
         UserError: there are no texts, or one is empty.
     """
-    each = generator.memorize(lm, _lines(texts))
+    each = generator.memorize(lm, _lines(lm, texts))
     return sum(each.select([i]) for i in range(len(texts))).scaled(1 / len(texts))
 
 
-def _lines(texts: Sequence[str]) -> list[str]:
-    """What the user says in each prompt, as a dialogue's line."""
+def _lines(lm: LanguageModel, texts: Sequence[str]) -> list[str]:
+    """What the user says in each prompt, as a dialogue's line or a message."""
     if isinstance(texts, str) or not texts or not all(map(str.strip, texts)):
         raise UserError(f"texts is {texts!r}; give a list of at least one text, none of them empty")
-    return [f"User: {text}\n" for text in texts]
+    form = format_of(lm.needed_tokenizer())
+    return [form.remembered(text, more=False) + form.remembered_end for text in texts]
 
 
 def joint_delta(
@@ -95,7 +100,7 @@ def joint_delta(
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    lines = _lines(texts)
+    lines = _lines(lm, texts)
     if method == "rederive":
         if not isinstance(generator, TokenGenerator):
             raise UserError(

@@ -43,10 +43,12 @@ class LastToken(NamedTuple):
     Attributes:
         features: hidden state and embedding, (B, 2 D).
         reads: map -> V^T x, (B, r).
+        first: whether it is its text's first, (B,); None where that does not matter.
     """
 
     features: Tensor
     reads: dict[str, Tensor]
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,9 @@ class TokenGenerator(Generator):
             raise UserError("a prompt that is continued cannot be padded in between; give pieces of equal length")
         with torch.no_grad(), captured_inputs(lm, self.names) as inputs:
             hidden, state = lm.step_through(ids, None if memory is None else memory.state, valid)
-            embedded = lm.embed(ids)
-            features = torch.cat([hidden, embedded], -1)
-        labels = embedded[:, 1:] if memory is None else embedded
-        reads = {name: inputs[name].detach() @ self.V[parameter_key(name)] for name in self.names}  # V^T x_t
+            features = self._features(hidden, lm.embed(ids))
+        labels = features[:, memory is None :, hidden.shape[-1] :]
+        reads = {name: inputs[name].detach() @ self.directions(name) for name in self.names}  # V^T x_t
         if memory is not None:
             features = torch.cat([memory.last.features[:, None], features], 1)
             reads = {name: torch.cat([memory.last.reads[name][:, None], read], 1) for name, read in reads.items()}
@@ -141,6 +142,10 @@ class TokenGenerator(Generator):
             z = z * valid[:, :-1, None]
         keys = {name: read[:, :-1] + self.keys[parameter_key(name)](z) for name, read in reads.items()}
         return z, keys, state, last
+
+    def _features(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """What the generator sees of tokens, (B, T, 2 D)."""
+        return torch.cat([hidden, embedded], -1)
 
     @torch.no_grad()
     def read_text(self, lm: LanguageModel, text: str | Sequence[int], memory: Memory | None = None) -> Memory:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prosg_lib.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from prosg_lib.text.tokenizer import Tokenizer
 
 Exchange = tuple[str, str]
 """What was asked, and what was answered."""
@@ -19,6 +23,29 @@ _REMEDY = (
     "remove its chat template (chat_template in tokenizer_config.json, or chat_template.jinja; in Python, "
     'lm.tokenizer.template = None) to talk in lines of "User: " and "Bot: "'
 )
+
+
+BEGUN: Exchange = ("", "")
+"""Of a conversation that has begun, whatever was said: what comes next does not depend on it."""
+
+
+class Lines:
+    """The format of the project's own dialogues, with the methods of a `ChatTemplate`."""
+
+    space = ""  # an answer begins with one
+    remembered_end = "\n"
+
+    def question(self, text: str, last: Exchange | None = None) -> str:
+        return f"User: {text}\nBot:"
+
+    def statement(self, text: str, last: Exchange | None = None) -> str:
+        return f"User: {text}\n"
+
+    def answered(self, text: str, answer: str, last: Exchange | None = None) -> str:
+        return f"{answer}\n"
+
+    def remembered(self, text: str, more: bool) -> str:
+        return f" {text}" if more else f"User: {text}"
 
 
 @dataclass(frozen=True)
@@ -31,6 +58,7 @@ class ChatTemplate:
     """
 
     space = " "  # shown before an answer, which does not begin with one
+    remembered_end = ""  # each text that is remembered is a whole message
 
     source: str
     special: Mapping[str, str]
@@ -53,6 +81,11 @@ class ChatTemplate:
         """What an answer adds behind its question."""
         asked = [*_before(last), _says("user", text)]
         return self._new(asked, [*asked, _says("assistant", answer)], begun=True, begin=False)
+
+    def remembered(self, text: str, more: bool) -> str:
+        """How a generator reads a text that is to be remembered: as a message of the user's, without what a template
+        puts in front of a conversation. What else is remembered (more) is a message of its own."""
+        return self.statement(text, BEGUN)
 
     def _new(self, shorter: list[dict], longer: list[dict], begun: bool, begin: bool) -> str:
         old = self._written(shorter, begun) if shorter else ""
@@ -79,3 +112,11 @@ def _says(role: str, text: str) -> dict[str, str]:
 
 def _before(last: Exchange | None) -> list[dict]:
     return [] if last is None else [_says("user", last[0]), _says("assistant", last[1])]
+
+
+Format = Lines | ChatTemplate
+
+
+def format_of(tokenizer: Tokenizer) -> Format:
+    """How conversations are written for a model: as its files say, or in the lines of the project's dialogues."""
+    return tokenizer.template or Lines()

@@ -39,6 +39,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator, edited_maps
 from prosg_lib.generators.final_state import FinalStateGenerator
 from prosg_lib.generators.mend import TransformedGradient
+from prosg_lib.generators.normalised import NormalisedStatic, NormalisedTokenGenerator
 from prosg_lib.generators.states import StateGenerator
 from prosg_lib.generators.static import StaticDelta
 from prosg_lib.generators.token_wise import TokenGenerator
@@ -107,6 +108,10 @@ def _token_wise(size: GeneratorSize, lm: LanguageModel) -> TokenGenerator:
     return TokenGenerator(lm, size.rank, _width(size, lm), _maps(size, lm), label=size.label)
 
 
+def _normalised(size: GeneratorSize, lm: LanguageModel) -> NormalisedTokenGenerator:
+    return NormalisedTokenGenerator(lm, size.rank, _width(size, lm), _maps(size, lm), label=size.label)
+
+
 def _final_state(size: GeneratorSize, lm: LanguageModel) -> FinalStateGenerator:
     return FinalStateGenerator(lm, size.rank, _width(size, lm), _maps(size, lm))
 
@@ -126,12 +131,14 @@ MODULES: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
     "llama": (TransformerConfig, lambda size, lm: new_llama(size)),
     "mamba2": (Mamba2Size, lambda size, lm: new_mamba2(size.settings)),
     "token": (GeneratorSize, _token_wise),
+    "normalised": (GeneratorSize, _normalised),
     "supervised": (SupervisedSize, _token_wise),
     "final": (GeneratorSize, _final_state),
     "states": (StateSize, _states),
     "mend": (TransformedSize, _transformed),
     "probe": (ProbeSize, lambda size, lm: StateProbe(lm, size.width)),
     "static": (GeneratorSize, lambda size, lm: StaticDelta(lm, size.rank, _maps(size, lm))),
+    "normalised-static": (GeneratorSize, lambda size, lm: NormalisedStatic(lm, size.rank, _maps(size, lm))),
     "adapter": (AdapterSize, lambda size, lm: AdapterStep(lm, size.rank, size.maps, size.lr)),
     "weights": (StepSize, lambda size, lm: WeightStep(lm, size.rank or None, size.lr)),
     "maps": (StepSize, lambda size, lm: MapStep(lm, size.lr)),

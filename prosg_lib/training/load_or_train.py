@@ -15,7 +15,9 @@ from torch import nn
 
 from prosg_lib import files, provenance
 from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.loading import load_model
 from prosg_lib.backbones.memory import keep_freed_memory
+from prosg_lib.backbones.precision import in_fastest_precision
 from prosg_lib.backbones.recompute import recomputed
 from prosg_lib.config import Profile
 from prosg_lib.config.sizes import Sizes
@@ -80,11 +82,12 @@ def load_or_train(
     check_data(made, profile)
     if changes:
         _check_sizes(made, profile, lm)
+    own = lm is None
     lm = _model_for(made, profile, retrain, lm, memory)
     made, record = _resolved(made, profile, seed, lm)
     keep_freed_memory()
     plain = checkpoint_name(name, profile, seed, changes)
-    own = lm is None or getattr(lm, "checkpoint", Path()).stem == checkpoint_name(made.lm, profile)
+    own = own or (not made.window and getattr(lm, "checkpoint", Path()).stem == checkpoint_name(made.lm, profile))
     mine = plain if own else checkpoint_name(name, profile, seed, changes, lm.fingerprint())
     path = kept(mine, profile)
     places = [path] if retrain else [shipped(plain), kept(plain, profile), path]
@@ -146,6 +149,8 @@ def _model_for(
         if lm is not None:
             raise UserError(f"{made.name} is a language model itself; leave out lm")
         return None
+    if lm is None and made.window:
+        return in_fastest_precision(load_model(made.lm, made.window))
     if lm is None and made.lm not in recipes(profile):
         raise UserError(
             f"the profile {profile.name} has no model {made.lm} of its own; give one of the hub, as "

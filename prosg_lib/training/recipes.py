@@ -17,6 +17,8 @@ from prosg_lib.config import Profile
 from prosg_lib.config.sizes import (
     TASKS,
     AdapterSize,
+    ConversationCurriculum,
+    ConversationTraining,
     Curriculum,
     GeneratorSize,
     Mamba2Size,
@@ -56,9 +58,11 @@ class Recipe:
         name: of the recipe and of its checkpoint; about: what it is, in a few words.
         kind: of the module, a key of `checkpoints.MODULES`.
         size: its sizes.
-        data: "dialogues", "pairs" (of context and query) or "problems" (the established tests of memory).
+        data: "dialogues", "open" (dialogues of the open world), "pairs" (of context and query), "problems" (the
+            established tests of memory) or "conversations" (with a model that others trained).
         training: steps, batch, learning rate.
         lm: name of the recipe of the language model it is for; None: it is a language model itself.
+        window: the language model is one that others trained, of that name for `load_model`, with such a window.
         start: name of the recipe whose weights it starts from, trained with the same seed; None: fresh weights.
         curriculum: of a generator on dialogues; pairs: what a training on pairs consists of.
         repeats: number of first steps with repeated random tokens, on dialogues and problems.
@@ -71,14 +75,15 @@ class Recipe:
     kind: str
     size: Size
     data: str
-    training: Training | PairTraining
+    training: Training | PairTraining | ConversationTraining
     lm: str | None = None
     start: str | None = None
-    curriculum: Curriculum | None = None
+    curriculum: Curriculum | ConversationCurriculum | None = None
     pairs: PairCourse | None = None
     repeats: int = 0
     at_once: int | None = None
     time: str = ""
+    window: int | None = None
 
     @property
     def is_model(self) -> bool:
@@ -96,6 +101,7 @@ def ending(profile: Profile) -> str:
 def recipes(profile: Profile) -> dict[str, Recipe]:
     """All recipes with the sizes of a profile, by name, each model before what is for it."""
     found = [*_dialogues(profile), *_open_world(profile), *_pairs(profile), *_problems(profile)]
+    found += _conversations(profile)
     return {recipe.name: recipe for recipe in found}
 
 
@@ -416,5 +422,37 @@ def _problems(p: Profile) -> list[Recipe]:
             suite.transformer,
             "14 min, CPU",
             repeats=repeats,
+        ),
+    ]
+
+
+def _conversations(p: Profile) -> list[Recipe]:
+    """What makes deltas for a transformer that others trained, whose window has lost the prompt."""
+    sizes, lm = p.conversations, "smollm2"
+
+    def generator(name, about, kind, size, training, curriculum, time):
+        return Recipe(
+            f"{lm}-{name}", about, kind, size, "conversations", training, lm, curriculum=curriculum, time=time,
+            window=sizes.window,
+        )  # fmt: skip
+
+    return [
+        generator(
+            "token",
+            "token-wise generator for SmolLM2-135M-Instruct",
+            "normalised",
+            sizes.token,
+            sizes.training,
+            ConversationCurriculum(),
+            "8 h, CPU",
+        ),
+        generator(
+            "static",
+            "control: one delta for all prompts",
+            "normalised-static",
+            sizes.static,
+            sizes.static_training,
+            ConversationCurriculum(),
+            "1 h, CPU",
         ),
     ]

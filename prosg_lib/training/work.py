@@ -1,6 +1,6 @@
 """What a recipe's training consists of: the batches and the loss of every step.
 
-Each of the three kinds of data has a function (recipe, profile, module, language model, seed) -> `Work`.
+Each kind of data has a function (recipe, profile, module, language model, seed) -> `Work`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.config import PROFILES, Profile
 from prosg_lib.config.sizes import TASKS, SupervisedSize
-from prosg_lib.tasks import mqar, open_world
+from prosg_lib.tasks import conversations, mqar, open_world
 from prosg_lib.tasks.dialogue import data_hash, load_dialogues
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.tasks.pair_batches import PairDraw, repeated_tokens
@@ -28,6 +28,7 @@ from prosg_lib.tasks.wording import draw_facts
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.training import distributed, open_draws
+from prosg_lib.training.conversation_objective import conversation_objective
 from prosg_lib.training.loop import Loss
 from prosg_lib.training.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 from prosg_lib.training.pair_objectives import pair_lm_objective, pair_objective
@@ -62,9 +63,13 @@ def work(recipe: Recipe, profile: Profile, module: nn.Module, lm: LanguageModel 
         if recipe.kind == "llama" and recipe.data != "pairs":
             # Fused attention has no second derivative, which is not needed here, and takes a third of the time.
             module.model.set_attn_implementation("sdpa")
-    return {"dialogues": _dialogue_work, "open": _open_work, "pairs": _pair_work, "problems": _problem_work}[
-        recipe.data
-    ](recipe, profile, module, lm, seed)
+    return {
+        "dialogues": _dialogue_work,
+        "open": _open_work,
+        "pairs": _pair_work,
+        "problems": _problem_work,
+        "conversations": _conversation_work,
+    }[recipe.data](recipe, profile, module, lm, seed)
 
 
 def data_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> str | dict:
@@ -73,6 +78,8 @@ def data_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> str | dic
         return data_hash(tokenizer, rich=not recipe.is_model)
     if recipe.data == "open":
         return open_world.data_hash(tokenizer)
+    if recipe.data == "conversations":
+        return {"conversations": conversations.VERSION, "open": open_world.data_hash(tokenizer)}
     if recipe.data == "problems":
         suite = profile.suite
         return {"problems": VERSION, "mqar": mqar.VOCAB, "cells": suite.practice.cells, "longest": suite.longest}
@@ -144,6 +151,32 @@ def _problem_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | 
     if lm is None:
         return _repeats_first(recipe, module, seed, Work(draw, lm_problem_objective(module, autocast)))
     return Work(draw, generator_problem_objective(lm, module, seed, autocast))
+
+
+def _conversation_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:
+    """Of four steps, two are about open-world dialogues; two are about passages, as far as this machine has any:
+    questions of SQuAD's form, and sentences to complete."""
+    training, curriculum = recipe.training, recipe.curriculum
+    world = open_world.load_open_world("known", "train", seed, lm.needed_tokenizer())
+    sources = {"cloze": [c for pairs in prose_pairs("named", profile).values() for c in conversations.of_pairs(pairs)]}
+    if available("squad", profile):
+        sources["squad"] = conversations.of_pairs(pairs_of("squad", "train", profile).pairs)
+    sources = {name: found for name, found in sources.items() if found}
+    draw = conversations.ConversationDraw(
+        world,
+        sources,
+        turns=("open", "squad", "open", "cloze") if len(sources) == 2 else ("open", *sources),
+        batch=training.batch,
+        facts=training.facts,
+        easy=int(curriculum.easy * training.steps),
+        questions=training.questions,
+        longest=lm.window or profile.conversations.window,
+        passage=curriculum.passage,
+        seed=seed,
+    )
+    sample = draw(-1).to(distributed.device())
+    module.fit_normaliser(lm, sample.prompt, sample.valid)
+    return Work(draw, conversation_objective(lm, module, curriculum, training.steps))
 
 
 def _repeats_first(recipe: Recipe, model: LanguageModel, seed: int, then: Work) -> Work:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import talking
 from tiny import STEPS, TINY
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
 
@@ -28,7 +29,11 @@ from prosg_lib.training.load_or_train import MemoryBudget
 from prosg_lib.training.recipes import checkpoint_name, recipe, recipes
 
 LM, TOKEN = "rwkv4-dialogue", "rwkv4-dialogue-token"
-TRAINED = [name for name in recipes(TINY) if "wikitext" not in name and "squad" not in name and "reader" not in name]
+TRAINED = [
+    name
+    for name, found in recipes(TINY).items()
+    if "wikitext" not in name and "squad" not in name and "reader" not in name and not found.window
+]
 
 
 def get(name, profile=TINY, **given):
@@ -165,6 +170,21 @@ def test_a_generator_belongs_to_its_model(place, capsys):
     assert get(TOKEN, lm=get(LM)).checkpoint.stem == f"{TOKEN}-tiny"
     with pytest.raises(UserError, match="is a language model itself"):
         get(LM, lm=other)
+
+
+@pytest.mark.parametrize("name", ["smollm2-token", "smollm2-static"])
+def test_a_generator_for_a_model_that_others_trained(place, monkeypatch, name):
+    """Its model is loaded by name, with the recipe's window; its file is its recipe's own, and no other window's."""
+    lm, asked = talking(), []
+    monkeypatch.setattr(load_or_train, "load_model", lambda *given: asked.append(given) or lm)
+    made = get(name)
+    assert asked == [("smollm2", 200)]
+    assert made.checkpoint.name == f"{name}-tiny.safetensors"
+    assert made.names == [f"model.layers.1.{end}" for end in ("self_attn.o_proj", "mlp.down_proj")]
+    assert same(load_generator(str(made.checkpoint), lm), made)
+    assert same(get(name, lm=lm), made)
+    with pytest.raises(UserError, match="load that model, in the same quantisation and with the same window"):
+        load_generator(str(made.checkpoint), talking(100))
 
 
 FINAL = "rwkv4-dialogue-final"

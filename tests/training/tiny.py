@@ -9,6 +9,8 @@ from prosg_lib.config import PROFILES
 from prosg_lib.config.sizes import (
     VOCAB,
     AdapterSize,
+    ConversationSizes,
+    ConversationTraining,
     Evaluation,
     Forgetting,
     GeneratorSize,
@@ -29,6 +31,8 @@ from prosg_lib.config.sizes import (
 STEPS = Training(steps=2, batch=2, lr=1e-2, facts=(1,), distances=(0,), warmup=1)
 PAIRS = PairTraining(steps=2, batch=2, lr=1e-2, warmup=1)
 MAPS = ("att.output", "ffn.key")
+TALKS = ConversationTraining(steps=2, batch=2, lr=1e-2, facts=(1,), questions=2, warmup=1)
+LATER = GeneratorSize(2, 8, ("o_proj", "down_proj"), layers=(1,))
 SMOKE = PROFILES["smoke"]
 STAGES = ("recurrent", "transformer", "reader", "adapter", "recurrent_adapter", "weights", "maps", "maps_after")
 TINY = replace(
@@ -67,6 +71,7 @@ TINY = replace(
         ProbeSize(8),
         STEPS,
     ),
+    conversations=ConversationSizes(200, LATER, LATER, TALKS, TALKS),
     suite=SuiteSizes(*4 * (PairTraining(2, 2, 1e-3, warmup=1),), longest=150),
 )
 

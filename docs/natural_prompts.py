@@ -1,0 +1,57 @@
+"""What a model with a window still answers about prompts as people write them, `data/natural_prompts.jsonl`.
+
+python docs/natural_prompts.py                                           # the plain model: in view, and gone
+python docs/natural_prompts.py --generator runs/cpu/checkpoints/smollm2-token.safetensors --distance 0 512 2048
+
+Every answer is kept in runs/natural_prompts.jsonl.gz (--out); then tables, with the perplexity of prose behind each
+prompt. The split is the validation one unless you say otherwise: what is chosen on the test split means nothing there.
+"""
+
+import argparse
+import math
+
+from prosg_lib.backbones.loading import load_model
+from prosg_lib.backbones.precision import in_fastest_precision
+from prosg_lib.evaluation import conversation_recall, predictions
+from prosg_lib.tasks import conversations
+from prosg_lib.text.prose import ProseTokens, load_prose
+from prosg_lib.training.checkpoints import load_generator
+
+PLAIN, WITH = ("none", "base", "repeated"), ("prosg-token", "wrong", "alone", "wrong-alone")
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Recall of natural prompts, by method and distance.")
+    parser.add_argument("--model", default="smollm2", help="as load_model takes it (default: smollm2)")
+    parser.add_argument("--window", type=int, default=256, help="tokens that it sees (default: 256)")
+    parser.add_argument("--generator", help="token-wise: a shipped name or a file")
+    parser.add_argument("--static", help="the control: a shipped name or a file")
+    parser.add_argument("--split", default="validation", choices=("validation", "test"))
+    parser.add_argument("--prompts", type=int, help="only so many (default: all)")
+    parser.add_argument("--distance", type=int, nargs="+", default=[0, 512], help="tokens of prose (default: 0 512)")
+    parser.add_argument("--methods", nargs="+", help="default: all that the generators allow")
+    parser.add_argument("--prose", type=int, default=256, help="tokens that perplexity is measured on; 0: none")
+    parser.add_argument("--out", default="runs/natural_prompts.jsonl.gz", help="where answers are kept")
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = options()
+    lm = in_fastest_precision(load_model(chosen.model, chosen.window)).requires_grad_(False)
+    files = {"token": chosen.generator, "static": chosen.static}
+    generators = {kind: load_generator(name, lm) for kind, name in files.items() if name}
+    methods = [*PLAIN, *(WITH if chosen.generator else ()), *(("static",) if chosen.static else ())]
+    methods = chosen.methods or methods
+    said = conversations.of_people(chosen.split)[: chosen.prompts]
+    prose = ProseTokens.of(load_prose(), chosen.split, lm.needed_tokenizer())
+
+    rows = conversation_recall.answers(lm, generators, methods, said, prose, chosen.distance)
+    predictions.write_rows(chosen.out, rows.to_dict("records"))
+    print(conversation_recall.table(conversation_recall.judged(rows)).round(3).to_markdown(index=False))
+    for method in methods if chosen.prose else ():
+        losses = conversation_recall.prose_losses(lm, generators, method, said, prose, chosen.prose)
+        print(f"perplexity of prose, {method}: {math.exp(losses.mean()):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Conversations: what is asked has its answer in the prompt, in the model's own format, and fits the window."""
+
+import pytest
+from families import TEMPLATE, talking
+
+from prosg_lib.tasks import conversations
+from prosg_lib.tasks.conversations import Conversation, ConversationDraw, Question, conversation_batch
+from prosg_lib.tasks.open_wording import Level
+from prosg_lib.tasks.open_world import OpenWorld, Shape, natural_prompts
+from prosg_lib.tasks.pairs import Pair
+from prosg_lib.tasks.squad import SquadPair
+from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
+from prosg_lib.text.tokenizer import load_tokenizer
+
+WINDOW = 150
+
+
+@pytest.fixture(scope="module")
+def world() -> OpenWorld:
+    tokenizer = talking().tokenizer
+    prose = ProseTokens.of(Prose("own", {"train": own_sentences("train")[:60]}), "train", tokenizer)
+    return OpenWorld(tokenizer, prose, Level.named("known", "train"), 0)
+
+
+def draw_of(world, turns=("open", "passages")) -> ConversationDraw:
+    said = [Conversation(f"Number {i} is red.", (Question("Which colour?", ("Red.",)),)) for i in range(9)]
+    return ConversationDraw(world, {"passages": said}, turns, 3, (1, 4), 2, 2, WINDOW, 16, 0)
+
+
+def test_an_open_world_prompt_is_what_the_user_says(world):
+    """Without the format of the project's own dialogues; questions are the dialogue's."""
+    shape = Shape(3, 0, 3, unknown=1, instructions=1)
+    found, item = conversations.of_open_world(world, 5, shape), world.item(5, shape)
+    assert item.prompt == f"User: {found.prompt}\n"
+    assert [(q.text, q.answers, q.kind) for q in found.questions] == [
+        (p.question, (p.answer,), p.kind) for p in item.probes
+    ]
+
+
+def test_pairs_about_one_context_are_one_conversation():
+    squad = SquadPair("Ada is in Oslo.", "Question: Where is Ada?\nAnswer:", "Oslo", ("Oslo", "in Oslo"))
+    pairs = [squad, Pair("Ada is in Oslo.", "Complete: Ada is in", "Oslo"), Pair("Bo is ill.", "Bo is", "ill")]
+    first, second = conversations.of_pairs(pairs)
+    assert first.questions == (
+        Question("Where is Ada?", ("Oslo.", "Oslo", "in Oslo")),
+        Question("Complete: Ada is in", ("Oslo.",)),
+    )
+    assert second == Conversation("Bo is ill.", (Question("Bo is", ("ill.",)),))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_prompts_as_people_write_them(split):
+    rows, found = natural_prompts(split), conversations.of_people(split)
+    assert [c.prompt for c in found] == [row["text"] for row in rows]
+    assert [q.answers[0] for c in found for q in c.questions] == [q["answer"] for r in rows for q in r["questions"]]
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_batch_holds_what_the_format_writes(template):
+    """A model's own format, or the project's; every question has a row, and only answers are to be predicted."""
+    tokenizer = talking().tokenizer
+    tokenizer.template = template
+    said = [
+        Conversation("I am Ada.", (Question("Who am I?", ("Ada.",)), Question("Am I Bo?", ("No.",)))),
+        Conversation("It rains and rains.", (Question("Rain?", ("Yes.",)),)),
+    ]
+    batch = conversation_batch(tokenizer, said, [[1, 2], [3, 4]])
+    prompt = tokenizer.decode(batch.prompt[0][batch.valid[0]])
+    assert prompt == ("[user] I am Ada.\n" if template else "User: I am Ada.\n")
+    asked = [[tokenizer.decode(turn[~answer]) for turn, answer in zip(*rows, strict=True)] for rows in
+             zip(batch.turns, batch.answer, strict=True)]  # fmt: skip
+    told = [[tokenizer.decode(turn[answer]) for turn, answer in zip(*rows, strict=True)] for rows in
+            zip(batch.turns, batch.answer, strict=True)]  # fmt: skip
+    question = "Who am I?\n"
+    expected = f"[user] {question}[assistant] " if template else f"User: {question}Bot:"
+    assert asked[0][0].rstrip("!") == expected  # "!" is the padding's token
+    assert [[text.strip() for text in row] for row in told] == [["Ada.", "No."], ["Yes.", ""]]
+    assert all(text.endswith("\n") for row in told for text in row if text)
+
+
+def test_what_a_step_draws(world):
+    """The same at every call; kinds in turn, easy prompts first; no more questions than wanted, and all of it fits."""
+    draw, tokenizer = draw_of(world), world.tokenizer
+    for step in range(6):
+        one, again = draw(step), draw(step)
+        assert one.turns.equal(again.turns)
+        assert one.prompt.equal(again.prompt)
+        assert one.turns.shape[1] <= 2
+        assert one.answer.any(-1).any(-1).all()
+        assert (one.valid.sum(1) + (one.turns != 0).sum(-1).max(1).values <= WINDOW).all()
+        assert one.prose.shape == (3, 16)
+        passages = "Number" in tokenizer.decode(one.prompt[0])
+        assert passages == (step >= 2 and step % 2 == 1)
+    assert not draw(2).prompt.equal(draw(4).prompt)
+
+
+def test_a_prompt_that_does_not_fit_is_not_drawn(world):
+    long = Conversation("rain " * 200, (Question("Rain?", ("Yes.",)),))
+    short = Conversation("It rains.", (Question("Rain?", ("Yes.",)),))
+    draw = draw_of(world, ("passages",))
+    object.__setattr__(draw, "sources", {"passages": [long, short]})
+    assert draw(3).prompt.shape[1] < 20
+
+
+def test_the_projects_tokenizer_is_untouched():
+    assert load_tokenizer().template is None
