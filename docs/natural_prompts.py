@@ -30,6 +30,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="only so many (default: all)")
     parser.add_argument("--distance", type=int, nargs="+", default=[0, 512], help="tokens of prose (default: 0 512)")
     parser.add_argument("--methods", nargs="+", help="default: all that the generators allow")
+    parser.add_argument("--chat", action="store_true", help="in the model's chat template (default: Text, Question)")
     parser.add_argument("--prose", type=int, default=256, help="tokens that perplexity is measured on; 0: none")
     parser.add_argument("--out", default="runs/natural_prompts.jsonl.gz", help="where answers are kept")
     return parser.parse_args()
@@ -45,11 +46,12 @@ def main() -> None:
     said = conversations.of_people(chosen.split)[: chosen.prompts]
     prose = ProseTokens.of(load_prose(), chosen.split, lm.needed_tokenizer())
 
-    rows = conversation_recall.answers(lm, generators, methods, said, prose, chosen.distance)
+    form = conversations.chat(lm.needed_tokenizer()) if chosen.chat else conversations.READING
+    rows = conversation_recall.answers(lm, generators, methods, said, prose, chosen.distance, form)
     predictions.write_rows(chosen.out, rows.to_dict("records"))
     print(conversation_recall.table(conversation_recall.judged(rows)).round(3).to_markdown(index=False))
     for method in methods if chosen.prose else ():
-        losses = conversation_recall.prose_losses(lm, generators, method, said, prose, chosen.prose)
+        losses = conversation_recall.prose_losses(lm, generators, method, said, prose, chosen.prose, form)
         print(f"perplexity of prose, {method}: {math.exp(losses.mean()):.2f}")
 
 

@@ -22,7 +22,7 @@ from prosg_lib.evaluation import reading
 from prosg_lib.evaluation.baselines import Start, start
 from prosg_lib.evaluation.open_recall import ALONE, plain
 from prosg_lib.generators.base import Generator
-from prosg_lib.tasks.conversations import Conversation, prompt_ids, question_ids
+from prosg_lib.tasks.conversations import READING, Conversation, Form
 from prosg_lib.text.prose import ProseTokens
 
 OTHERS = "wrong-alone"
@@ -43,6 +43,7 @@ def answers(
     conversations: Sequence[Conversation],
     prose: ProseTokens,
     distances: Sequence[int] = (0,),
+    form: Form = READING,
     at_once: int = 8,
 ) -> pd.DataFrame:
     """What every method answers to every question, after every distance of prose.
@@ -55,8 +56,8 @@ def answers(
         One row a method, distance and conversation: method, distance, prompt (its number), and lists with one entry a
         question: questions, kinds, gold (right answers, of which any will do), predicted.
     """
-    tokenizer, distances = lm.needed_tokenizer(), sorted(set(distances))
-    encoded = [list(prompt_ids(tokenizer, c.prompt)) for c in conversations]
+    distances = sorted(set(distances))
+    encoded = _encoded(lm, conversations, form)
     rng = random.Random("conversations")
     texts = [prose.passage(max(distances), rng) if max(distances) else [] for _ in conversations]
     rows = []
@@ -64,7 +65,7 @@ def answers(
         for part in _parts(len(conversations), at_once):
             begin = _start(method, lm, generators, encoded[part])
             for distance, state, _ in reading.read(lm, begin, texts[part], distances):
-                told = _asked(lm, begin, state, encoded[part], conversations[part])
+                told = _asked(lm, begin, state, encoded[part], conversations[part], form)
                 for number, predicted in enumerate(told, part.start):
                     conversation = conversations[number]
                     rows.append(
@@ -79,6 +80,10 @@ def answers(
                         }
                     )
     return pd.DataFrame(rows)
+
+
+def _encoded(lm: LanguageModel, conversations: Sequence[Conversation], form: Form) -> list[list[int]]:
+    return [list(lm.needed_tokenizer().encode(form.prompt(c.prompt))) for c in conversations]
 
 
 def _parts(count: int, at_once: int) -> list[slice]:
@@ -100,12 +105,13 @@ def _asked(
     state: RecurrentState | None,
     prompts: Sequence[Sequence[int]],
     conversations: Sequence[Conversation],
+    form: Form,
 ) -> list[list[str]]:
     """The generated answers to every conversation's questions, each from its own copy of the state."""
-    tokenizer = lm.needed_tokenizer()
+    encode = lm.needed_tokenizer().encode
     owner = [i for i, c in enumerate(conversations) for _ in c.questions]
     asked = [
-        [*(prompts[i] if begin.repeat else ()), *question_ids(tokenizer, q.text)]
+        [*(prompts[i] if begin.repeat else ()), *encode(form.question(q.text))]
         for i, c in enumerate(conversations)
         for q in c.questions
     ]
@@ -157,11 +163,12 @@ def prose_losses(
     conversations: Sequence[Conversation],
     prose: ProseTokens,
     length: int = 256,
+    form: Form = READING,
     at_once: int = 8,
 ) -> np.ndarray:
     """Mean negative log likelihood of prose after each prompt, nats a token, (conversations,); the perplexity is exp of
     it. The same prose for every method, so that differences are paired."""
-    encoded = [list(prompt_ids(lm.needed_tokenizer(), c.prompt)) for c in conversations]
+    encoded = _encoded(lm, conversations, form)
     rng, found = random.Random("conversations' prose"), []
     for part in _parts(len(conversations), at_once):
         begin = _start(method, lm, generators, encoded[part])

@@ -1,7 +1,15 @@
-"""Texts and questions about them, as conversations with a model that others trained, in its own chat format.
+"""Texts and questions about them, for a model that others trained: what its window has lost, it is asked about.
 
 Open-world dialogues, passages with questions, sentences to complete, prompts as people write them: each becomes a
-`Conversation`, a prompt and questions that are asked one by one::
+`Conversation`, a prompt and questions that are asked one by one. There are two forms. `READING` is the one in which
+SmolLM2 answers best with the prompt in front of it (docs/smollm2.md has the comparison)::
+
+    prompt:    Text: My dentist is Fadin and Tom's gate is K27.
+    question:  Question: Who is my dentist?
+               Answer:
+    answer:     Fadin
+
+and `chat` is the model's own chat template, in which people talk to it::
 
     prompt:    <|im_start|>user
                My dentist is Fadin and Tom's gate is K27.<|im_end|>
@@ -87,24 +95,40 @@ def of_people(split: str) -> list[Conversation]:
     ]
 
 
-# The format
+# Forms
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Token ids of a prompt, as a generator reads it."""
-    form = format_of(tokenizer)
-    return tokenizer.encode(form.remembered(text, more=False) + form.remembered_end)
+@dataclass(frozen=True)
+class Form:
+    """How a prompt, a question up to where its answer begins, and an answer with what ends it are written down.
+
+    taught: whether the model answers well enough in this form, with the prompt in front of it, to be a teacher.
+    """
+
+    prompt: Callable[[str], str]
+    question: Callable[[str], str]
+    answer: Callable[[str], str]
+    taught: bool
 
 
-def question_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Token ids of a question, up to where its answer begins."""
-    return tokenizer.encode(format_of(tokenizer).question(text, BEGUN))
+READING = Form(
+    lambda text: f"Text: {text}\n",
+    lambda text: f"Question: {text}\nAnswer:",
+    lambda text: f" {text.removesuffix('.')}\n",
+    taught=True,
+)
 
 
-def answer_ids(tokenizer: Tokenizer, answer: str) -> tuple[int, ...]:
-    """Token ids of an answer, with what ends it."""
-    form = format_of(tokenizer)
-    return tokenizer.encode(form.answered("", ("" if form.space else " ") + answer, BEGUN))
+def chat(tokenizer: Tokenizer) -> Form:
+    """The form of the model's files, as `chat.Chat` writes it; where they have none, that of the dialogues."""
+    written = format_of(tokenizer)
+    lead = "" if written.space else " "
+    return Form(
+        lambda text: written.remembered(text, more=False) + written.remembered_end,
+        lambda text: written.question(text, BEGUN),
+        lambda text: written.answered("", lead + text, BEGUN),
+        taught=False,
+    )
 
 
 # Batches
@@ -119,6 +143,7 @@ class ConversationBatch(Examples):
         turns: (B, Q, T), each question with its answer, right-padded with zeros.
         answer: (B, Q, T), True at the tokens of answers; nowhere in a row that has no question.
         prose: (B, L), passages to which the prompts have nothing to say.
+        taught: (B,), whether the model with the prompt in its window is a teacher.
     """
 
     prompt: Tensor
@@ -126,35 +151,39 @@ class ConversationBatch(Examples):
     turns: Tensor
     answer: Tensor
     prose: Tensor
+    taught: Tensor
 
 
 def conversation_batch(
-    tokenizer: Tokenizer, conversations: Sequence[Conversation], prose: Sequence[Sequence[int]]
+    tokenizer: Tokenizer, form: Form, conversations: Sequence[Conversation], prose: Sequence[Sequence[int]]
 ) -> ConversationBatch:
     """Conversations -> one batch; every prompt has as many rows of questions as the one with most."""
     most = max(len(c.questions) for c in conversations)
     turns, answers = [], []
     for conversation in conversations:
         for question in conversation.questions:
-            asked, said = question_ids(tokenizer, question.text), answer_ids(tokenizer, question.answers[0])
+            asked = tokenizer.encode(form.question(question.text))
+            said = tokenizer.encode(form.answer(question.answers[0]))
             turns.append([*asked, *said])
             answers.append([*[0] * len(asked), *[1] * len(said)])
         for rows in (turns, answers):
             rows += [[] for _ in range(most - len(conversation.questions))]
-    prompt = left_padded([prompt_ids(tokenizer, c.prompt) for c in conversations])
+    prompt = left_padded([tokenizer.encode(form.prompt(c.prompt)) for c in conversations])
     shape = len(conversations), most, -1
+    taught = torch.full((len(conversations),), form.taught)
     return ConversationBatch(
-        *prompt, right_padded(turns).view(shape), right_padded(answers).view(shape).bool(), torch.tensor(prose)
+        *prompt, right_padded(turns).view(shape), right_padded(answers).view(shape).bool(), torch.tensor(prose), taught
     )
 
 
 @dataclass(frozen=True)
 class ConversationDraw:
-    """Step -> batch. The kind of conversation, and how much an open-world prompt says, are drawn once a step.
+    """Step -> batch. The kind of conversation, its form, and how much an open-world prompt says are drawn once a step.
 
     Attributes:
         sources: conversations by kind, beside those of the open world.
         turns: the order of the kinds; "open" is the open world.
+        forms: of which a step draws one.
         facts: numbers of facts of an open-world prompt, of which a step draws one.
         easy: number of first steps whose prompts state at most two facts and nothing else.
         questions: Q, at most.
@@ -165,6 +194,7 @@ class ConversationDraw:
     world: OpenWorld
     sources: dict[str, Sequence[Conversation]]
     turns: tuple[str, ...]
+    forms: tuple[Form, ...]
     batch: int
     facts: tuple[int, ...]
     easy: int
@@ -177,16 +207,16 @@ class ConversationDraw:
         rng = random.Random(f"{VERSION}/{self.seed}/{step}")
         kind = "open" if step < self.easy else self.turns[step % len(self.turns)]
         draw = self._open(step, rng) if kind == "open" else lambda _: rng.choice(self.sources[kind])
-        found: list[Conversation] = []
-        number = 0
+        form, found, number = rng.choice(self.forms), [], 0
         while len(found) < self.batch:
             drawn = draw(number)
             asked = rng.sample(drawn.questions, min(self.questions, len(drawn.questions)))
             number += 1
-            if self._fits(drawn := replace(drawn, questions=tuple(asked))):
+            drawn = replace(drawn, questions=tuple(asked))
+            if self._fits(drawn, form):
                 found.append(drawn)
         prose = [self.world.prose.passage(self.passage, rng) for _ in found]
-        return conversation_batch(self.world.tokenizer, found, prose)
+        return conversation_batch(self.world.tokenizer, form, found, prose)
 
     def _open(self, step: int, rng: random.Random) -> Callable[[int], Conversation]:
         level = replace(self.world.level, coined=COINED, further=True)
@@ -205,9 +235,7 @@ class ConversationDraw:
         first = step * 4 * self.batch  # enough numbers, even if some prompts are too long
         return lambda number: of_open_world(world, first + number, shape)
 
-    def _fits(self, drawn: Conversation) -> bool:
-        tokenizer = self.world.tokenizer
-        turns = (
-            len(question_ids(tokenizer, q.text)) + len(answer_ids(tokenizer, q.answers[0])) for q in drawn.questions
-        )
-        return len(prompt_ids(tokenizer, drawn.prompt)) + max(turns) <= self.longest
+    def _fits(self, drawn: Conversation, form: Form) -> bool:
+        encode = self.world.tokenizer.encode
+        turns = (len(encode(form.question(q.text))) + len(encode(form.answer(q.answers[0]))) for q in drawn.questions)
+        return len(encode(form.prompt(drawn.prompt))) + max(turns) <= self.longest

@@ -2,7 +2,8 @@
 
 The student reads a question from a blank state, with the prompt's delta in the weights. It learns the right answers
 (LG), and to predict what the same model predicts with the prompt in its window (LC; Zhang, Choshen and Andreas 2025,
-arXiv 2506.20989, section 2). Last comes locality: KL(model without the change || with it) on prose.
+arXiv 2506.20989, section 2). Last come other texts: locality, KL(model without the change || with it) on prose, and at
+every second step prose stands in front of the questions.
 
 What costs time is kept short: the prompt is read once for the generator and the teacher, below the first changed map
 nothing is differentiated, and only answers are read out over the vocabulary.
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.config.sizes import ConversationCurriculum
 from prosg_lib.deltas.applying import applied
 from prosg_lib.deltas.low_rank import LowRankDelta
@@ -40,20 +42,23 @@ def conversation_objective(
         owner, turns, answer = asked.nonzero()[:, 0], batch.turns[asked], batch.answer[asked]  # rows, (rows, T)
         ids, predicts, gold = turns[:, :-1], answer[:, 1:], turns[answer]
         share = len(gold) / int(batch.whole.answer.sum())  # of the tokens that the batch's mean is over
+        parts, begin = {}, None
         with autocast_on(ids.device, autocast):
             delta, state = generator(lm, batch.prompt, batch.valid)
+            if step >= int(curriculum.local * steps):
+                loss, read = _locality(lm, delta, batch.prose)
+                parts["locality"] = loss * len(batch) / len(batch.whole)
+                begin = read.detach().select(owner) if step % 2 else None
             with applied(lm, delta.select(owner)):
-                hidden, _ = lm.step_through(ids, None, None)
+                hidden, _ = lm.step_through(ids, begin, None)
             student = _log_softmax(lm, hidden[predicts])
-            parts = {"answer": F.nll_loss(student, gold) * share}
-            if curriculum.teacher:
+            parts["answer"] = F.nll_loss(student, gold) * share
+            if curriculum.teacher and batch.whole.taught.all():
                 with torch.no_grad():
                     prompted, _ = lm.step_through(ids, state.select(owner), None)
                     target = _log_softmax(lm, prompted[predicts])
                 parts["teacher"] = _divergence(student, target) * share
                 parts["prompted"] = F.nll_loss(target, gold) * share  # what the teacher knows itself
-            if step >= int(curriculum.local * steps):
-                parts["locality"] = _locality(lm, delta, batch.prose) * len(batch) / len(batch.whole)
         weights = {"answer": 1.0, "teacher": curriculum.teacher, "locality": curriculum.locality}
         total = sum(weight * parts[name] for name, weight in weights.items() if name in parts)
         right = (student.argmax(-1) == gold).float().mean() * share
@@ -62,14 +67,14 @@ def conversation_objective(
     return loss_of
 
 
-def _locality(lm: LanguageModel, delta: LowRankDelta, prose: Tensor) -> Tensor:
-    """Mean KL(model without the delta || with it) of the next token, nats."""
+def _locality(lm: LanguageModel, delta: LowRankDelta, prose: Tensor) -> tuple[Tensor, RecurrentState]:
+    """Mean KL(model without the delta || with it) of the next token, nats; and the state after the prose, with it."""
     with torch.no_grad():
         plain, _ = lm.step_through(prose, None, None)
         target = _log_softmax(lm, plain[:, ::_EVERY].flatten(0, 1))
     with applied(lm, delta):
-        hidden, _ = lm.step_through(prose, None, None)
-    return _divergence(_log_softmax(lm, hidden[:, ::_EVERY].flatten(0, 1)), target)
+        hidden, state = lm.step_through(prose, None, None)
+    return _divergence(_log_softmax(lm, hidden[:, ::_EVERY].flatten(0, 1)), target), state
 
 
 def _divergence(student: Tensor, target: Tensor) -> Tensor:

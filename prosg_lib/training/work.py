@@ -166,6 +166,7 @@ def _conversation_work(recipe: Recipe, profile: Profile, module, lm: LanguageMod
         world,
         sources,
         turns=("open", "squad", "open", "cloze") if len(sources) == 2 else ("open", *sources),
+        forms=(conversations.READING, conversations.READING, conversations.chat(lm.needed_tokenizer())),
         batch=training.batch,
         facts=training.facts,
         easy=int(curriculum.easy * training.steps),

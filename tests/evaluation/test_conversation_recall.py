@@ -8,7 +8,7 @@ from families import talking
 from prosg_lib.evaluation import conversation_recall
 from prosg_lib.evaluation.conversation_recall import METHODS, answers, judged, prose_losses, table
 from prosg_lib.generators.normalised import NormalisedStatic, NormalisedTokenGenerator
-from prosg_lib.tasks.conversations import Conversation, Question, prompt_ids, question_ids
+from prosg_lib.tasks.conversations import READING, Conversation, Question, chat
 from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
 
 SAID = [
@@ -41,16 +41,18 @@ def prose(lm):
     return ProseTokens.of(Prose("own", {"test": own_sentences("test")[:40]}), "test", lm.tokenizer)
 
 
-def test_every_method_is_asked_from_where_it_stands(lm, generators, prose):
+@pytest.mark.parametrize("reading", [True, False])
+def test_every_method_is_asked_from_where_it_stands(lm, generators, prose, reading):
     """As one question at a time says; the text is the same for all; two prompts are read at a time."""
-    rows = answers(lm, generators, METHODS, SAID, prose, (0, 80), at_once=2)
+    form, encode = READING if reading else chat(lm.tokenizer), lm.tokenizer.encode
+    rows = answers(lm, generators, METHODS, SAID, prose, (0, 80), form, at_once=2)
     assert len(rows) == len(METHODS) * 2 * len(SAID)
     found = rows.set_index(["method", "distance", "prompt"]).predicted
-    read = list(prompt_ids(lm.tokenizer, SAID[1].prompt))
+    read = list(encode(form.prompt(SAID[1].prompt)))
     delta = generators["token"].memorize(lm, [read])
     state = lm.derive_state([read])
     for number, question in enumerate(SAID[1].questions):
-        asked = list(question_ids(lm.tokenizer, question.text))
+        asked = list(encode(form.question(question.text)))
         for method, begin, change, before in (
             ("none", None, None, []),
             ("base", state, None, []),
@@ -62,8 +64,8 @@ def test_every_method_is_asked_from_where_it_stands(lm, generators, prose):
             (expected,) = lm.generate([before + asked], begin, change, max_new_tokens=conversation_recall._TOKENS)
             assert found[method, 0, 1][number] == expected, method
     assert found["none", 80, 1] != found["base", 0, 1]
-    other = generators["token"].memorize(lm, [list(prompt_ids(lm.tokenizer, SAID[0].prompt))])
-    asked = list(question_ids(lm.tokenizer, SAID[1].questions[0].text))
+    other = generators["token"].memorize(lm, [list(encode(form.prompt(SAID[0].prompt)))])
+    asked = list(encode(form.question(SAID[1].questions[0].text)))
     (expected,) = lm.generate([asked], None, other, max_new_tokens=conversation_recall._TOKENS)
     assert found["wrong-alone", 0, 1][0] == expected
 

@@ -24,7 +24,7 @@ def world() -> OpenWorld:
 
 def draw_of(world, turns=("open", "passages")) -> ConversationDraw:
     said = [Conversation(f"Number {i} is red.", (Question("Which colour?", ("Red.",)),)) for i in range(9)]
-    return ConversationDraw(world, {"passages": said}, turns, 3, (1, 4), 2, 2, WINDOW, 16, 0)
+    return ConversationDraw(world, {"passages": said}, turns, (conversations.READING,), 3, (1, 4), 2, 2, WINDOW, 16, 0)
 
 
 def test_an_open_world_prompt_is_what_the_user_says(world):
@@ -55,27 +55,34 @@ def test_prompts_as_people_write_them(split):
     assert [q.answers[0] for c in found for q in c.questions] == [q["answer"] for r in rows for q in r["questions"]]
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_a_batch_holds_what_the_format_writes(template):
-    """A model's own format, or the project's; every question has a row, and only answers are to be predicted."""
+SAID = [
+    Conversation("I am Ada.", (Question("Who am I?", ("Ada.",)), Question("Am I Bo?", ("No.",)))),
+    Conversation("It rains and rains.", (Question("Rain?", ("Yes.",)),)),
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "reading", "prompt", "question", "answer"),
+    [
+        (TEMPLATE, True, "Text: I am Ada.\n", "Question: Who am I?\nAnswer:", " Ada\n"),
+        (TEMPLATE, False, "[user] I am Ada.\n", "[user] Who am I?\n[assistant] ", "Ada.\n"),
+        (None, False, "User: I am Ada.\n", "User: Who am I?\nBot:", " Ada.\n"),
+    ],
+)
+def test_a_batch_holds_what_the_form_writes(template, reading, prompt, question, answer):
+    """Every question has a row, and only answers are to be predicted."""
     tokenizer = talking().tokenizer
     tokenizer.template = template
-    said = [
-        Conversation("I am Ada.", (Question("Who am I?", ("Ada.",)), Question("Am I Bo?", ("No.",)))),
-        Conversation("It rains and rains.", (Question("Rain?", ("Yes.",)),)),
-    ]
-    batch = conversation_batch(tokenizer, said, [[1, 2], [3, 4]])
-    prompt = tokenizer.decode(batch.prompt[0][batch.valid[0]])
-    assert prompt == ("[user] I am Ada.\n" if template else "User: I am Ada.\n")
-    asked = [[tokenizer.decode(turn[~answer]) for turn, answer in zip(*rows, strict=True)] for rows in
-             zip(batch.turns, batch.answer, strict=True)]  # fmt: skip
-    told = [[tokenizer.decode(turn[answer]) for turn, answer in zip(*rows, strict=True)] for rows in
-            zip(batch.turns, batch.answer, strict=True)]  # fmt: skip
-    question = "Who am I?\n"
-    expected = f"[user] {question}[assistant] " if template else f"User: {question}Bot:"
-    assert asked[0][0].rstrip("!") == expected  # "!" is the padding's token
-    assert [[text.strip() for text in row] for row in told] == [["Ada.", "No."], ["Yes.", ""]]
-    assert all(text.endswith("\n") for row in told for text in row if text)
+    form = conversations.READING if reading else conversations.chat(tokenizer)
+    batch = conversation_batch(tokenizer, form, SAID, [[1, 2], [3, 4]])
+    assert tokenizer.decode(batch.prompt[0][batch.valid[0]]) == prompt
+    assert batch.turns.shape[:2] == batch.answer.shape[:2] == (2, 2)
+    first = batch.turns[0, 0][batch.turns[0, 0] > 0]
+    assert tokenizer.decode(first) == question + answer
+    said = [tokenizer.decode(turn[said]) for turn, said in zip(batch.turns[0], batch.answer[0], strict=True)]
+    assert said == [answer, answer.replace("Ada", "No")]
+    assert batch.answer.any(-1).tolist() == [[True, True], [True, False]]
+    assert batch.taught.tolist() == [reading, reading]
 
 
 def test_what_a_step_draws(world):

@@ -7,7 +7,7 @@ from tiny import assert_parts_add_up
 
 from prosg_lib.config.sizes import ConversationCurriculum
 from prosg_lib.generators.normalised import NormalisedTokenGenerator
-from prosg_lib.tasks.conversations import Conversation, Question, conversation_batch
+from prosg_lib.tasks.conversations import READING, Conversation, Question, chat, conversation_batch
 from prosg_lib.training.conversation_objective import conversation_objective
 
 SAID = [
@@ -33,11 +33,11 @@ def generator(lm):
     return made.eval()
 
 
-def batch_of(lm):
-    return conversation_batch(lm.tokenizer, SAID, torch.arange(36).view(3, 12).tolist())
+def batch_of(lm, form=READING):
+    return conversation_batch(lm.tokenizer, form, SAID, torch.arange(36).view(3, 12).tolist())
 
 
-@pytest.mark.parametrize("step", [0, 9])
+@pytest.mark.parametrize("step", [0, 8, 9])
 @pytest.mark.parametrize("size", [1, 2])
 def test_parts_add_up(lm, generator, step, size):
     loss_of = conversation_objective(lm, generator, CURRICULUM, 10)
@@ -51,12 +51,14 @@ def test_what_counts_when(lm, generator):
     early, late = loss_of(4, batch), loss_of(5, batch)
     assert early.parts.keys() == {"answer", "teacher", "prompted", "right"}
     assert late.parts.keys() == {"answer", "teacher", "prompted", "locality", "right"}
+    assert late.parts["answer"] != early.parts["answer"] == loss_of(6, batch).parts["answer"]  # 5: behind prose
     parts = {name: part.detach() for name, part in late.parts.items()}
     assert late.total.item() == pytest.approx(
         (parts["answer"] + 0.5 * parts["teacher"] + 2 * parts["locality"]).item(), rel=1e-5
     )
     alone = conversation_objective(lm, generator, ConversationCurriculum(teacher=0, local=1), 10)
     assert alone(0, batch).parts.keys() == {"answer", "right"}
+    assert loss_of(0, batch_of(lm, chat(lm.tokenizer))).parts.keys() == {"answer", "right"}
 
 
 def test_the_loss_of_an_answer_is_that_of_its_question_alone(lm, generator):
@@ -65,7 +67,7 @@ def test_the_loss_of_an_answer_is_that_of_its_question_alone(lm, generator):
     total = count = 0.0
     for said in SAID:
         for question in said.questions:
-            one = conversation_batch(lm.tokenizer, [Conversation(said.prompt, (question,))], [[1, 2]])
+            one = conversation_batch(lm.tokenizer, READING, [Conversation(said.prompt, (question,))], [[1, 2]])
             tokens = int(one.answer.sum())
             total, count = total + loss_of(0, one).total.detach() * tokens, count + tokens
     assert loss_of(0, batch_of(lm)).total.item() == pytest.approx((total / count).item(), rel=1e-4)
