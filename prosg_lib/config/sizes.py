@@ -303,7 +303,8 @@ class ConversationCurriculum(Sizes):
 
     Attributes:
         easy: share of the steps in which prompts state one fact or two, and nothing else.
-        teacher: weight of the KL to the model with the prompt in front of it, beside the loss of the right answers.
+        teacher: weight of the KL to the model with the prompt in front of it, beside the loss of the right answers; a
+            step then takes half as long again.
         local: share of the steps after which locality counts as well: KL to the model without the delta, on prose.
         locality: its weight; passage: tokens of such a prose.
     """
@@ -311,7 +312,7 @@ class ConversationCurriculum(Sizes):
     may_be_zero = ("easy", "teacher", "local", "locality")
 
     easy: float = 0.15
-    teacher: float = 0.5
+    teacher: float = 0.0
     local: float = 0.6
     locality: float = 1.0
     passage: int = 32

@@ -50,22 +50,23 @@ def answers(
 
     Args:
         generators: "token", "static", as far as the methods need them.
-        methods: of `METHODS`.
+        methods: of `METHODS`; the plain model's see the form's opening in front of the prompt, or of the question.
         at_once: prompts that are read together.
     Returns:
         One row a method, distance and conversation: method, distance, prompt (its number), and lists with one entry a
         question: questions, kinds, gold (right answers, of which any will do), predicted.
     """
     distances = sorted(set(distances))
-    encoded = _encoded(lm, conversations, form)
     rng = random.Random("conversations")
     texts = [prose.passage(max(distances), rng) if max(distances) else [] for _ in conversations]
     rows = []
     for method in methods:
+        encoded = _encoded(lm, conversations, form, method)
         for part in _parts(len(conversations), at_once):
             begin = _start(method, lm, generators, encoded[part])
             for distance, state, _ in reading.read(lm, begin, texts[part], distances):
-                told = _asked(lm, begin, state, encoded[part], conversations[part], form)
+                opening = form.opening if method == "none" else ""
+                told = _asked(lm, begin, state, encoded[part], conversations[part], form, opening)
                 for number, predicted in enumerate(told, part.start):
                     conversation = conversations[number]
                     rows.append(
@@ -82,8 +83,10 @@ def answers(
     return pd.DataFrame(rows)
 
 
-def _encoded(lm: LanguageModel, conversations: Sequence[Conversation], form: Form) -> list[list[int]]:
-    return [list(lm.needed_tokenizer().encode(form.prompt(c.prompt))) for c in conversations]
+def _encoded(lm: LanguageModel, conversations: Sequence[Conversation], form: Form, method: str) -> list[list[int]]:
+    """The prompts. The plain model's begin with the form's opening, which trained generators do without."""
+    opening = form.opening if method in ("base", "repeated") else ""
+    return [list(lm.needed_tokenizer().encode(opening + form.prompt(c.prompt))) for c in conversations]
 
 
 def _parts(count: int, at_once: int) -> list[slice]:
@@ -106,12 +109,13 @@ def _asked(
     prompts: Sequence[Sequence[int]],
     conversations: Sequence[Conversation],
     form: Form,
+    opening: str,
 ) -> list[list[str]]:
     """The generated answers to every conversation's questions, each from its own copy of the state."""
     encode = lm.needed_tokenizer().encode
     owner = [i for i, c in enumerate(conversations) for _ in c.questions]
     asked = [
-        [*(prompts[i] if begin.repeat else ()), *encode(form.question(q.text))]
+        [*(prompts[i] if begin.repeat else ()), *encode(opening + form.question(q.text))]
         for i, c in enumerate(conversations)
         for q in c.questions
     ]
@@ -168,7 +172,7 @@ def prose_losses(
 ) -> np.ndarray:
     """Mean negative log likelihood of prose after each prompt, nats a token, (conversations,); the perplexity is exp of
     it. The same prose for every method, so that differences are paired."""
-    encoded = _encoded(lm, conversations, form)
+    encoded = _encoded(lm, conversations, form, method)
     rng, found = random.Random("conversations' prose"), []
     for part in _parts(len(conversations), at_once):
         begin = _start(method, lm, generators, encoded[part])

@@ -102,20 +102,23 @@ def of_people(split: str) -> list[Conversation]:
 class Form:
     """How a prompt, a question up to where its answer begins, and an answer with what ends it are written down.
 
-    taught: whether the model answers well enough in this form, with the prompt in front of it, to be a teacher.
+    opening: examples that the plain model needs in front, to answer in this form; "" where they do not help.
     """
 
     prompt: Callable[[str], str]
     question: Callable[[str], str]
     answer: Callable[[str], str]
-    taught: bool
+    opening: str = ""
 
 
 READING = Form(
     lambda text: f"Text: {text}\n",
     lambda text: f"Question: {text}\nAnswer:",
     lambda text: f" {text.removesuffix('.')}\n",
-    taught=True,
+    "Text: My bus is the 42 and my cat Mia is afraid of dogs.\n"
+    "Question: What is my cat called?\nAnswer: Mia\nQuestion: Which bus do I take?\nAnswer: 42\n\n"
+    "Text: You help at Bellows, a shoe shop. We close at half past five.\n"
+    "Question: When do you close?\nAnswer: half past five\n\n",
 )
 
 
@@ -127,7 +130,6 @@ def chat(tokenizer: Tokenizer) -> Form:
         lambda text: written.remembered(text, more=False) + written.remembered_end,
         lambda text: written.question(text, BEGUN),
         lambda text: written.answered("", lead + text, BEGUN),
-        taught=False,
     )
 
 
@@ -143,7 +145,7 @@ class ConversationBatch(Examples):
         turns: (B, Q, T), each question with its answer, right-padded with zeros.
         answer: (B, Q, T), True at the tokens of answers; nowhere in a row that has no question.
         prose: (B, L), passages to which the prompts have nothing to say.
-        taught: (B,), whether the model with the prompt in its window is a teacher.
+        opening: (B, E), what a teacher reads in front of the prompt; no tokens where there is no teacher.
     """
 
     prompt: Tensor
@@ -151,7 +153,7 @@ class ConversationBatch(Examples):
     turns: Tensor
     answer: Tensor
     prose: Tensor
-    taught: Tensor
+    opening: Tensor
 
 
 def conversation_batch(
@@ -170,9 +172,9 @@ def conversation_batch(
             rows += [[] for _ in range(most - len(conversation.questions))]
     prompt = left_padded([tokenizer.encode(form.prompt(c.prompt)) for c in conversations])
     shape = len(conversations), most, -1
-    taught = torch.full((len(conversations),), form.taught)
+    opening = torch.tensor(tokenizer.encode(form.opening), dtype=torch.long).expand(len(conversations), -1)
     return ConversationBatch(
-        *prompt, right_padded(turns).view(shape), right_padded(answers).view(shape).bool(), torch.tensor(prose), taught
+        *prompt, right_padded(turns).view(shape), right_padded(answers).view(shape).bool(), torch.tensor(prose), opening
     )
 
 
@@ -187,7 +189,7 @@ class ConversationDraw:
         facts: numbers of facts of an open-world prompt, of which a step draws one.
         easy: number of first steps whose prompts state at most two facts and nothing else.
         questions: Q, at most.
-        longest: tokens that a prompt and the longest of its turns have together, at most: what the window holds.
+        longest: tokens that opening, prompt and the longest of its turns have together, at most: what the window holds.
         passage: L.
     """
 
@@ -238,4 +240,4 @@ class ConversationDraw:
     def _fits(self, drawn: Conversation, form: Form) -> bool:
         encode = self.world.tokenizer.encode
         turns = (len(encode(form.question(q.text))) + len(encode(form.answer(q.answers[0]))) for q in drawn.questions)
-        return len(encode(form.prompt(drawn.prompt))) + max(turns) <= self.longest
+        return len(encode(form.opening)) + len(encode(form.prompt(drawn.prompt))) + max(turns) <= self.longest

@@ -1,12 +1,12 @@
 """What is minimised on conversations: a model with a window, whose prompt has left it, answers as if it had not.
 
 The student reads a question from a blank state, with the prompt's delta in the weights. It learns the right answers
-(LG), and to predict what the same model predicts with the prompt in its window (LC; Zhang, Choshen and Andreas 2025,
-arXiv 2506.20989, section 2). Last come other texts: locality, KL(model without the change || with it) on prose, and at
-every second step prose stands in front of the questions.
+(LG) and, if the curriculum says so, to predict what the same model predicts with examples of the form and the prompt in
+its window (LC; Zhang, Choshen and Andreas 2025, arXiv 2506.20989, section 2). Last come other texts: locality,
+KL(model without the change || with it) on prose, and at every second step prose stands in front of the questions.
 
-What costs time is kept short: the prompt is read once for the generator and the teacher, below the first changed map
-nothing is differentiated, and only answers are read out over the vocabulary.
+What costs time is kept short: a prompt is read once for all of its questions, below the first changed map nothing is
+differentiated, and only answers are read out over the vocabulary.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def conversation_objective(
         share = len(gold) / int(batch.whole.answer.sum())  # of the tokens that the batch's mean is over
         parts, begin = {}, None
         with autocast_on(ids.device, autocast):
-            delta, state = generator(lm, batch.prompt, batch.valid)
+            delta, _ = generator(lm, batch.prompt, batch.valid)
             if step >= int(curriculum.local * steps):
                 loss, read = _locality(lm, delta, batch.prose)
                 parts["locality"] = loss * len(batch) / len(batch.whole)
@@ -53,8 +53,10 @@ def conversation_objective(
                 hidden, _ = lm.step_through(ids, begin, None)
             student = _log_softmax(lm, hidden[predicts])
             parts["answer"] = F.nll_loss(student, gold) * share
-            if curriculum.teacher and batch.whole.taught.all():
+            if curriculum.teacher and batch.opening.numel():
                 with torch.no_grad():
+                    _, state = lm.step_through(batch.opening[:1], None, None)  # the same for all
+                    _, state = lm.step_through(batch.prompt, state.select([0] * len(batch)), batch.valid)
                     prompted, _ = lm.step_through(ids, state.select(owner), None)
                     target = _log_softmax(lm, prompted[predicts])
                 parts["teacher"] = _divergence(student, target) * share

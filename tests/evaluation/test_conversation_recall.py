@@ -48,15 +48,17 @@ def test_every_method_is_asked_from_where_it_stands(lm, generators, prose, readi
     rows = answers(lm, generators, METHODS, SAID, prose, (0, 80), form, at_once=2)
     assert len(rows) == len(METHODS) * 2 * len(SAID)
     found = rows.set_index(["method", "distance", "prompt"]).predicted
+    opening = list(encode(form.opening))
     read = list(encode(form.prompt(SAID[1].prompt)))
     delta = generators["token"].memorize(lm, [read])
     state = lm.derive_state([read])
+    plain = lm.derive_state([opening + read])
     for number, question in enumerate(SAID[1].questions):
         asked = list(encode(form.question(question.text)))
         for method, begin, change, before in (
-            ("none", None, None, []),
-            ("base", state, None, []),
-            ("repeated", state, None, read),
+            ("none", None, None, opening),
+            ("base", plain, None, []),
+            ("repeated", plain, None, opening + read),
             ("prosg-token", state, delta, []),
             ("alone", None, delta, []),
             ("static", None, generators["static"].memorize(lm, [read]), []),

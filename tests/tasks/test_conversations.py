@@ -12,7 +12,7 @@ from prosg_lib.tasks.squad import SquadPair
 from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 
-WINDOW = 150
+WINDOW = 280
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,8 @@ def test_a_batch_holds_what_the_form_writes(template, reading, prompt, question,
     said = [tokenizer.decode(turn[said]) for turn, said in zip(batch.turns[0], batch.answer[0], strict=True)]
     assert said == [answer, answer.replace("Ada", "No")]
     assert batch.answer.any(-1).tolist() == [[True, True], [True, False]]
-    assert batch.taught.tolist() == [reading, reading]
+    assert batch.opening.shape[0] == 2
+    assert tokenizer.decode(batch.opening[1]).startswith("Text: My bus") == reading
 
 
 def test_what_a_step_draws(world):
