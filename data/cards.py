@@ -141,8 +141,9 @@ def _code(name: str, made: Recipe) -> str:
             "from prosg_lib.config import get_profile\nfrom prosg_lib.training.load_or_train import load_or_train\n\n"
             f'step = load_or_train("{made.name}", get_profile("cpu"))'
         )
+    window = f", window={made.window}" if made.window else ""
     return (
-        f'import prosg_lib as prosg\n\nlm = prosg.load_model("{made.lm}")\n'
+        f'import prosg_lib as prosg\n\nlm = prosg.load_model("{made.lm}"{window})\n'
         f'generator = prosg.load_generator("{name}", lm)'
     )
 
