@@ -101,7 +101,7 @@ def _by_normaliser(features, texts):
 def _features():
     scale = torch.tensor([1.0, 1e3, 1e-2, 5.0, 0.0], dtype=torch.float64)
     features, texts = _random((3, 5), (40, 5), seed=3)
-    return [(7 + features * scale, 7 + texts * scale), (1 - features[:1] * scale, texts * scale)]
+    return [(7 + features * scale, 7 + texts * scale), (1 - features[:2] * scale, texts * scale)]
 
 
 def normalised_by_row(features, texts):

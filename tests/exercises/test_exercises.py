@@ -50,7 +50,6 @@ def test_the_stub_is_not_answered(exercise):
 @pytest.mark.parametrize(
     ("exercise", "mistake"), MISTAKES, ids=lambda x: getattr(x, "number", None) or x.answer.__name__
 )
-@pytest.mark.filterwarnings("ignore:std")
 def test_a_mistake_is_recognised(exercise, mistake):
     found = reply(exercise, mistake.answer)
     assert found.right is False
