@@ -119,7 +119,7 @@ class Bank:
         found = self.answers(inside, once, scale)
         summary = (
             f"In the weights: {self._listed(inside)}, at scale {scale:g}, the common part "
-            f"{'once' if once else 'once a memory'}. {_counted(found)}"
+            f"{'once' if once else 'once a memory'}. The model would name {_counted(found)}."
         )
         rows = []
         for (name, part), text in zip(found.groupby("memory"), self.texts, strict=True):
@@ -152,27 +152,27 @@ class Bank:
         second, and all as a plain sum. Returns them in words."""
         n = len(self.texts)
         banks = {"+".join(self.names[:k]) or "nothing": ([i < k for i in range(n)], True) for k in range(n + 1)}
-        banks[f"without {self.names[1]}"] = ([i != 1 for i in range(n)], True)
+        banks[f"all but {self.names[1]}"] = ([i != 1 for i in range(n)], True)
         banks["all, plain sum"] = ([True] * n, False)
         words = []
         for x, (label, (inside, once)) in enumerate(banks.items()):
             found = self.answers(inside, once)
             for y, row in enumerate(found.itertuples()):
                 draw_share(ax, x, y, row.p, f"{'✓' if row.known else '✗'} {row.p:.2f}")
-            words.append(f"{label}: {_counted(found)}")
+            words.append(f"with {label}, {_counted(found)}")
         ax.set(xlim=(-0.5, len(banks) - 0.5), ylim=(len(found) - 0.5, -0.5), xlabel="memories in the weights")
         ax.set_xticks(range(len(banks)), list(banks), fontsize=9)
         ax.set_yticks(range(len(found)), [f"{row.memory}: {row.value}" for row in found.itertuples()])
         ax.grid(False)
-        return "Probability of each right answer by the memories in the weights. " + " ".join(words)
+        named = "; ".join(words)
+        return f"Probability of each right answer by the memories in the weights. The model would name: {named}."
 
 
 def _counted(found: pd.DataFrame) -> str:
     """How many values the model would name, of those that are in and of the others."""
     parts = [(part.known.sum(), len(part), word) for ticked, word in ((True, "are in"), (False, "are not"))
              if len(part := found[found.inside == ticked])]  # fmt: skip
-    named = " and ".join(f"{known} of the {count} values that {word}" for known, count, word in parts)
-    return f"The model would name {named}."
+    return " and ".join(f"{known} of the {count} values that {word}" for known, count, word in parts)
 
 
 def own_memories(

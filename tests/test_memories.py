@@ -76,8 +76,9 @@ def test_page_and_figure_say_the_same(made):
     assert [text in page.blocks[0] for text in bank.texts] == [True] * 3
     figure, ax = plt.subplots()
     words = bank.draw(ax)
-    assert page.summary.split(". ")[1] in words.split("without B: ")[1]
-    assert len(ax.texts) == 6 * 6  # nothing, A, A+B, A+B+C, without B, plain sum; six facts
+    named = page.summary.split("would name ")[1].removesuffix(".")
+    assert f"with all but B, {named};" in words
+    assert len(ax.texts) == 6 * 6  # nothing, A, A+B, A+B+C, all but B, plain sum; six facts
     figure.canvas.draw()
     plt.close(figure)
 
