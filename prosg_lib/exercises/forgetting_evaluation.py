@@ -180,21 +180,17 @@ def _gains():
     ]
 
 
-def _ends(gains, drawn):
-    return np.percentile(gains[drawn].mean(1), [2.5, 97.5])
-
-
 def ruled_out_if_not_significant(gains, drawn, margin):
-    low, high = _ends(gains, drawn)
+    low, high = np.percentile(gains[drawn].mean(1), [2.5, 97.5])
     return high, low <= 0 <= high
 
 
 def ruled_out_if_small_on_average(gains, drawn, margin):
-    return _ends(gains, drawn)[1], gains.mean() < margin
+    return np.percentile(gains[drawn].mean(1), 97.5), gains.mean() < margin
 
 
 def ruled_out_by_the_lower_end(gains, drawn, margin):
-    low, _ = _ends(gains, drawn)
+    low = np.percentile(gains[drawn].mean(1), 2.5)
     return low, low < margin
 
 
@@ -204,7 +200,7 @@ def ruled_out_by_the_prompts(gains, drawn, margin):
 
 
 def ruled_out_both_ways(gains, drawn, margin):
-    low, high = _ends(gains, drawn)
+    low, high = np.percentile(gains[drawn].mean(1), [2.5, 97.5])
     return high, -margin < low and high < margin
 
 
