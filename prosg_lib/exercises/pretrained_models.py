@@ -308,8 +308,8 @@ EXERCISES = (
         stars=3,
         minutes=15,
         task="A delta adds $s\\,U k$ to a map's output, where the *key* $k = V^\\top x$ is what a token reads. Where "
-        "the common part is unknown, look for the $U$ that does on each prompt's keys what the prompt's own $U_i$ does: "
-        "minimise $\\sum_i \\sum_t \\|U k_{it} - U_i k_{it}\\|^2 + \\lambda \\|U\\|^2$.",
+        "the common part is unknown, look for the $U$ that does on each prompt's keys what the prompt's own $U_i$ "
+        "does: minimise $\\sum_i \\sum_t \\|U k_{it} - U_i k_{it}\\|^2 + \\lambda \\|U\\|^2$.",
         hint="Set the derivative by $U$ to zero. With $A_i = \\sum_t k_{it} k_{it}^\\top$ it reads "
         "$\\sum_i (U - U_i) A_i + \\lambda U = 0$. Solve for $U$.",
         solution=one_for_all,
