@@ -70,6 +70,10 @@ class LanguageModel(nn.Module, ABC):
     ) -> tuple[Tensor, RecurrentState]:
         """Final hidden states (B, T, D) and the state after the last token; arguments as in `forward`."""
 
+    def hidden_states(self, ids: Tensor, state: RecurrentState | None = None, valid: Tensor | None = None) -> Tensor:
+        """Those of `step_through` alone, (B, T, D), where the state afterwards is not needed."""
+        return self.step_through(ids, state, valid)[0]
+
     @abstractmethod
     def read_out(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab) from final hidden states (..., D)."""

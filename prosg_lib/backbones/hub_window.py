@@ -75,16 +75,26 @@ class WindowTransformer(HubModel):
     # Reading
 
     def step_through(self, ids, state=None, valid=None):
+        return self._through(ids, state, valid, keep=True)
+
+    def hidden_states(self, ids, state=None, valid=None):
+        """Without the copies that make up the state after the last block."""
+        return self._through(ids, state, valid, keep=False)[0]
+
+    def _through(self, ids, state, valid, keep: bool) -> tuple[Tensor, RecurrentState | None]:
         self.check_state(ids, state)
         hidden = []
         for start in range(0, ids.shape[1], self._block):
             block = slice(start, start + self._block)
-            out, state = self._read(ids[:, block], state, None if valid is None else valid[:, block])
+            part = None if valid is None else valid[:, block]
+            out, state = self._read(ids[:, block], state, part, keep or block.stop < ids.shape[1])
             hidden.append(out)
         return torch.cat(hidden, 1), state
 
-    def _read(self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None) -> tuple[Tensor, RecurrentState]:
-        """Hidden states and the state after a block of at most W - S tokens.
+    def _read(
+        self, ids: Tensor, state: RecurrentState | None, valid: Tensor | None, keep: bool = True
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """Hidden states and, if it is to be kept, the state after a block of at most W - S tokens.
 
         A token's place is its number in its text. Because the block is so short, the sinks are in their slots before
         any token is at place W or beyond, so only slots can be nearer than they truly are.
@@ -113,11 +123,12 @@ class WindowTransformer(HubModel):
             inside_turn,
             there_turn,
             see[:, None],
-            *self._sources(before, valid, slots.shape[1]),
+            self._sources(before, valid, slots.shape[1]) if keep else None,
         )
         with self._attending(run):
             body = self.model.base_model(input_ids=ids, attention_mask=see[:, None], position_ids=here, use_cache=False)
-        return body.last_hidden_state, self.state_of(run.after | {"seen": seen + valid.sum(1)})
+        state = self.state_of(run.after | {"seen": seen + valid.sum(1)}) if keep else None
+        return body.last_hidden_state, state
 
     def _slots(self, seen: Tensor) -> Tensor:
         """The places of the tokens in the slots (B, W - 1), given how many were seen (B, 1); -1 where one is empty."""
@@ -214,11 +225,11 @@ class _Run:
     """What every layer of one run needs.
 
     Attributes:
-        before, after: the state's keys and values; each layer adds its own to `after`.
+        before, after: the state's keys and values; each layer adds its own to `after`, if it is to be kept.
         sinks: how many columns, on the left, hold sinks.
         here: turns the block's queries and keys; inside: its queries, for the sinks; there: the keys in the slots.
         see: (B, 1, T, C), which column each token sees.
-        source, filled: of every slot afterwards, see `WindowTransformer._sources`.
+        sources: of every slot afterwards, see `WindowTransformer._sources`; None: nothing is kept.
     """
 
     before: dict[str, Tensor]
@@ -227,8 +238,7 @@ class _Run:
     inside: Turn
     there: Turn
     see: Tensor
-    source: Tensor
-    filled: Tensor
+    sources: tuple[Tensor, Tensor] | None
 
     def __post_init__(self):
         self.after: dict[str, Tensor] = {}
@@ -236,8 +246,10 @@ class _Run:
     def joined(self, name: str, new: Tensor) -> Tensor:
         """A layer's keys or values of all columns (B, K, C, N); what the next token may see of them is kept."""
         columns = torch.cat([self.before[name], new], 2) if name in self.before else new
-        source = self.source[:, None, :, None].expand(-1, columns.shape[1], -1, columns.shape[3])
-        self.after[name] = columns.gather(2, source).masked_fill(~self.filled[:, None, :, None], 0.0)
+        if self.sources is not None:
+            source, filled = (each[:, None, :, None] for each in self.sources)
+            source = source.expand(-1, columns.shape[1], -1, columns.shape[3])
+            self.after[name] = columns.gather(2, source).masked_fill(~filled, 0.0)
         return columns
 
 

@@ -50,14 +50,14 @@ def conversation_objective(
                 parts["locality"] = loss * len(batch) / len(batch.whole)
                 begin = read.detach().select(owner) if step % 2 else None
             with applied(lm, delta.select(owner)):
-                hidden, _ = lm.step_through(ids, begin, None)
+                hidden = lm.hidden_states(ids, begin)
             student = _log_softmax(lm, hidden[predicts])
             parts["answer"] = F.nll_loss(student, gold) * share
             if curriculum.teacher and batch.opening.numel():
                 with torch.no_grad():
                     _, state = lm.step_through(batch.opening[:1], None, None)  # the same for all
                     _, state = lm.step_through(batch.prompt, state.select([0] * len(batch)), batch.valid)
-                    prompted, _ = lm.step_through(ids, state.select(owner), None)
+                    prompted = lm.hidden_states(ids, state.select(owner))
                     target = _log_softmax(lm, prompted[predicts])
                 parts["teacher"] = _divergence(student, target) * share
                 parts["prompted"] = F.nll_loss(target, gold) * share  # what the teacher knows itself
@@ -72,7 +72,7 @@ def conversation_objective(
 def _locality(lm: LanguageModel, delta: LowRankDelta, prose: Tensor) -> tuple[Tensor, RecurrentState]:
     """Mean KL(model without the delta || with it) of the next token, nats; and the state after the prose, with it."""
     with torch.no_grad():
-        plain, _ = lm.step_through(prose, None, None)
+        plain = lm.hidden_states(prose)
         target = _log_softmax(lm, plain[:, ::_EVERY].flatten(0, 1))
     with applied(lm, delta):
         hidden, state = lm.step_through(prose, None, None)

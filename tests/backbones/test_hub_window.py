@@ -108,6 +108,16 @@ def test_window_and_sinks_are_part_of_the_model():
 
 
 @torch.no_grad()
+def test_hidden_states_without_a_state():
+    """The same, whatever the length, from a state and with padding."""
+    lm = one_layer("Llama", 8, 3)
+    ids, valid = lm.encode_prompts(rows_of((20, 13)))
+    hidden, state = lm.step_through(ids, None, valid)
+    assert torch.equal(lm.hidden_states(ids, None, valid), hidden)
+    assert torch.equal(lm.hidden_states(ids[:, :3], state), lm.step_through(ids[:, :3], state)[0])
+
+
+@torch.no_grad()
 def test_the_plain_model_is_left_as_it_was():
     """It shares its weights with the one that has a window, and reads everything, before and after."""
     plain = CausalTransformer(library("Llama", **HEADS)).eval()

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from checks import assert_same_change, full_change, token_generator
+from families import talking
 from torch.testing import assert_close
 
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import Generator
 from prosg_lib.generators.final_state import FinalStateGenerator
+from prosg_lib.generators.normalised import NormalisedTokenGenerator
 from prosg_lib.generators.several_prompts import (
     METHODS,
     RIDGE,
@@ -149,6 +151,21 @@ def test_rederiving_is_reading_one_line(lm, generator):
     more = append_prompt(lm, generator, f"  {TEXTS[1]}\n", first)
     assert_same_change(delta_of_prompts(lm, generator, first), before)
     assert_same_change(delta_of_prompts(lm, generator, more), *deltas_of(lm, generator, [" ".join(TEXTS[:2])]))
+
+
+def test_what_is_remembered_is_a_message_where_a_model_has_a_template():
+    """Each text one of its own, as the template writes it in mid-conversation; the same read as one, and added."""
+    lm = talking()
+    torch.manual_seed(0)
+    generator = NormalisedTokenGenerator(lm, 3, 24, ("o_proj",))
+    torch.nn.init.normal_(generator.heads["model_layers_1_self_attn_o_proj"].weight)
+    one = append_prompt(lm, generator, TEXTS[0])
+    both = append_prompt(lm, generator, TEXTS[1], one)
+    written = [f"[user] {text}\n" for text in TEXTS[:2]]
+    assert_same_change(delta_of_prompts(lm, generator, one), generator.memorize(lm, written[:1]))
+    assert_same_change(delta_of_prompts(lm, generator, both), generator.memorize(lm, ["".join(written)]))
+    each = generator.memorize(lm, written)
+    assert_same_change(joint_delta("add", lm, generator, TEXTS[:2]), sum(each.select([i]) for i in range(2)))
 
 
 def own_directions(lm, generator):
