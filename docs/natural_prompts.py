@@ -1,6 +1,7 @@
 """What a model with a window still answers about prompts as people write them, `data/natural_prompts.jsonl`.
 
 python docs/natural_prompts.py                                           # the plain model: in view, and gone
+python docs/natural_prompts.py --window 0 --methods base                 # everything in view
 python docs/natural_prompts.py --generator runs/cpu/checkpoints/smollm2-token.safetensors --distance 0 512 2048
 
 Every answer is kept in runs/natural_prompts.jsonl.gz (--out); then tables, with the perplexity of prose behind each
@@ -23,7 +24,7 @@ PLAIN, WITH = ("none", "base", "repeated"), ("prosg-token", "wrong", "alone", "w
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recall of natural prompts, by method and distance.")
     parser.add_argument("--model", default="smollm2", help="as load_model takes it (default: smollm2)")
-    parser.add_argument("--window", type=int, default=256, help="tokens that it sees (default: 256)")
+    parser.add_argument("--window", type=int, default=256, help="tokens that it sees; 0: all (default: 256)")
     parser.add_argument("--generator", help="token-wise: a shipped name or a file")
     parser.add_argument("--static", help="the control: a shipped name or a file")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
@@ -38,7 +39,8 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     chosen = options()
-    lm = in_fastest_precision(load_model(chosen.model, chosen.window)).requires_grad_(False)
+    lm = load_model(chosen.model, chosen.window or None)
+    lm = in_fastest_precision(lm if chosen.window else lm.with_kv_cache()).requires_grad_(False)
     files = {"token": chosen.generator, "static": chosen.static}
     generators = {kind: load_generator(name, lm) for kind, name in files.items() if name}
     methods = [*PLAIN, *(WITH if chosen.generator else ()), *(("static",) if chosen.static else ())]

@@ -189,7 +189,7 @@ class ConversationDraw:
         facts: numbers of facts of an open-world prompt, of which a step draws one.
         easy: number of first steps whose prompts state at most two facts and nothing else.
         questions: Q, at most.
-        longest: tokens that opening, prompt and the longest of its turns have together, at most: what the window holds.
+        longest: tokens that a prompt and the longest of its turns have together, at most: what the window holds.
         passage: L.
     """
 
@@ -240,4 +240,4 @@ class ConversationDraw:
     def _fits(self, drawn: Conversation, form: Form) -> bool:
         encode = self.world.tokenizer.encode
         turns = (len(encode(form.question(q.text))) + len(encode(form.answer(q.answers[0]))) for q in drawn.questions)
-        return len(encode(form.opening)) + len(encode(form.prompt(drawn.prompt))) + max(turns) <= self.longest
+        return len(encode(form.prompt(drawn.prompt))) + max(turns) <= self.longest

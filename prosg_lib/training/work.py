@@ -157,25 +157,27 @@ def _conversation_work(recipe: Recipe, profile: Profile, module, lm: LanguageMod
     """Of four steps, two are about open-world dialogues; two are about passages, as far as this machine has any:
     questions of SQuAD's form, and sentences to complete."""
     training, curriculum = recipe.training, recipe.curriculum
-    world = open_world.load_open_world("known", "train", seed, lm.needed_tokenizer())
+    tokenizer = lm.needed_tokenizer()
+    world = open_world.load_open_world("known", "train", seed, tokenizer)
     sources = {"cloze": [c for pairs in prose_pairs("named", profile).values() for c in conversations.of_pairs(pairs)]}
     if available("squad", profile):
         sources["squad"] = conversations.of_pairs(pairs_of("squad", "train", profile).pairs)
     sources = {name: found for name, found in sources.items() if found}
+    examples = len(tokenizer.encode(conversations.READING.opening)) if curriculum.teacher else 0
     draw = conversations.ConversationDraw(
         world,
         sources,
         turns=("open", "squad", "open", "cloze") if len(sources) == 2 else ("open", *sources),
-        forms=(conversations.READING, conversations.READING, conversations.chat(lm.needed_tokenizer())),
+        forms=(conversations.READING, conversations.READING, conversations.chat(tokenizer)),
         batch=training.batch,
         facts=training.facts,
         easy=int(curriculum.easy * training.steps),
         questions=training.questions,
-        longest=lm.window or profile.conversations.window,
+        longest=(lm.window or profile.conversations.window) - examples,
         passage=curriculum.passage,
         seed=seed,
     )
-    sample = draw(-1).to(distributed.device())
+    sample = draw(training.steps).to(distributed.device())  # as long prompts as in most steps, and none of theirs
     module.fit_normaliser(lm, sample.prompt, sample.valid)
     return Work(draw, conversation_objective(lm, module, curriculum, training.steps))
 

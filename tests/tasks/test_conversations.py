@@ -12,7 +12,7 @@ from prosg_lib.tasks.squad import SquadPair
 from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 
-WINDOW = 280
+WINDOW = 150
 
 
 @pytest.fixture(scope="module")
