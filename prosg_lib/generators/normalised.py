@@ -67,10 +67,11 @@ class NormalisedTokenGenerator(_InUnits, TokenGenerator):
         self.register_buffer("spread", torch.ones(2 * lm.config.width))
 
     def _fit_features(self, features):
+        features = features.to(self.mean)
         self.mean, self.spread = features.mean(0), features.std(0).clamp(min=_LEAST)
 
     def _features(self, hidden, embedded):
-        return (super()._features(hidden, embedded) - self.mean) / self.spread
+        return (super()._features(hidden, embedded).to(self.mean) - self.mean) / self.spread
 
     def _terms(self, lm, ids, memory, valid):
         z, keys, state, last = super()._terms(lm, ids, memory, valid)

@@ -132,7 +132,10 @@ class TokenGenerator(Generator):
             hidden, state = lm.step_through(ids, None if memory is None else memory.state, valid)
             features = self._features(hidden, lm.embed(ids))
         labels = features[:, memory is None :, hidden.shape[-1] :]
-        reads = {name: inputs[name].detach() @ self.directions(name) for name in self.names}  # V^T x_t
+        reads = {}
+        for name in self.names:  # V^T x_t, in the generator's precision, whatever the model's
+            v = self.directions(name)
+            reads[name] = inputs[name].detach().to(v.dtype) @ v
         if memory is not None:
             features = torch.cat([memory.last.features[:, None], features], 1)
             reads = {name: torch.cat([memory.last.reads[name][:, None], read], 1) for name, read in reads.items()}

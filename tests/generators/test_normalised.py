@@ -45,6 +45,19 @@ def test_features_have_mean_zero_and_size_one():
     assert seen.mean(0).abs().max() < 0.5
 
 
+def test_a_model_in_half_precision():
+    """As on a processor that has it: the generator calculates in its own precision; little changes, and it learns."""
+    lm, rows = talking().bfloat16().float(), rows_of((30, 12))
+    generator = make(NormalisedTokenGenerator, lm)
+    whole = generator.memorize(lm, rows)
+    delta, _ = generator(lm.to(torch.bfloat16), *lm.encode_prompts(rows))
+    for name, (u, _) in delta.factors.items():
+        assert u.dtype == torch.float32
+        assert (u - whole.factors[name].U).norm() < 0.05 * whole.factors[name].U.norm()
+    lm(torch.tensor(rows_of((9, 9))), delta=delta)[0].float().sum().backward()
+    assert all(p.grad is not None for p in generator.parameters())
+
+
 def test_the_first_token_is_left_out_and_the_rest_streams():
     """As the plain generator's sum over all tokens but the first; whole, padded and in pieces."""
     lm = talking()
