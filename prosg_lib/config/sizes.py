@@ -533,7 +533,7 @@ class ConversationSizes:
         window: tokens that the model sees.
         token: the generator, small enough to be shipped: 40 maps, 7 M numbers; static: the control's sizes.
         training: of the generator, whose learning rate is low because its head's numbers act through sums over tokens
-            (at 2e-3 it diverged); static_training: of the control, whose numbers act alone.
+            (at 3e-3 it diverged); static_training: of the control, whose numbers act alone.
     """
 
     window: int = 256

@@ -444,7 +444,7 @@ def _conversations(p: Profile) -> list[Recipe]:
             sizes.token,
             sizes.training,
             ConversationCurriculum(),
-            "8 h, CPU",
+            "6 h, CPU",
         ),
         generator(
             "static",
@@ -453,6 +453,6 @@ def _conversations(p: Profile) -> list[Recipe]:
             sizes.static,
             sizes.static_training,
             ConversationCurriculum(),
-            "1 h, CPU",
+            "40 min, CPU",
         ),
     ]
