@@ -1,4 +1,4 @@
-"""What a model with a window still answers about a prompt, in its own chat format, by distance.
+"""What a model with a window still answers about a prompt, by distance, in a form that it understands.
 
 Every method gets the same prompts, the same text behind them and the same questions. The text is read once a prompt and
 method; at every distance each question is asked from a copy of the state. What a method answers (`answers`) is kept

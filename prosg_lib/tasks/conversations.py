@@ -31,6 +31,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from prosg_lib.errors import UserError
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.tasks.open_world import OpenWorld, Shape, natural_prompts
 from prosg_lib.tasks.pairs import Pair
@@ -43,6 +44,8 @@ VERSION = 1
 
 COINED = 0.5
 """Share of the values and slots that are coined, so that answers are copied and not learned by heart."""
+
+_ATTEMPTS = 100  # draws for each prompt of a batch
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,11 @@ class ConversationDraw:
         draw = self._open(step, rng) if kind == "open" else lambda _: rng.choice(self.sources[kind])
         form, found, number = rng.choice(self.forms), [], 0
         while len(found) < self.batch:
+            if number > _ATTEMPTS * self.batch:
+                raise UserError(
+                    f"hardly any prompt of kind {kind!r} fits into {self.longest} tokens with its questions; load the "
+                    "model with a larger window"
+                )
             drawn = draw(number)
             asked = rng.sample(drawn.questions, min(self.questions, len(drawn.questions)))
             number += 1

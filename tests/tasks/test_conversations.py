@@ -1,8 +1,11 @@
 """Conversations: what is asked has its answer in the prompt, in the model's own format, and fits the window."""
 
+from dataclasses import replace
+
 import pytest
 from families import TEMPLATE, talking
 
+from prosg_lib.errors import UserError
 from prosg_lib.tasks import conversations
 from prosg_lib.tasks.conversations import Conversation, ConversationDraw, Question, conversation_batch
 from prosg_lib.tasks.open_wording import Level
@@ -106,8 +109,9 @@ def test_a_prompt_that_does_not_fit_is_not_drawn(world):
     long = Conversation("rain " * 200, (Question("Rain?", ("Yes.",)),))
     short = Conversation("It rains.", (Question("Rain?", ("Yes.",)),))
     draw = draw_of(world, ("passages",))
-    object.__setattr__(draw, "sources", {"passages": [long, short]})
-    assert draw(3).prompt.shape[1] < 20
+    assert replace(draw, sources={"passages": [long, short]})(3).prompt.shape[1] < 20
+    with pytest.raises(UserError, match="hardly any prompt of kind 'passages' fits into 150 tokens .* larger window"):
+        replace(draw, sources={"passages": [long]})(3)
 
 
 def test_the_projects_tokenizer_is_untouched():
