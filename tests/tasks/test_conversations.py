@@ -110,7 +110,7 @@ def test_a_prompt_that_does_not_fit_is_not_drawn(world):
     short = Conversation("It rains.", (Question("Rain?", ("Yes.",)),))
     draw = draw_of(world, ("passages",))
     assert replace(draw, sources={"passages": [long, short]})(3).prompt.shape[1] < 20
-    with pytest.raises(UserError, match="hardly any prompt of kind 'passages' fits into 150 tokens .* larger window"):
+    with pytest.raises(UserError, match=r"hardly any prompt of kind 'passages' fits into 150 tokens .* larger window"):
         replace(draw, sources={"passages": [long]})(3)
 
 
