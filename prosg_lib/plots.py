@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import html
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -124,6 +125,34 @@ def png(fig: Figure) -> bytes:
     image = io.BytesIO()
     fig.savefig(image, format="png", dpi=150)
     return image.getvalue()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG that a notebook shows with its words.
+
+    JupyterLab, Colab and nbconvert leave out an image's alt text; of HTML they keep it. The image alone is there for
+    what shows no HTML, such as a PDF.
+    """
+
+    content: bytes
+    alt: str
+    width: int
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        image = base64.b64encode(self.content).decode("ascii")
+        shown = f'<img src="data:image/png;base64,{image}" alt="{html.escape(self.alt)}" width="{self.width}">'
+        facts = {"alt": self.alt, "width": self.width}
+        return {"text/html": shown, "image/png": image, "text/plain": self.alt}, {"image/png": facts}
+
+
+def describe(fig: Figure, alt: str) -> Picture:
+    """The figure as it is now, as a picture with these words; from now on notebooks show that when they show it."""
+    from IPython.display import display
+
+    found = Picture(png(fig), alt, round(100 * fig.get_figwidth()))
+    fig._ipython_display_ = lambda: display(found)  # not _repr_mimebundle_: the PNG would be drawn a second time
+    return found
 
 
 _ROOM = 1 / 7  # share of the axis that a number of some thousands needs to stand upright beside the next

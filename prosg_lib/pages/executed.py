@@ -113,8 +113,9 @@ def picture(output: Mapping[str, Any], source_of: Callable[[bytes], str]) -> str
     """
     if "image/png" not in output.get("data", {}):
         return ""
-    content = base64.b64decode("".join(output["data"]["image/png"]))
-    return f'<img src="{source_of(content)}" alt="{html.escape(output["metadata"]["image/png"]["alt"])}">'
+    content, facts = base64.b64decode("".join(output["data"]["image/png"])), output["metadata"]["image/png"]
+    width = f' width="{facts["width"]}"' if "width" in facts else ""
+    return f'<img src="{source_of(content)}" alt="{html.escape(facts["alt"])}"{width}>'
 
 
 def mathml(formula: str, block: bool) -> str:

@@ -13,6 +13,8 @@ from prosg_lib.reproduction.claims import current
 def save_figure(fig: Figure, name: str, alt: str, claims: Sequence[str] = ()) -> Path:
     """Writes runs/<profile>/figures/<name>.png and beside it <name>.json, which says where the figure came from.
 
+    Where the notebook shows the figure afterwards, it is this image with this alt text (`plots.describe`).
+
     Args:
         name: a file name without folder and suffix.
         alt: what the figure shows, in words, for those who do not see it.
@@ -30,6 +32,6 @@ def save_figure(fig: Figure, name: str, alt: str, claims: Sequence[str] = ()) ->
         raise UserError(f"Figure {name!r} has no alt text; say in words what it shows.")
     path = paths.runs_dir(context.profile) / "figures" / f"{name}.png"
     origin = {"notebook": context.notebook, "profile": context.profile, "seed": context.seed, **provenance.facts()}
-    files.write_bytes(path, plots.png(fig))
+    files.write_bytes(path, plots.describe(fig, alt).content)
     files.write_json(path.with_suffix(".json"), {**origin, "claims": list(claims), "alt": alt})
     return path

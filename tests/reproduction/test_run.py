@@ -75,14 +75,13 @@ def run(root, *names, profile="smoke", **options):
 
 
 FIGURE = """
-import matplotlib
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from prosg_lib import plots
 with plots.style():
     fig, axes = plt.subplots(figsize=(2, 1))
     axes.plot([0, 1], [0, 1], **plots.METHOD_STYLE["base"].kwargs())
 save_figure(fig, "line", alt='A line "rises" & <ends>.', claims=["slope"])
+plt.show()
 """
 
 
@@ -226,6 +225,20 @@ def test_figures_have_a_sidecar_and_a_readable_size(finished):
     }
     width, height = struct.unpack(">II", (finished.folder / "figures" / "line.png").read_bytes()[16:24])
     assert (width, height) == (300, 150)
+
+
+def test_the_executed_notebook_shows_the_figure_with_its_alt_text(finished):
+    """The image that was saved, once; in the page that nbconvert makes of it, too."""
+    copy = finished.folder / "notebooks" / "00_fine.ipynb"
+    saved = base64.b64encode((finished.folder / "figures" / "line.png").read_bytes()).decode()
+    (shown,) = [out for cell in json.loads(copy.read_text())["cells"] for out in cell.get("outputs", [])
+                if "image/png" in out.get("data", {})]  # fmt: skip
+    assert "".join(shown["data"]["image/png"]).strip() == saved
+    assert shown["metadata"]["image/png"]["alt"] == 'A line "rises" & <ends>.'
+    page, _ = pytest.importorskip("nbconvert").HTMLExporter().from_filename(str(copy))
+    (image,) = pytest.importorskip("bs4").BeautifulSoup(page, "html.parser").find_all("img")
+    shown = {"src": f"data:image/png;base64,{saved}", "alt": 'A line "rises" & <ends>.', "width": "200"}
+    assert image.attrs == shown
 
 
 def test_report_is_written_again_from_the_records(finished, course, capsys):
