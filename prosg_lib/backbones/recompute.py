@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.backbones.hub_transformer import CausalTransformer
 from prosg_lib.backbones.rwkv import RWKV
 from prosg_lib.errors import UserError
 
@@ -30,8 +29,11 @@ def recomputed(lm: LanguageModel) -> Iterator[None]:
         UserError: the model's blocks have side effects. The recurrent classes of `transformers` write their state while
             they run, so a second run would continue from the end.
     """
-    if not isinstance(lm, RWKV | CausalTransformer):
-        raise UserError(f"the blocks of a {type(lm).__name__} cannot be run again; train without recompute")
+    if not isinstance(lm, RWKV):
+        from prosg_lib.backbones.hub_transformer import CausalTransformer  # transformers takes seconds to import
+
+        if not isinstance(lm, CausalTransformer):
+            raise UserError(f"the blocks of a {type(lm).__name__} cannot be run again; train without recompute")
     blocks = next(module for module in lm.modules() if isinstance(module, nn.ModuleList))
     for block in blocks:
         block.forward = _checkpointed(block, block.forward)

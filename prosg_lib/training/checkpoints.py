@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from prosg_lib import files, paths
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.backbones.hub_families import new_mamba2
-from prosg_lib.backbones.hub_transformer import new_llama
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.backbones.rwkv7 import RWKV7
 from prosg_lib.config import Profile
@@ -125,11 +123,23 @@ def _transformed(size: TransformedSize, lm: LanguageModel) -> TransformedGradien
     return TransformedGradient(lm, size.rank, _width(size, lm), _maps(size, lm), size.step)
 
 
+def _llama(size: TransformerConfig, lm: None) -> LanguageModel:
+    from prosg_lib.backbones.hub_transformer import new_llama  # here, because transformers takes seconds to import
+
+    return new_llama(size)
+
+
+def _mamba2(size: Mamba2Size, lm: None) -> LanguageModel:
+    from prosg_lib.backbones.hub_families import new_mamba2  # as above
+
+    return new_mamba2(size.settings)
+
+
 MODULES: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
     "rwkv4": (RWKV4Config, lambda size, lm: RWKV4(size)),
     "rwkv7": (RWKV7Config, lambda size, lm: RWKV7(size)),
-    "llama": (TransformerConfig, lambda size, lm: new_llama(size)),
-    "mamba2": (Mamba2Size, lambda size, lm: new_mamba2(size.settings)),
+    "llama": (TransformerConfig, _llama),
+    "mamba2": (Mamba2Size, _mamba2),
     "token": (GeneratorSize, _token_wise),
     "normalised": (GeneratorSize, _normalised),
     "supervised": (SupervisedSize, _token_wise),

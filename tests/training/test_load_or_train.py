@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +36,13 @@ TRAINED = [
     for name, found in recipes(TINY).items()
     if "wikitext" not in name and "squad" not in name and "reader" not in name and not found.window
 ]
+
+
+def test_transformers_is_imported_only_for_its_models():
+    """It takes as long as all the rest, and few notebooks need it."""
+    rooms = "prosg_lib.training.load_or_train, prosg_lib.evaluation.recall, prosg_lib.explorer, prosg_lib.exercises"
+    code = f"import sys, {rooms}\nassert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def get(name, profile=TINY, **given):
