@@ -2,7 +2,8 @@
 
 A slide begins at a heading. It shows the first sentence and what there is to look at: pictures and formulas, or, where
 there is no picture, lists and tables. What a tagged code cell showed belongs to the slide before it, and so does the
-first sentence on what was observed. All prose is in the notes, for whoever speaks.
+first sentence on what was observed. Each picture and each longer table has a slide of its own, under the same heading,
+and a picture takes the room that is left. All prose is in the notes, for whoever speaks.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ _PAGE = """<!DOCTYPE html>
 body {{ margin: 0; color: var(--ink); background: var(--paper); font: 1.35rem/1.45 system-ui, sans-serif; }}
 section {{ box-sizing: border-box; min-height: 100vh; padding: 4vh 5vw 9vh; max-width: 78rem; margin: auto; }}
 body.one section:not(.now), body:not(.spoken) aside {{ display: none; }}
+@media screen {{ body.one:not(.spoken) section.now {{ display: flex; flex-direction: column; height: 100vh; }}
+  body.one:not(.spoken) img {{ min-height: 16rem; object-fit: contain; }} p:has(> img) {{ display: contents; }} }}
 h1, h2 {{ font-size: 2.6rem; line-height: 1.15; margin-top: 22vh; }} h3 {{ font-size: 1.8rem; margin: 0 0 .6em; }}
-img {{ display: block; max-width: 100%; max-height: 46vh; margin: .6em auto; background: #fff; }}
+img {{ display: block; max-width: 100%; max-height: 60vh; margin: .6em auto; background: #fff; }}
+section > p {{ margin: .4em 0; }}
 math[display=block] {{ margin: .8em 0; overflow-x: auto; overflow-y: hidden; }}
 mtd[columnalign=left] {{ text-align: left; }}
 pre {{ font-size: 1rem; line-height: 1.4; background: var(--soft); padding: .8em; white-space: pre-wrap; }}
@@ -42,7 +46,8 @@ aside {{ font-size: 1.05rem; border-top: 1px solid currentColor; margin-top: 1.5
   padding: .2em 1em; }}
 footer {{ position: fixed; right: 1.2rem; bottom: .6rem; font-size: 1rem; background: var(--paper); }}
 @media print {{ section, body.one section:not(.now) {{ display: block; min-height: 0; break-after: page; padding: 0; }}
-  body:not(.spoken) aside {{ display: block; }} footer {{ display: none; }} h1, h2 {{ margin-top: 0; }} }}
+  .first aside {{ display: block !important; }} .more aside {{ display: none !important; }} footer {{ display: none; }}
+  h1, h2 {{ margin-top: 0; }} }}
 </style></head><body>
 {slides}
 <footer><span id="place"></span> · ← → to turn, N for notes</footer>
@@ -85,11 +90,27 @@ class _Slide:
         """Whether there is something to look at, or it opens a notebook."""
         return bool(self.formulas or self.pictures or self.lists) or self.heading.startswith("<h2")
 
-    def html(self, more: str) -> str:
-        shown = [self.heading, self.lead, more, *self.formulas, *(self.pictures or self.lists), self.observed]
+    def html(self, more: str) -> list[str]:
+        """The slide, or several under the same heading, each with one thing to look at and what was printed beside."""
+        parts: list[list[str]] = [[]]
+        for shown in filter(None, ["".join(self.formulas), *(self.pictures or self.lists)]):
+            if _is_large(shown) and any(map(_is_large, parts[-1])):
+                parts.append([])
+            parts[-1].append(shown)
+        parts[0][:0] = [self.lead, more]
+        parts[-1].append(self.observed)
         said = [*self.notes, *(self.lists if self.pictures else [])]
         notes = f"<aside>{''.join(said)}</aside>" if said else ""
-        return f"<section>{''.join(shown)}{notes}</section>"
+        kind = ["first", *["more"] * (len(parts) - 1)]
+        return [
+            f'<section class="{kind[place]}">{self.heading}{"".join(part)}{notes}</section>'
+            for place, part in enumerate(parts)
+        ]
+
+
+def _is_large(shown: str) -> bool:
+    """A picture, a formula, a list, a table, or more than two printed lines."""
+    return not (shown.startswith("<pre>") and shown.count("\n") < 2)
 
 
 def write(profile: Profile, folder: str | Path, overwrite: bool = False) -> Path:
@@ -114,7 +135,8 @@ def write(profile: Profile, folder: str | Path, overwrite: bool = False) -> Path
     slides = [f"<section><h1>{title}</h1>{front}</section>"]
     for part in filter(None, parts):
         minutes = max(1, round(MINUTES * len(part) / count))
-        slides += [slide.html("" if place else f"<p>About {minutes} minutes.</p>") for place, slide in enumerate(part)]
+        for place, slide in enumerate(part):
+            slides += slide.html("" if place else f"<p>About {minutes} minutes.</p>")
     files.write_text(path, _PAGE.format(title=title, slides="\n".join(slides)))
     return path
 
@@ -160,7 +182,7 @@ def _add_text(slides: list[_Slide], source: str) -> None:
         kind, text = block[0].type, parser.renderer.render(block, parser.options, {})
         if kind == "heading_open":
             headed, level = True, 2 if block[0].tag == "h1" else 3
-            slides.append(_Slide(re.sub(r"h\d>(\d\d · )?", f"h{level}>", text)))
+            slides.append(_Slide(re.sub(r"h\d>(\d\d\w? · )?", f"h{level}>", text)))
         elif not slides:
             pass
         elif kind == "paragraph_open" and "<img" in text:

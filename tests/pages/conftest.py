@@ -1,14 +1,18 @@
-"""A small run of two notebooks, as `prosg reproduce` leaves one, but not by running the course."""
+"""A small run of two notebooks, as `prosg reproduce` leaves one, but not by running the course; and the course's own
+run at smoke, where there is one: `.ci/run` makes it, and runs the tests of it afterwards."""
 
 import base64
 import io
+from types import SimpleNamespace
 
 import matplotlib.image
 import nbformat
 import numpy as np
 import pytest
 
-from prosg_lib import files, widgets
+from prosg_lib import files, paths, plots, widgets
+from prosg_lib.config import get_profile
+from prosg_lib.reproduction import notebook_files
 
 WORDS = "Two bars, the second one higher."
 TOUR = r"""# A tour of two pages
@@ -50,8 +54,8 @@ def small_run(runs):
     )
     said = [v4.new_output("stream", name="stdout", text="12 tokens\n")]
     said.append(v4.new_output("stream", name="stderr", text="a progress bar"))
-    described = output(image_png=picture())
-    described.metadata["image/png"] = {"alt": "A diagonal.", "width": 620}
+    data, facts = plots.Picture(base64.b64decode(picture()), "A diagonal.", 30)._repr_mimebundle_()
+    described = v4.new_output("display_data", data, metadata=facts)
     table = "<table class='dataframe'><thead><tr><th>rank</th></tr></thead><tbody><tr><td>1</td></tr></tbody></table>"
     cells = [
         v4.new_markdown_cell(TOUR, metadata={"tags": ["slide"]}),
@@ -99,3 +103,21 @@ def small_runs(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     small_run(runs)
     return runs
+
+
+@pytest.fixture(scope="session", params=["small", "course"])
+def some_runs(request, small_runs):
+    """A run's folder for $PROSG_RUNS, and its profile: the small one, and the course's."""
+    if request.param == "small":
+        return SimpleNamespace(folder=small_runs, profile=get_profile("smoke"))
+    folder = paths.runs_dir("smoke")
+    for path in notebook_files.course():
+        copy = folder / "notebooks" / path.name
+        if not copy.is_file() or _sources(copy) != _sources(path):
+            pytest.skip(f"{path.stem} was not run here as it is now: prosg reproduce --profile smoke")
+    return SimpleNamespace(folder=folder.parent, profile=get_profile("smoke"))
+
+
+def _sources(path):
+    """A notebook's cells, but for the one that a run puts in."""
+    return [c["source"] for c in notebook_files.cells(path) if "injected-parameters" not in notebook_files.tags(c)]
