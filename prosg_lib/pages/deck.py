@@ -35,6 +35,7 @@ body.one section:not(.now), body:not(.spoken) aside {{ display: none; }}
 @media screen {{ body.one:not(.spoken) section.now {{ display: flex; flex-direction: column; height: 100vh; }}
   body.one:not(.spoken) img {{ min-height: 16rem; object-fit: contain; }} p:has(> img) {{ display: contents; }} }}
 h1, h2 {{ font-size: 2.6rem; line-height: 1.15; margin-top: 22vh; }} h3 {{ font-size: 1.8rem; margin: 0 0 .6em; }}
+section:has(img, table, pre, ul, ol) h2 {{ margin-top: 0; }}
 img {{ display: block; max-width: 100%; max-height: 60vh; margin: .6em auto; background: #fff; }}
 section > p {{ margin: .4em 0; }}
 math[display=block] {{ margin: .8em 0; overflow-x: auto; overflow-y: hidden; }}

@@ -1,7 +1,8 @@
-"""The site of a small run: built without a network, and opened in a browser from its files."""
+"""The site of a small run, and of the course where it was run: built without a network, opened from its files."""
 
 import json
 import re
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -16,20 +17,36 @@ bs4 = pytest.importorskip("bs4")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, small_runs):
-    """The site's folder; nothing was fetched."""
+def build(tmp_path_factory):
+    """Builds the site of a run once, and returns its folder; nothing may be fetched, and no link lead nowhere."""
     pytest.importorskip("myst_nb")
     pytest.importorskip("furo")
     from prosg_lib.pages import site
 
-    folder = tmp_path_factory.mktemp("site")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
-        patch.setenv("PROSG_RUNS", str(small_runs))
-        assert site.write(get_profile("smoke"), folder / "out") == []
-        with pytest.raises(UserError, match="is not empty"):
-            site.write(get_profile("smoke"), folder / "out")
-    return folder / "out"
+    @cache
+    def of(runs, profile):
+        folder = tmp_path_factory.mktemp("site") / "out"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
+            patch.setenv("PROSG_RUNS", str(runs))
+            assert site.write(profile, folder) == []
+            with pytest.raises(UserError, match="is not empty"):
+                site.write(profile, folder)
+        return folder
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def built(build, small_runs):
+    """The small run's site."""
+    return build(small_runs, get_profile("smoke"))
+
+
+@pytest.fixture(scope="module")
+def some_site(build, some_runs):
+    """The small run's site, and the course's."""
+    return build(some_runs.folder, some_runs.profile)
 
 
 def parsed(path):
@@ -40,9 +57,9 @@ def pages(folder):
     return sorted(page for page in folder.rglob("*.html") if "_static" not in page.parts)
 
 
-def test_every_link_leads_somewhere(built):
+def test_every_link_leads_somewhere(some_site):
     """Links within the site lead to a file that is there, and to a place in it; nothing is loaded from elsewhere."""
-    soups = {page: parsed(page) for page in pages(built)}
+    soups = {page: parsed(page) for page in pages(some_site)}
     assert {"index.html", "run.html", "search.html", "00_tour.html", "results.html"} <= {page.name for page in soups}
     for page, soup in soups.items():
         for tag in soup.select("[src], link[href]"):
@@ -58,9 +75,9 @@ def test_every_link_leads_somewhere(built):
                 assert soups[file].find(id=place), f"{page.name}: {tag}"
 
 
-def test_pages_can_be_read_aloud(built):
-    """One title a page, no level of headings left out, and every picture in words."""
-    for page in pages(built):
+def test_pages_can_be_read_aloud(some_site):
+    """One title a page, no level of headings left out, and every picture in words of its own."""
+    for page in pages(some_site):
         soup = parsed(page)
         if page.name == "search.html":  # whose heading a script writes
             continue
@@ -69,12 +86,28 @@ def test_pages_can_be_read_aloud(built):
         assert levels.count(1) == 1, page
         assert all(b - a <= 1 for a, b in pairwise(levels)), page
         assert all(image.get("alt") for image in soup.select("img")), page
+        assert executed._NO_WORDS not in [image["alt"] for image in soup.select("img")], page
+
+
+def test_the_course_is_read_in_order(some_site):
+    """From the first page to the last notebook by *next*, and back by *previous*; the verdict stands in front."""
+    course = sorted((some_site / "notebooks").glob("*.html"))
+    links = [[parsed(page).select_one(f".{way}-page") for way in ("prev", "next")] for page in course]
+    assert [next_["href"] for _, next_ in links[:-1]] == [page.name for page in course[1:]]
+    assert [previous["href"] for previous, _ in links] == ["../index.html", *(page.name for page in course[:-1])]
+    assert parsed(some_site / "index.html").select_one(".next-page")["href"] == f"notebooks/{course[0].name}"
+    assert re.search(r"\d+ of \d+ promises hold, run on ", parsed(some_site / "index.html").text)
+
+
+def test_pictures_keep_their_words_and_width(built):
+    """Those of a saved figure, of a figure in the text, and of a picture that brings its own."""
     tour = parsed(built / "notebooks" / "00_tour.html")
     assert [image["alt"] for image in tour.select("img")] == [
         "curves",
         "Two bars, the second one higher.",
         "A diagonal.",
     ]
+    assert tour.find("img", alt="A diagonal.")["width"] == "30"
 
 
 def test_what_a_notebook_becomes(built):
@@ -92,17 +125,32 @@ def test_what_a_notebook_becomes(built):
     assert links["forgetting"].endswith("/blob/main/notebooks/02_prompt_forgetting.ipynb")
     assert links["a datasheet"].endswith("/blob/main/data/DATASHEET.md")
     assert tour.select_one(".next-page")["href"] == "01_state_derivation.html"
-    front = parsed(built / "index.html").text
-    assert re.search(r"\d+ of \d+ promises hold, run on CPU: a small one", front)
+    assert "promises hold, run on CPU: a small one" in parsed(built / "index.html").text
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser(built, open_page, unreadable, scheme):
-    """From files, in both schemes: text stands out from its ground, formulas are drawn, sliders move."""
-    for name in ("index.html", "run.html", "notebooks/01_state_derivation.html"):
-        assert unreadable(open_page((built / name).as_uri(), scheme)) == []
+def test_every_page_in_a_browser(some_site, open_page, unreadable, scheme):
+    """In both schemes: text stands out from its ground, solutions are folded, and the console stays empty."""
+    for path in pages(some_site):
+        page = open_page(path.as_uri(), scheme)
+        assert unreadable(page) == [], path
+        solutions = page.locator("details", has=page.locator("summary", has_text=re.compile("^Solution"))).all()
+        assert all(details.get_attribute("open") is None for details in solutions), path
+        page.close()
+
+
+def test_search_finds_a_notebook(some_site, open_page):
+    """By the first words of the second one's title."""
+    title = parsed(some_site / "notebooks" / "01_state_derivation.html").h1.find(string=True).strip()
+    page = open_page(f"{(some_site / 'search.html').as_uri()}?q={'+'.join(title.split())}")
+    page.locator("#search-results li a").first.wait_for()
+    assert title in page.locator("#search-results").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(built, open_page, scheme):
+    """From files, in both schemes: formulas are drawn, sliders move, and a solution opens."""
     page = open_page((built / "notebooks" / "00_tour.html").as_uri(), scheme)
-    assert unreadable(page) == []
     cases, letter = (page.locator("math").nth(n).bounding_box()["height"] for n in (4, 0))
     assert cases > 1.5 * letter > 0
     page.get_by_label("rank r").press("Home")
@@ -111,13 +159,6 @@ def test_in_a_browser(built, open_page, unreadable, scheme):
     assert not code.is_visible()
     page.get_by_text("Solution", exact=True).click()
     code.wait_for()
-
-
-def test_search_from_a_file(built, open_page):
-    """The index is a script, so that it is found without a server."""
-    page = open_page(f"{(built / 'search.html').as_uri()}?q=question")
-    page.locator("#search-results li a").first.wait_for()
-    assert "A tour of two pages" in page.locator("#search-results").inner_text()
 
 
 def test_nothing_to_show(tmp_path, monkeypatch):
