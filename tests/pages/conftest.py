@@ -1,5 +1,6 @@
 """A small run of two notebooks, as `prosg reproduce` leaves one, but not by running the course; and the course's own
-run at smoke, where there is one: `.ci/run` makes it, and runs the tests of it afterwards."""
+run at smoke, where there is one of the notebooks as they are: `pytest tests/pages -k course` after it.
+"""
 
 import base64
 import io
