@@ -29,6 +29,7 @@ article table.docutils { font-size: .85rem; }
 .cell_output table.dataframe :is(th, td) { color: inherit; border: 1px solid var(--color-background-border); }
 .cell_output table.dataframe tr { background: none !important; }
 .cell_output { overflow-x: auto; }
+.cell_output .output.stream pre { white-space: pre-wrap; }
 math[display=block] { margin: 1em 0; overflow-x: auto; overflow-y: hidden; max-width: 100%; }
 mtd[columnalign=left] { text-align: left; }
 details > summary { cursor: pointer; font-weight: 600; }
