@@ -13,8 +13,9 @@ from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.config import profiles
 from prosg_lib.config.sizes import RWKV4Config
 from prosg_lib.evaluation import memory_tests
+from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.tasks import dialogue, open_world
-from prosg_lib.text.prose import SPLITS, Prose, own_sentences
+from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import load_or_train, work
 
@@ -183,3 +184,14 @@ _UNREADABLE = """() => {
 def unreadable():
     """Of a page: its texts whose contrast with their ground is below AA (WCAG 2, 1.4.3), each with its ratio."""
     return lambda page: page.evaluate(_UNREADABLE)
+
+
+@pytest.fixture
+def writing(lm) -> tuple[TokenGenerator, dialogue.Dialogues]:
+    """A generator that changes something, and a data set to write about."""
+    torch.manual_seed(1)
+    generator = TokenGenerator(lm, 2, 8, ("att.output", "ffn.key"))
+    for head in generator.heads.values():
+        torch.nn.init.normal_(head.weight)
+    prose = ProseTokens.of(Prose("own", {"test": own_sentences("test")}), "test", lm.tokenizer)
+    return generator, dialogue.Dialogues(lm.tokenizer, prose, "test", seed=3)

@@ -9,22 +9,15 @@ from matplotlib import pyplot as plt
 
 from prosg_lib import explorer
 from prosg_lib.errors import UserError
-from prosg_lib.generators.token_wise import TokenGenerator
-from prosg_lib.tasks.dialogue import Dialogues, Shape
-from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
+from prosg_lib.tasks.dialogue import Shape
 
 DISTANCES, SCALES = (0, 24), (0.0, 0.5, 1.0)
 
 
 @pytest.fixture
-def small(lm):
+def small(writing):
     """A generator that changes something, a data set, and an item of it."""
-    torch.manual_seed(1)
-    generator = TokenGenerator(lm, 2, 8, ("att.output", "ffn.key"))
-    for head in generator.heads.values():
-        torch.nn.init.normal_(head.weight)
-    prose = ProseTokens.of(Prose("own", {"test": own_sentences("test")}), "test", lm.tokenizer)
-    data = Dialogues(lm.tokenizer, prose, "test", seed=3)
+    generator, data = writing
     return generator, data, data.item(0, Shape(3, 24, 3, instructions=1))
 
 

@@ -8,20 +8,14 @@ from matplotlib import pyplot as plt
 
 from prosg_lib import memories
 from prosg_lib.generators.several_prompts import common_part, joint_delta
-from prosg_lib.generators.token_wise import TokenGenerator
-from prosg_lib.tasks.dialogue import Dialogues, Shape
-from prosg_lib.text.prose import Prose, ProseTokens, own_sentences
+from prosg_lib.tasks.dialogue import Shape
 
 
 @pytest.fixture
-def made(lm):
+def made(lm, writing):
     """A generator that changes something, its common part, and a bank of three memories with two facts each."""
-    torch.manual_seed(1)
-    generator = TokenGenerator(lm, 2, 8, ("att.output", "ffn.key"))
-    for head in generator.heads.values():
-        torch.nn.init.normal_(head.weight)
-    prose = ProseTokens.of(Prose("own", {"test": own_sentences("test")}), "test", lm.tokenizer)
-    item = Dialogues(lm.tokenizer, prose, "test", seed=3).item(0, Shape(6, 0, 6))
+    generator, data = writing
+    item = data.item(0, Shape(6, 0, 6))
     common = common_part(lm, generator, ["My pet is a cat.", "I live in Rome."])
     return generator, common, memories.Bank.of_item(lm, generator, item, 3, common)
 
