@@ -42,8 +42,10 @@ def cells(exercise: Exercise) -> list[dict[str, Any]]:
     ]
 
 
-def code(function: Callable) -> str:
-    """A function's source without its docstring."""
+def code(function: Callable, name: str = "") -> str:
+    """A function's source without its docstring; a lambda's as a function of that name."""
+    if function.__name__ == "<lambda>":
+        return _written_out(function, name)
     lines, node = _parsed(function)
     if ast.get_docstring(node) is not None:
         del lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
@@ -59,6 +61,14 @@ def stub(function: Callable) -> str:
 def _parsed(function: Callable) -> tuple[list[str], ast.FunctionDef]:
     source = textwrap.dedent(inspect.getsource(function)).rstrip()
     return source.split("\n"), ast.parse(source).body[0]
+
+
+def _written_out(function: Callable, name: str) -> str:
+    module = inspect.getsource(inspect.getmodule(function))
+    first = function.__code__.co_firstlineno
+    node = next(n for n in ast.walk(ast.parse(module)) if isinstance(n, ast.Lambda) and n.lineno == first)
+    arguments = ", ".join(inspect.signature(function).parameters)
+    return f"def {name}({arguments}):\n    return {ast.get_source_segment(module, node.body)}"
 
 
 def markdown(source: str, name: str, tag: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer as somebody would write it, and what the check says of it."""
+    """A wrong answer as somebody would write it, and what the check says of it; a lambda where it is one expression."""
 
     answer: Callable[..., Any]
     says: str

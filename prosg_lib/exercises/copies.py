@@ -96,5 +96,6 @@ def _notes(exercise: Exercise) -> str:
         "**Typical wrong answers, and the check's reply.**",
     ]
     for mistake in exercise.mistakes:
-        parts.append(f"```python\n{cells.code(mistake.answer)}\n```\n\n> {reply(exercise, mistake.answer).text}")
+        code = cells.code(mistake.answer, exercise.name)
+        parts.append(f"```python\n{code}\n```\n\n> {reply(exercise, mistake.answer).text}")
     return "\n\n".join(parts)

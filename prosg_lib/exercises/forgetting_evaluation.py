@@ -185,10 +185,6 @@ def ruled_out_if_not_significant(gains, drawn, margin):
     return high, low <= 0 <= high
 
 
-def ruled_out_if_small_on_average(gains, drawn, margin):
-    return np.percentile(gains[drawn].mean(1), 97.5), gains.mean() < margin
-
-
 def ruled_out_by_the_lower_end(gains, drawn, margin):
     low = np.percentile(gains[drawn].mean(1), 2.5)
     return low, low < margin
@@ -306,7 +302,7 @@ EXERCISES = (
                 "exclude 0 and still show that the gain is tiny.",
             ),
             Mistake(
-                ruled_out_if_small_on_average,
+                lambda gains, drawn, margin: (np.percentile(gains[drawn].mean(1), 97.5), gains.mean() < margin),
                 "You compare the mean itself. It may be small by luck; the interval says how large the gain may be.",
             ),
             Mistake(

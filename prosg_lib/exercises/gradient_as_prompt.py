@@ -48,26 +48,6 @@ def _cut_off(answer):
     return f"{_CUT} from its start: an outer loss gets another gradient through it. Nothing may be detached."
 
 
-def step_up(loss, w, eta):
-    return w + eta * torch.func.grad(loss)(w)
-
-
-def step_of_rate_one(loss, w, eta):
-    return w - torch.func.grad(loss)(w)
-
-
-def step_alone(loss, w, eta):
-    return -eta * torch.func.grad(loss)(w)
-
-
-def step_detached(loss, w, eta):
-    return w - eta * torch.func.grad(loss)(w).detach()
-
-
-def step_by_the_loss(loss, w, eta):
-    return w - eta * loss(w)
-
-
 # 7.2
 
 
@@ -94,14 +74,6 @@ def _by_hessian(inner, outer, w, eta):
     return g - eta * torch.func.hessian(inner)(w) @ g
 
 
-def meta_gradient_first_order(inner, outer, w, eta):
-    return torch.func.grad(outer)(w - eta * torch.func.grad(inner)(w))
-
-
-def meta_gradient_at_the_start(inner, outer, w, eta):
-    return torch.func.grad(outer)(w)
-
-
 def meta_gradient_wrong_sign(inner, outer, w, eta):
     g = torch.func.grad(outer)(w - eta * torch.func.grad(inner)(w))
     return g + eta * torch.func.hessian(inner)(w) @ g
@@ -111,10 +83,6 @@ def meta_gradient_hessian_after(inner, outer, w, eta):
     stepped = w - eta * torch.func.grad(inner)(w)
     g = torch.func.grad(outer)(stepped)
     return g - eta * torch.func.hessian(inner)(stepped) @ g
-
-
-def meta_gradient_of_a_sum(inner, outer, w, eta):
-    return torch.func.grad(lambda w: outer(w) - eta * inner(w))(w)
 
 
 # 7.3
@@ -199,22 +167,6 @@ def _slopes():
     return cases
 
 
-def slope_to_one_side(f, w, direction, eps):
-    return (f(w + eps * direction) - f(w)) / eps
-
-
-def slope_without_two(f, w, direction, eps):
-    return (f(w + eps * direction) - f(w - eps * direction)) / eps
-
-
-def slope_not_divided(f, w, direction, eps):
-    return f(w + eps * direction) - f(w - eps * direction)
-
-
-def slope_along_all(f, w, direction, eps):
-    return (f(w + eps) - f(w - eps)) / (2 * eps)
-
-
 EXERCISES = (
     Exercise(
         number="7.1",
@@ -232,11 +184,17 @@ EXERCISES = (
         why="The step is now a function of its start like any other, and a start can be trained so that the step does "
         "what a prompt would.",
         mistakes=(
-            Mistake(step_up, "You go up: a step of gradient descent subtracts the gradient."),
-            Mistake(step_of_rate_one, "The learning rate is missing."),
-            Mistake(step_alone, "This is the step; the weights after it are w plus the step."),
-            Mistake(step_detached, _CUT),
-            Mistake(step_by_the_loss, "You subtract the loss itself. Subtract its gradient."),
+            Mistake(
+                lambda loss, w, eta: w + eta * torch.func.grad(loss)(w),
+                "You go up: a step of gradient descent subtracts the gradient.",
+            ),
+            Mistake(lambda loss, w, eta: w - torch.func.grad(loss)(w), "The learning rate is missing."),
+            Mistake(
+                lambda loss, w, eta: -eta * torch.func.grad(loss)(w),
+                "This is the step; the weights after it are w plus the step.",
+            ),
+            Mistake(lambda loss, w, eta: w - eta * torch.func.grad(loss)(w).detach(), _CUT),
+            Mistake(lambda loss, w, eta: w - eta * loss(w), "You subtract the loss itself. Subtract its gradient."),
         ),
         misconception="That `optimizer.step()` would do. It writes over the weights, and what wrote them is forgotten.",
         discussion=(
@@ -260,11 +218,12 @@ EXERCISES = (
         "prompted model. No Hessian is ever formed; automatic differentiation multiplies by it.",
         mistakes=(
             Mistake(
-                meta_gradient_first_order,
+                lambda inner, outer, w, eta: torch.func.grad(outer)(w - eta * torch.func.grad(inner)(w)),
                 "This is the first-order gradient: it takes the inner gradient as a constant and drops the Hessian.",
             ),
             Mistake(
-                meta_gradient_at_the_start, "There is no inner step in this: the outer loss is to be taken after it."
+                lambda inner, outer, w, eta: torch.func.grad(outer)(w),
+                "There is no inner step in this: the outer loss is to be taken after it.",
             ),
             Mistake(
                 meta_gradient_wrong_sign, "The sign of the Hessian's term: the step subtracts, so it is I - eta H."
@@ -273,7 +232,10 @@ EXERCISES = (
                 meta_gradient_hessian_after,
                 "The Hessian is that of the inner loss at the start of the step, not behind it.",
             ),
-            Mistake(meta_gradient_of_a_sum, "The losses are not added: the inner loss acts through the step alone."),
+            Mistake(
+                lambda inner, outer, w, eta: torch.func.grad(lambda w: outer(w) - eta * inner(w))(w),
+                "The losses are not added: the inner loss acts through the step alone.",
+            ),
         ),
         misconception="That a smaller learning rate makes first order exact. The dropped term shrinks with eta, and so "
         "does everything that the step can do.",
@@ -327,12 +289,21 @@ EXERCISES = (
         "so it finds mistakes that two formulas may share.",
         mistakes=(
             Mistake(
-                slope_to_one_side,
+                lambda f, w, direction, eps: (f(w + eps * direction) - f(w)) / eps,
                 "One side only: the error then falls with eps instead of eps squared, too slow for this check.",
             ),
-            Mistake(slope_without_two, "The two points are 2 eps apart."),
-            Mistake(slope_not_divided, "This is the difference; the slope is the difference over 2 eps."),
-            Mistake(slope_along_all, "You moved along (1, 1, ..., 1). Move along the direction that is given."),
+            Mistake(
+                lambda f, w, direction, eps: (f(w + eps * direction) - f(w - eps * direction)) / eps,
+                "The two points are 2 eps apart.",
+            ),
+            Mistake(
+                lambda f, w, direction, eps: f(w + eps * direction) - f(w - eps * direction),
+                "This is the difference; the slope is the difference over 2 eps.",
+            ),
+            Mistake(
+                lambda f, w, direction, eps: (f(w + eps) - f(w - eps)) / (2 * eps),
+                "You moved along (1, 1, ..., 1). Move along the direction that is given.",
+            ),
         ),
         misconception="That a smaller eps is always better. In float32 the difference drowns in rounding at once.",
         discussion=("Which eps is best in float64, and why near the cube root of the rounding error?",),

@@ -36,22 +36,6 @@ def _by_autograd(g, x):
     return torch.autograd.grad((g * (x @ w.T)).sum(), w)[0]
 
 
-def gradient_transposed(g, x):
-    return x.T @ g
-
-
-def gradient_as_mean(g, x):
-    return g.T @ x / len(x)
-
-
-def gradient_of_sums(g, x):
-    return torch.outer(g.sum(0), x.sum(0))
-
-
-def gradient_unsummed(g, x):
-    return g[:, :, None] * x[:, None, :]
-
-
 # 3.2
 
 
@@ -148,22 +132,6 @@ def _from_the_error(s, rank):
     return 1 - torch.linalg.matrix_norm(full - kept) ** 2 / torch.linalg.matrix_norm(full) ** 2
 
 
-def energy_without_squares(s, rank):
-    return s[:rank].sum() / s.sum()
-
-
-def energy_lost(s, rank):
-    return (s[rank:] ** 2).sum() / (s**2).sum()
-
-
-def energy_as_norm(s, rank):
-    return (s[:rank] ** 2).sum().sqrt() / (s**2).sum().sqrt()
-
-
-def energy_of_one_direction(s, rank):
-    return s[rank - 1] ** 2 / (s**2).sum()
-
-
 # 3.4
 
 
@@ -184,26 +152,6 @@ def lora_step(g, x, v, eta):
 def _step_by_autograd(g, x, v, eta):
     u = torch.zeros(g.shape[1], v.shape[1], dtype=g.dtype, requires_grad=True)
     return -eta * torch.autograd.grad((g * ((x @ v) @ u.T)).sum(), u)[0]
-
-
-def step_uphill(g, x, v, eta):
-    return eta * g.T @ (x @ v)
-
-
-def step_without_rate(g, x, v, eta):
-    return -g.T @ (x @ v)
-
-
-def step_transposed(g, x, v, eta):
-    return -eta * (x @ v).T @ g
-
-
-def step_of_the_full_weight(g, x, v, eta):
-    return -eta * g.T @ x
-
-
-def step_as_mean(g, x, v, eta):
-    return -eta * g.T @ (x @ v) / len(x)
 
 
 # 3.5
@@ -227,22 +175,6 @@ def _by_projection(g, x, v):
     return torch.trace(v @ v.T @ gram) / torch.trace(gram)
 
 
-def read_without_squares(g, x, v):
-    return torch.linalg.matrix_norm(g.T @ (x @ v)) / torch.linalg.matrix_norm(g.T @ x)
-
-
-def read_of_inputs(g, x, v):
-    return ((x @ v) ** 2).sum() / (x**2).sum()
-
-
-def read_token_by_token(g, x, v):
-    return ((g**2).sum(1) * ((x @ v) ** 2).sum(1)).sum() / ((g**2).sum(1) * (x**2).sum(1)).sum()
-
-
-def energy_missed(g, x, v):
-    return 1 - ((g.T @ (x @ v)) ** 2).sum() / ((g.T @ x) ** 2).sum()
-
-
 EXERCISES = (
     Exercise(
         number="3.1",
@@ -261,19 +193,22 @@ EXERCISES = (
         "short prompt the two factors say everything and are far smaller.",
         mistakes=(
             Mistake(
-                gradient_transposed,
+                lambda g, x: x.T @ g,
                 "This is the transpose of G. W maps x to y, so it is (out, in), and its gradient has the same shape.",
             ),
             Mistake(
-                gradient_as_mean,
+                lambda g, x: g.T @ x / len(x),
                 "You divide by the number of tokens. If the loss is a mean, its 1/T is already in g.",
             ),
             Mistake(
-                gradient_of_sums,
+                lambda g, x: torch.outer(g.sum(0), x.sum(0)),
                 "You sum over the tokens first and multiply afterwards. That pairs what one token writes with the "
                 "address of another, and always has rank 1.",
             ),
-            Mistake(gradient_unsummed, "These are the outer products of the single tokens; their sum is missing."),
+            Mistake(
+                lambda g, x: g[:, :, None] * x[:, None, :],
+                "These are the outer products of the single tokens; their sum is missing.",
+            ),
         ),
         misconception="That a gradient of a recurrent model needs another formula: g collects what a token does to all "
         "later losses through the state, and the sum over tokens stays the same.",
@@ -346,14 +281,19 @@ EXERCISES = (
         why="Singular values 8, 4, 2, 1 keep 80/85 = 0.94 of their energy at rank 2, although the two that are left "
         "out make up a fifth of the sum. Energy forgives small directions.",
         mistakes=(
-            Mistake(energy_without_squares, "You add up singular values. Energy adds up their squares."),
-            Mistake(energy_lost, "This is the share that is lost; what is kept is the rest."),
             Mistake(
-                energy_as_norm,
+                lambda s, rank: s[:rank].sum() / s.sum(), "You add up singular values. Energy adds up their squares."
+            ),
+            Mistake(
+                lambda s, rank: (s[rank:] ** 2).sum() / (s**2).sum(),
+                "This is the share that is lost; what is kept is the rest.",
+            ),
+            Mistake(
+                lambda s, rank: (s[:rank] ** 2).sum().sqrt() / (s**2).sum().sqrt(),
                 "This is a ratio of norms, the square root of what is asked. Energy is the squared norm.",
             ),
             Mistake(
-                energy_of_one_direction,
+                lambda s, rank: s[rank - 1] ** 2 / (s**2).sum(),
                 "This is the share of one direction alone. Rank r keeps the first r directions.",
             ),
         ),
@@ -380,19 +320,22 @@ EXERCISES = (
         why="U = -eta G V: the full gradient seen through V. A generator that predicts g can write this sum while the "
         "prompt streams by; notebook 04 builds it.",
         mistakes=(
-            Mistake(step_uphill, "The sign: gradient descent goes against the gradient."),
-            Mistake(step_without_rate, "The learning rate is missing: the step is eta times the gradient."),
+            Mistake(lambda g, x, v, eta: eta * g.T @ (x @ v), "The sign: gradient descent goes against the gradient."),
             Mistake(
-                step_transposed,
+                lambda g, x, v, eta: -g.T @ (x @ v), "The learning rate is missing: the step is eta times the gradient."
+            ),
+            Mistake(
+                lambda g, x, v, eta: -eta * (x @ v).T @ g,
                 "This is the transpose of U. U V^T has the shape of W, (out, in), so U is (out, rank).",
             ),
             Mistake(
-                step_of_the_full_weight,
+                lambda g, x, v, eta: -eta * g.T @ x,
                 "This is the step of the full weight, -eta G. U sees each input only through V: as V^T x, of size "
                 "rank.",
             ),
             Mistake(
-                step_as_mean, "You divide by the number of tokens. If the loss is a mean, its 1/T is already in g."
+                lambda g, x, v, eta: -eta * g.T @ (x @ v) / len(x),
+                "You divide by the number of tokens. If the loss is a mean, its 1/T is already in g.",
             ),
         ),
         misconception="That LoRA's first step also moves V. At U = 0 the gradient of V is U^T (...) = 0: V gets no "
@@ -417,18 +360,24 @@ EXERCISES = (
         why="Random directions would see rank / in on average. One V learned from many prompts sees far more, because "
         "prompts share their addresses.",
         mistakes=(
-            Mistake(read_without_squares, "This is a ratio of norms; square it to get energies."),
             Mistake(
-                read_of_inputs,
+                lambda g, x, v: torch.linalg.matrix_norm(g.T @ (x @ v)) / torch.linalg.matrix_norm(g.T @ x),
+                "This is a ratio of norms; square it to get energies.",
+            ),
+            Mistake(
+                lambda g, x, v: ((x @ v) ** 2).sum() / (x**2).sum(),
                 "This is the share of the inputs' energy. It ignores g: an input at which nothing is written does not "
                 "count.",
             ),
             Mistake(
-                read_token_by_token,
+                lambda g, x, v: ((g**2).sum(1) * ((x @ v) ** 2).sum(1)).sum() / ((g**2).sum(1) * (x**2).sum(1)).sum(),
                 "You add up the tokens' energies one by one. Their outer products overlap, so sum them to G first and "
                 "square afterwards.",
             ),
-            Mistake(energy_missed, "This is the share that V does not see."),
+            Mistake(
+                lambda g, x, v: 1 - ((g.T @ (x @ v)) ** 2).sum() / ((g.T @ x) ** 2).sum(),
+                "This is the share that V does not see.",
+            ),
         ),
         misconception="That the best V for one gradient is the best V for all. Its own right singular vectors are, but "
         "they are known only after the gradient is.",

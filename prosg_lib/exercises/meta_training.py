@@ -107,10 +107,6 @@ def locality_as_cross_entropy(plain, changed, valid):
     return -(p.exp() * q).sum(-1)[valid].mean()
 
 
-def locality_of_logits(plain, changed, valid):
-    return (torch.softmax(plain, -1) * (plain - changed)).sum(-1)[valid].mean()
-
-
 # 5.3
 
 
@@ -128,22 +124,6 @@ def whole_mean(means, counts):
 
 def _one_by_one(means, counts):
     return torch.cat([mean.expand(int(count)) for mean, count in zip(means, counts, strict=True)]).mean()
-
-
-def mean_of_means(means, counts):
-    return means.mean()
-
-
-def sum_of_means(means, counts):
-    return means.sum()
-
-
-def mean_a_part(means, counts):
-    return (means * counts).sum() / len(counts)
-
-
-def sum_over_tokens(means, counts):
-    return (means * counts).sum()
 
 
 EXERCISES = (
@@ -215,7 +195,7 @@ EXERCISES = (
                 "This is the cross-entropy: it is not zero for equal models. Subtract the plain model's entropy.",
             ),
             Mistake(
-                locality_of_logits,
+                lambda plain, changed, valid: (torch.softmax(plain, -1) * (plain - changed)).sum(-1)[valid].mean(),
                 "Logits are no log probabilities: a constant added to all of them changes nothing. Use log_softmax.",
             ),
         ),
@@ -240,12 +220,20 @@ EXERCISES = (
         why="With these weights, a training in parts takes exactly the steps of a training in one.",
         mistakes=(
             Mistake(
-                mean_of_means,
+                lambda means, counts: means.mean(),
                 "A mean of means weighs every part alike. A part with more answer tokens has to weigh more.",
             ),
-            Mistake(sum_of_means, "You add up means: the loss would grow with the number of parts."),
-            Mistake(mean_a_part, "You divide by the number of parts; divide by the number of tokens."),
-            Mistake(sum_over_tokens, "This is the sum over all answer tokens. Divide by how many there are."),
+            Mistake(
+                lambda means, counts: means.sum(), "You add up means: the loss would grow with the number of parts."
+            ),
+            Mistake(
+                lambda means, counts: (means * counts).sum() / len(counts),
+                "You divide by the number of parts; divide by the number of tokens.",
+            ),
+            Mistake(
+                lambda means, counts: (means * counts).sum(),
+                "This is the sum over all answer tokens. Divide by how many there are.",
+            ),
         ),
         misconception="That adding up gradients is always the same as a larger batch. Only with the right weights.",
         discussion=("Where else do means of means appear in evaluations, and when are they what is wanted?",),

@@ -170,18 +170,6 @@ def step_uphill(g, x, v, eta, transform):
     return eta * both[:, x.shape[1] :].T @ (both[:, : x.shape[1]] @ v)
 
 
-def step_untransformed(g, x, v, eta, transform):
-    return -eta * g.T @ (x @ v)
-
-
-def step_in_g_alone(g, x, v, eta, transform):
-    return -eta * transform(torch.cat([x, g], 1))[:, x.shape[1] :].T @ (x @ v)
-
-
-def step_in_x_alone(g, x, v, eta, transform):
-    return -eta * g.T @ (transform(torch.cat([x, g], 1))[:, : x.shape[1]] @ v)
-
-
 def step_the_other_way_round(g, x, v, eta, transform):
     both = transform(torch.cat([g, x], 1))
     return -eta * both[:, : g.shape[1]].T @ (both[:, g.shape[1] :] @ v)
@@ -282,9 +270,18 @@ EXERCISES = (
         "through the prompt, which the token-wise generator saves by predicting it.",
         mistakes=(
             Mistake(step_uphill, "The sign is wrong: this goes up the gradient of the prompt's loss."),
-            Mistake(step_untransformed, "This is a plain gradient step. Where are the networks?"),
-            Mistake(step_in_g_alone, "You use the transformed g with the old x. Both come out of the networks."),
-            Mistake(step_in_x_alone, "You use the transformed x with the old g. Both come out of the networks."),
+            Mistake(
+                lambda g, x, v, eta, transform: -eta * g.T @ (x @ v),
+                "This is a plain gradient step. Where are the networks?",
+            ),
+            Mistake(
+                lambda g, x, v, eta, transform: -eta * transform(torch.cat([x, g], 1))[:, x.shape[1] :].T @ (x @ v),
+                "You use the transformed g with the old x. Both come out of the networks.",
+            ),
+            Mistake(
+                lambda g, x, v, eta, transform: -eta * g.T @ (transform(torch.cat([x, g], 1))[:, : x.shape[1]] @ v),
+                "You use the transformed x with the old g. Both come out of the networks.",
+            ),
             Mistake(step_the_other_way_round, "The networks expect x first and g behind it."),
             Mistake(
                 step_as_mean, "You take the mean over tokens. The loss is summed over tokens here, and so is this."

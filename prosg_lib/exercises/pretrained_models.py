@@ -104,26 +104,6 @@ def _banks():
     return [(u + common, common, torch.tensor(inside, dtype=torch.bool)) for inside in ticks]
 
 
-def joint_plain_sum(u, common, inside):
-    return u[inside].sum(0)
-
-
-def joint_without_common(u, common, inside):
-    return (u[inside] - common).sum(0)
-
-
-def joint_mean(u, common, inside):
-    return u[inside].sum(0) / max(int(inside.sum()), 1)
-
-
-def joint_for_all_memories(u, common, inside):
-    return u[inside].sum(0) - (len(u) - 1) * common
-
-
-def joint_of_nothing(u, common, inside):
-    return u[inside].sum(0) - (int(inside.sum()) - 1) * common
-
-
 # 8.3
 
 
@@ -151,14 +131,6 @@ def _least_squares(u, keys, ridge):
 
 def _prompts():
     return [(*_random((3, 5, 4), (3, 6, 4)), 0.3), (*_random((2, 3, 4), (2, 7, 4), seed=1), 1.7)]
-
-
-def one_by_sum(u, keys, ridge):
-    return u.sum(0)
-
-
-def one_by_mean(u, keys, ridge):
-    return u.mean(0)
 
 
 def one_without_ridge(u, keys, ridge):
@@ -202,26 +174,6 @@ def _change_of(a, b, alpha):
 
 def _deltas():
     return [(*_random((6, 3), (5, 3)), 0.1)]
-
-
-def lora_alpha_is_scale(u, v, scale):
-    return v.T, u, scale
-
-
-def lora_without_scale(u, v, scale):
-    return v.T, u, float(u.shape[1])
-
-
-def lora_scaled_twice(u, v, scale):
-    return v.T, scale * u, scale * u.shape[1]
-
-
-def lora_exchanged(u, v, scale):
-    return u.T, v, scale * u.shape[1]
-
-
-def lora_not_transposed(u, v, scale):
-    return v, u, scale * u.shape[1]
 
 
 EXERCISES = (
@@ -280,21 +232,27 @@ EXERCISES = (
         why="A memory is taken out by leaving it out of the sum: nothing is retrained, and what remains is exactly "
         "what it would be if the memory had never been in.",
         mistakes=(
-            Mistake(joint_plain_sum, "This is the plain sum. It contains the common part once for every memory."),
             Mistake(
-                joint_without_common,
+                lambda u, common, inside: u[inside].sum(0),
+                "This is the plain sum. It contains the common part once for every memory.",
+            ),
+            Mistake(
+                lambda u, common, inside: (u[inside] - common).sum(0),
                 "You subtract the common part from every memory, so it is in none of them. One copy has to stay.",
             ),
             Mistake(
-                joint_mean,
+                lambda u, common, inside: u[inside].sum(0) / max(int(inside.sum()), 1),
                 "A mean has the common part once, but of each memory's own part only a share: memories grow fainter "
                 "as others come.",
             ),
             Mistake(
-                joint_for_all_memories,
+                lambda u, common, inside: u[inside].sum(0) - (len(u) - 1) * common,
                 "You subtract extra copies for all memories. Only those that are in brought one along.",
             ),
-            Mistake(joint_of_nothing, "With no memory in, yours returns the common part. It should return zero."),
+            Mistake(
+                lambda u, common, inside: u[inside].sum(0) - (int(inside.sum()) - 1) * common,
+                "With no memory in, yours returns the common part. It should return zero.",
+            ),
         ),
         misconception="That the mean is the safe way to combine changes. It halves what each of two memories says.",
         discussion=(
@@ -319,8 +277,14 @@ EXERCISES = (
         why="This is ridge regression, as MALMEN uses it to join many edits of a model. All prompts share $V$, so the "
         "matrix to invert is only rank x rank.",
         mistakes=(
-            Mistake(one_by_sum, "This is the plain sum. On the keys of one prompt, the other prompts answer as well."),
-            Mistake(one_by_mean, "The mean ignores the keys: which directions does each prompt read along?"),
+            Mistake(
+                lambda u, keys, ridge: u.sum(0),
+                "This is the plain sum. On the keys of one prompt, the other prompts answer as well.",
+            ),
+            Mistake(
+                lambda u, keys, ridge: u.mean(0),
+                "The mean ignores the keys: which directions does each prompt read along?",
+            ),
             Mistake(one_without_ridge, "The weight of ||U||^2 is missing; add it to the sum of the A_i."),
             Mistake(
                 one_with_many_ridges,
@@ -354,11 +318,20 @@ EXERCISES = (
         why="So a prompt can be handed on as a file that common software loads. Where the scale goes, into B or into "
         "alpha, does not matter.",
         mistakes=(
-            Mistake(lora_alpha_is_scale, "PEFT divides alpha by the rank, so the change is too small by that factor."),
-            Mistake(lora_without_scale, "The scale of the delta is nowhere."),
-            Mistake(lora_scaled_twice, "The scale is in B and in alpha: it acts twice."),
-            Mistake(lora_exchanged, "You have exchanged the two sides. A reads inputs, so it is made of V."),
-            Mistake(lora_not_transposed, "A is (rank, in): transpose V."),
+            Mistake(
+                lambda u, v, scale: (v.T, u, scale),
+                "PEFT divides alpha by the rank, so the change is too small by that factor.",
+            ),
+            Mistake(lambda u, v, scale: (v.T, u, float(u.shape[1])), "The scale of the delta is nowhere."),
+            Mistake(
+                lambda u, v, scale: (v.T, scale * u, scale * u.shape[1]),
+                "The scale is in B and in alpha: it acts twice.",
+            ),
+            Mistake(
+                lambda u, v, scale: (u.T, v, scale * u.shape[1]),
+                "You have exchanged the two sides. A reads inputs, so it is made of V.",
+            ),
+            Mistake(lambda u, v, scale: (v, u, scale * u.shape[1]), "A is (rank, in): transpose V."),
         ),
         misconception="That alpha is a learning rate or a strength from 0 to 1. It is a number that PEFT divides by "
         "the rank.",

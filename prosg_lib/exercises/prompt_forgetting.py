@@ -48,21 +48,9 @@ def _answers():
     return [(text, "Oslo", polite) for text in texts]
 
 
-def recalled_if_mentioned(answer, value, polite):
-    return value in answer
-
-
-def recalled_if_bare(answer, value, polite):
-    return answer.strip() == f"{value}."
-
-
 def recalled_with_full_stop(answer, value, polite):
     parts = answer.strip().split(", ")
     return [part for part in parts if part not in polite] == [value]
-
-
-def recalled_if_one_part_is(answer, value, polite):
-    return value in answer.strip().removesuffix(".").split(", ")
 
 
 def recalled_if_last_word_is(answer, value, polite):
@@ -174,10 +162,6 @@ def gain_over_none(method, none, repeated):
     return (method - none) / none
 
 
-def share_without_a_gap(method, none, repeated):
-    return (method - none) / (repeated - none)
-
-
 # 2.4
 
 
@@ -262,17 +246,17 @@ EXERCISES = (
         "what a model knows, and nobody has to take its leniency on trust.",
         mistakes=(
             Mistake(
-                recalled_if_mentioned,
+                lambda answer, value, polite: value in answer,
                 "You accept whatever mentions the value. A model that answers 'Oslo or Rome' hedges, and would be "
                 "right twice.",
             ),
             Mistake(
-                recalled_if_bare,
+                lambda answer, value, polite: answer.strip() == f"{value}.",
                 "You count obedience as an error: 'Well, Oslo, captain.' says Oslo and follows its instructions.",
             ),
             Mistake(recalled_with_full_stop, "The full stop is still there, so the last part never equals the value."),
             Mistake(
-                recalled_if_one_part_is,
+                lambda answer, value, polite: value in answer.strip().removesuffix(".").split(", "),
                 "You accept the value among other parts. 'Oslo, Rome' names two towns; nothing but polite words may "
                 "stand beside the value.",
             ),
@@ -354,7 +338,7 @@ EXERCISES = (
             Mistake(share_still_missing, "This is the share that is still missing."),
             Mistake(gain_over_none, "You divide by the recall without a prompt. The gap is repeated minus none."),
             Mistake(
-                share_without_a_gap,
+                lambda method, none, repeated: (method - none) / (repeated - none),
                 "Where repeating does not help either, there is no gap to recover: return NaN before you divide.",
             ),
         ),

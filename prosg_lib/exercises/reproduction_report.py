@@ -29,22 +29,6 @@ def _by_ledger(value, reference, spread):
     return ledger.compare({"yours": {"value": value}}, {"yours": entry})[0]["holds"]
 
 
-def agrees_within_one(value, reference, spread):
-    return abs(value - reference) <= max(spread, 0.01 * max(1, abs(reference)))
-
-
-def agrees_from_below(value, reference, spread):
-    return reference - value <= max(3 * spread, 0.01 * max(1, abs(reference)))
-
-
-def agrees_without_floor(value, reference, spread):
-    return abs(value - reference) <= 3 * spread
-
-
-def agrees_relatively(value, reference, spread):
-    return abs(value - reference) <= max(3 * spread, 0.01 * abs(reference))
-
-
 def agrees_within_both(value, reference, spread):
     return abs(value - reference) <= min(3 * spread, 0.01 * max(1, abs(reference)))
 
@@ -73,18 +57,6 @@ def _written_out(right):
 def _answers():
     rng = np.random.default_rng(0)
     return [(((rng.random((n, q)) + 2 * rng.random((n, 1))) < 1.7).astype(float),) for n, q in ((24, 6), (10, 4))]
-
-
-def error_of_single_answers(right):
-    return np.sqrt(right.mean() * (1 - right.mean()) / right.size)
-
-
-def error_over_all_answers(right):
-    return right.mean(1).std(ddof=1) / np.sqrt(right.size)
-
-
-def spread_of_the_prompts(right):
-    return right.mean(1).std(ddof=1)
 
 
 def error_over_questions(right):
@@ -116,22 +88,6 @@ def _by_normal(numbers, spreads):
     return numbers * 2 * (1 - NormalDist(sigma=math.sqrt(2)).cdf(spreads))
 
 
-def alarms_of_one_run(numbers, spreads):
-    return numbers * math.erfc(spreads / math.sqrt(2))
-
-
-def alarms_on_one_side(numbers, spreads):
-    return numbers * math.erfc(spreads / 2) / 2
-
-
-def chance_of_any_alarm(numbers, spreads):
-    return 1 - (1 - math.erfc(spreads / 2)) ** numbers
-
-
-def alarms_of_one_number(numbers, spreads):
-    return math.erfc(spreads / 2)
-
-
 EXERCISES = (
     Exercise(
         number="9.1",
@@ -158,19 +114,19 @@ EXERCISES = (
         "tolerance for all numbers would be too wide for the one or too narrow for the other.",
         mistakes=(
             Mistake(
-                agrees_within_one,
+                lambda value, reference, spread: abs(value - reference) <= max(spread, 0.01 * max(1, abs(reference))),
                 "You allow one standard error. Two honest runs are further apart than that in half of all cases.",
             ),
             Mistake(
-                agrees_from_below,
+                lambda value, reference, spread: reference - value <= max(3 * spread, 0.01 * max(1, abs(reference))),
                 "You let every number pass that is too high. A number that is too good is off as well.",
             ),
             Mistake(
-                agrees_without_floor,
+                lambda value, reference, spread: abs(value - reference) <= 3 * spread,
                 "A number without a spread could then never agree: another processor adds in another order.",
             ),
             Mistake(
-                agrees_relatively,
+                lambda value, reference, spread: abs(value - reference) <= max(3 * spread, 0.01 * abs(reference)),
                 "One hundredth of a small reference is almost nothing. Below 1 the hundredth is absolute.",
             ),
             Mistake(agrees_within_both, "You take the stricter of the two. It is the one that allows more."),
@@ -198,16 +154,16 @@ EXERCISES = (
         "144, and the error is larger by the square root of six.",
         mistakes=(
             Mistake(
-                error_of_single_answers,
+                lambda right: np.sqrt(right.mean() * (1 - right.mean()) / right.size),
                 "This takes every answer as independent. Those about one prompt are not, so the error comes out too "
                 "small.",
             ),
             Mistake(
-                error_over_all_answers,
+                lambda right: right.mean(1).std(ddof=1) / np.sqrt(right.size),
                 "You divide by the number of answers. What is independent, and averaged here, is the prompts.",
             ),
             Mistake(
-                spread_of_the_prompts,
+                lambda right: right.mean(1).std(ddof=1),
                 "This is how far single prompts scatter. Their mean is known better: by the root of their number.",
             ),
             Mistake(error_over_questions, "The mean goes over the wrong axis: you need one mean a prompt."),
@@ -239,12 +195,21 @@ EXERCISES = (
         "finding; the same row red in every run is one.",
         mistakes=(
             Mistake(
-                alarms_of_one_run,
+                lambda numbers, spreads: numbers * math.erfc(spreads / math.sqrt(2)),
                 "You take the reference as exact. It is a run like yours, and has an error of the same size.",
             ),
-            Mistake(alarms_on_one_side, "You count one side only. A number can be too high or too low."),
-            Mistake(chance_of_any_alarm, "This is the chance that at least one is off. Asked is how many."),
-            Mistake(alarms_of_one_number, "This is the chance for one number. Multiply by how many there are."),
+            Mistake(
+                lambda numbers, spreads: numbers * math.erfc(spreads / 2) / 2,
+                "You count one side only. A number can be too high or too low.",
+            ),
+            Mistake(
+                lambda numbers, spreads: 1 - (1 - math.erfc(spreads / 2)) ** numbers,
+                "This is the chance that at least one is off. Asked is how many.",
+            ),
+            Mistake(
+                lambda numbers, spreads: math.erfc(spreads / 2),
+                "This is the chance for one number. Multiply by how many there are.",
+            ),
         ),
         misconception="That three standard errors make a mistake impossible. They make it rare for one number, and "
         "common among hundreds.",

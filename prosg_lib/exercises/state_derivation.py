@@ -171,10 +171,6 @@ def _read_on(first, second, w, length):
     return num + second[0], den + second[1]
 
 
-def merge_without_decay(first, second, w, length):
-    return first[0] + second[0], first[1] + second[1]
-
-
 def merge_one_decay(first, second, w, length):
     return torch.exp(-w) * first[0] + second[0], torch.exp(-w) * first[1] + second[1]
 
@@ -209,10 +205,6 @@ def token_shift(x, last, mix):
 def _shift_by_library(x, last, mix):
     previous, x = previous_tokens(x, last, None)
     return interpolate(previous, x, mix)[0], x[:, -1]
-
-
-def shift_that_wraps(x, last, mix):
-    return mix * x + (1 - mix) * x.roll(1, 1), x[:, -1]
 
 
 def shift_without_state(x, last, mix):
@@ -251,22 +243,6 @@ def state_bytes(tokens, layers, width, bytes_a_number):
         A number of bytes.
     """
     return 5 * layers * width * bytes_a_number
-
-
-def bytes_that_grow(tokens, layers, width, bytes_a_number):
-    return 5 * tokens * layers * width * bytes_a_number
-
-
-def numbers_not_bytes(tokens, layers, width, bytes_a_number):
-    return 5 * layers * width
-
-
-def bytes_of_the_sums(tokens, layers, width, bytes_a_number):
-    return 3 * layers * width * bytes_a_number
-
-
-def bytes_of_one_block(tokens, layers, width, bytes_a_number):
-    return 5 * width * bytes_a_number
 
 
 EXERCISES = (
@@ -370,7 +346,10 @@ EXERCISES = (
         why="One channel's memory is additive up to a decay, so prompts could be read in parallel and glued. In the "
         "whole model that fails: the keys of deeper blocks depend on everything read before.",
         mistakes=(
-            Mistake(merge_without_decay, "The first piece's sums fade while the second is read; yours do not."),
+            Mistake(
+                lambda first, second, w, length: (first[0] + second[0], first[1] + second[1]),
+                "The first piece's sums fade while the second is read; yours do not.",
+            ),
             Mistake(merge_one_decay, "You let one token pass. The first piece fades by e^(-w) for each of `length`."),
             Mistake(merge_decays_the_second, "The older piece fades, not the newer: decay the first."),
             Mistake(
@@ -401,7 +380,7 @@ EXERCISES = (
         "the state are nothing but the last token's inputs.",
         mistakes=(
             Mistake(
-                shift_that_wraps,
+                lambda x, last, mix: (mix * x + (1 - mix) * x.roll(1, 1), x[:, -1]),
                 "roll brings the last token to the front. What stands before the first token is `last`, from the "
                 "state.",
             ),
@@ -436,14 +415,21 @@ EXERCISES = (
         "forget: whatever is new has to displace something old.",
         mistakes=(
             Mistake(
-                bytes_that_grow, "That would be a cache that grows with the text. A recurrent state is written over."
+                lambda tokens, layers, width, bytes_a_number: 5 * tokens * layers * width * bytes_a_number,
+                "That would be a cache that grows with the text. A recurrent state is written over.",
             ),
-            Mistake(numbers_not_bytes, "That is the count of numbers. How many bytes has one?"),
             Mistake(
-                bytes_of_the_sums,
+                lambda tokens, layers, width, bytes_a_number: 5 * layers * width,
+                "That is the count of numbers. How many bytes has one?",
+            ),
+            Mistake(
+                lambda tokens, layers, width, bytes_a_number: 3 * layers * width * bytes_a_number,
                 "num, den and m are three of the vectors. The last token's inputs to both mixes are kept as well.",
             ),
-            Mistake(bytes_of_one_block, "That is one block's share; every block has a state of its own."),
+            Mistake(
+                lambda tokens, layers, width, bytes_a_number: 5 * width * bytes_a_number,
+                "That is one block's share; every block has a state of its own.",
+            ),
         ),
         misconception="That a longer prompt has a larger state.",
         discussion=("From how many tokens on is the cache of a transformer of the same width larger?",),

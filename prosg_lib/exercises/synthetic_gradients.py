@@ -57,26 +57,6 @@ class _OneMap:
         return "one map"
 
 
-def changed_without_scale(x, w, u, v, scale):
-    return x @ w.T + (x @ v) @ u.mT
-
-
-def changed_as_the_first(x, w, u, v, scale):
-    return x @ w.T + scale * (x @ v[0]) @ u[0].T
-
-
-def changed_by_the_mean(x, w, u, v, scale):
-    return x @ (w + scale * (u @ v.mT).mean(0)).T
-
-
-def changed_without_the_map(x, w, u, v, scale):
-    return scale * (x @ v) @ u.mT
-
-
-def changed_weight_scaled(x, w, u, v, scale):
-    return scale * (x @ w.T + (x @ v) @ u.mT)
-
-
 # 4.2
 
 
@@ -104,10 +84,6 @@ def _features():
     return [(7 + features * scale, 7 + texts * scale), (1 - features[:2] * scale, texts * scale)]
 
 
-def normalised_by_row(features, texts):
-    return (features - features.mean(1, keepdim=True)) / features.std(1, keepdim=True)
-
-
 def normalised_by_batch(features, texts):
     std = features.std(0)
     return (features - features.mean(0)) / torch.where(std > 1e-6, std, 1.0)
@@ -116,14 +92,6 @@ def normalised_by_batch(features, texts):
 def normalised_by_variance(features, texts):
     variance = texts.var(0)
     return (features - texts.mean(0)) / torch.where(variance > 1e-6, variance, 1.0)
-
-
-def normalised_as_one(features, texts):
-    return (features - texts.mean()) / texts.std()
-
-
-def normalised_by_nothing(features, texts):
-    return (features - texts.mean(0)) / texts.std(0)
 
 
 # 4.3
@@ -150,26 +118,6 @@ def _token_by_token(g, x, v, valid):
     return u
 
 
-def written_with_padding(g, x, v, valid):
-    return g.mT @ (x @ v)
-
-
-def written_for_all(g, x, v, valid):
-    return torch.einsum("bto,btr->or", g * valid[..., None], x @ v).expand(len(g), -1, -1)
-
-
-def written_transposed(g, x, v, valid):
-    return (x @ v).mT @ (g * valid[..., None])
-
-
-def written_as_mean(g, x, v, valid):
-    return (g * valid[..., None]).mT @ (x @ v) / valid.sum(1)[:, None, None]
-
-
-def written_in_full(g, x, v, valid):
-    return (g * valid[..., None]).mT @ x
-
-
 EXERCISES = (
     Exercise(
         number="4.1",
@@ -189,11 +137,23 @@ EXERCISES = (
         why="The base weights stay as they are: removing a delta is exact, and every sequence of a batch may have "
         "another one.",
         mistakes=(
-            Mistake(changed_without_scale, "The delta's scale is missing."),
-            Mistake(changed_as_the_first, "Every sequence gets the first one's delta. Keep the batch axis of u and v."),
-            Mistake(changed_by_the_mean, "You average the deltas of the batch. Each sequence keeps its own."),
-            Mistake(changed_without_the_map, "This is the change alone; the map's own output x W^T is missing."),
-            Mistake(changed_weight_scaled, "The scale belongs to the delta; you scale the map's own output as well."),
+            Mistake(lambda x, w, u, v, scale: x @ w.T + (x @ v) @ u.mT, "The delta's scale is missing."),
+            Mistake(
+                lambda x, w, u, v, scale: x @ w.T + scale * (x @ v[0]) @ u[0].T,
+                "Every sequence gets the first one's delta. Keep the batch axis of u and v.",
+            ),
+            Mistake(
+                lambda x, w, u, v, scale: x @ (w + scale * (u @ v.mT).mean(0)).T,
+                "You average the deltas of the batch. Each sequence keeps its own.",
+            ),
+            Mistake(
+                lambda x, w, u, v, scale: scale * (x @ v) @ u.mT,
+                "This is the change alone; the map's own output x W^T is missing.",
+            ),
+            Mistake(
+                lambda x, w, u, v, scale: scale * (x @ w.T + (x @ v) @ u.mT),
+                "The scale belongs to the delta; you scale the map's own output as well.",
+            ),
         ),
         misconception="That a delta for each sequence needs a copy of the weight for each. It needs two thin factors.",
         discussion=("From which rank on would it be cheaper to form W + scale U V^T once and use it?",),
@@ -214,7 +174,7 @@ EXERCISES = (
         "what a user has.",
         mistakes=(
             Mistake(
-                normalised_by_row,
+                lambda features, texts: (features - features.mean(1, keepdim=True)) / features.std(1, keepdim=True),
                 "You normalise over the channels of each prompt, as a layer norm does. Each channel needs its own "
                 "statistics, over texts.",
             ),
@@ -223,9 +183,12 @@ EXERCISES = (
                 "You use the batch's own statistics. A single prompt would be all zeros; use those of `texts`.",
             ),
             Mistake(normalised_by_variance, "Divide by the standard deviation, not by the variance."),
-            Mistake(normalised_as_one, "One mean and deviation for all channels leaves the small ones invisible."),
             Mistake(
-                normalised_by_nothing,
+                lambda features, texts: (features - texts.mean()) / texts.std(),
+                "One mean and deviation for all channels leaves the small ones invisible.",
+            ),
+            Mistake(
+                lambda features, texts: (features - texts.mean(0)) / texts.std(0),
                 "A channel that never changes has the deviation 0, and 0 by 0 is no number. Divide it by 1.",
             ),
         ),
@@ -251,19 +214,26 @@ EXERCISES = (
         why="It is a sum over tokens, so it streams: read a prompt in pieces and add up. It also adds: two prompts' "
         "U's sum to a U of the same rank.",
         mistakes=(
-            Mistake(written_with_padding, "Padding writes, too. Multiply by `valid` before you sum over tokens."),
             Mistake(
-                written_for_all,
+                lambda g, x, v, valid: g.mT @ (x @ v),
+                "Padding writes, too. Multiply by `valid` before you sum over tokens.",
+            ),
+            Mistake(
+                lambda g, x, v, valid: torch.einsum("bto,btr->or", g * valid[..., None], x @ v).expand(len(g), -1, -1),
                 "You sum over the batch as well. Each prompt has a delta of its own; keep the first axis.",
             ),
             Mistake(
-                written_transposed, "This is U transposed: what is written, g, belongs to the outputs, (out, rank)."
+                lambda g, x, v, valid: (x @ v).mT @ (g * valid[..., None]),
+                "This is U transposed: what is written, g, belongs to the outputs, (out, rank).",
             ),
             Mistake(
-                written_as_mean,
+                lambda g, x, v, valid: (g * valid[..., None]).mT @ (x @ v) / valid.sum(1)[:, None, None],
                 "You divide by the number of tokens. Then a fact would fade by being told among others; it is a sum.",
             ),
-            Mistake(written_in_full, "V is missing: each input is read through it, as V^T x_t, of size rank."),
+            Mistake(
+                lambda g, x, v, valid: (g * valid[..., None]).mT @ x,
+                "V is missing: each input is read through it, as V^T x_t, of size rank.",
+            ),
         ),
         misconception="That the rank limits how many tokens can be written. It limits how many addresses can be told "
         "apart; any number of tokens adds up.",

@@ -31,22 +31,6 @@ def _map_inputs(tokens, inputs, outputs, rank, seed):
     return (*(torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes), 0.1)
 
 
-def changed_map_without_scale(x, W, U, V, s):
-    return x @ W.T + (x @ V) @ U.T
-
-
-def changed_map_scaled_whole(x, W, U, V, s):
-    return s * (x @ W.T + (x @ V) @ U.T)
-
-
-def change_alone(x, W, U, V, s):
-    return s * (x @ V) @ U.T
-
-
-def change_subtracted(x, W, U, V, s):
-    return x @ W.T - s * (x @ V) @ U.T
-
-
 # 0.2
 
 
@@ -59,22 +43,6 @@ def times_smaller(inputs, outputs, rank):
         The numbers of the map for each number of the change.
     """
     return inputs * outputs / (rank * (inputs + outputs))
-
-
-def times_smaller_counting_u(inputs, outputs, rank):
-    return inputs * outputs / (rank * outputs)
-
-
-def times_smaller_counting_v(inputs, outputs, rank):
-    return inputs * outputs / (rank * inputs)
-
-
-def times_larger(inputs, outputs, rank):
-    return rank * (inputs + outputs) / (inputs * outputs)
-
-
-def times_smaller_as_a_product(inputs, outputs, rank):
-    return inputs * outputs / (rank * inputs * rank * outputs)
 
 
 EXERCISES = (
@@ -91,10 +59,20 @@ EXERCISES = (
         results=("y",),
         why="The work grows with r, not with the size of the map, and every text of a batch can have a U of its own.",
         mistakes=(
-            Mistake(changed_map_without_scale, "The scale s is missing: it multiplies the second term."),
-            Mistake(changed_map_scaled_whole, "s scales the change alone; W x stays as it is."),
-            Mistake(change_alone, "That is the change alone. The map's own answer W x is missing."),
-            Mistake(change_subtracted, "The change is added. (A gradient step subtracts; here the sign is in U.)"),
+            Mistake(
+                lambda x, W, U, V, s: x @ W.T + (x @ V) @ U.T, "The scale s is missing: it multiplies the second term."
+            ),
+            Mistake(
+                lambda x, W, U, V, s: s * (x @ W.T + (x @ V) @ U.T), "s scales the change alone; W x stays as it is."
+            ),
+            Mistake(
+                lambda x, W, U, V, s: s * (x @ V) @ U.T,
+                "That is the change alone. The map's own answer W x is missing.",
+            ),
+            Mistake(
+                lambda x, W, U, V, s: x @ W.T - s * (x @ V) @ U.T,
+                "The change is added. (A gradient step subtracts; here the sign is in U.)",
+            ),
         ),
         misconception="That the weights have to be written to be changed. The sum of two answers is the answer of the "
         "sum of two maps.",
@@ -118,11 +96,20 @@ EXERCISES = (
         why="At width 128 a delta of rank 32 is half its map; at width 4,096 it is a sixty-fourth. Low rank pays where "
         "maps are wide.",
         mistakes=(
-            Mistake(times_smaller_counting_u, "That counts U alone. V has rank times inputs numbers, too."),
-            Mistake(times_smaller_counting_v, "That counts V alone. U has rank times outputs numbers, too."),
-            Mistake(times_larger, "Upside down: count the map's numbers for each number of the change."),
             Mistake(
-                times_smaller_as_a_product,
+                lambda inputs, outputs, rank: inputs * outputs / (rank * outputs),
+                "That counts U alone. V has rank times inputs numbers, too.",
+            ),
+            Mistake(
+                lambda inputs, outputs, rank: inputs * outputs / (rank * inputs),
+                "That counts V alone. U has rank times outputs numbers, too.",
+            ),
+            Mistake(
+                lambda inputs, outputs, rank: rank * (inputs + outputs) / (inputs * outputs),
+                "Upside down: count the map's numbers for each number of the change.",
+            ),
+            Mistake(
+                lambda inputs, outputs, rank: inputs * outputs / (rank * inputs * rank * outputs),
                 "U and V are kept side by side, so their numbers add up; multiplied they would be the map again.",
             ),
         ),

@@ -41,28 +41,8 @@ def _settings():
     ]
 
 
-def chosen_by_recall(recall, error, others):
-    return int(recall.argmax())
-
-
-def chosen_by_others(recall, error, others):
-    return int(others.argmax())
-
-
 def chosen_within_two_errors(recall, error, others):
     return int(np.where(recall >= recall.max() - 2 * error, others, -np.inf).argmax())
-
-
-def chosen_for_the_most_harm(recall, error, others):
-    return int(np.where(recall >= recall.max() - error, others, np.inf).argmin())
-
-
-def chosen_by_the_lowest_equal(recall, error, others):
-    return int(np.where(recall >= recall.max() - error, recall, np.inf).argmin())
-
-
-def chosen_by_the_sum(recall, error, others):
-    return int((recall + others).argmax())
 
 
 # 6.5
@@ -86,26 +66,6 @@ def _token_by_token(budget, layers, width, bytes_a_number):
     while (kept := kept + sum(bytes_a_number * width for _ in range(layers) for _ in "KV")) <= budget:
         tokens += 1
     return tokens
-
-
-def tokens_with_keys_alone(budget, layers, width, bytes_a_number):
-    return budget // (layers * width * bytes_a_number)
-
-
-def tokens_of_one_layer(budget, layers, width, bytes_a_number):
-    return budget // (2 * width * bytes_a_number)
-
-
-def tokens_as_numbers(budget, layers, width, bytes_a_number):
-    return budget // (2 * layers * width)
-
-
-def tokens_with_a_part(budget, layers, width, bytes_a_number):
-    return budget / (2 * layers * width * bytes_a_number)
-
-
-def tokens_rounded_up(budget, layers, width, bytes_a_number):
-    return math.ceil(budget / (2 * layers * width * bytes_a_number))
 
 
 # 6.6
@@ -157,10 +117,6 @@ def between_readings_not_at_all(read_ms, plain_ms, changed_ms):
     return round(read_ms / (changed_ms - plain_ms))
 
 
-def between_readings_always(read_ms, plain_ms, changed_ms):
-    return max(1, round(read_ms / abs(changed_ms - plain_ms)))
-
-
 EXERCISES = (
     Exercise(
         number="6.4",
@@ -178,19 +134,26 @@ EXERCISES = (
         "split was looked at, and anybody can apply it again.",
         mistakes=(
             Mistake(
-                chosen_by_recall,
+                lambda recall, error, others: int(recall.argmax()),
                 "You take the best recall. Its lead may be less than its error, and then another setting that harms "
                 "less is as good.",
             ),
-            Mistake(chosen_by_others, "You look at others alone. A method that does nothing harms nobody."),
-            Mistake(chosen_within_two_errors, "You count two standard errors as equal. The rule says one."),
-            Mistake(chosen_for_the_most_harm, "Of the equal ones you took the one that loses the most answers."),
             Mistake(
-                chosen_by_the_lowest_equal,
+                lambda recall, error, others: int(others.argmax()),
+                "You look at others alone. A method that does nothing harms nobody.",
+            ),
+            Mistake(chosen_within_two_errors, "You count two standard errors as equal. The rule says one."),
+            Mistake(
+                lambda recall, error, others: int(np.where(recall >= recall.max() - error, others, np.inf).argmin()),
+                "Of the equal ones you took the one that loses the most answers.",
+            ),
+            Mistake(
+                lambda recall, error, others: int(np.where(recall >= recall.max() - error, recall, np.inf).argmin()),
                 "Of the equal ones you took the lowest recall. They count as equal; `others` decides among them.",
             ),
             Mistake(
-                chosen_by_the_sum, "You add two shares. Nothing says that a point of one is worth a point of the other."
+                lambda recall, error, others: int((recall + others).argmax()),
+                "You add two shares. Nothing says that a point of one is worth a point of the other.",
             ),
         ),
         misconception="That a rival deserves less care than one's own method. A comparison is as good as its worst "
@@ -212,11 +175,26 @@ EXERCISES = (
         why="One delta takes as many bytes as 114 tokens of this small transformer's cache. Both grow with the model: "
         "the cache a token with layers times width, and a delta of fixed rank likewise.",
         mistakes=(
-            Mistake(tokens_with_keys_alone, "Each layer keeps two vectors a token, a key and a value."),
-            Mistake(tokens_of_one_layer, "This is the cache of a single layer; every layer has its own."),
-            Mistake(tokens_as_numbers, "You count numbers. The budget is in bytes."),
-            Mistake(tokens_with_a_part, "A part of a token cannot be looked back at: round down."),
-            Mistake(tokens_rounded_up, "You round up, and the last token does not fit any more: round down."),
+            Mistake(
+                lambda budget, layers, width, bytes_a_number: budget // (layers * width * bytes_a_number),
+                "Each layer keeps two vectors a token, a key and a value.",
+            ),
+            Mistake(
+                lambda budget, layers, width, bytes_a_number: budget // (2 * width * bytes_a_number),
+                "This is the cache of a single layer; every layer has its own.",
+            ),
+            Mistake(
+                lambda budget, layers, width, bytes_a_number: budget // (2 * layers * width),
+                "You count numbers. The budget is in bytes.",
+            ),
+            Mistake(
+                lambda budget, layers, width, bytes_a_number: budget / (2 * layers * width * bytes_a_number),
+                "A part of a token cannot be looked back at: round down.",
+            ),
+            Mistake(
+                lambda budget, layers, width, bytes_a_number: math.ceil(budget / (2 * layers * width * bytes_a_number)),
+                "You round up, and the last token does not fit any more: round down.",
+            ),
         ),
         misconception="That a delta is a compressed prompt. 114 tokens are about one such prompt, so in bytes "
         "nothing is saved; what is gained is that nothing has to be looked back at.",
@@ -251,7 +229,7 @@ EXERCISES = (
                 "A reading cannot come after 0 tokens. Where it is cheap, it comes after each.",
             ),
             Mistake(
-                between_readings_always,
+                lambda read_ms, plain_ms, changed_ms: max(1, round(read_ms / abs(changed_ms - plain_ms))),
                 "Where the change costs nothing, no reading is affordable: return infinity.",
             ),
         ),
