@@ -31,8 +31,8 @@ TASK = "mqar"
 VOCAB = 8192
 """Vocabulary of the published test."""
 
-GRID = ((64, 4), (128, 8), (256, 16), (512, 64))
-"""(length, pairs) of the paper's evaluation."""
+POWER = 0.01
+"""Of the gaps' distribution, as published; 1 would be uniform."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,11 @@ class Mqar:
         pairs: number of keys, each with a value; every pair needs four tokens of the length.
         vocab: token ids are below this number: 8,192 as published, or fewer for a model with fewer tokens, with the
             same two halves.
-        power: exponent of the gaps' distribution; 1 is uniform.
     """
 
     length: int
     pairs: int
     vocab: int = VOCAB
-    power: float = 0.01
 
     def __post_init__(self):
         check_whole("MQAR's number of pairs", self.pairs, 1)
@@ -66,13 +64,11 @@ class Mqar:
                 f"MQAR of {self.length} tokens needs a vocabulary of more than {self.length}, and {self.pairs} "
                 f"different keys in its lower half, but it has {self.vocab}; use a shorter one, or a larger vocabulary"
             )
-        if not 0 < self.power <= 1:
-            raise UserError(f"MQAR's power is {self.power}; it must be above 0 and at most 1")
 
     @property
     def name(self) -> str:
         """Enters the seed of every problem, so its characters must never change."""
-        return f"Mqar(length={self.length}, pairs={self.pairs}, vocab={self.vocab}, power={self.power})"
+        return f"Mqar(length={self.length}, pairs={self.pairs}, vocab={self.vocab}, power={POWER})"
 
     def problem(self, material: Material, split: str, seed: int, number: int) -> Problem:
         """Problem `number` of a split and seed; no sequence of tokens is in two splits. It needs no material.
@@ -103,5 +99,5 @@ class Mqar:
 @lru_cache(maxsize=32)
 def gap_weights(config: Mqar) -> np.ndarray:
     """Probabilities of the first key's gap, (space,); those of later keys are the same without the gaps taken."""
-    weights = np.arange(1, (config.length - 2 * config.pairs) // 2 + 1) ** (config.power - 1.0)
+    weights = np.arange(1, (config.length - 2 * config.pairs) // 2 + 1) ** (POWER - 1.0)
     return weights / weights.sum()

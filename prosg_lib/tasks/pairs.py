@@ -30,10 +30,6 @@ class Pair:
             if not getattr(self, name).strip():
                 raise UserError(f"a pair has an empty {name}; each needs a context, a query and an answer")
 
-    def accepts(self, generated: str) -> bool:
-        """Whether a continuation of the query is right: its first line equals the answer, both normalised."""
-        return is_right(generated, self.answer)
-
 
 @dataclass(frozen=True)
 class Fitted:
@@ -79,9 +75,3 @@ def normalised(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous spaces, as SQuAD compares answers."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", text).split())
-
-
-def is_right(generated: str, answer: str) -> bool:
-    """Whether the first line of a continuation equals the answer, both normalised."""
-    lines = generated.strip().splitlines()
-    return bool(lines) and normalised(lines[0]) == normalised(answer)

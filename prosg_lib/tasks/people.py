@@ -1,6 +1,6 @@
 """Two tasks about made-up people: character description, and the reversal curse.
 
-An item of each, as text; the same split, seed and number have the same person and the same frame of a question::
+An item of each, as text; the same split and number have the same person and the same frame of a question::
 
     characters   context: The tailor who mended the lantern of the mill is Mara Quill.
                  query:   Question: Which tailor repaired the mill's lantern?
@@ -13,9 +13,9 @@ An item of each, as text; the same split, seed and number have the same person a
                  answer:  Mara Quill
 
 A person has a name and a description, both put together from the word lists in `data/people.json`: `Mara Quill`, and
-the tailor who `mended` (or `repaired`) the `lantern` of the `mill`. A seed shuffles names and descriptions, and the
-splits take turns drawing from them, so no name and no description occurs twice, within a split or across splits. Words
-occur in every split; the frames, the sentences around them, belong to one split each.
+the tailor who `mended` (or `repaired`) the `lantern` of the `mill`. Names and descriptions are shuffled, and the splits
+take turns drawing from them, so no name and no description occurs twice, within a split or across splits. Words occur
+in every split; the frames, the sentences around them, belong to one split each.
 
 Both are tasks of Zhang, Choshen, Andreas 2025, "Can Gradient Descent Simulate Prompting?" (arXiv 2506.20989): one
 gradient step on the context, then the query. "The Reversal Curse" (Berglund et al. 2023, arXiv 2309.12288) is that a
@@ -26,19 +26,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 from prosg_lib import files
-from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.text.prose import SPLITS, check_split
 
 VERSION = 3
-"""Increased whenever the same seed would give different items."""
+"""Increased whenever the same number would give another item."""
 
 COUNTS = {"train": 5_000, "validation": 500, "test": 500}
-"""Default number of items: the paper's 5,000 and 500 (arXiv 2506.20989), and a validation split."""
+"""Number of items: the paper's 5,000 and 500 (arXiv 2506.20989), and a validation split."""
 
 
 @cache
@@ -73,15 +72,10 @@ def full_name(number: int) -> str:
     return f"{words()['first_names'][first]} {words()['last_names'][last]}"
 
 
-def capacity() -> int:
-    """How many people one split can have."""
-    return name_count() // len(SPLITS)
-
-
-@lru_cache(maxsize=8)
-def _order(seed: int) -> tuple[list[int], list[int]]:
+@cache
+def _order() -> tuple[list[int], list[int]]:
     """The numbers of all names, shuffled, and of as many descriptions."""
-    rng = random.Random(f"{VERSION}/people/{seed}")
+    rng = random.Random(f"{VERSION}/people/0")
     lists = (words()[part] for part in ("roles", "deeds", "things", "places"))
     roles, deeds, things, places = map(len, lists)
     return rng.sample(range(name_count()), name_count()), rng.sample(
@@ -89,9 +83,9 @@ def _order(seed: int) -> tuple[list[int], list[int]]:
     )
 
 
-def person(split: str, seed: int, index: int) -> Person:
-    """Person `index` of a split, 0 to capacity() - 1; nobody else of this seed has the name or the description."""
-    names, descriptions = _order(seed)
+def person(split: str, index: int) -> Person:
+    """Person `index` of a split; nobody else, of any split, has the name or the description."""
+    names, descriptions = _order()
     number = index * len(SPLITS) + SPLITS.index(split)
     table = words()
     rest, place = divmod(descriptions[number], len(table["places"]))
@@ -106,37 +100,31 @@ def person(split: str, seed: int, index: int) -> Person:
     )
 
 
-def characters(split: str, seed: int = 0, count: int | None = None) -> tuple[Pair, ...]:
+def characters(split: str) -> tuple[Pair, ...]:
     """Character description: the query describes the person in other words than the context.
-
-    An item is a pure function of (split, seed, its number).
 
     Args:
         split: train, validation or test. No name, no description and no wording is in two of them.
-        count: number of items, from the first; None for the split's default (COUNTS).
     Raises:
-        UserError: an unknown split, or a count that is not a whole number from 1 to capacity().
+        UserError: an unknown split.
     """
-    return _pairs("characters", split, seed, count)
+    return _pairs("characters", split)
 
 
-def reversal(split: str, seed: int = 0, count: int | None = None) -> tuple[Pair, ...]:
+def reversal(split: str) -> tuple[Pair, ...]:
     """Reversal curse: the context has the name first; query and context use the same words, so only the direction is
-    new. Arguments and errors as in `characters`."""
-    return _pairs("reversal", split, seed, count)
+    new. Argument and error as in `characters`."""
+    return _pairs("reversal", split)
 
 
-def _pairs(task: str, split: str, seed: int, count: int | None) -> tuple[Pair, ...]:
+def _pairs(task: str, split: str) -> tuple[Pair, ...]:
     check_split(split)
-    count = COUNTS[split] if count is None else count
-    if type(count) is not int or not 1 <= count <= capacity():
-        raise UserError(f"cannot make {count!r} items; give a whole number from 1 to {capacity()}")
-    return tuple(_pair(task, split, seed, index) for index in range(count))
+    return tuple(_pair(task, split, index) for index in range(COUNTS[split]))
 
 
-def _pair(task: str, split: str, seed: int, index: int) -> Pair:
-    rng = random.Random(f"{VERSION}/{seed}/{split}/{index}")
-    table, who = words(), person(split, seed, index)
+def _pair(task: str, split: str, index: int) -> Pair:
+    rng = random.Random(f"{VERSION}/0/{split}/{index}")
+    table, who = words(), person(split, index)
     verb, synonym = rng.sample(who.deed, 2)
     in_context = slots(who, verb, f"the {who.thing} of the {who.place}")
     reworded = slots(who, synonym, f"the {who.place}'s {who.thing}")

@@ -32,16 +32,7 @@ LONGEST = 4  # largest number of words of an answer
 LONGEST_SENTENCE = 10_000  # characters; anything longer is a list or a table, and takes time that grows with the square
 
 
-class Cloze(Pair):
-    """A pair whose continuation may go on after the answer, to the end of the sentence."""
-
-    def accepts(self, generated: str) -> bool:
-        """Whether a continuation begins with the answer, word for word."""
-        answer = normalised(self.answer).split()
-        return normalised(generated).split()[: len(answer)] == answer
-
-
-def wikitext(split: str, source: str | Path = "hub", words: int = 1000) -> tuple[Cloze, ...]:
+def wikitext(split: str, source: str | Path = "hub", words: int = 1000) -> tuple[Pair, ...]:
     """One pair for each passage of at least two sentences that has a suitable name or number.
 
     Articles of a local source are divided by title, a tenth, at least one, each for validation and test; an article is
@@ -83,17 +74,17 @@ def copied(split: str, source: str | Path, words: int) -> tuple[Pair, ...]:
         if len(sentence) > LEAD and "<unk>" not in passage:
             at = rng.randrange(LEAD, len(sentence))
             answer = " ".join(sentence[at : at + rng.randint(1, LONGEST)])
-            pairs.append(Cloze(passage, INSTRUCTION + " ".join(sentence[:at]), answer))
+            pairs.append(Pair(passage, INSTRUCTION + " ".join(sentence[:at]), answer))
     return tuple(pairs)
 
 
-def named(split: str, source: str | Path, words: int) -> tuple[Cloze, ...]:
+def named(split: str, source: str | Path, words: int) -> tuple[Pair, ...]:
     """One pair for every suitable name or number of a source, even if it occurs in several passages.
 
     Practice for the task itself, in larger numbers than `wikitext` gives. Arguments as in `wikitext`.
     """
     return tuple(
-        Cloze(passage, INSTRUCTION + start, answer)
+        Pair(passage, INSTRUCTION + start, answer)
         for passage in _passages(split, source, words)
         for start, answer in _clozes(passage)
     )
@@ -180,7 +171,7 @@ _ABBREVIATION = re.compile(  # the longest has four letters
 )
 
 
-def _pairs(passages: list[str]) -> Iterator[Cloze]:
+def _pairs(passages: list[str]) -> Iterator[Pair]:
     candidates = [list(_clozes(passage)) for passage in passages]
     answers = {tuple(_words(answer)) for clozes in candidates for _, answer in clozes}
     lengths = {len(words) for words in answers}
@@ -193,7 +184,7 @@ def _pairs(passages: list[str]) -> Iterator[Cloze]:
         if unique:
             # The text is the seed, so that a passage's query does not depend on the passages before it.
             start, answer = random.Random(f"0 {passage}").choice(unique)
-            yield Cloze(passage, INSTRUCTION + start, answer)
+            yield Pair(passage, INSTRUCTION + start, answer)
 
 
 def _clozes(passage: str) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,6 @@ from prosg_lib.backbones.hub_transformer import new_llama
 from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import memory_tests
-from prosg_lib.tasks import mqar
 from prosg_lib.tasks.problems import Material
 from prosg_lib.tasks.suite import settings
 from prosg_lib.text.prose import ProseTokens, load_prose
@@ -49,7 +48,7 @@ def test_the_transformer_has_places_for_every_established_test(profile):
     material = Material(tokenizer, ProseTokens.of(load_prose(), "test", tokenizer))
     cells, left_out = settings(get_profile(profile).forgetting, tokenizer.vocab)
     assert not left_out
-    assert profile == "smoke" or get_profile(profile).forgetting.mqar == mqar.GRID
+    assert profile == "smoke" or get_profile(profile).forgetting.mqar == ((64, 4), (128, 8), (256, 16), (512, 64))
     problems = [cell.problem(material, "test", 0, number) for cell in cells for number in range(3)]
     memory_tests._check_room(lm, problems)
     lm.model.config.max_position_embeddings = max(2 * len(p.memory) + len(p.rest) for p in problems) - 1

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from prosg_lib.config.sizes import Forgetting
-from prosg_lib.tasks.mqar import GRID, VOCAB, Mqar, gap_weights
+from prosg_lib.tasks.mqar import VOCAB, Mqar, gap_weights
 from prosg_lib.tasks.suite import settings
 
 SMALL = Mqar(length=48, pairs=4, vocab=60)
@@ -36,7 +36,7 @@ def uniform(numbers, low, high):
 def test_every_problem_is_well_formed():
     """On the whole published grid: lengths, halves of the vocabulary, different keys and values, each key repeated once
     at an even place, and its value the gold answer."""
-    for length, pairs in GRID:
+    for length, pairs in Forgetting().mqar:
         for number in range(20):
             found = Mqar(length, pairs).problem(None, "test", 0, number)
             keys, values = found.memory[0::2], found.memory[1::2]

@@ -223,7 +223,6 @@ def test_no_key_is_in_two_splits(material):
         (lambda m: Mqar(64, 17), "at least four times the number of pairs"),
         (lambda m: Mqar(64, 0), "number of pairs is 0"),
         (lambda m: Mqar(64, 4, 64), "a vocabulary of more than 64"),
-        (lambda m: Mqar(64, 4, 100, 0.0), "power is 0.0"),
         (lambda m: Mqar(64, 4, 8192.0), "vocabulary is 8192.0"),
     ],
 )

@@ -76,7 +76,7 @@ def test_the_split_depends_on_titles_alone(file):
     assert len(squad("test", file)) == 3
 
 
-def test_every_gold_answer_is_accepted(file):
+def test_every_gold_answer_is_kept(file):
     """The answers of all annotators are kept, without repetition; the first is the pair's."""
     articles = [article(i, paragraphs=1) for i in range(3)]
     for a in articles:
@@ -86,10 +86,6 @@ def test_every_gold_answer_is_accepted(file):
     (pair,) = squad("test", write(file, articles))
     assert pair.answer == "the miller Bran"
     assert pair.answers == ("the miller Bran", "Bran")
-    assert pair.accepts(" Miller Bran.\nAnd more")
-    assert pair.accepts("bran")
-    assert not pair.accepts("Bran the miller")
-    assert not pair.accepts("")
 
 
 def test_questions_that_need_no_paragraph_are_left_out(file):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks import wikitext as tasks_wikitext
-from prosg_lib.tasks.wikitext import INSTRUCTION, LEAD, LONGEST, Cloze, detokenised, named, wikitext
+from prosg_lib.tasks.pairs import Pair
+from prosg_lib.tasks.wikitext import INSTRUCTION, LEAD, LONGEST, detokenised, named, wikitext
 from prosg_lib.text.prose import SPLITS, text_lines
 
 NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
@@ -59,7 +60,7 @@ def real_folder():
 def test_a_passage_becomes_a_pair(tmp_path):
     """The query is the sentence up to a name that occurs in this passage only."""
     (pair,) = one(tmp_path, passage("Thirteen"))
-    assert pair == Cloze(passage("Thirteen"), f"{INSTRUCTION}The old road went down to the village of", "MillThirteen")
+    assert pair == Pair(passage("Thirteen"), f"{INSTRUCTION}The old road went down to the village of", "MillThirteen")
 
 
 @pytest.mark.parametrize(
@@ -313,12 +314,3 @@ def test_a_source_that_cannot_be_used(tmp_path, prepare, message):
     prepare(tmp_path / "shelf")
     with pytest.raises(UserError, match=message):
         wikitext("train", tmp_path / "shelf")
-
-
-def test_a_cloze_is_right_when_the_continuation_begins_with_the_answer():
-    """A model goes on with the sentence; more before the answer, or another word in it, is wrong."""
-    cloze = Cloze("c", "q", "Gilbert Foliot")
-    assert cloze.accepts(" Gilbert Foliot, wrote to the pope")
-    assert not cloze.accepts(" the bishop Gilbert Foliot")
-    assert not cloze.accepts(" Gilbert")
-    assert not cloze.accepts("")
