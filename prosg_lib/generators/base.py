@@ -57,11 +57,11 @@ def parameter_key(name: str) -> str:
     return name.replace(".", "_")
 
 
-def check_model(fingerprint: str, lm: LanguageModel) -> None:
-    """Raises a UserError if what is to be used with this model was trained for one with another fingerprint."""
+def check_model(fingerprint: str | None, lm: LanguageModel, what: str = "this module") -> None:
+    """Raises a UserError if `what` is to be used with this model and was trained for one with another fingerprint."""
     if fingerprint != lm.fingerprint():
         raise UserError(
-            f"this module was trained for model {fingerprint}, not for this one ({lm.fingerprint()}); load that model, "
+            f"{what} was trained for model {fingerprint}, not for this one ({lm.fingerprint()}); load that model, "
             "in the same quantisation and with the same window, if it has one"
         )
 

@@ -1,4 +1,4 @@
-"""The final-state generator: U from the state after the prompt alone."""
+"""The final-state generator: U from the state after the prompt alone; and what generators that see states share."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.backbones.state import Normaliser
+from prosg_lib.backbones.state import Normaliser, RecurrentState
 from prosg_lib.generators.base import DROPOUT, Generator, parameter_key
 
 
-class FinalStateGenerator(Generator):
-    """Normalised features of the final state (B, F) -> residual trunk (B, width) -> one head per map, U (B, out, r).
+class StateReader(Generator):
+    """The base of generators that see states, no tokens: normalised features (..., F) -> residual trunk (..., width).
 
     Attributes:
         mean, std: statistics of the features, (F,); `fit_normaliser` collects them.
-        heads: one linear layer per map, zero before training.
     """
 
     def __init__(self, lm: LanguageModel, rank: int, width: int, endings: tuple[str, ...]):
@@ -30,6 +29,40 @@ class FinalStateGenerator(Generator):
             for _ in range(2)
         )
         self.norm = nn.LayerNorm(width)
+
+    @torch.no_grad()
+    def states(self, lm: LanguageModel, ids: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, RecurrentState]:
+        """Features of the states that it sees of each prompt, (B, S, F), which of them there are, (B, S), and the last
+        state. Here S is 1, the last state."""
+        _, state = lm.step_through(ids, None, valid)
+        features = lm.state_features(state)[:, None]
+        return features, torch.ones(features.shape[:2], dtype=torch.bool, device=ids.device), state
+
+    @torch.no_grad()
+    def fit_normaliser(self, lm: LanguageModel, ids: Tensor, valid: Tensor) -> None:
+        """Collect the features' statistics over a batch of prompts; once, before training."""
+        features, there, _ = self.states(lm, ids, valid)
+        found = Normaliser.fit(features[there])
+        self.mean.copy_(found.mean)
+        self.std.copy_(found.std)
+
+    def read(self, features: Tensor) -> Tensor:
+        """Features (..., F) -> (..., width)."""
+        h = self.inner(F.dropout(Normaliser(self.mean, self.std)(features), DROPOUT, self.training))
+        for layer in self.trunk:
+            h = h + layer(h)
+        return self.norm(h)
+
+
+class FinalStateGenerator(StateReader):
+    """The final state's features -> trunk (B, width) -> one head per map, U (B, out, r).
+
+    Attributes:
+        heads: one linear layer per map, zero before training.
+    """
+
+    def __init__(self, lm: LanguageModel, rank: int, width: int, endings: tuple[str, ...]):
+        super().__init__(lm, rank, width, endings)
         self.heads = nn.ModuleDict(
             {parameter_key(n): nn.Linear(width, out * rank) for n, out in self.out_sizes.items()}
         )
@@ -37,21 +70,8 @@ class FinalStateGenerator(Generator):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    @torch.no_grad()
-    def fit_normaliser(self, lm: LanguageModel, ids: Tensor, valid: Tensor) -> None:
-        """Collect the features' statistics over a batch of prompts; once, before training."""
-        _, state = lm.step_through(ids, None, valid)
-        found = Normaliser.fit(lm.state_features(state))
-        self.mean.copy_(found.mean)
-        self.std.copy_(found.std)
-
     def forward(self, lm, ids, valid=None):
-        with torch.no_grad():
-            _, state = lm.step_through(ids, None, valid)
-            features = Normaliser(self.mean, self.std)(lm.state_features(state))
-        h = self.inner(F.dropout(features, DROPOUT, self.training))
-        for layer in self.trunk:
-            h = h + layer(h)
-        h = self.norm(h)
+        features, _, state = self.states(lm, ids, valid)
+        h = self.read(features[:, 0])
         u = {name: self.heads[parameter_key(name)](h).view(-1, out, self.rank) for name, out in self.out_sizes.items()}
         return self._delta(u), state

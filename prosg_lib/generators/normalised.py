@@ -81,7 +81,7 @@ class NormalisedTokenGenerator(_InUnits, TokenGenerator):
         else:
             counted = torch.cat([~memory.last.first[:, None], torch.ones_like(before[:, 1:])], 1)
             first = torch.zeros_like(memory.last.first)
-        z, keys = z * counted[..., None], {name: k * counted[..., None] for name, k in keys.items()}
+        keys = {name: k * counted[..., None] for name, k in keys.items()}
         return z, keys, state, last._replace(first=first)
 
 

@@ -16,15 +16,14 @@ Glossary of shapes: B batch, F state features, H numbers in a term, m terms a st
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.backbones.state import Normaliser, RecurrentState
-from prosg_lib.generators.base import DROPOUT, Generator, parameter_key
+from prosg_lib.generators.base import parameter_key
+from prosg_lib.generators.final_state import StateReader
 
 
-class StateGenerator(Generator):
+class StateGenerator(StateReader):
     """U = P sum z_j (K z_j)^T over the terms of one state or several; see above.
 
     Args:
@@ -34,7 +33,6 @@ class StateGenerator(Generator):
         ends: tokens that end a sentence: a state is taken after each of them, too; none: only the last state.
 
     Attributes:
-        mean, std: statistics of the features, (F,); `fit_normaliser` collects them.
         heads, keys: P and K, by map; P is zero before training.
     """
 
@@ -48,37 +46,17 @@ class StateGenerator(Generator):
         size: int = 64,
         ends: tuple[int, ...] = (),
     ):
-        super().__init__(lm, rank, endings)
-        features = lm.state_features(lm.blank_state(1)).shape[1]
+        super().__init__(lm, rank, width, endings)
         self.terms, self.ends = terms, ends
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("std", torch.ones(features))
-        self.inner = nn.Linear(features, width)
-        self.trunk = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-            for _ in range(2)
-        )
-        self.norm = nn.LayerNorm(width)
         self.outer = nn.Linear(width, terms * size)
         self.heads = nn.ModuleDict({parameter_key(n): nn.Linear(size, out, False) for n, out in self.out_sizes.items()})
         self.keys = nn.ModuleDict({parameter_key(n): nn.Linear(size, rank, False) for n in self.names})
         for head in self.heads.values():
             nn.init.zeros_(head.weight)
 
-    @torch.no_grad()
-    def fit_normaliser(self, lm: LanguageModel, ids: Tensor, valid: Tensor) -> None:
-        """Collect the features' statistics over a batch of prompts; once, before training."""
-        features, there, _ = self._states(lm, ids, valid)
-        found = Normaliser.fit(features[there])
-        self.mean.copy_(found.mean)
-        self.std.copy_(found.std)
-
     def forward(self, lm, ids, valid=None):
-        features, there, state = self._states(lm, ids, valid)
-        h = self.inner(F.dropout(Normaliser(self.mean, self.std)(features), DROPOUT, self.training))
-        for layer in self.trunk:
-            h = h + layer(h)
-        z = self.outer(self.norm(h)).unflatten(-1, (self.terms, -1)) * there[..., None, None]  # (B, S, m, H)
+        features, there, state = self.states(lm, ids, valid)
+        z = self.outer(self.read(features)).unflatten(-1, (self.terms, -1)) * there[..., None, None]  # (B, S, m, H)
         z = z.flatten(1, 2)
         u = {}
         for name in self.names:
@@ -87,12 +65,10 @@ class StateGenerator(Generator):
         return self._delta(u), state
 
     @torch.no_grad()
-    def _states(self, lm: LanguageModel, ids: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, RecurrentState]:
-        """Features of the states along each prompt, (B, S, F), which of them there are, (B, S), and the last state."""
+    def states(self, lm, ids, valid):
+        """Those after each sentence and the last one, where there are tokens that end sentences."""
         if not self.ends:
-            _, state = lm.step_through(ids, None, valid)
-            features = lm.state_features(state)[:, None]
-            return features, torch.ones(features.shape[:2], dtype=torch.bool, device=ids.device), state
+            return super().states(lm, ids, valid)
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         end = torch.isin(ids, torch.tensor(self.ends, device=ids.device)) & valid
         end[:, -1] = True

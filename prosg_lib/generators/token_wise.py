@@ -124,7 +124,7 @@ class TokenGenerator(Generator):
     def _terms(
         self, lm: LanguageModel, ids: Tensor, memory: Memory | None, valid: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], RecurrentState, LastToken]:
-        """z_t (B, T', H), zero at padding, and by map the keys k_t (B, T', r), of the tokens that have a label; state
+        """z_t (B, T', H), and by map the keys k_t (B, T', r), zero at padding, of the tokens that have a label; state
         and last token. T' is T - 1, or T where a memory's last token now gets its label."""
         if memory is not None and valid is not None:
             raise UserError("a prompt that is continued cannot be padded in between; give pieces of equal length")
@@ -141,9 +141,9 @@ class TokenGenerator(Generator):
             reads = {name: torch.cat([memory.last.reads[name][:, None], read], 1) for name, read in reads.items()}
         last = LastToken(features[:, -1], {name: read[:, -1] for name, read in reads.items()})
         z = self.mlp(torch.cat([features[:, :-1], labels if self.label else torch.zeros_like(labels)], -1))
-        if valid is not None:
-            z = z * valid[:, :-1, None]
         keys = {name: read[:, :-1] + self.keys[parameter_key(name)](z) for name, read in reads.items()}
+        if valid is not None:
+            keys = {name: k * valid[:, :-1, None] for name, k in keys.items()}
         return z, keys, state, last
 
     def _features(self, hidden: Tensor, embedded: Tensor) -> Tensor:
@@ -175,5 +175,4 @@ class TokenGenerator(Generator):
     def prompt_keys(self, lm, ids, valid=None):
         """The keys that a prompt is written under, k_t = V^T x_t + K z_t, (B, T - 1, r), zero at padding: they are
         nearer to a question's than V^T x_t alone."""
-        _, keys, _, _ = self._terms(lm, ids, None, valid)
-        return keys if valid is None else {name: k * valid[:, :-1, None] for name, k in keys.items()}
+        return self._terms(lm, ids, None, valid)[1]

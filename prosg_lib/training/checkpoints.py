@@ -34,7 +34,7 @@ from prosg_lib.config.sizes import (
     TransformerConfig,
 )
 from prosg_lib.errors import UserError
-from prosg_lib.generators.base import Generator, edited_maps
+from prosg_lib.generators.base import Generator, check_model, edited_maps
 from prosg_lib.generators.final_state import FinalStateGenerator
 from prosg_lib.generators.mend import TransformedGradient
 from prosg_lib.generators.normalised import NormalisedStatic, NormalisedTokenGenerator
@@ -102,12 +102,10 @@ def _width(size: GeneratorSize, lm: LanguageModel) -> int:
     return size.width or 2 * lm.config.width
 
 
-def _token_wise(size: GeneratorSize, lm: LanguageModel) -> TokenGenerator:
-    return TokenGenerator(lm, size.rank, _width(size, lm), _maps(size, lm), label=size.label)
-
-
-def _normalised(size: GeneratorSize, lm: LanguageModel) -> NormalisedTokenGenerator:
-    return NormalisedTokenGenerator(lm, size.rank, _width(size, lm), _maps(size, lm), label=size.label)
+def _token_wise(
+    size: GeneratorSize, lm: LanguageModel, generator: type[TokenGenerator] = TokenGenerator
+) -> TokenGenerator:
+    return generator(lm, size.rank, _width(size, lm), _maps(size, lm), label=size.label)
 
 
 def _final_state(size: GeneratorSize, lm: LanguageModel) -> FinalStateGenerator:
@@ -141,7 +139,7 @@ MODULES: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
     "llama": (TransformerConfig, _llama),
     "mamba2": (Mamba2Size, _mamba2),
     "token": (GeneratorSize, _token_wise),
-    "normalised": (GeneratorSize, _normalised),
+    "normalised": (GeneratorSize, lambda size, lm: _token_wise(size, lm, NormalisedTokenGenerator)),
     "supervised": (SupervisedSize, _token_wise),
     "final": (GeneratorSize, _final_state),
     "states": (StateSize, _states),
@@ -154,6 +152,10 @@ MODULES: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
     "maps": (StepSize, lambda size, lm: MapStep(lm, size.lr)),
 }
 """Kind -> its class of sizes, and (sizes, language model that it is for) -> the untrained module."""
+
+_OTHER_WORK = dict.fromkeys(("weights", "maps"), "changes all weights of the model") | {
+    "probe": "reads facts off a state"
+}
 
 
 def new_module(kind: str, size: Size, lm: LanguageModel | None = None) -> nn.Module:
@@ -235,22 +237,13 @@ def load_generator(name: str, lm: LanguageModel) -> Generator:
     if meta.get("kind") != "generator":
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a generator")
     record = header_of(meta, path).record
-    if record.lm != lm.fingerprint():
-        raise UserError(
-            f"{path.name} was trained for model {record.lm}, not for this one ({lm.fingerprint()}); load that model, "
-            "in the same quantisation and with the same window, if it has one"
-        )
+    check_model(record.lm, lm, path.name)
     kind, sizes = str(record.module.get("kind")), {k: v for k, v in record.module.items() if k != "kind"}
     if kind not in MODULES.keys() - {*LANGUAGE_MODELS}:
         raise UserError(f"{path} is of another version: it holds a module of kind {kind!r}")
-    if kind in ("weights", "maps"):
+    if kind in _OTHER_WORK:
         raise UserError(
-            f"{path.name} changes all weights of the model ({kind}), which is not a low-rank delta; "
-            "take an adapter or a generator"
-        )
-    if kind == "probe":
-        raise UserError(
-            f"{path.name} reads facts off a state (probe) and makes no delta; take an adapter or a generator"
+            f"{path.name} {_OTHER_WORK[kind]} ({kind}), so it makes no delta; take an adapter or a generator"
         )
     size = read_as(MODULES[kind][0], sizes, f"{path}, record.module")
     with torch.device("meta"):  # a file may ask for more than there is memory for

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from prosg_lib.errors import UserError
 from prosg_lib.generators.final_state import FinalStateGenerator
 from prosg_lib.generators.mend import TransformedGradient
+from prosg_lib.generators.states import StateGenerator
 from prosg_lib.generators.static import StaticDelta
 from prosg_lib.generators.token_wise import TokenGenerator
 
@@ -17,6 +18,7 @@ MAKE = {
     "final": lambda lm, rank: FinalStateGenerator(lm, rank, 24, ENDINGS),
     "token": lambda lm, rank: TokenGenerator(lm, rank, 24, ENDINGS),
     "static": lambda lm, rank: StaticDelta(lm, rank, ENDINGS),
+    "states": lambda lm, rank: StateGenerator(lm, rank, 24, ENDINGS, terms=5, size=6, ends=(7, 8)),
     "mend": lambda lm, rank: TransformedGradient(lm, rank, 5, ENDINGS, 0.2),
 }
 
@@ -35,7 +37,7 @@ def make(kind, lm, rank=3, trained=True):
 
 
 @every_family
-@pytest.mark.parametrize("kind", ["final", "token", "static"])
+@pytest.mark.parametrize("kind", ["final", "token", "states", "static"])
 def test_no_effect_before_training(lm, prompts, kind):
     delta = make(kind, lm, trained=False).memorize(lm, prompts)
     ids = ids_of(4, 20)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import assert_same_change, digest, full_change, ids_of
+from checks import assert_same_change, full_change, ids_of
 from torch import nn
 from torch.testing import assert_close
 
@@ -20,13 +20,12 @@ each_family = pytest.mark.parametrize("family", ["rwkv4", "rwkv7"])
 each_kind = pytest.mark.parametrize("kind", ENDS)
 
 
-def make(kind: str, lm, trained: bool = True) -> StateGenerator:
-    """Small; trained: with last layers that are not zero."""
+def make(kind: str, lm) -> StateGenerator:
+    """Small, with last layers that are not zero."""
     torch.manual_seed(0)
     generator = StateGenerator(lm, 3, 24, MAPS, terms=5, size=6, ends=ENDS[kind])
-    if trained:
-        for head in generator.heads.values():
-            nn.init.normal_(head.weight)
+    for head in generator.heads.values():
+        nn.init.normal_(head.weight)
     return generator.to(lm.emb.weight.dtype).eval()
 
 
@@ -47,15 +46,6 @@ def shifted(rows: list[list[int]], by: int) -> list[list[int]]:
 
 @each_family
 @each_kind
-def test_no_effect_before_training(lm, kind):
-    delta, ids = make(kind, lm, trained=False).memorize(lm, sentences()), ids_of(4, 20)
-    assert torch.equal(lm(ids, delta=delta)[0], lm(ids)[0])
-    trained = make(kind, lm).memorize(lm, sentences())
-    assert (lm(ids, delta=trained)[0] - lm(ids)[0]).abs().max() > 1e-3
-
-
-@each_family
-@each_kind
 def test_a_row_in_a_batch_is_the_row_alone(lm64, kind):
     """Whatever the number of sentences of the others, and the padding; and so is the state."""
     generator, rows = make(kind, lm64), shifted(sentences(), 20)
@@ -72,7 +62,7 @@ def test_a_row_in_a_batch_is_the_row_alone(lm64, kind):
 def test_states_are_taken_at_the_ends_of_sentences(lm64):
     """After each sentence and after the last token: as many as there are, each that of a plain pass up to there."""
     generator, rows = make("sentences", lm64), shifted(sentences(), 20)
-    features, there, _ = generator._states(lm64, *lm64.encode_prompts(rows))
+    features, there, _ = generator.states(lm64, *lm64.encode_prompts(rows))
     assert there.sum(1).tolist() == [2, 1, 4, 3]
     for row, prompt in enumerate(rows):
         places = [n for n, token in enumerate(prompt, 1) if token in ENDS["sentences"] or n == len(prompt)]
@@ -84,7 +74,7 @@ def test_the_delta_is_the_sum_of_its_terms(lm64):
     """scale U V^T with U = W sum_s sum_j z_j (K z_j)^T, state by state and term by term."""
     generator = make("sentences", lm64)
     prompt = shifted(sentences(), 20)[2]
-    features, _, _ = generator._states(lm64, torch.tensor([prompt]), None)
+    features, _, _ = generator.states(lm64, torch.tensor([prompt]), None)
     name, key = "blocks.1.ffn.key", "blocks_1_ffn_key"
     total = 0
     for state in features[0]:
@@ -111,27 +101,6 @@ def test_it_sees_states_and_nothing_else(lm, monkeypatch, kind):
     blind = [generator.memorize(lm, found) for found in (rows, others)]
     for name in generator.names:
         assert torch.equal(full_change(blind[0], name), full_change(blind[1], name))
-
-
-@each_kind
-def test_gradients_reach_everything_but_the_model(lm, kind):
-    """From zero, the last layer learns first; after one step, everything does."""
-    lm.requires_grad_(False)
-    before, generator = digest(lm), make(kind, lm, trained=False).train()
-    optimiser = torch.optim.SGD(generator.parameters(), lr=1.0)
-    (prompt, valid), ids, losses = lm.encode_prompts(sentences()), ids_of(4, 8, seed=1), []
-    generator.fit_normaliser(lm, prompt, valid)
-    for _ in range(4):
-        logits, _ = lm(ids[:, :-1], delta=generator(lm, prompt, valid)[0])
-        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
-        optimiser.zero_grad()
-        losses[-1].backward()
-        optimiser.step()
-    for name, p in generator.named_parameters():
-        assert torch.isfinite(p.grad).all(), name
-        assert p.grad.any(), name
-    assert losses[-1] < losses[0]
-    assert digest(lm) == before
 
 
 @each_kind
@@ -167,5 +136,5 @@ def test_sentences_end_with_a_full_stop(lm):
     """Of the model's tokenizer, where the size asks for sentences."""
     made = {s: checkpoints.MODULES["states"][1](StateSize(2, 8, MAPS, sentences=s), lm) for s in (False, True)}
     ids, valid = lm.encode_prompts(["User: My hat is red drum. My pet is K27.\n"])
-    assert made[False]._states(lm, ids, valid)[0].shape[1] == 1
-    assert made[True]._states(lm, ids, valid)[0].shape[1] == 3
+    assert made[False].states(lm, ids, valid)[0].shape[1] == 1
+    assert made[True].states(lm, ids, valid)[0].shape[1] == 3
