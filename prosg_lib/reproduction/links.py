@@ -26,7 +26,6 @@ if "google.colab" in sys.modules:
 _PAGES = ("*.md", "*.cff", "docs/*.md", "data/*.md", "data/checkpoints/*.md")
 _URL = re.compile(r"https://[^\s\"'`<>)\]}]+")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)|(?:src|href)=\"([^\"]+)\"")
-_FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.DOTALL | re.MULTILINE)
 
 
 def address() -> str:
@@ -67,24 +66,13 @@ def check_links() -> list[str]:
         first = next((cell["source"] for cell in notebook_files.cells(path) if cell["cell_type"] == "code"), "")
         if first != set_up_cell():
             found.append(f"{path.name}: its first code cell is not the set-up cell (`links.set_up_cell()`)")
-        if not any(f"({badge(path)})" in text for _, text in _texts(path)):
+        if not any(f"({badge(path)})" in text for _, text in notebook_files.texts(path)):
             found.append(f"{path.name}: no badge leads to {badge(path)}")
     root = paths.repo_root()
     for path in [*notebook_files.course(), *sorted(page for pattern in _PAGES for page in root.glob(pattern))]:
-        for place, text in _texts(path):
+        for place, text in notebook_files.texts(path):
             found += [f"{place}: {problem}" for problem in _problems(text, path.parent, own)]
     return found
-
-
-def _texts(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, text) of a page, or of a notebook's Markdown cells."""
-    name = path.relative_to(paths.repo_root()).as_posix()
-    if path.suffix != ".ipynb":
-        yield name, files.read_text(path)
-        return
-    for index, cell in enumerate(notebook_files.cells(path)):
-        if cell["cell_type"] == "markdown":
-            yield f"{name}, cell {index}", cell["source"]
 
 
 def _problems(text: str, folder: Path, own: str) -> Iterator[str]:
@@ -98,7 +86,7 @@ def _problems(text: str, folder: Path, own: str) -> Iterator[str]:
             yield f"{url} does not belong to {own}"
         if place and inside and not (root / inside[1]).exists():
             yield f"{url} leads to a file that is not there"
-    for link in (markdown or html for markdown, html in _LINK.findall(_FENCE.sub("", text))):
+    for link in (markdown or html for markdown, html in _LINK.findall(notebook_files.FENCE.sub("", text))):
         target = link.partition("#")[0]
         if target and ":" not in target and not (folder / target).exists():
             yield f"the link {link} leads to a file that is not there"

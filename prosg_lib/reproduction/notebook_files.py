@@ -1,9 +1,10 @@
 """The course's notebooks as files: which there are, what they take, whether they are clean; and running one of them."""
 
 import ast
+import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,9 @@ from prosg_lib.errors import UserError
 
 PARAMETERS_TAG = "parameters"
 REQUIRED_PARAMETERS = ("profile", "seed")
+
+FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.DOTALL | re.MULTILINE)
+"""Code within Markdown."""
 
 KERNEL_START_S = 300
 CELL_S = 12 * 3600
@@ -63,6 +67,17 @@ def cells(path: Path) -> list[dict[str, Any]]:
         UserError: it is missing or no notebook.
     """
     return [{**cell, "source": "".join(cell["source"])} for cell in _read(path)["cells"]]
+
+
+def texts(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, text) of a page, or of a notebook's Markdown cells."""
+    name = path.relative_to(paths.repo_root()).as_posix()
+    if path.suffix != ".ipynb":
+        yield name, files.read_text(path)
+        return
+    for index, cell in enumerate(cells(path)):
+        if cell["cell_type"] == "markdown":
+            yield f"{name}, cell {index}", cell["source"]
 
 
 def tags(cell: Mapping[str, Any]) -> list[str]:

@@ -6,10 +6,10 @@ name for the notebook's.
 
 import functools
 import re
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
+from itertools import chain
 
-from prosg_lib import files, paths
+from prosg_lib import paths
 from prosg_lib.errors import UserError
 from prosg_lib.reproduction import ledger, notebook_files
 
@@ -19,7 +19,7 @@ _QUOTE = re.compile(
     r"<!--\s*claim\b(?P<claim>.*?)-->",
     re.DOTALL,
 )
-_FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.DOTALL | re.MULTILINE)
+_PAGES = ("README.md", "docs/*.md", "data/*.md", "notebooks/*.ipynb")
 
 
 def check_quotes() -> list[str]:
@@ -33,26 +33,16 @@ def check_quotes() -> list[str]:
         What is wrong, one sentence each, in the order of the files; empty when every quote is right.
     """
     expected = functools.cache(ledger.expected_claims)
-    problems = []
-    for file, text in _texts(paths.repo_root()):
-        blanked = _FENCE.sub(lambda fence: re.sub(r"[^\n]", " ", fence.group()), text)
+    problems, root = [], paths.repo_root()
+    pages = [page for pattern in _PAGES for page in sorted(root.glob(pattern))]
+    for file, text in chain.from_iterable(map(notebook_files.texts, pages)):
+        blanked = notebook_files.FENCE.sub(lambda fence: re.sub(r"[^\n]", " ", fence.group()), text)
         for match in _QUOTE.finditer(blanked):
             if problem := _problem(match, expected):
                 line = 1 + blanked.count("\n", 0, match.start())
                 quoted = (match["number"] or "no number") + (match["percent"] or "")
                 problems.append(f"{file}, line {line}: quotes {quoted} for `{match['claim'].strip()}`: {problem}")
     return problems
-
-
-def _texts(root: Path) -> Iterable[tuple[str, str]]:
-    """(file, or file and cell; text) of everything that may quote."""
-    for path in [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "data").glob("*.md"))]:
-        if path.is_file():
-            yield str(path.relative_to(root)), files.read_text(path)
-    for path in sorted((root / "notebooks").glob("*.ipynb")):
-        for index, cell in enumerate(notebook_files.cells(path)):
-            if cell["cell_type"] == "markdown":
-                yield f"{path.relative_to(root)}, cell {index}", cell["source"]
 
 
 def _problem(match: re.Match[str], expected: Callable[[str, str], dict[str, ledger.Row]]) -> str | None:
