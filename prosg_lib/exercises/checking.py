@@ -72,6 +72,12 @@ class Exercise:
         return self.solution.__name__
 
 
+def random_tensors(*shapes: tuple[int, ...], seed: int = 0) -> tuple[Tensor, ...]:
+    """Of these shapes, in float64, the same ones each time."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+
+
 class Reply(NamedTuple):
     """right is None where there is no answer yet."""
 

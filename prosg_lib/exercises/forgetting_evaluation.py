@@ -62,16 +62,6 @@ def interval_between_bars(ours, theirs, drawn):
     return a - d, b - c
 
 
-def interval_of_prompts(ours, theirs, drawn):
-    low, high = np.percentile(ours - theirs, [2.5, 97.5])
-    return low, high
-
-
-def interval_of_theirs(ours, theirs, drawn):
-    low, high = np.percentile((theirs - ours)[drawn].mean(1), [2.5, 97.5])
-    return low, high
-
-
 # 6.2
 
 
@@ -232,10 +222,13 @@ EXERCISES = (
                 "luck at once. It is far too wide.",
             ),
             Mistake(
-                interval_of_prompts,
+                lambda ours, theirs, drawn: tuple(np.percentile(ours - theirs, [2.5, 97.5])),
                 "This is where the differences of single prompts lie. Asked is where their mean lies; use `drawn`.",
             ),
-            Mistake(interval_of_theirs, "The sign is wrong: it is ours minus theirs."),
+            Mistake(
+                lambda ours, theirs, drawn: tuple(np.percentile((theirs - ours)[drawn].mean(1), [2.5, 97.5])),
+                "The sign is wrong: it is ours minus theirs.",
+            ),
         ),
         misconception="That two methods with overlapping intervals do not differ. That is a test of two independent "
         "samples, and a weak one; here the prompts are the same.",

@@ -4,16 +4,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prosg_lib.deltas.gradient_factors import TokenFactors, _thin_svd
-from prosg_lib.exercises.checking import Exercise, Mistake
-
-
-def _random(*shapes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+from prosg_lib.exercises.checking import Exercise, Mistake, random_tensors
 
 
 def _orthonormal(size, rank):
-    return torch.linalg.qr(_random((size, rank), seed=7)[0])[0]
+    return torch.linalg.qr(random_tensors((size, rank), seed=7)[0])[0]
 
 
 # 3.1
@@ -103,7 +98,7 @@ _FORMS_G = "The numbers are right, but somewhere you form G"
 
 
 def _forms_g(answer):
-    g, x = _random((3, 40), (3, 60))
+    g, x = random_tensors((3, 40), (3, 60))
     with _Largest() as largest:
         answer(g, x)
     if largest.numel < 40 * 60:
@@ -187,7 +182,7 @@ EXERCISES = (
         "factor of a matrix product?",
         solution=gradient,
         expected=_by_autograd,
-        cases=lambda: [_random((7, 5), (7, 4)), _random((3, 6), (3, 6), seed=1)],
+        cases=lambda: [random_tensors((7, 5), (7, 4)), random_tensors((3, 6), (3, 6), seed=1)],
         results=("G (out, in)",),
         why="It agrees with automatic differentiation. G has at most as many directions as there are tokens, so for a "
         "short prompt the two factors say everything and are far smaller.",
@@ -229,7 +224,7 @@ EXERCISES = (
         "Decompose the small matrix in brackets, then put the $Q$'s back. `torch.linalg.svd` returns $V^\\top$.",
         solution=thin_svd,
         expected=lambda g, x: _thin_svd(TokenFactors(g, x)),
-        cases=lambda: [_random((6, 20), (6, 14)), _random((4, 9), (4, 9), seed=1)],
+        cases=lambda: [random_tensors((6, 20), (6, 14)), random_tensors((4, 9), (4, 9), seed=1)],
         results=("U (out, tokens)", "s (tokens)", "V (in, tokens)"),
         seen=lambda u, s, v: {"s": s, "U diag(s) V^T": (u * s) @ v.T, "U^T U": u.T @ u, "V^T V": v.T @ v},
         also=_forms_g,
@@ -275,7 +270,7 @@ EXERCISES = (
         expected=_from_the_error,
         cases=lambda: [
             (torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64), 2),
-            (_random((9,))[0].abs().sort(descending=True)[0], 4),
+            (random_tensors((9,))[0].abs().sort(descending=True)[0], 4),
         ],
         results=("the share",),
         why="Singular values 8, 4, 2, 1 keep 80/85 = 0.94 of their energy at rank 2, although the two that are left "
@@ -313,8 +308,8 @@ EXERCISES = (
         solution=lora_step,
         expected=_step_by_autograd,
         cases=lambda: [
-            (*_random((7, 5), (7, 4), (4, 3)), 0.3),
-            (*_random((6, 4), (6, 4), (4, 4), seed=1), 2.0),
+            (*random_tensors((7, 5), (7, 4), (4, 3)), 0.3),
+            (*random_tensors((6, 4), (6, 4), (4, 4), seed=1), 2.0),
         ],
         results=("U (out, rank)",),
         why="U = -eta G V: the full gradient seen through V. A generator that predicts g can write this sum while the "
@@ -355,7 +350,10 @@ EXERCISES = (
         hint="Build $G V$ as in exercise 3.4, and sum the squares.",
         solution=energy_read,
         expected=_by_projection,
-        cases=lambda: [(*_random((7, 5), (7, 6)), _orthonormal(6, 2)), (*_random((4, 6), (4, 8)), _orthonormal(8, 3))],
+        cases=lambda: [
+            (*random_tensors((7, 5), (7, 6)), _orthonormal(6, 2)),
+            (*random_tensors((4, 6), (4, 8)), _orthonormal(8, 3)),
+        ],
         results=("the share",),
         why="Random directions would see rank / in on average. One V learned from many prompts sees far more, because "
         "prompts share their addresses.",

@@ -104,21 +104,6 @@ def scores_if_independent(predicted, gold):
     return share, share ** gold.shape[1]
 
 
-def scores_if_any(predicted, gold):
-    right = predicted == gold
-    return right.mean(), right.any(1).mean()
-
-
-def scores_of_all_problems(predicted, gold):
-    right = predicted == gold
-    return right.mean(), right.all()
-
-
-def scores_by_place(predicted, gold):
-    right = predicted == gold
-    return right.mean(), right.all(0).mean()
-
-
 def scores_in_any_order(predicted, gold):
     found = [np.isin(wanted, said) for said, wanted in zip(predicted, gold, strict=True)]
     return np.mean(found), np.mean([row.all() for row in found])
@@ -240,10 +225,16 @@ EXERCISES = (
                 scores_if_independent,
                 "You multiply shares, as if errors were independent. Count the problems that are right in every token.",
             ),
-            Mistake(scores_if_any, "You count a problem as soon as one token is right."),
-            Mistake(scores_of_all_problems, "You ask whether every problem is right. Asked is the share that is."),
             Mistake(
-                scores_by_place,
+                lambda predicted, gold: ((predicted == gold).mean(), (predicted == gold).any(1).mean()),
+                "You count a problem as soon as one token is right.",
+            ),
+            Mistake(
+                lambda predicted, gold: ((predicted == gold).mean(), (predicted == gold).all()),
+                "You ask whether every problem is right. Asked is the share that is.",
+            ),
+            Mistake(
+                lambda predicted, gold: ((predicted == gold).mean(), (predicted == gold).all(0).mean()),
                 "`all` goes over the wrong axis: this is the share of *places* that are right in all problems.",
             ),
             Mistake(scores_in_any_order, "A digit counts in its place only. You accept it anywhere in the answer."),

@@ -3,13 +3,7 @@
 import torch
 
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
-from prosg_lib.exercises.checking import Exercise, Mistake
-
-
-def _random(*shapes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
-
+from prosg_lib.exercises.checking import Exercise, Mistake, random_tensors
 
 # 8.1
 
@@ -43,7 +37,7 @@ def _alone(h, decay, write, valid):
 def _padded_texts():
     lengths = torch.tensor([5, 2, 4])
     valid = torch.arange(5) >= 5 - lengths[:, None]
-    h, decay, write = _random((3, 4), (3, 5, 4), (3, 5, 4))
+    h, decay, write = random_tensors((3, 4), (3, 5, 4), (3, 5, 4))
     return [(h, decay.sigmoid(), write, valid)]
 
 
@@ -99,7 +93,7 @@ def _by_deltas(u, common, inside):
 
 
 def _banks():
-    u, common = _random((4, 5, 3), (5, 3))
+    u, common = random_tensors((4, 5, 3), (5, 3))
     ticks = ([1, 0, 1, 1], [1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0])
     return [(u + common, common, torch.tensor(inside, dtype=torch.bool)) for inside in ticks]
 
@@ -130,7 +124,7 @@ def _least_squares(u, keys, ridge):
 
 
 def _prompts():
-    return [(*_random((3, 5, 4), (3, 6, 4)), 0.3), (*_random((2, 3, 4), (2, 7, 4), seed=1), 1.7)]
+    return [(*random_tensors((3, 5, 4), (3, 6, 4)), 0.3), (*random_tensors((2, 3, 4), (2, 7, 4), seed=1), 1.7)]
 
 
 def one_without_ridge(u, keys, ridge):
@@ -173,7 +167,7 @@ def _change_of(a, b, alpha):
 
 
 def _deltas():
-    return [(*_random((6, 3), (5, 3)), 0.1)]
+    return [(*random_tensors((6, 3), (5, 3)), 0.1)]
 
 
 EXERCISES = (

@@ -48,11 +48,6 @@ def _answers():
     return [(text, "Oslo", polite) for text in texts]
 
 
-def recalled_with_full_stop(answer, value, polite):
-    parts = answer.strip().split(", ")
-    return [part for part in parts if part not in polite] == [value]
-
-
 def recalled_if_last_word_is(answer, value, polite):
     parts = [part for part in answer.strip().removesuffix(".").split(", ") if part not in polite]
     return " ".join(parts).split(" ")[-1] == value
@@ -88,30 +83,9 @@ def _resamples():
     ]
 
 
-def interval_over_questions(right, drawn):
-    means = right.ravel()[drawn].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return low, high
-
-
-def interval_of_single_prompts(right, drawn):
-    low, high = np.percentile(right.mean(1), [2.5, 97.5])
-    return low, high
-
-
-def interval_of_ninety(right, drawn):
-    low, high = np.percentile(right.mean(1)[drawn].mean(1), [5, 95])
-    return low, high
-
-
 def interval_by_formula(right, drawn):
     error = right.std() / np.sqrt(right.size)
     return right.mean() - 1.96 * error, right.mean() + 1.96 * error
-
-
-def interval_along_resamples(right, drawn):
-    low, high = np.percentile(right.mean(1)[drawn].mean(0), [2.5, 97.5])
-    return low, high
 
 
 # 2.3
@@ -136,30 +110,6 @@ def _by_gap_recovered(method, none, repeated):
     shares = {"method": method, "none": none, "repeated": repeated}
     rows = [{"method": n, "facts": 6, "distance": 0, "seed": 0, "prompt": 0, "recall": r} for n, r in shares.items()]
     return statistics.gap_recovered(pd.DataFrame(rows), "method", 0).value
-
-
-def share_of_repeated(method, none, repeated):
-    if repeated <= none:
-        return math.nan
-    return method / repeated
-
-
-def gap_in_points(method, none, repeated):
-    if repeated <= none:
-        return math.nan
-    return method - none
-
-
-def share_still_missing(method, none, repeated):
-    if repeated <= none:
-        return math.nan
-    return (repeated - method) / (repeated - none)
-
-
-def gain_over_none(method, none, repeated):
-    if repeated <= none:
-        return math.nan
-    return (method - none) / none
 
 
 # 2.4
@@ -254,7 +204,10 @@ EXERCISES = (
                 lambda answer, value, polite: answer.strip() == f"{value}.",
                 "You count obedience as an error: 'Well, Oslo, captain.' says Oslo and follows its instructions.",
             ),
-            Mistake(recalled_with_full_stop, "The full stop is still there, so the last part never equals the value."),
+            Mistake(
+                lambda answer, value, polite: [p for p in answer.strip().split(", ") if p not in polite] == [value],
+                "The full stop is still there, so the last part never equals the value.",
+            ),
             Mistake(
                 lambda answer, value, polite: value in answer.strip().removesuffix(".").split(", "),
                 "You accept the value among other parts. 'Oslo, Rome' names two towns; nothing but polite words may "
@@ -289,23 +242,24 @@ EXERCISES = (
         "library's intervals are these, with 2,000 resamples.",
         mistakes=(
             Mistake(
-                interval_over_questions,
+                lambda right, drawn: tuple(np.percentile(right.ravel()[drawn].mean(1), [2.5, 97.5])),
                 "You draw single questions. Those of one prompt need not be independent, so whole prompts must be "
                 "drawn.",
             ),
             Mistake(
-                interval_of_single_prompts,
+                lambda right, drawn: tuple(np.percentile(right.mean(1), [2.5, 97.5])),
                 "This is where 95 % of the prompts lie. Asked is where the mean lies, and that is known better.",
             ),
             Mistake(
-                interval_of_ninety, "The 5th and 95th percentiles hold 90 %. For 95 % leave out 2.5 % on each side."
+                lambda right, drawn: tuple(np.percentile(right.mean(1)[drawn].mean(1), [5, 95])),
+                "The 5th and 95th percentiles hold 90 %. For 95 % leave out 2.5 % on each side.",
             ),
             Mistake(
                 interval_by_formula,
                 "This formula takes every question as an independent draw. Use the resamples: they draw whole prompts.",
             ),
             Mistake(
-                interval_along_resamples,
+                lambda right, drawn: tuple(np.percentile(right.mean(1)[drawn].mean(0), [2.5, 97.5])),
                 "The mean goes over the wrong axis: you need one mean for each resample, over its prompts.",
             ),
         ),
@@ -332,11 +286,21 @@ EXERCISES = (
         "not a bound.",
         mistakes=(
             Mistake(
-                share_of_repeated, "You divide by the reference itself. What can be guessed is in both; subtract it."
+                lambda method, none, repeated: method / repeated if repeated > none else math.nan,
+                "You divide by the reference itself. What can be guessed is in both; subtract it.",
             ),
-            Mistake(gap_in_points, "This is the gain in points. Divide it by the gap to get a share."),
-            Mistake(share_still_missing, "This is the share that is still missing."),
-            Mistake(gain_over_none, "You divide by the recall without a prompt. The gap is repeated minus none."),
+            Mistake(
+                lambda method, none, repeated: method - none if repeated > none else math.nan,
+                "This is the gain in points. Divide it by the gap to get a share.",
+            ),
+            Mistake(
+                lambda method, none, repeated: (repeated - method) / (repeated - none) if repeated > none else math.nan,
+                "This is the share that is still missing.",
+            ),
+            Mistake(
+                lambda method, none, repeated: (method - none) / none if repeated > none else math.nan,
+                "You divide by the recall without a prompt. The gap is repeated minus none.",
+            ),
             Mistake(
                 lambda method, none, repeated: (method - none) / (repeated - none),
                 "Where repeating does not help either, there is no gap to recover: return NaN before you divide.",

@@ -59,16 +59,6 @@ def _answers():
     return [(((rng.random((n, q)) + 2 * rng.random((n, 1))) < 1.7).astype(float),) for n, q in ((24, 6), (10, 4))]
 
 
-def error_over_questions(right):
-    means = right.mean(0)
-    return means.std(ddof=1) / np.sqrt(len(means))
-
-
-def error_divided_by_n(right):
-    means = right.mean(1)
-    return means.std(ddof=0) / np.sqrt(len(means))
-
-
 # 9.3
 
 
@@ -166,9 +156,12 @@ EXERCISES = (
                 lambda right: right.mean(1).std(ddof=1),
                 "This is how far single prompts scatter. Their mean is known better: by the root of their number.",
             ),
-            Mistake(error_over_questions, "The mean goes over the wrong axis: you need one mean a prompt."),
             Mistake(
-                error_divided_by_n,
+                lambda right: right.mean(0).std(ddof=1) / np.sqrt(right.shape[1]),
+                "The mean goes over the wrong axis: you need one mean a prompt.",
+            ),
+            Mistake(
+                lambda right: right.mean(1).std(ddof=0) / np.sqrt(len(right)),
                 "The mean was taken from the same prompts, so divide by n - 1: `ddof=1`.",
             ),
         ),

@@ -5,12 +5,7 @@ import torch
 from prosg_lib.backbones.state import Normaliser
 from prosg_lib.deltas.applying import applied
 from prosg_lib.deltas.low_rank import Factors, LowRankDelta
-from prosg_lib.exercises.checking import Exercise, Mistake
-
-
-def _random(*shapes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+from prosg_lib.exercises.checking import Exercise, Mistake, random_tensors
 
 
 def _padded(*lengths):
@@ -80,7 +75,7 @@ def _by_normaliser(features, texts):
 
 def _features():
     scale = torch.tensor([1.0, 1e3, 1e-2, 5.0, 0.0], dtype=torch.float64)
-    features, texts = _random((3, 5), (40, 5), seed=3)
+    features, texts = random_tensors((3, 5), (40, 5), seed=3)
     return [(7 + features * scale, 7 + texts * scale), (1 - features[:2] * scale, texts * scale)]
 
 
@@ -130,8 +125,8 @@ EXERCISES = (
         solution=changed,
         expected=_by_library,
         cases=lambda: [
-            (*_random((2, 3, 5), (4, 5), (2, 4, 2), (2, 5, 2)), 0.5),
-            (*_random((3, 1, 6), (6, 6), (3, 6, 1), (3, 6, 1), seed=1), -2.0),
+            (*random_tensors((2, 3, 5), (4, 5), (2, 4, 2), (2, 5, 2)), 0.5),
+            (*random_tensors((3, 1, 6), (6, 6), (3, 6, 1), (3, 6, 1), seed=1), -2.0),
         ],
         results=("y (B, T, out)",),
         why="The base weights stay as they are: removing a delta is exact, and every sequence of a batch may have "
@@ -207,8 +202,8 @@ EXERCISES = (
         solution=written,
         expected=_token_by_token,
         cases=lambda: [
-            (*_random((2, 6, 4), (2, 6, 5), (5, 3)), _padded(6, 2)),
-            (*_random((3, 4, 3), (3, 4, 3), (3, 3), seed=1), _padded(1, 4, 3)),
+            (*random_tensors((2, 6, 4), (2, 6, 5), (5, 3)), _padded(6, 2)),
+            (*random_tensors((3, 4, 3), (3, 4, 3), (3, 3), seed=1), _padded(1, 4, 3)),
         ],
         results=("U (B, out, rank)",),
         why="It is a sum over tokens, so it streams: read a prompt in pieces and add up. It also adds: two prompts' "

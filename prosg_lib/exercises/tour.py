@@ -1,8 +1,6 @@
 """Exercises of notebook 00: a map with a low-rank change, and by what factor the change is smaller than the map."""
 
-import torch
-
-from prosg_lib.exercises.checking import Exercise, Mistake
+from prosg_lib.exercises.checking import Exercise, Mistake, random_tensors
 
 # 0.1
 
@@ -26,9 +24,8 @@ def _by_sum(x, W, U, V, s):
 
 
 def _map_inputs(tokens, inputs, outputs, rank, seed):
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((tokens, inputs), (outputs, inputs), (outputs, rank), (inputs, rank))
-    return (*(torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes), 0.1)
+    shapes = (tokens, inputs), (outputs, inputs), (outputs, rank), (inputs, rank)
+    return *random_tensors(*shapes, seed=seed), 0.1
 
 
 # 0.2
