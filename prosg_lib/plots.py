@@ -179,22 +179,22 @@ def estimates_by_distance(ax: Axes, table: pd.DataFrame, looks: Mapping[str, Met
     ax.set_xlabel("distance between prompt and question (tokens)")
 
 
-def estimates_by_size(ax: Axes, table: pd.DataFrame, test: Test, looks: Mapping[str, MethodStyle] | None = None) -> str:
+def estimates_by_size(ax: Axes, table: pd.DataFrame, test: Test) -> str:
     """`estimates` of a table of `memory_tests.by_size`; returns in words what is seen.
 
     Args:
-        table, looks: as in `estimates_by_distance`, columns are sizes.
+        table: as in `estimates_by_distance`, columns are sizes.
     """
-    estimates(ax, table, looks)
+    estimates(ax, table)
     ax.set_xscale("log")
     name_places(ax, list(table))
     ax.set(xlabel=test.size_label, ylabel=test.score, ylim=(-0.03, 1.03), title=test.title)
-    return f"{test.title}, {test.score} by {test.size_label}, {in_words(table, looks)}."
+    return f"{test.title}, {test.score} by {test.size_label}, {in_words(table)}."
 
 
-def in_words(table: pd.DataFrame, looks: Mapping[str, MethodStyle] | None = None) -> str:
+def in_words(table: pd.DataFrame) -> str:
     """Every method's values at the first and last place of a table of estimates."""
-    looks, (first, *_, last) = styles(table.index) | dict(looks or {}), [*table, *list(table)[-1:]]
+    looks, (first, *_, last) = styles(table.index), [*table, *list(table)[-1:]]
     ends = (f"{looks[m].label} {row[first].value:.2f} and {row[last].value:.2f}" for m, row in table.iterrows())
     return f"at {first:,} and at {last:,}: {'; '.join(ends)}"
 
