@@ -41,38 +41,6 @@ def loss_of(lm, ids):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-@every_family
-@pytest.mark.parametrize("frozen", [False, True])
-def test_factors_are_the_gradient_of_every_map(lm64, frozen, family):
-    ids, names = ids_of(3, 13), list(lm64.editable())
-    grads = torch.autograd.grad(loss_of(lm64, ids), [lm64.editable()[n].weight for n in names])
-    lm64.requires_grad_(not frozen)
-    factors = gradient_factors(lm64, names, lambda: loss_of(lm64, ids))
-    assert len(names) == 3 * {"rwkv4": 7, "rwkv7": 6}[family]
-    for name, grad in zip(names, grads, strict=True):
-        assert grad.abs().max() > 0
-        assert_close(factors[name].grad_output.t() @ factors[name].x, grad, rtol=1e-10, atol=1e-12)
-        assert len(factors[name].x) == 3 * 12
-    assert all(p.grad is None for p in lm64.parameters())
-
-
-@every_family
-def test_factors_of_a_text_read_in_pieces(lm64):
-    """The loss may take several passes; every pass's tokens count."""
-    ids = ids_of(2, 12)
-
-    def in_pieces():
-        first, state = lm64(ids[:, :5])
-        second, _ = lm64(ids[:, 5:-1], state)
-        logits = torch.cat([first, second], 1)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-
-    found = gradient_factors(lm64, list(MAPS), in_pieces)
-    whole = gradient_factors(lm64, list(MAPS), lambda: loss_of(lm64, ids))
-    for name in MAPS:
-        assert_close(found[name].grad_output.t() @ found[name].x, whole[name].grad_output.t() @ whole[name].x)
-
-
 def test_factors_under_a_delta(make_lm, lm64):
     """The gradient at the changed weights is that of the merged model."""
     ids, delta = ids_of(1, 9), delta_for(lm64, 1)
@@ -108,19 +76,6 @@ def test_spectrum_and_best_rank_are_those_of_the_full_matrix(tokens):
 
 
 # --- application --------------------------------------------------------------------------------------------------
-
-
-@every_family
-@torch.no_grad()
-def test_applied_per_sample_is_merged_weights(make_lm, lm64):
-    delta, ids = delta_for(lm64, 3).scaled(0.7), ids_of(3, 40)
-    logits, state = lm64(ids, delta=delta)
-    for row in range(3):
-        expected, expected_state = merged(make_lm, lm64, delta, row)(ids[row : row + 1])
-        assert_close(logits[row : row + 1], expected, rtol=1e-9, atol=1e-9)
-        found = lm64.state_features(state.select([row]))
-        assert_close(found, lm64.state_features(expected_state), rtol=1e-9, atol=1e-9)
-        assert (expected - lm64(ids[row : row + 1])[0]).abs().max() > 0.1
 
 
 @torch.no_grad()
