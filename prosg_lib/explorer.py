@@ -131,10 +131,12 @@ class Explored:
         table: one row a distance, scale, fact and token of the fact's right answer: the token and its probability, the
             likeliest token in its place (`favourite`) and that one's.
         sizes: of `change_sizes`.
+        name: whose change it is, where it is shown.
     """
 
     table: pd.DataFrame
     sizes: pd.DataFrame
+    name: str = "ProSG"
 
     def values(self, distance: int, scale: float) -> pd.DataFrame:
         """The rows of the values alone at one setting; `known`: the value is what the model would say."""
@@ -150,7 +152,7 @@ class Explored:
         plain, changed = (self.values(distance, s) for s in (0.0, scale))
         summary = (
             f"{distance:,} tokens after the prompt, the plain model would name {plain.known.sum()} of {len(plain)} "
-            f"values (mean probability {plain.p.mean():.2f}); ProSG at scale {scale:g} would name "
+            f"values (mean probability {plain.p.mean():.2f}); {self.name} at scale {scale:g} would name "
             f"{changed.known.sum()} of {len(changed)} ({changed.p.mean():.2f})."
         )
         cells = [
@@ -165,7 +167,7 @@ class Explored:
         table = (
             "<table><caption>Probability of each token of the right answer; → what the model would rather say</caption>"
             '<thead><tr><th scope="col">question</th><th scope="col">plain model</th>'
-            f'<th scope="col">ProSG, scale {scale:g}</th></tr></thead><tbody>{rows}</tbody></table>'
+            f'<th scope="col">{html.escape(self.name)}, scale {scale:g}</th></tr></thead><tbody>{rows}</tbody></table>'
         )
         return Page(summary, (table, self._sizes_table(scale)))
 
@@ -199,7 +201,7 @@ class Explored:
             axes: the answers of the plain model, those with the change, the values' mean probability by distance, and
                 the change by layer and map.
         """
-        for ax, s, title in zip(axes, (0.0, scale), ("plain model", f"ProSG, scale {scale:g}"), strict=False):
+        for ax, s, title in zip(axes, (0.0, scale), ("plain model", f"{self.name}, scale {scale:g}"), strict=False):
             self._draw_answers(ax, distance, s)
             ax.set_title(f"{title}, {distance:,} tokens later")
         distances = sorted(self.table.distance.unique().tolist())
@@ -218,7 +220,7 @@ class Explored:
         plain, changed = (self.values(distance, s) for s in (0.0, scale))
         return (
             f"Token by token, the probabilities of the right answers {distance:,} tokens after the prompt: the plain "
-            f"model would name {plain.known.sum()} of {len(plain)} values, and ProSG at scale "
+            f"model would name {plain.known.sum()} of {len(plain)} values, and {self.name} at scale "
             f"{scale:g} would name {changed.known.sum()} of {len(changed)}. At {distances[-1]:,} tokens the mean "
             "probability of a value is "
             + ", ".join(f"{p:.2f} at scale {s:g}" for s, p in ends.items())

@@ -1,6 +1,7 @@
 """The forgetting explorer: its numbers against the model's own, and what its forms say."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,7 @@ def test_page_and_figure_say_the_same(found):
     plain, changed = (int(found.values(24, s).known.sum()) for s in (0.0, 1.0))
     assert f"the plain model would name {plain} of 3 values" in page.summary
     assert f"ProSG at scale 1 would name {changed} of 3" in page.summary
+    assert f"Another's at scale 1 would name {changed} of 3" in replace(found, name="Another's").page(24, 1.0).summary
     columns = [re.findall(r"<td>(.*?)</td>", p.blocks[0]) for p in (page, other)]
     assert columns[0][::2] == columns[1][::2]
     assert columns[0][1::2] != columns[1][1::2]
