@@ -21,6 +21,7 @@ from prosg_lib.config.sizes import (
     GeneratorSize,
     Mamba2Size,
     OpenSizes,
+    OpenStudy,
     PairSizes,
     PairTraining,
     PretrainedSizes,
@@ -104,6 +105,7 @@ PROFILES = {
             StateSize(8, 64, _MAPS, terms=8, term=16),
             ProbeSize(64),
             Training(20, 16, 4e-3, (3, 6), (0, 64), warmup=5),
+            OpenStudy(2, 2, 4, 3, (3, 6), (0, 32, 64), 128, (0.0, 1.0), 8, 4),
         ),
         conversations=ConversationSizes(
             training=ConversationTraining(4, 2, 1e-3, (1, 2), 2, warmup=2),

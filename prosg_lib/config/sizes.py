@@ -503,6 +503,32 @@ class SuiteSizes:
 
 
 @dataclass(frozen=True)
+class OpenStudy(Sizes):
+    """Sizes of what is asked of the models of the open world.
+
+    Attributes:
+        prompts: of each level; fewer: of what takes longer; natural: those written by hand, at most.
+        facts: of a prompt; many: numbers of facts that are compared.
+        distances: tokens of text behind the prompt; far: very many.
+        scales: factors of the change.
+        turns, instructed: of a long dialogue, of one with instructions.
+    """
+
+    may_be_zero = ("distances", "scales")
+
+    prompts: int = 40
+    fewer: int = 20
+    natural: int = 1000
+    facts: int = 6
+    many: tuple[int, ...] = (6, 24, 64)
+    distances: tuple[int, ...] = (0, 64, 256, 1024, 4096)
+    far: int = 16384
+    scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    turns: int = 50
+    instructed: int = 16
+
+
+@dataclass(frozen=True)
 class OpenSizes:
     """All that is trained on the open world; the defaults are the cpu profile's.
 
@@ -510,6 +536,7 @@ class OpenSizes:
         model, seventh: the language models, RWKV-4 and RWKV-7; training: theirs, a fifth of it without dialogues.
         token, final: the generators; probe: of what a state holds.
         token_training: of all that is trained for a language model, on as many dialogues.
+        study: what they are asked.
     """
 
     model: RWKV4Config = RWKV4Config(VOCAB, 128, 4, 512)
@@ -519,6 +546,7 @@ class OpenSizes:
     final: StateSize = StateSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
     probe: ProbeSize = ProbeSize(512)
     token_training: Training = Training(9000, 16, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
+    study: OpenStudy = OpenStudy()
 
 
 _LATER_MAPS = GeneratorSize(16, 256, ("self_attn.o_proj", "mlp.down_proj"), tuple(range(8, 28)))

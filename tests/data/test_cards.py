@@ -41,8 +41,8 @@ def test_the_code_on_a_card_loads_the_checkpoint(path, capsys):
 
 def test_a_variant_is_said_to_be_one():
     """Its settings are in the command that trains it again; what follows from them is not."""
-    assert "--set training.steps=600 --retrain" in cards.card(
-        paths.data_dir() / "checkpoints" / "rwkv4-dialogue-supervised-steps600.safetensors"
+    assert "--set size.step=1.0 --retrain" in cards.card(
+        paths.data_dir() / "checkpoints" / "rwkv4-dialogue-mend-step1.0.safetensors"
     )
 
 
