@@ -1,0 +1,71 @@
+"""Copies trained checkpoints to data/checkpoints/, their numbers rounded to 16 bits, with their logs.
+
+python data/ship.py rwkv7-open rwkv7-open-token     # a language model, and what was trained for it
+python data/ship.py rwkv7-open-static               # later: for the language model as it was trained
+
+A rounded language model is another one, and what was trained for it is written down as the rounded one's. So measure
+after shipping. The provenance says `"stored": "float16"`. Then run data/cards.py and `python data/build.py manifest`.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from prosg_lib import files
+from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.config import get_profile
+from prosg_lib.errors import UserError
+from prosg_lib.strict import read_as
+from prosg_lib.training.checkpoints import MODULES, built, header_of, kept, new_module, shipped
+from prosg_lib.training.recipes import recipe
+
+PROFILE = get_profile("cpu")
+
+FINEST = 2e-3
+"""Largest error of a tensor that rounding may make, relative to its norm."""
+
+
+def rounded(path: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors in 16 bits.
+
+    Raises:
+        UserError: that would change one of them by more than `FINEST`.
+    """
+    tensors, _ = files.load_tensors(path)
+    found = {name: tensor.half() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        error = (found[name].float() - tensor).norm() / tensor.norm().clamp(min=1e-12)
+        if not error <= FINEST:
+            raise UserError(f"{path}: 16 bits would change {name} by {error:.1e} of its norm; copy the file as it is")
+    return found
+
+
+def language_model(path: Path) -> LanguageModel:
+    """The language model of a checkpoint."""
+    tensors, meta = files.load_tensors(path)
+    module = dict(header_of(meta, path).record.module)
+    kind = str(module.pop("kind"))
+    return built(new_module(kind, read_as(MODULES[kind][0], module, str(path))), path, tensors)
+
+
+def ship(name: str, trained: Path) -> None:
+    """One checkpoint; `trained`: where it is."""
+    tensors, (_, meta) = rounded(trained), files.load_tensors(trained)
+    meta["provenance"]["stored"] = "float16"
+    if of := recipe(name, PROFILE).lm:
+        if language_model(kept(of, PROFILE)).fingerprint() != meta["record"]["lm"]:
+            raise UserError(f"{trained} was not trained for {kept(of, PROFILE)}")
+        meta["record"]["lm"] = language_model(shipped(of)).fingerprint()
+    files.save_tensors(shipped(name), tensors, meta)
+    shutil.copyfile(trained.with_suffix(".jsonl"), shipped(name).with_suffix(".jsonl"))
+    print(f"{shipped(name)}: {shipped(name).stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    try:
+        for name in sys.argv[1:]:
+            ship(name, kept(name, PROFILE))
+    except UserError as error:
+        sys.exit(str(error))

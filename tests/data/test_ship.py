@@ -1,0 +1,64 @@
+"""Shipping: 16 bits, the generator belongs to the rounded model, and nothing that rounding would spoil."""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+
+from prosg_lib import files, paths
+from prosg_lib.errors import UserError
+from prosg_lib.training.checkpoints import load_generator
+
+spec = importlib.util.spec_from_file_location("data_ship", paths.data_dir() / "ship.py")
+ship = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ship)
+
+MODEL, STATIC = "rwkv4-dialogue", "rwkv4-dialogue-static"
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Two trained checkpoints, and an empty folder to ship them to."""
+    trained, shipped = tmp_path / "trained", tmp_path / "shipped"
+    trained.mkdir(), shipped.mkdir()
+    for name in (MODEL, STATIC):
+        for ending in ("safetensors", "jsonl"):
+            shutil.copy(paths.data_dir() / "checkpoints" / f"{name}.{ending}", trained)
+    monkeypatch.setattr(ship, "kept", lambda name, profile: trained / f"{name}.safetensors")
+    monkeypatch.setattr(ship, "shipped", lambda name: shipped / f"{name}.safetensors")
+    return trained, shipped
+
+
+def test_a_model_and_its_generator(folders):
+    """Half the bytes, nearly the same weights, and the one fits the other, and not the model before it was rounded."""
+    trained, shipped = folders
+    for name in (MODEL, STATIC):
+        ship.ship(name, trained / f"{name}.safetensors")
+        assert (shipped / f"{name}.jsonl").is_file()
+    before, after = (ship.language_model(folder / f"{MODEL}.safetensors") for folder in folders)
+    assert (shipped / f"{MODEL}.safetensors").stat().st_size < 0.55 * (trained / f"{MODEL}.safetensors").stat().st_size
+    for one, other in zip(before.parameters(), after.parameters(), strict=True):
+        assert 0 <= (one - other).norm() <= ship.FINEST * one.norm()
+    file = str(shipped / f"{STATIC}.safetensors")
+    assert load_generator(file, after).checkpoint == shipped / f"{STATIC}.safetensors"
+    with pytest.raises(UserError, match="was trained for model"):
+        load_generator(file, before)
+    assert files.load_meta(file)["provenance"]["stored"] == "float16"
+
+
+def test_another_models_generator_is_refused(folders):
+    """Its record names a model that is not the one that was trained."""
+    trained, _ = folders
+    tensors, meta = files.load_tensors(trained / f"{STATIC}.safetensors")
+    meta["record"]["lm"] = "0123456789abcdef"
+    files.save_tensors(trained / f"{STATIC}.safetensors", tensors, meta)
+    with pytest.raises(UserError, match="was not trained for"):
+        ship.ship(STATIC, trained / f"{STATIC}.safetensors")
+
+
+def test_what_rounding_would_spoil_is_refused(tmp_path):
+    """Numbers below 16 bits' smallest."""
+    files.save_tensors(tmp_path / "tiny.safetensors", {"small": torch.full((4,), 3e-9)}, {"kind": "lm"})
+    with pytest.raises(UserError, match="16 bits would change small by"):
+        ship.rounded(tmp_path / "tiny.safetensors")
