@@ -29,7 +29,7 @@ from prosg_lib.training.recipes import GRADIENT_STEPS, Recipe, checkpoint_name, 
 CHECKPOINTS, CROISSANT = "checkpoints", "croissant.json"
 PROFILE = get_profile("cpu")
 
-_FAR = (0, 256, 1024, 4096)
+_FAR, _OPEN = (0, 256, 1024, 4096), (0, 256, 1024)
 MEASURED = {
     "rwkv4-dialogue": [
         *(("06_forgetting_evaluation", f"recall/base@{d}") for d in _FAR),
@@ -43,6 +43,13 @@ MEASURED = {
     "rwkv4-dialogue-final": [("06_forgetting_evaluation", f"recall/prosg-final@{d}") for d in _FAR],
     "rwkv4-dialogue-static": [("06_forgetting_evaluation", f"recall/static@{d}") for d in _FAR],
     "rwkv4-dialogue-adapter": [("07_gradient_as_prompt", "dialogue/adapter@512")],
+    "rwkv7-open": [("06d_what_a_sceptic_asks", f"{level}/base@0") for level in ("known", "values", "slots", "all")],
+    "rwkv7-open-token": [
+        ("06d_what_a_sceptic_asks", f"{level}/alone@{d}")
+        for level in ("known", "values", "slots", "all")
+        for d in _OPEN
+    ],
+    "rwkv7-open-static": [("06d_what_a_sceptic_asks", f"values/static@{d}") for d in _OPEN],
     "mamba2-dialogue": [("08_pretrained_models", f"recall/base@{d}") for d in (0, 1024)],
     "mamba2-dialogue-token": [("08_pretrained_models", "recall/prosg-token@1024")],
     "llama-pairs": [("07_gradient_as_prompt", f"right/{task}/prompted") for task in ("characters", "reversal")],

@@ -104,7 +104,7 @@ PROFILES = {
             GeneratorSize(8, 64, _MAPS),
             StateSize(8, 64, _MAPS, terms=8, term=16),
             ProbeSize(64),
-            Training(20, 16, 4e-3, (3, 6), (0, 64), warmup=5),
+            *2 * (Training(20, 16, 4e-3, (3, 6), (0, 64), warmup=5),),
             OpenStudy(2, 2, 4, 3, (3, 6), (0, 32, 64), 128, (0.0, 1.0), 8, 4),
         ),
         conversations=ConversationSizes(

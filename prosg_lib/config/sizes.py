@@ -521,7 +521,7 @@ class OpenStudy(Sizes):
     natural: int = 1000
     facts: int = 6
     many: tuple[int, ...] = (6, 24, 64)
-    distances: tuple[int, ...] = (0, 64, 256, 1024, 4096)
+    distances: tuple[int, ...] = (0, 256, 1024, 4096)
     far: int = 16384
     scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
     turns: int = 50
@@ -536,6 +536,7 @@ class OpenSizes:
         model, seventh: the language models, RWKV-4 and RWKV-7; training: theirs, a fifth of it without dialogues.
         token, final: the generators; probe: of what a state holds.
         token_training: of all that is trained for a language model, on as many dialogues.
+        static_training: of the static delta, which has next to nothing to learn.
         study: what they are asked.
     """
 
@@ -546,6 +547,7 @@ class OpenSizes:
     final: StateSize = StateSize(32, 256, ("att.output", "att.value", "ffn.key", "ffn.value"))
     probe: ProbeSize = ProbeSize(512)
     token_training: Training = Training(9000, 16, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
+    static_training: Training = Training(1000, 16, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
     study: OpenStudy = OpenStudy()
 
 

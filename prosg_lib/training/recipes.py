@@ -237,10 +237,8 @@ def _open_world(p: Profile) -> list[Recipe]:
     """Models of the open world, and what makes deltas for them."""
     sizes = p.open
 
-    def generator(lm, kind, about, size, time):
-        return Recipe(
-            f"{lm}-{kind}", about, kind, size, "open", sizes.token_training, lm, curriculum=OpenCurriculum(), time=time
-        )
+    def generator(lm, kind, about, size, time, training=sizes.token_training):
+        return Recipe(f"{lm}-{kind}", about, kind, size, "open", training, lm, curriculum=OpenCurriculum(), time=time)
 
     found = []
     for name, size in {"rwkv4": sizes.model, "rwkv7": sizes.seventh}.items():
@@ -259,7 +257,9 @@ def _open_world(p: Profile) -> list[Recipe]:
                 lm,
                 time="30 min, CPU",
             ),
-            generator(lm, "static", "control: one delta for all prompts", sizes.token, "30 min, CPU"),
+            generator(
+                lm, "static", "control: one delta for all prompts", sizes.token, "10 min, CPU", sizes.static_training
+            ),
             generator(lm, "adapter", "real gradient step in an adapter", p.adapter, "60 min, CPU"),
         ]
     about = "transformer of the open world, to compare with"
