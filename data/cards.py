@@ -45,11 +45,10 @@ MEASURED = {
     "rwkv4-dialogue-adapter": [("07_gradient_as_prompt", "dialogue/adapter@512")],
     "rwkv7-open": [("06d_what_a_sceptic_asks", f"{level}/base@0") for level in ("known", "values", "slots", "all")],
     "rwkv7-open-token": [
-        ("06d_what_a_sceptic_asks", f"{level}/alone@{d}")
+        ("06d_what_a_sceptic_asks", f"{level}/prosg-token@{d}")
         for level in ("known", "values", "slots", "all")
         for d in _OPEN
     ],
-    "rwkv7-open-static": [("06d_what_a_sceptic_asks", f"values/static@{d}") for d in _OPEN],
     "mamba2-dialogue": [("08_pretrained_models", f"recall/base@{d}") for d in (0, 1024)],
     "mamba2-dialogue-token": [("08_pretrained_models", "recall/prosg-token@1024")],
     "llama-pairs": [("07_gradient_as_prompt", f"right/{task}/prompted") for task in ("characters", "reversal")],

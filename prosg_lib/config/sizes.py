@@ -507,7 +507,7 @@ class OpenStudy(Sizes):
     """Sizes of what is asked of the models of the open world.
 
     Attributes:
-        prompts: of each level; fewer: of what takes longer; natural: those written by hand, at most.
+        prompts: of each level; fewer: of what takes longer; natural: those without templates, at most.
         facts: of a prompt; many: numbers of facts that are compared.
         distances: tokens of text behind the prompt; far: very many.
         scales: factors of the change.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import count
 
 import pandas as pd
@@ -22,6 +23,8 @@ from prosg_lib.errors import UserError
 from prosg_lib.evaluation import open_recall, recall
 from prosg_lib.evaluation.baselines import Start
 from prosg_lib.generators.base import Generator
+from prosg_lib.generators.several_prompts import append_prompt, delta_of_prompts
+from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.tasks.open_world import Item, OpenWorld, Shape
 
 TURNS = (1, 2, 4, 8, 16)
@@ -50,9 +53,13 @@ def _asked(
 
 
 @torch.no_grad()
-def removal(lm: LanguageModel, generator: Generator, data: OpenWorld, memories: int, facts: int = 6) -> pd.DataFrame:
+def removal(
+    lm: LanguageModel, generator: Generator, data: OpenWorld, memories: int, facts: int, common: LowRankDelta
+) -> pd.DataFrame:
     """Recall of two prompts in one memory, the second of which is taken out again; from a blank state.
 
+    Args:
+        common: what all changes share (`several_prompts.common_part`); a memory has it once.
     Returns:
         As `open_recall.judged`, by memory ("both"; "removed": the second prompt's change is subtracted; "never": it was
         never there) and about ("kept", "second": the prompt that is asked about).
@@ -68,7 +75,9 @@ def removal(lm: LanguageModel, generator: Generator, data: OpenWorld, memories: 
         while {f.key for f in first.facts} & {f.key for f in second.facts}:
             second = data.item(next(numbers), shape)
         one, two = (generator.memorize(lm, [data.encode_prompt(item)]) for item in (first, second))
-        for memory, delta in {"both": one + two, "removed": one + two + two.scaled(-1.0), "never": one}.items():
+        own = two + common.scaled(-1.0)
+        both = one + own
+        for memory, delta in {"both": both, "removed": both + own.scaled(-1.0), "never": one}.items():
             for about, item in {"kept": first, "second": second}.items():
                 rows.append(_row(item, number, _asked(lm, data, item, None, delta), memory=memory, about=about))
     return open_recall.judged(pd.DataFrame(rows))
@@ -76,7 +85,7 @@ def removal(lm: LanguageModel, generator: Generator, data: OpenWorld, memories: 
 
 @torch.no_grad()
 def rolling(
-    lm: LanguageModel, generator: Generator, data: OpenWorld, dialogues: int, turns: int = 50, every: int = 5
+    lm: LanguageModel, generator: TokenGenerator, data: OpenWorld, dialogues: int, turns: int = 50, every: int = 5
 ) -> pd.DataFrame:
     """Recall at the end of a long dialogue, by how many turns ago a fact was stated. Every second turn states one; the
     others are prose.
@@ -121,9 +130,12 @@ def _turns(data: OpenWorld, item: Item, turns: int) -> tuple[list[str], list[lis
     return said, [encode(f"User: {text}\n") if text else prose[t] for t, text in enumerate(said)]
 
 
-def _memory(lm: LanguageModel, generator: Generator, pieces: list[list[str]]) -> LowRankDelta:
-    """The sum of the changes that make of each piece what the user said in it."""
-    return sum(generator.memorize(lm, ["User: " + " ".join(filter(None, piece)) + "\n"]) for piece in pieces)
+def _memory(lm: LanguageModel, generator: TokenGenerator, pieces: list[list[str]]) -> LowRankDelta:
+    """The change that is derived again after every piece, from all that the user said so far (`several_prompts`)."""
+    texts = [" ".join(filter(None, piece)) for piece in pieces]
+    return delta_of_prompts(
+        lm, generator, reduce(lambda memory, text: append_prompt(lm, generator, text, memory), texts, None)
+    )
 
 
 @torch.no_grad()

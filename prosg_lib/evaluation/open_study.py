@@ -6,7 +6,7 @@ and the sizes. Methods whose generator is missing are left out of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -16,6 +16,7 @@ from prosg_lib.config.profiles import Profile
 from prosg_lib.config.sizes import OpenStudy
 from prosg_lib.evaluation import memory_uses, open_recall
 from prosg_lib.generators.base import Generator
+from prosg_lib.generators.several_prompts import common_part
 from prosg_lib.tasks.open_wording import LEVELS
 from prosg_lib.tasks.open_world import Shape, load_open_world
 from prosg_lib.training.load_or_train import load_or_train
@@ -46,7 +47,7 @@ def levels(lm: LanguageModel, generators: Generators, split: str, sizes: OpenStu
 
 
 def natural(lm: LanguageModel, generators: Generators, split: str, sizes: OpenStudy) -> pd.DataFrame:
-    """Answers about the prompts that were written by hand."""
+    """Answers about the prompts without templates."""
     data, methods = load_open_world("all", split, 0), _possible(METHODS, generators)
     distances = sizes.distances[:-1]
     return open_recall.answers(lm, generators, methods, data, data.natural(max(distances), sizes.natural), distances)
@@ -112,8 +113,12 @@ def prose(lm: LanguageModel, generators: Generators, split: str, sizes: OpenStud
 
 
 def removal(lm: LanguageModel, generators: Generators, split: str, sizes: OpenStudy) -> pd.DataFrame:
-    """Of `memory_uses.removal`; new values."""
-    return memory_uses.removal(lm, generators["token"], load_open_world("values", split, 6), sizes.fewer, sizes.facts)
+    """Of `memory_uses.removal`; new values. What all changes share is the mean over 64 prompts of training."""
+    trained = load_open_world("known", "train", 0).items(64, Shape(1, 0, 1))
+    said = [item.prompt.removeprefix("User: ") for item in trained]
+    common = common_part(lm, generators["token"], said)
+    data = load_open_world("values", split, 6)
+    return memory_uses.removal(lm, generators["token"], data, sizes.fewer, sizes.facts, common)
 
 
 def rolling(lm: LanguageModel, generators: Generators, split: str, sizes: OpenStudy) -> pd.DataFrame:
@@ -137,7 +142,9 @@ PARTS: dict[str, Part] = {
 MODEL, KINDS = "rwkv7-open", {"token": "rwkv7-open-token", "static": "rwkv7-open-static"}
 
 
-def models(profile: Profile, seed: int = 0, retrain: bool = False) -> tuple[LanguageModel, dict[str, Generator]]:
-    """The model of the open world and its generators by kind; see `load_or_train`."""
+def models(
+    profile: Profile, seed: int = 0, retrain: bool = False, kinds: Iterable[str] = tuple(KINDS)
+) -> tuple[LanguageModel, dict[str, Generator]]:
+    """The model of the open world and some of its generators by kind; see `load_or_train`."""
     lm = load_or_train(MODEL, profile, seed, retrain)
-    return lm, {kind: load_or_train(name, profile, seed, retrain, lm=lm) for kind, name in KINDS.items()}
+    return lm, {kind: load_or_train(KINDS[kind], profile, seed, retrain, lm=lm) for kind in kinds}

@@ -244,9 +244,9 @@ def _open_world(p: Profile) -> list[Recipe]:
     for name, size in {"rwkv4": sizes.model, "rwkv7": sizes.seventh}.items():
         lm, about = f"{name}-open", f"RWKV-{name[-1]} language model of the open world"
         found += [
-            Recipe(lm, about, name, size, "open", sizes.training, time="20 min, CPU"),
-            generator(lm, "token", "token-wise generator", sizes.token, "45 min, CPU"),
-            generator(lm, "states", "generator that sees the final state", sizes.final, "45 min, CPU"),
+            Recipe(lm, about, name, size, "open", sizes.training, time="3 h, CPU"),
+            generator(lm, "token", "token-wise generator", sizes.token, "3 h, CPU"),
+            generator(lm, "states", "generator that sees the final state", sizes.final, "3 h, CPU"),
             Recipe(
                 f"{lm}-probe",
                 "probe: which facts the state after a prompt holds",

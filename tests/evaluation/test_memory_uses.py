@@ -34,9 +34,14 @@ def raw(monkeypatch):
     monkeypatch.setattr(open_recall, "judged", lambda rows: rows)
 
 
+def common(lm, generator):
+    """Something that a memory of two prompts is to have once less."""
+    return generator.memorize(lm, ["User: My hat is red.\n"])
+
+
 def test_what_is_removed_was_never_there(lm, generator, data, raw):
     """Answers are those of the first prompt's change alone, exactly; with both changes they are not."""
-    rows = removal(lm, generator, data, memories=3, facts=2)
+    rows = removal(lm, generator, data, 3, 2, common(lm, generator))
     assert len(rows) == 3 * 3 * 2
     texts = rows.set_index(["memory", "about", "prompt"]).predicted
     assert texts["removed"].to_dict() == texts["never"].to_dict()
@@ -45,7 +50,7 @@ def test_what_is_removed_was_never_there(lm, generator, data, raw):
 
 def test_removal_asks_about_both_prompts(lm, generator, data, raw):
     """Each about its own; no slot is in both, so that no answer could come from the other."""
-    rows = removal(lm, generator, data, memories=2, facts=6)
+    rows = removal(lm, generator, data, 2, 6, common(lm, generator))
     gold = rows.set_index(["memory", "about", "prompt"]).gold
     items = data.items(60, Shape(6, 0, 6))
     found = [[p.value for p in item.probes] for item in items]
@@ -58,7 +63,7 @@ def test_removal_asks_about_both_prompts(lm, generator, data, raw):
         first, second = pair
         assert not {f.key for f in first.facts} & {f.key for f in second.facts}
     with pytest.raises(UserError, match="two prompts of 15 facts would share a slot of this level; choose 1 to 14"):
-        removal(lm, generator, data, memories=1, facts=15)
+        removal(lm, generator, data, 1, 15, common(lm, generator))
 
 
 class Asked:
@@ -86,8 +91,7 @@ def test_a_rolling_memory_knows_all_but_the_last_turns(lm, generator, data, raw,
         assert [turn for turn in range(8) if value in said[turn]] == [7 - row["age"]]
 
     def change(said):
-        pieces = [" ".join(filter(None, said[start : start + 3])) for start in (0, 3)]
-        return sum(generator.memorize(lm, [f"User: {piece}\n"]) for piece in pieces)
+        return generator.memorize(lm, [f"User: {' '.join(filter(None, said[:6]))}\n"])
 
     def state(lines, delta):
         return lm.derive_state([list(itertools.chain.from_iterable(lines))], delta=delta)
@@ -133,7 +137,7 @@ def test_instructions_are_asked_turn_by_turn(lm, generator, data, raw):
 
 def test_each_use_has_scores(lm, generator, data):
     """As of recall: numbers by what names a row, for every method."""
-    found = removal(lm, generator, data, memories=1, facts=2)
+    found = removal(lm, generator, data, 1, 2, common(lm, generator))
     assert found[["memory", "about"]].drop_duplicates().shape == (6, 2)
     assert found.recall.between(0, 1).all()
     found = instructions_by_turn(lm, generator, data, dialogues=1, turns=2)
