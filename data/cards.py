@@ -29,7 +29,7 @@ from prosg_lib.training.recipes import GRADIENT_STEPS, Recipe, checkpoint_name, 
 CHECKPOINTS, CROISSANT = "checkpoints", "croissant.json"
 PROFILE = get_profile("cpu")
 
-_FAR, _OPEN = (0, 256, 1024, 4096), (0, 256, 1024)
+_FAR = (0, 256, 1024, 4096)
 MEASURED = {
     "rwkv4-dialogue": [
         *(("06_forgetting_evaluation", f"recall/base@{d}") for d in _FAR),
@@ -47,7 +47,7 @@ MEASURED = {
     "rwkv7-open-token": [
         ("06d_what_a_sceptic_asks", f"{level}/prosg-token@{d}")
         for level in ("known", "values", "slots", "all")
-        for d in _OPEN
+        for d in (0, 4096)
     ],
     "mamba2-dialogue": [("08_pretrained_models", f"recall/base@{d}") for d in (0, 1024)],
     "mamba2-dialogue-token": [("08_pretrained_models", "recall/prosg-token@1024")],
