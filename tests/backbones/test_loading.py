@@ -146,7 +146,12 @@ def test_a_package_without_its_checkout_loads_models_of_ones_own(make_lm, tmp_pa
     load_tokenizer.cache_clear()
 
 
-SHIPPED = {"rwkv4-dialogue": "RWKV4", "mamba2-dialogue": "Mamba2", "llama-pairs": "CausalTransformer"}
+SHIPPED = {
+    "rwkv4-dialogue": "RWKV4",
+    "rwkv7-open": "RWKV7",
+    "mamba2-dialogue": "Mamba2",
+    "llama-pairs": "CausalTransformer",
+}
 
 
 def test_every_shipped_model_loads_by_its_name():

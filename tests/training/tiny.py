@@ -70,6 +70,7 @@ TINY = replace(
         StateSize(2, 8, MAPS, terms=2, term=4),
         ProbeSize(8),
         STEPS,
+        STEPS,
     ),
     conversations=ConversationSizes(200, LATER, LATER, TALKS, TALKS),
     suite=SuiteSizes(*4 * (PairTraining(2, 2, 1e-3, warmup=1),), longest=150),
