@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 
 from prosg_lib import files
-from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.loading import load_model
 from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
-from prosg_lib.strict import read_as
-from prosg_lib.training.checkpoints import MODULES, built, header_of, kept, new_module, shipped
+from prosg_lib.training.checkpoints import kept, shipped
 from prosg_lib.training.recipes import recipe
 
 PROFILE = get_profile("cpu")
@@ -42,22 +41,14 @@ def rounded(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def language_model(path: Path) -> LanguageModel:
-    """The language model of a checkpoint."""
-    tensors, meta = files.load_tensors(path)
-    module = dict(header_of(meta, path).record.module)
-    kind = str(module.pop("kind"))
-    return built(new_module(kind, read_as(MODULES[kind][0], module, str(path))), path, tensors)
-
-
 def ship(name: str, trained: Path) -> None:
     """One checkpoint; `trained`: where it is."""
-    tensors, (_, meta) = rounded(trained), files.load_tensors(trained)
+    tensors, meta = rounded(trained), files.load_meta(trained)
     meta["provenance"]["stored"] = "float16"
     if of := recipe(name, PROFILE).lm:
-        if language_model(kept(of, PROFILE)).fingerprint() != meta["record"]["lm"]:
+        if load_model(kept(of, PROFILE)).fingerprint() != meta["record"]["lm"]:
             raise UserError(f"{trained} was not trained for {kept(of, PROFILE)}")
-        meta["record"]["lm"] = language_model(shipped(of)).fingerprint()
+        meta["record"]["lm"] = load_model(shipped(of)).fingerprint()
     files.save_tensors(shipped(name), tensors, meta)
     shutil.copyfile(trained.with_suffix(".jsonl"), shipped(name).with_suffix(".jsonl"))
     print(f"{shipped(name)}: {shipped(name).stat().st_size:,} bytes")
