@@ -62,6 +62,7 @@ METHOD_STYLE = {
     "transformer": MethodStyle("transformer, looks back", PALETTE["black"], "+", ":"),
     "adapter": MethodStyle("gradient step", PALETTE["purple"], "p", "-"),
     "alone": MethodStyle("its delta alone", PALETTE["sky"], "h", "-."),
+    "final-alone": MethodStyle("final state, its delta alone", PALETTE["orange"], "<", "-."),
     "adapter-alone": MethodStyle("gradient step alone", PALETTE["orange"], "d", "-."),
     "adapter-wrong": MethodStyle("another's gradient step", PALETTE["vermillion"], "1", ":"),
 }

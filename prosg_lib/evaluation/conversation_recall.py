@@ -20,15 +20,15 @@ from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.evaluation import reading
 from prosg_lib.evaluation.baselines import Start, start
-from prosg_lib.evaluation.open_recall import ALONE, plain
+from prosg_lib.evaluation.open_recall import plain
 from prosg_lib.generators.base import Generator
 from prosg_lib.tasks.conversations import READING, Conversation, Form
 from prosg_lib.text.prose import ProseTokens
 
 OTHERS = "wrong-alone"
-"""A method: as `open_recall.ALONE`, with the change of another prompt. Control."""
+"""A method: as `alone`, with the change of another prompt. Control."""
 
-METHODS = ("none", "base", "repeated", "prosg-token", "wrong", "static", ALONE, OTHERS)
+METHODS = ("none", "base", "repeated", "prosg-token", "wrong", "static", "alone", OTHERS)
 """`prosg-token`, `base` and so on: see `baselines.METHODS`; `alone`: only the prompt's change, the window is empty."""
 
 _TOKENS = 24  # of an answer
@@ -97,7 +97,7 @@ def _parts(count: int, at_once: int) -> list[slice]:
 
 def _start(method: str, lm: LanguageModel, generators: Mapping[str, Generator], encoded: list[list[int]]) -> Start:
     """As `baselines.start`; where a change is alone, the state after the prompt is dropped."""
-    alone = {ALONE: "prosg-token", OTHERS: "wrong"}
+    alone = {"alone": "prosg-token", OTHERS: "wrong"}
     begin = start(alone.get(method, method), lm, generators, encoded)
     return replace(begin, state=None) if method in alone else begin
 

@@ -25,8 +25,8 @@ from prosg_lib.tasks.open_world import Item, OpenWorld
 KINDS = ("fact", "other", "update", "query", "unknown")
 """Kinds of question; see `open_world.Probe`."""
 
-ALONE = "alone"
-"""A method: the change of the token-wise generator and nothing else; the prompt is never in the state."""
+ALONE = {"alone": "prosg-token", "final-alone": "prosg-final"}
+"""Methods: the change of that one and nothing else; the prompt is never in the state."""
 
 LONGEST = 28
 """Tokens of an answer: a value of five, and three instructions of up to five with their commas."""
@@ -47,7 +47,7 @@ def answers(
     """What every method answers to every question, at every distance.
 
     Args:
-        methods: see `baselines.start`; or `ALONE`.
+        methods: see `baselines.start`; or of `ALONE`.
         items: of `data`; their bodies are as long as the largest distance.
     Returns:
         One row a method, distance and item: method, distance, seed, prompt (the item's number), facts, instructions,
@@ -61,8 +61,8 @@ def answers(
 def _answered(lm, generators, methods, data, items, distances) -> Iterator[dict]:
     encoded = [list(data.encode_prompt(item)) for item in items]
     for method in methods:
-        begin = start("prosg-token" if method == ALONE else method, lm, generators, encoded)
-        begin = replace(begin, state=None) if method == ALONE else begin
+        begin = start(ALONE.get(method, method), lm, generators, encoded)
+        begin = replace(begin, state=None) if method in ALONE else begin
         for distance, state, total, right in recall.read_texts(lm, begin, items, distances):
             predicted = recall.ask(lm, data, items, encoded, begin, state, distance, LONGEST)
             for number, item in enumerate(items):

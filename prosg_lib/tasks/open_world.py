@@ -94,7 +94,8 @@ class Shape:
         probes: questions about those facts; unknown: questions about what was never said.
         instructions: in the prompt.
         updates: facts of the user's that the prompt corrects later.
-        query: whether the prompt holds a question about the body, which is asked as well.
+        query: whether the prompt holds a question about the body, which is asked as well; rivals: facts of the user's
+            that the body states beside the one that it is about.
         prose: share of the body's units that are prose.
     """
 
@@ -107,6 +108,7 @@ class Shape:
     instructions: int = 0
     updates: int = 0
     query: bool = False
+    rivals: int = 0
     prose: float = 0.5
 
     def __post_init__(self):
@@ -115,15 +117,19 @@ class Shape:
             raise UserError(
                 f"no item is {self}; facts are 1 or more, probes 1 to the number of facts, updates at most the user's"
             )
-        if self.query and self.distance < _QUERY_ROOM:
-            raise UserError(f"no item is {self}; with a query the distance is at least {_QUERY_ROOM}")
+        room = _QUERY_ROOM * (1 + self.rivals)
+        if self.query and self.distance < room:
+            raise UserError(f"no item is {self}; with a query the distance is at least {room}")
+        if self.rivals < 0 or (self.rivals and not self.query):
+            raise UserError(f"no item is {self}; rivals are 0 or more, and there are none without a query")
 
     @property
     def name(self) -> str:
         """Enters the seed of every item, so its characters must never change."""
         sizes = f"facts={self.facts}, distance={self.distance}, probes={self.probes}, others={self.others}"
         more = f"before={self.before}, unknown={self.unknown}, instructions={self.instructions}"
-        return f"Shape({sizes}, {more}, updates={self.updates}, query={self.query}, prose={self.prose})"
+        rivals = f", rivals={self.rivals}" if self.rivals else ""
+        return f"Shape({sizes}, {more}, updates={self.updates}, query={self.query}{rivals}, prose={self.prose})"
 
 
 @dataclass(frozen=True)
@@ -149,11 +155,13 @@ class OpenWorld:
 
         sentences = self._sentences(facts, rng)
         extra = [sentence for _, sentence in drawn.values()]
-        stated, cue = None, ""
+        stated, cue = [], ""  # facts of the body's, the queried one first
         if shape.query:
-            stated = self._new_fact(facts, rng)
+            stated.append(self._new_fact(facts, rng))
             cue = rng.choice(level.cues())
-            extra.append(level.sentence("query", rng, cue=cue, poss="my", noun=stated.slot))
+            extra.append(level.sentence("query", rng, cue=cue, poss="my", noun=stated[0].slot))
+            for _ in range(shape.rivals):
+                stated.append(self._new_fact([*facts, *stated], rng))
         for sentence in extra:
             sentences.insert(rng.randrange(len(sentences) + 1), sentence)
         newest = list(facts)
@@ -162,11 +170,11 @@ class OpenWorld:
             sentences.append(level.statement([newest[i]], rng, update=True))
         sentences = [text for s in sentences for text in self._with_small_talk(level.embellished(s, rng), rng)]
 
-        before, _ = self._body(shape.before, shape.prose, None, rng)
+        before, _ = self._body(shape.before, shape.prose, [], rng)
         body, body_kind = self._body(shape.distance, shape.prose, stated, rng)
         probes = self._probes(facts, newest, shape, stated, rng)
         if stated:
-            probes.append((f"{cue[0].upper()}{cue[1:]}.", stated.value, "query", None))
+            probes.append((f"{cue[0].upper()}{cue[1:]}.", stated[0].value, "query", None))
         rng.shuffle(probes)
         return Item(
             "User: " + " ".join(sentences) + "\n",
@@ -190,7 +198,7 @@ class OpenWorld:
         found = []
         for number, row in enumerate(natural_prompts(self.level.split)[:limit]):
             rng = random.Random(f"{VERSION}/{self.seed}/{self.level.name}/natural/{number}")
-            body, kinds = self._body(distance, Shape(1, distance, 1).prose, None, rng)
+            body, kinds = self._body(distance, Shape(1, distance, 1).prose, [], rng)
             probes = tuple(
                 Probe(q["question"], q["answer"] + ".", q["answer"], "fact", accept=tuple(q["accept"]))
                 for q in row["questions"]
@@ -234,7 +242,7 @@ class OpenWorld:
         return [sentence] + [self.level.sentence("small_talk", rng)] * (rng.random() < _SMALL_TALK)
 
     def _probes(
-        self, facts: list[Fact], newest: list[Fact], shape: Shape, stated: Fact | None, rng: random.Random
+        self, facts: list[Fact], newest: list[Fact], shape: Shape, stated: list[Fact], rng: random.Random
     ) -> list[tuple]:
         """(question, right value, kind, key) of questions about the prompt's facts, and about what it never said."""
         changed = [i for i, (old, new) in enumerate(zip(facts, newest, strict=True)) if old != new]
@@ -247,7 +255,7 @@ class OpenWorld:
         for i in asked:
             kind = "update" if i in changed else "fact" if facts[i].who is None else "other"
             probes.append((self.level.question(newest[i], rng), newest[i].value, kind, facts[i].key))
-        known, slots = {f.key for f in (*facts, *([stated] if stated else []))}, self.level.slots()
+        known, slots = {f.key for f in (*facts, *stated)}, self.level.slots()
         theirs = [f.slot for f in facts if f.who is not None and (None, f.slot) not in known]
         for _ in range(shape.unknown):
             slot = rng.choice(theirs) if theirs and rng.random() < 0.4 else rng.choice(slots)
@@ -256,21 +264,24 @@ class OpenWorld:
             probes.append((self.level.question(Fact(slot, ""), rng), UNKNOWN, "unknown", None))
         return probes
 
-    def _body(self, length: int, prose: float, stated: Fact | None, rng: random.Random) -> tuple[list[int], list[int]]:
+    def _body(self, length: int, prose: float, stated: list[Fact], rng: random.Random) -> tuple[list[int], list[int]]:
         """`length` tokens of other people's facts, questions about them, and prose, ending with a whole line.
 
-        stated: a fact of the user's that a line of it states.
+        stated: facts of the user's; a line of it states each, the first one anywhere among them.
         """
         encode, level, ids, kinds = self.tokenizer.encode_long, self.level, [], []
         recent: list[Fact] = []
         slots, others = level.slots(), level.others()
-        told = encode(f"User: {level.statement([stated], rng)}\n") if stated else []
-        place = rng.random() * max(0, length - len(told) - 1)
+        told = [encode(f"User: {level.statement([fact], rng)}\n") for fact in stated]
+        left = sum(map(len, told))
+        places = sorted(rng.random() * max(0, length - left - 1) for _ in told or [()])
+        rng.shuffle(told)
         while True:
             answer: list[int] = []
             draw = rng.random()
-            if told and len(ids) >= place:
-                ids, kinds, told = [*ids, *told], [*kinds, *[TEXT] * len(told)], []
+            if told and len(ids) >= places[-len(told)]:
+                line = told.pop(0)
+                ids, kinds, left = [*ids, *line], [*kinds, *[TEXT] * len(line)], left - len(line)
                 continue
             if draw < prose:
                 unit = [*self.prose.passage(rng.randint(12, 40), rng), *encode("\n")]
@@ -284,14 +295,14 @@ class OpenWorld:
                 unit = [*encode(f"Q: {level.question(fact, rng)}\n"), *encode("A:")]
                 answer = encode(f" {fact.value}.")
             end = encode("\n") if answer else []
-            if len(ids) + len(unit) + len(answer) + len(end) + len(told) > length:
+            if len(ids) + len(unit) + len(answer) + len(end) + left > length:
                 break
             ids += [*unit, *answer, *end]
             kinds += [TEXT] * len(unit) + [COMPETING] * len(answer) + [TEXT] * len(end)
-        short = length - len(ids) - len(told)
+        short, rest = length - len(ids) - left, [token for line in told for token in line]
         if short > 0:
-            told = [*told, *self.prose.passage(short, rng)[:-1], *encode("\n")]
-        return [*ids, *told], [*kinds, *[TEXT] * len(told)]
+            rest = [*rest, *self.prose.passage(short, rng)[:-1], *encode("\n")]
+        return [*ids, *rest], [*kinds, *[TEXT] * len(rest)]
 
     def row(self, item: Item) -> dict:
         """An item as texts: a row of `data/open_sample.jsonl`."""

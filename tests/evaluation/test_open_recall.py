@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from checks import token_generator
 
-from prosg_lib.evaluation.open_recall import ALONE, KINDS, LONGEST, answers, judged
+from prosg_lib.evaluation.open_recall import KINDS, LONGEST, answers, judged
 from prosg_lib.tasks import open_wording as wording
 from prosg_lib.tasks.open_wording import UNKNOWN, Level, full_answer
 from prosg_lib.tasks.open_world import OpenWorld, Shape, natural_prompts
@@ -119,14 +119,14 @@ def test_every_right_answer_is_short_enough():
     assert max(len(encode(" " + text)) for text in rights) <= LONGEST
 
 
-METHODS = ("base", "prosg-token", ALONE, "none")
+METHODS = ("base", "prosg-token", "alone", "final-alone", "none")
 
 
 def test_answers_are_those_of_one_whole_pass(lm, data):
     """At every distance, from prompt, body and question in one; with a delta that the prompt made, or without."""
     items = data.items(2, Shape(2, 60, 1, instructions=1, query=True))
     generator = token_generator(lm, std=1.0)
-    rows = answers(lm, {"token": generator}, METHODS, data, items, (60, 20))
+    rows = answers(lm, {"token": generator, "final": generator}, METHODS, data, items, (60, 20))
     assert rows[["method", "distance", "prompt"]].values.tolist() == [
         [method, distance, prompt] for method in METHODS for distance in (20, 60) for prompt in (0, 1)
     ]
@@ -135,9 +135,9 @@ def test_answers_are_those_of_one_whole_pass(lm, data):
         item = items[row["prompt"]]
         prompt, text = data.encode_prompt(item), list(item.body[: row["distance"]])
         text += [] if text[-1] == newline[-1] else newline
-        delta = generator.memorize(lm, [prompt]) if row["method"] in ("prosg-token", ALONE) else None
+        delta = None if row["method"] in ("base", "none") else generator.memorize(lm, [prompt])
         # What the prompt says is read by the model as it is; the change holds for all that follows.
-        state = None if row["method"] in ("none", ALONE) else lm.derive_state([prompt])
+        state = None if row["method"] in ("none", "alone", "final-alone") else lm.derive_state([prompt])
         for probe, found in zip(item.probes, row["predicted"], strict=True):
             question = text + data.encode_probe(probe)[0]
             assert [found] == lm.generate([question], state, delta, max_new_tokens=LONGEST)

@@ -8,6 +8,7 @@ from prosg_lib.config import get_profile
 from prosg_lib.evaluation import open_recall, open_study
 from prosg_lib.tasks.open_wording import LEVELS
 from prosg_lib.tasks.open_world import Shape, load_open_world
+from prosg_lib.training.state_probe import StateProbe, held
 
 SIZES = get_profile("smoke").open.study
 
@@ -51,6 +52,19 @@ def test_a_question_in_the_prompt(lm, token):
     """One a prompt is answered from the text behind it."""
     rows = open_study.query(lm, token, "validation", SIZES)
     assert all(kinds.count("query") == 1 for kinds in rows.kinds)
+
+
+def test_what_the_state_holds(lm):
+    """Beside what the model itself answers; level by level, of the same prompts."""
+    probe = StateProbe(lm, 8)
+    rows = open_study.held(lm, {"probe": probe}, "validation", SIZES)
+    assert rows.groupby(["level", "method"]).prompt.nunique().to_dict() == {
+        (level, method): SIZES.prompts for level in LEVELS for method in ("base", "probe")
+    }
+    data = load_open_world("all", "validation", 9)
+    items = data.items(SIZES.prompts, Shape(SIZES.facts, 0, SIZES.facts))
+    mine = rows[(rows.level == "all") & (rows.method == "probe")].recall
+    assert mine.tolist() == held(lm, probe, data, items)
 
 
 def test_facts_are_counted(lm, token):

@@ -240,6 +240,21 @@ def test_every_right_answer_follows_from_the_text(split, level):
     assert answered >= 24
 
 
+def test_a_query_with_rivals_cannot_be_answered_from_the_body_alone():
+    """The body states as many facts of the user's as were asked for, in any order; the prompt tells which is meant."""
+    reader, data, places = reader_of("test", "values"), data_of("test", "values"), []
+    for item in data.items(40, Shape(2, 256, 1, query=True, rivals=2)):
+        _, _, _, ((_, slot),) = reader.prompt(item.prompt)
+        lines = data.tokenizer.decode(item.body).split("\n")
+        stated = [line.removeprefix("User: ") for line in lines if line.startswith("User: ")]
+        found = {fact[1]: fact[2] for line in stated for fact in reader.facts("one", line)}
+        (probe,) = [probe for probe in item.probes if probe.kind == "query"]
+        assert len(found) == len(stated) == 3
+        assert found[slot] == probe.value
+        places.append(list(found).index(slot))
+    assert {*places} == {0, 1, 2}
+
+
 def test_the_body_states_what_a_later_question_is_about():
     """In every item, also where other lines fill the body up to its last token."""
     data = data_of("test", "slots")
@@ -362,6 +377,8 @@ BIG = len(parts("train")["slots"])
         (lambda: Shape(3, -1, 1), r"no item is Shape\(facts=3, distance=-1"),
         (lambda: Shape(3, 0, 1, updates=4), "updates at most the user's"),
         (lambda: Shape(3, 47, 1, query=True), "with a query the distance is at least 48"),
+        (lambda: Shape(3, 95, 1, query=True, rivals=1), "with a query the distance is at least 96"),
+        (lambda: Shape(3, 64, 1, rivals=1), "there are none without a query"),
         (lambda: data_of("train").item(0, Shape(BIG, 0, 1)), f"cannot hold {BIG} facts; choose 1 to {BIG - 1}"),
         (
             lambda: data_of("test", "slots").item(0, Shape(1, 0, 1, others=50)),
