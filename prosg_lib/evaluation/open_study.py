@@ -100,7 +100,7 @@ def facts(lm: LanguageModel, trained: Trained, split: str, sizes: OpenStudy) -> 
 def query(lm: LanguageModel, trained: Trained, split: str, sizes: OpenStudy) -> pd.DataFrame:
     """Answers to a question that stands in the prompt, about what the text behind it says; new values.
 
-    The text states two more facts of the user's, so that it takes the prompt to know which is meant. Where it stated one
+    The text states two more facts of the user's, so it takes the prompt to know which is meant. Where it stated one
     alone, a model that had not seen the prompt answered nine of ten.
     """
     data, near = load_open_world("values", split, 3), max(sizes.distances[1], 192)
