@@ -21,6 +21,7 @@ from prosg_lib.config.sizes import VOCAB
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir, extra_data
 from prosg_lib.tasks import dialogue, open_wording, open_world, wording
+from prosg_lib.tasks.answer_form import full_answer
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, load_prose, own_sentences, split_titles
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -301,7 +302,7 @@ def _facts_and_questions() -> list[str]:
             instructions = {kind: rng.choice(spec["words"]) for kind, spec in table.items() if rng.random() < 0.3}
             statement = wording.statement(fact, who, "train", rng)
             question = wording.question(fact, who, "train", rng)
-            texts.append(f"{statement}\nUser: {question}\nBot: {wording.full_answer(fact.value, instructions)}")
+            texts.append(f"{statement}\nUser: {question}\nBot: {full_answer(fact.value, instructions)}")
     return texts
 
 

@@ -27,6 +27,7 @@ from prosg_lib.generators.base import Generator
 from prosg_lib.generators.true_gradient import change_squared_norm
 from prosg_lib.plots import PALETTE
 from prosg_lib.tasks import wording
+from prosg_lib.tasks.answer_form import full_answer
 from prosg_lib.tasks.dialogue import Dialogues, Item, Probe
 from prosg_lib.tasks.wording import Fact
 from prosg_lib.text.padding import left_padded
@@ -54,7 +55,7 @@ def probes_in(text: str) -> list[Probe]:
         Probe(
             fact,
             frame.format(poss="my", noun=table["slots"][fact.slot]["noun"]),
-            wording.full_answer(fact.value, instructions),
+            full_answer(fact.value, instructions),
         )
         for fact in facts
     ]

@@ -5,7 +5,6 @@ What a method answers (`answers`) is kept apart from how that is judged (`judged
 
 from __future__ import annotations
 
-import random
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,10 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
 from prosg_lib.backbones.base import LanguageModel
-from prosg_lib.evaluation import reading, recall
+from prosg_lib.evaluation import recall
 from prosg_lib.evaluation.baselines import Baseline, name_of, start
 from prosg_lib.generators.base import Generator
 from prosg_lib.tasks.open_wording import UNKNOWN, judge
@@ -119,23 +117,3 @@ def plain(answer: str) -> str:
     """An answer without case, articles, and punctuation around it."""
     words = answer.casefold().strip(string.punctuation + string.whitespace).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
-
-
-@torch.no_grad()
-def prose_losses(
-    lm: LanguageModel,
-    generators: Mapping[str, Generator],
-    method: str | Baseline,
-    data: OpenWorld,
-    items: Sequence[Item],
-    length: int = 256,
-) -> np.ndarray:
-    """Mean negative log likelihood of prose after each prompt, nats a token, (items,); perplexity is exp of it."""
-    begin = start(method, lm, generators, [list(data.encode_prompt(item)) for item in items])
-    rng = random.Random(f"prose/{data.seed}/{data.level.name}")
-    ids = torch.tensor([data.prose.passage(length, rng) for _ in items], device=next(lm.parameters()).device)
-    (read,) = reading.read(lm, begin, ids.tolist(), [length])
-    losses = F.cross_entropy(
-        lm.read_out(read.before[:, 1:]).float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-    )
-    return losses.view(len(ids), -1).mean(1).cpu().numpy()

@@ -14,7 +14,7 @@ import pandas as pd
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.config.profiles import Profile
 from prosg_lib.config.sizes import OpenStudy
-from prosg_lib.evaluation import memory_uses, open_recall
+from prosg_lib.evaluation import memory_uses, open_recall, recall
 from prosg_lib.generators.base import Generator
 from prosg_lib.generators.several_prompts import common_part
 from prosg_lib.tasks.open_wording import LEVELS
@@ -137,7 +137,7 @@ def prose(lm: LanguageModel, trained: Trained, split: str, sizes: OpenStudy) -> 
     data = load_open_world("values", split, 5)
     items = data.items(sizes.prompts, Shape(sizes.facts, 0, 1, instructions=1))
     parts = [
-        pd.DataFrame({"method": m, "loss": open_recall.prose_losses(lm, trained, m, data, items)})
+        pd.DataFrame({"method": m, "loss": recall.prose_losses(lm, trained, m, data, items)})
         for m in ("base", "prosg-token")
     ]
     return pd.concat([part.rename_axis("prompt").reset_index() for part in parts], ignore_index=True)

@@ -27,6 +27,7 @@ from prosg_lib.deltas.low_rank import LowRankDelta
 from prosg_lib.evaluation import reading
 from prosg_lib.evaluation.baselines import Baseline, Start, name_of, start
 from prosg_lib.generators.base import Generator
+from prosg_lib.tasks import open_world
 from prosg_lib.tasks.dialogue import COMPETING, Dialogues, Item, Shape
 from prosg_lib.tasks.wording import judge
 from prosg_lib.training import distributed
@@ -267,19 +268,21 @@ def answers(
 
 
 @torch.no_grad()
-def prose_nll(
+def prose_losses(
     lm: LanguageModel,
     generators: Mapping[str, Generator],
     method: str | Baseline,
-    data: Dialogues,
-    prompts: int,
+    data: Dialogues | open_world.OpenWorld,
+    items: Sequence[Item | open_world.Item],
     length: int = 256,
 ) -> np.ndarray:
-    """Mean negative log likelihood of prose after each prompt, nats a token, (prompts,); perplexity is exp of it."""
-    items = data.items(prompts, Shape(6, 0, 1, instructions=2))
+    """Mean negative log likelihood of prose after each prompt, nats a token, (items,); perplexity is exp of it.
+
+    Args:
+        items: of `data`, whose prose it is.
+    """
     begin = start(method, lm, generators, [list(data.encode_prompt(item)) for item in items])
-    rng = random.Random(f"prose/{data.seed}/{data.split}")
-    device = next(lm.parameters()).device
+    rng, device = random.Random(f"prose/{data.seed}/{data.name}"), next(lm.parameters()).device
     ids = torch.tensor([data.prose.passage(length, rng) for _ in items], device=device)
     (read,) = reading.read(lm, begin, ids.tolist(), [length])
     logits = lm.read_out(read.before[:, 1:])

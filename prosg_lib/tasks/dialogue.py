@@ -27,6 +27,7 @@ from torch import Tensor
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks import wording
+from prosg_lib.tasks.answer_form import full_answer
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.tasks.wording import Fact
 from prosg_lib.text.padding import left_padded, right_padded
@@ -99,6 +100,11 @@ class Dialogues:
         if self.rich and self.split != "train":
             raise UserError(f"the {self.split} split has no rich form; rich wording is for training")
 
+    @property
+    def name(self) -> str:
+        """Enters the seed of the prose that losses are measured on."""
+        return self.split
+
     def item(self, number: int, shape: Shape) -> Item:
         """Item `number` of this shape.
 
@@ -122,7 +128,7 @@ class Dialogues:
             sentences.insert(rng.randrange(len(sentences) + 1), frame.format(v=word))
         body, body_kind = self._body(shape, rng)
         probes = tuple(
-            Probe(f, self._worded(wording.question, "questions", f, rng), wording.full_answer(f.value, instructions))
+            Probe(f, self._worded(wording.question, "questions", f, rng), full_answer(f.value, instructions))
             for f in rng.sample(facts, shape.probes)
         )
         return Item("User: " + " ".join(sentences) + "\n", facts, instructions, tuple(body), tuple(body_kind), probes)

@@ -15,6 +15,7 @@ from functools import cache
 from prosg_lib import files
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
+from prosg_lib.tasks.answer_form import taken_apart
 from prosg_lib.text.prose import SPLITS, check_split
 
 LEVELS = {
@@ -218,12 +219,6 @@ def _gaps(fact: Fact) -> dict[str, str]:
     return {"poss": poss, "Poss": capital, "noun": fact.slot, "v": fact.value}
 
 
-def full_answer(value: str, instructions: Mapping[str, str]) -> str:
-    """`Well, Fadin, captain, over.`: the value, surrounded by the words of the instructions."""
-    parts = [instructions.get("opener"), value, instructions.get("address"), instructions.get("closer")]
-    return ", ".join(p for p in parts if p) + "."
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What a generated answer says: the value it gives, and the share of the instructions that it follows.
@@ -238,18 +233,12 @@ class Verdict:
 
 
 @cache
-def _instruction_words(kind: str) -> frozenset[str]:
-    return frozenset(w for names in words()["instructions"][kind]["words"].values() for w in names)
+def _instruction_words() -> dict[str, frozenset[str]]:
+    table = words()["instructions"]
+    return {kind: frozenset(w for names in spec["words"].values() for w in names) for kind, spec in table.items()}
 
 
 def judge(generated: str, instructions: Mapping[str, str]) -> Verdict:
-    """Take an answer apart. An instruction is followed if its word stands in its place: the opener first, the closer
-    last, the address after the value. An answer that is nothing but such words is taken as the value."""
-    whole = generated.strip().removesuffix(".")
-    parts = whole.split(", ")
-    known = {kind: _instruction_words(kind) | {instructions.get(kind)} for kind in words()["instructions"]}
-    found = {"opener": parts.pop(0) if parts and parts[0] in known["opener"] else None}
-    for kind in ("closer", "address"):
-        found[kind] = parts.pop() if parts and parts[-1] in known[kind] else None
-    followed = [found[kind] == word for kind, word in instructions.items()]
-    return Verdict(", ".join(parts) or whole, sum(followed) / len(followed) if followed else None)
+    """Take an answer apart (`answer_form.taken_apart`). One that is nothing but words of instructions is a value."""
+    said, followed = taken_apart(generated, instructions, _instruction_words())
+    return Verdict(said or generated.strip().removesuffix("."), followed)

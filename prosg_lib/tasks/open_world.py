@@ -31,6 +31,7 @@ from prosg_lib import files
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
 from prosg_lib.tasks import open_wording as wording
+from prosg_lib.tasks.answer_form import full_answer
 from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.tasks.open_wording import UNKNOWN, Fact, Level
@@ -141,6 +142,11 @@ class OpenWorld:
     level: Level
     seed: int
 
+    @property
+    def name(self) -> str:
+        """Enters the seed of the prose that losses are measured on."""
+        return self.level.name
+
     def item(self, number: int, shape: Shape) -> Item:
         """Item `number` of this shape.
 
@@ -183,7 +189,7 @@ class OpenWorld:
             tuple(before),
             tuple(body),
             tuple(body_kind),
-            tuple(Probe(q, wording.full_answer(value, instructions), value, *rest) for q, value, *rest in probes),
+            tuple(Probe(q, full_answer(value, instructions), value, *rest) for q, value, *rest in probes),
         )
 
     def items(self, count: int, shape: Shape, start: int = 0) -> list[Item]:

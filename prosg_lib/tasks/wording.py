@@ -15,6 +15,7 @@ from functools import cache
 from prosg_lib import files
 from prosg_lib.errors import UserError
 from prosg_lib.paths import data_dir
+from prosg_lib.tasks.answer_form import taken_apart
 
 CLASSES = ("common", "common", "validation", "test")
 """A slot's values belong to these in turn: 8 are common, 4 each are kept from occurring together in training."""
@@ -121,12 +122,6 @@ def introduced(sentence: str, rng: random.Random) -> str:
 # What an answer is worth
 
 
-def full_answer(value: str, instructions: Mapping[str, str]) -> str:
-    """`Well, Oslo, captain, over.`: the value, surrounded by the words of the instructions."""
-    parts = [instructions.get("opener"), value, instructions.get("address"), instructions.get("closer")]
-    return ", ".join(p for p in parts if p) + "."
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What a generated answer got right: the value, and the share of the instructions (None if there are none)."""
@@ -135,17 +130,16 @@ class Verdict:
     followed: float | None
 
 
+@cache
+def _instruction_words() -> dict[str, frozenset[str]]:
+    return {kind: frozenset(spec["words"]) for kind, spec in words()["instructions"].items()}
+
+
 def judge(generated: str, value: str, instructions: Mapping[str, str]) -> Verdict:
     """Compare a generated answer with the right value and the prompt's instructions (kind -> word).
 
-    Recall is an exact match: apart from instruction words, the answer must be the value and nothing else. An
-    instruction is followed if its word stands in its place: the opener first, the closer last, the address after the
-    value.
+    Recall is an exact match: apart from instruction words, the answer must be the value and nothing else. When an
+    instruction is followed: see `answer_form.taken_apart`.
     """
-    parts = generated.strip().removesuffix(".").split(", ")
-    known = {kind: {*spec["words"], instructions.get(kind)} for kind, spec in words()["instructions"].items()}
-    found = {"opener": parts.pop(0) if parts and parts[0] in known["opener"] else None}
-    for kind in ("closer", "address"):
-        found[kind] = parts.pop() if parts and parts[-1] in known[kind] else None
-    followed = [found[kind] == word for kind, word in instructions.items()]
-    return Verdict(", ".join(parts) == value, sum(followed) / len(followed) if followed else None)
+    said, followed = taken_apart(generated, instructions, _instruction_words())
+    return Verdict(said == value, followed)

@@ -8,7 +8,8 @@ from checks import token_generator
 
 from prosg_lib.evaluation.open_recall import KINDS, LONGEST, answers, judged
 from prosg_lib.tasks import open_wording as wording
-from prosg_lib.tasks.open_wording import UNKNOWN, Level, full_answer
+from prosg_lib.tasks.answer_form import full_answer
+from prosg_lib.tasks.open_wording import UNKNOWN, Level
 from prosg_lib.tasks.open_world import OpenWorld, Shape, natural_prompts
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer

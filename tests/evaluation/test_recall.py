@@ -22,7 +22,7 @@ from prosg_lib.evaluation.recall import (
     answers,
     judged,
     measure,
-    prose_nll,
+    prose_losses,
     recall_alone,
 )
 from prosg_lib.generators.token_wise import TokenGenerator
@@ -268,15 +268,15 @@ def test_prose_is_read_as_the_method_reads(data):
         if weight.ndim == 2:
             nn.init.normal_(weight, std=0.5)
     lm.tokenizer = data.tokenizer
-    base = prose_nll(lm, {}, "base", data, 2, length=40)
     items = data.items(2, Shape(6, 0, 1, instructions=2))
+    base = prose_losses(lm, {}, "base", data, items, 40)
     state = lm.derive_state([list(data.encode_prompt(item)) for item in items])
     rng = random.Random(f"prose/{data.seed}/{data.split}")
     ids = torch.tensor([data.prose.passage(40, rng) for _ in items])
     losses = nn.functional.cross_entropy(lm(ids[:, :-1], state)[0].transpose(1, 2), ids[:, 1:], reduction="none")
     assert base == pytest.approx(losses.mean(1).numpy(), rel=1e-5)
-    assert prose_nll(lm, {}, Reinjection(50), data, 2, length=40) == pytest.approx(base, rel=1e-6)
-    assert prose_nll(lm, {}, Reinjection(5, 1.0), data, 2, length=40) != pytest.approx(base, rel=1e-4)
+    assert prose_losses(lm, {}, Reinjection(50), data, items, 40) == pytest.approx(base, rel=1e-6)
+    assert prose_losses(lm, {}, Reinjection(5, 1.0), data, items, 40) != pytest.approx(base, rel=1e-4)
 
 
 def test_recall_alone_is_what_the_delta_knows_by_itself(data, rows):

@@ -10,6 +10,7 @@ import torch
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks import dialogue, wording
+from prosg_lib.tasks.answer_form import full_answer
 from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT, Dialogues, Shape, dialogue_batch
 from prosg_lib.tasks.wording import Fact, Verdict, judge
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
@@ -82,7 +83,7 @@ def test_probes_are_about_facts_of_the_prompt(split):
         for probe in item.probes:
             assert probe.fact in item.facts
             assert probe.question in questions(probe.fact.slot, None, split)
-            assert probe.answer == wording.full_answer(probe.fact.value, item.instructions)
+            assert probe.answer == full_answer(probe.fact.value, item.instructions)
             assert judge(probe.answer, probe.fact.value, item.instructions) == Verdict(True, 1.0)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks import open_wording as wording
+from prosg_lib.tasks.answer_form import full_answer
 from prosg_lib.tasks.dialogue import ANSWER, COMPETING, TEXT
 from prosg_lib.tasks.open_wording import LEVELS, UNKNOWN, Level, Verdict, judge
 from prosg_lib.tasks.open_world import Item, OpenWorld, Shape, natural_prompts, open_batch
@@ -212,7 +213,7 @@ def test_every_right_answer_follows_from_the_text(split, level):
         assert all(who is None and newest[who, slot] != old for (who, slot), old in corrected.items())
         for probe in item.probes:
             kinds.append(probe.kind)
-            assert probe.answer == wording.full_answer(probe.value, item.instructions)
+            assert probe.answer == full_answer(probe.value, item.instructions)
             if probe.kind == "query":
                 ((cue, slot),) = queries
                 assert probe.question.casefold() == f"{cue}."
