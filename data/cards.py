@@ -62,6 +62,7 @@ DATA = {
     "open": "dialogues of the open world, training split (hash `{hash}`)",
     "pairs": "contexts and queries, training split (hash `{hash}`)",
     "problems": "the established memory tests, training split",
+    "conversations": "dialogues of the open world, passages with questions, sentences to complete; training split",
 }
 PROSE = {"books": "19 public-domain books", "own": "the project's own sentences"}
 
@@ -85,7 +86,8 @@ def card(path: Path) -> str:
         "recipe": f"`{made.name}`" + (f" with {_settings(changes)}" if changes else ""),
         "module": _settings(record.module),
         "for": f"[`{made.lm}`]({made.lm}.md), fingerprint `{record.lm}`" if made.lm else None,
-        "data": DATA[made.data].format(hash=record.data) + f"; {PROSE[provenance['prose']]} as prose",
+        "data": DATA[made.data].format(hash=record.data)
+        + f"; {PROSE[provenance['prose']]} as prose{_talk(provenance)}",
         "training": _settings(record.training),
         "course": _settings(record.course),
         "seed": record.seed,
@@ -109,6 +111,10 @@ def card(path: Path) -> str:
         command=f"prosg train {made.name}{options} --retrain",
         rows=list(_measured(path.stem)),
     )
+
+
+def _talk(provenance: dict) -> str:
+    return f", and conversations of {provenance['conversations']}" if "conversations" in provenance else ""
 
 
 def _variant(name: str, record) -> tuple[Recipe, dict]:

@@ -4,8 +4,9 @@ python docs/natural_prompts.py                                           # the p
 python docs/natural_prompts.py --window 0 --methods base                 # everything in view
 python docs/natural_prompts.py --generator runs/cpu/checkpoints/smollm2-token.safetensors --distance 0 512 2048
 
-Every answer is kept in runs/natural_prompts.jsonl.gz (--out); then tables, with the perplexity of prose behind each
-prompt. The split is the validation one unless you say otherwise: what is chosen on the test split means nothing there.
+Every answer is kept in runs/natural_prompts.jsonl.gz (--out); then a table, and the perplexity of prose behind each
+prompt, and of conversation where chitchat-dataset is installed. The split is the validation one unless you say
+otherwise: what is chosen on the test split means nothing there.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from prosg_lib.backbones.loading import load_model
 from prosg_lib.backbones.precision import in_fastest_precision
 from prosg_lib.evaluation import conversation_recall, predictions
 from prosg_lib.tasks import conversations
+from prosg_lib.text import chitchat
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.training.checkpoints import load_generator
 
@@ -29,7 +31,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--static", help="the control: a shipped name or a file")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--prompts", type=int, help="only so many (default: all)")
-    parser.add_argument("--distance", type=int, nargs="+", default=[0, 512], help="tokens of prose (default: 0 512)")
+    parser.add_argument("--distance", type=int, nargs="+", default=[0, 512], help="tokens of filler (default: 0 512)")
+    parser.add_argument("--filler", default="prose", choices=("prose", "conversation"), help="(default: prose)")
     parser.add_argument("--methods", nargs="+", help="default: all that the generators allow")
     parser.add_argument("--chat", action="store_true", help="in the model's chat template (default: Text, Question)")
     parser.add_argument("--prose", type=int, default=256, help="tokens that perplexity is measured on; 0: none")
@@ -46,15 +49,21 @@ def main() -> None:
     methods = [*PLAIN, *(WITH if chosen.generator else ()), *(("static",) if chosen.static else ())]
     methods = chosen.methods or methods
     said = conversations.of_people(chosen.split)[: chosen.prompts]
-    prose = ProseTokens.of(load_prose(), chosen.split, lm.needed_tokenizer())
+    texts = {"prose": load_prose()}
+    if chosen.filler == "conversation" or chitchat.source():
+        texts["conversation"] = chitchat.load_conversations()
+    texts = {kind: ProseTokens.of(text, chosen.split, lm.needed_tokenizer()) for kind, text in texts.items()}
 
     form = conversations.chat(lm.needed_tokenizer()) if chosen.chat else conversations.READING
-    rows = conversation_recall.answers(lm, generators, methods, said, prose, chosen.distance, form)
-    predictions.write_rows(chosen.out, rows.to_dict("records"))
+    rows = conversation_recall.answers(lm, generators, methods, said, texts[chosen.filler], chosen.distance, form)
+    predictions.write_rows(chosen.out, rows.assign(filler=chosen.filler).to_dict("records"))
     print(conversation_recall.table(conversation_recall.judged(rows)).round(3).to_markdown(index=False))
     for method in methods if chosen.prose else ():
-        losses = conversation_recall.prose_losses(lm, generators, method, said, prose, chosen.prose, form)
-        print(f"perplexity of prose, {method}: {math.exp(losses.mean()):.2f}")
+        for kind, text in texts.items():
+            losses = conversation_recall.prose_losses(lm, generators, method, said, text, chosen.prose, form)
+            print(f"perplexity of {kind}, {method}: {math.exp(losses.mean()):.2f}")
+    if chosen.prose and len(texts) == 1:
+        print(f"perplexity of conversation: not measured; {chitchat.INSTALL}")
 
 
 if __name__ == "__main__":

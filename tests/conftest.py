@@ -15,6 +15,7 @@ from prosg_lib.config.sizes import RWKV4Config
 from prosg_lib.evaluation import memory_tests
 from prosg_lib.generators.token_wise import TokenGenerator
 from prosg_lib.tasks import dialogue, open_world
+from prosg_lib.text import chitchat
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import load_or_train, work
@@ -105,8 +106,9 @@ def small_world():
     def world(profile, runs):
         prose = Prose("a little", dict.fromkeys(SPLITS, own_sentences("test")[:40]))
         with pytest.MonkeyPatch.context() as patch:
-            for room in (dialogue, open_world, work, load_or_train, memory_tests):
+            for room in (dialogue, open_world, work, memory_tests):
                 patch.setattr(room, "load_prose", lambda: prose)
+            patch.setattr(chitchat, "source", lambda: None)
             patch.setenv("PROSG_RUNS", str(runs))
             patch.setitem(profiles.PROFILES, "tiny", profile)
             forget()

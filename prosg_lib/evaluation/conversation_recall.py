@@ -46,7 +46,7 @@ def answers(
     form: Form = READING,
     at_once: int = 8,
 ) -> pd.DataFrame:
-    """What every method answers to every question, after every distance of prose.
+    """What every method answers to every question, after every distance of prose or conversation.
 
     Args:
         generators: "token", "static", as far as the methods need them.
@@ -170,8 +170,8 @@ def prose_losses(
     form: Form = READING,
     at_once: int = 8,
 ) -> np.ndarray:
-    """Mean negative log likelihood of prose after each prompt, nats a token, (conversations,); the perplexity is exp of
-    it. The same prose for every method, so that differences are paired."""
+    """Mean negative log likelihood of prose, or of conversation, after each prompt, nats a token, (conversations,); the
+    perplexity is exp of it. The same text for every method, so that differences are paired."""
     encoded = _encoded(lm, conversations, form, method)
     rng, found = random.Random("conversations' prose"), []
     for part in _parts(len(conversations), at_once):

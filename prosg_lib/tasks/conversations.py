@@ -37,6 +37,7 @@ from prosg_lib.tasks.open_world import OpenWorld, Shape, natural_prompts
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.text.chat_template import BEGUN, format_of
 from prosg_lib.text.padding import left_padded, right_padded
+from prosg_lib.text.prose import ProseTokens
 from prosg_lib.text.tokenizer import Tokenizer
 
 VERSION = 1
@@ -147,7 +148,7 @@ class ConversationBatch(Examples):
         prompt, valid: (B, P), left-padded; valid is False at the padding.
         turns: (B, Q, T), each question with its answer, right-padded with zeros.
         answer: (B, Q, T), True at the tokens of answers; nowhere in a row that has no question.
-        prose: (B, L), passages to which the prompts have nothing to say.
+        prose: (B, L), passages of prose or conversation, to which the prompts have nothing to say.
         opening: (B, E), what a teacher reads in front of the prompt; no tokens where there is no teacher.
     """
 
@@ -194,6 +195,7 @@ class ConversationDraw:
         questions: Q, at most.
         longest: tokens that a prompt and the longest of its turns have together, at most: what the window holds.
         passage: L.
+        talk: real conversations, of which every second passage is then; None: all passages are prose.
     """
 
     world: OpenWorld
@@ -207,6 +209,7 @@ class ConversationDraw:
     longest: int
     passage: int
     seed: int
+    talk: ProseTokens | None = None
 
     def __call__(self, step: int) -> ConversationBatch:
         rng = random.Random(f"{VERSION}/{self.seed}/{step}")
@@ -225,7 +228,8 @@ class ConversationDraw:
             drawn = replace(drawn, questions=tuple(asked))
             if self._fits(drawn, form):
                 found.append(drawn)
-        prose = [self.world.prose.passage(self.passage, rng) for _ in found]
+        texts = [self.world.prose, self.talk or self.world.prose]
+        prose = [texts[i % 2].passage(self.passage, rng) for i in range(len(found))]
         return conversation_batch(self.world.tokenizer, form, found, prose)
 
     def _open(self, step: int, rng: random.Random) -> Callable[[int], Conversation]:

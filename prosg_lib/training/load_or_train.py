@@ -22,13 +22,12 @@ from prosg_lib.backbones.recompute import recomputed
 from prosg_lib.config import Profile
 from prosg_lib.config.sizes import Sizes
 from prosg_lib.errors import UserError
-from prosg_lib.text.prose import load_prose
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import distributed
 from prosg_lib.training.checkpoints import VERSION, built, header_of, kept, new_module, retraining, shipped
 from prosg_lib.training.loop import fit
 from prosg_lib.training.recipes import GRADIENT_STEPS, Recipe, checkpoint_name, recipe, recipes
-from prosg_lib.training.work import check_data, course_of, data_of, steps_of, work
+from prosg_lib.training.work import check_data, course_of, data_of, steps_of, texts_of, work
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ def _train(
     peak = made.pairs.repeats if made.pairs and made.kind == "maps" else 0
     with recomputed(lm or module) if memory.recompute else nullcontext():
         fit(path.stem, module, batch_of, loss_of, made.training, path.parent, record, at_once=at_once, peak_until=peak)
-    facts = provenance.facts() | {"prose": load_prose().source, "seconds": round(time.monotonic() - began, 1)}
+    facts = provenance.facts() | texts_of(made) | {"seconds": round(time.monotonic() - began, 1)}
     if since := retraining(profile):
         facts["retraining"] = since
     # Generators are kept in half precision, and used so: what is loaded later is what was measured now.

@@ -25,6 +25,7 @@ from prosg_lib.tasks.pair_sources import PEOPLE, available, missing, pairs_of, p
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.tasks.problems import VERSION, Material
 from prosg_lib.tasks.wording import draw_facts
+from prosg_lib.text import chitchat
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.text.tokenizer import Tokenizer, load_tokenizer
 from prosg_lib.training import distributed, open_draws
@@ -73,7 +74,7 @@ def work(recipe: Recipe, profile: Profile, module: nn.Module, lm: LanguageModel 
 
 
 def data_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> str | dict:
-    """Names the data of a recipe, as far as every machine has them; a checkpoint's provenance names the prose."""
+    """Names the data of a recipe, as far as every machine has them; a checkpoint's provenance names the rest."""
     if recipe.data == "dialogues":
         return data_hash(tokenizer, rich=not recipe.is_model)
     if recipe.data == "open":
@@ -88,6 +89,13 @@ def data_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> str | dic
         for pair in pairs_of(task, "train", PROFILES["cpu"]).pairs:
             digest.update(f"{task}\n{pair.context}\n{pair.query}\n{pair.answer}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def texts_of(recipe: Recipe) -> dict[str, str]:
+    """What a recipe's training reads that machines differ in, for a checkpoint's provenance: prose, and conversations
+    where it reads some."""
+    talk = chitchat.source() if recipe.data == "conversations" else None
+    return {"prose": load_prose().source} | ({"conversations": talk} if talk else {})
 
 
 def course_of(recipe: Recipe) -> dict:
@@ -155,7 +163,8 @@ def _problem_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | 
 
 def _conversation_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:
     """Of four steps, two are about open-world dialogues; two are about passages, as far as this machine has any:
-    questions of SQuAD's form, and sentences to complete."""
+    questions of SQuAD's form, and sentences to complete. What stands before a question, or is to be left as it was, is
+    prose; half of it is real conversation where the package for it is installed."""
     training, curriculum = recipe.training, recipe.curriculum
     tokenizer = lm.needed_tokenizer()
     world = open_world.load_open_world("known", "train", seed, tokenizer)
@@ -164,6 +173,7 @@ def _conversation_work(recipe: Recipe, profile: Profile, module, lm: LanguageMod
         sources["squad"] = conversations.of_pairs(pairs_of("squad", "train", profile).pairs)
     sources = {name: found for name, found in sources.items() if found}
     examples = len(tokenizer.encode(conversations.READING.opening)) if curriculum.teacher else 0
+    talk = ProseTokens.of(chitchat.load_conversations(), "train", tokenizer) if chitchat.source() else None
     draw = conversations.ConversationDraw(
         world,
         sources,
@@ -176,6 +186,7 @@ def _conversation_work(recipe: Recipe, profile: Profile, module, lm: LanguageMod
         longest=(lm.window or profile.conversations.window) - examples,
         passage=curriculum.passage,
         seed=seed,
+        talk=talk,
     )
     sample = draw(training.steps).to(distributed.device())  # as long prompts as in most steps, and none of theirs
     module.fit_normaliser(lm, sample.prompt, sample.valid)

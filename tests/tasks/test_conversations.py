@@ -105,6 +105,17 @@ def test_what_a_step_draws(world):
     assert not draw(2).prompt.equal(draw(4).prompt)
 
 
+def test_every_second_passage_is_conversation(world):
+    """Where there is some; prompts and questions are the same without it."""
+    lines = Prose("talk", {"train": ["A: Hello", "B: Hi, how are you?\n"] * 20})
+    alone, draw = draw_of(world), replace(draw_of(world), talk=ProseTokens.of(lines, "train", world.tokenizer))
+    for step in range(4):
+        kinds = [": H" in world.tokenizer.decode(passage) for passage in draw(step).prose]
+        assert kinds == [False, True, False]
+        assert draw(step).turns.equal(alone(step).turns)
+        assert draw(step).prompt.equal(alone(step).prompt)
+
+
 def test_a_prompt_that_does_not_fit_is_not_drawn(world):
     long = Conversation("rain " * 200, (Question("Rain?", ("Yes.",)),))
     short = Conversation("It rains.", (Question("Rain?", ("Yes.",)),))

@@ -31,7 +31,7 @@ from prosg_lib.tasks.people import characters
 from prosg_lib.text.prose import SPLITS, Prose, ProseTokens, own_sentences
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import distributed as processes
-from prosg_lib.training import load_or_train
+from prosg_lib.training import load_or_train, work
 from prosg_lib.training.loop import Loss, fit
 from prosg_lib.training.objectives import generator_draw, generator_objective, lm_draw, lm_objective
 from prosg_lib.training.pair_objectives import pair_lm_objective, pair_objective
@@ -170,7 +170,7 @@ def measured():
 def main(folder: Path) -> None:
     """All of it, written by each process into a folder of its own; the last is a command that fails."""
     own = folder / f"process-{os.environ['RANK']}"
-    dialogue.load_prose = load_or_train.load_prose = little_prose
+    dialogue.load_prose = work.load_prose = little_prose
     profiles.PROFILES |= {"tiny": TINY, "broken": BROKEN}
     os.environ["PROSG_RUNS"] = str(folder / "runs")
     for name in ("first", "again"):

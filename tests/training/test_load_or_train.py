@@ -23,11 +23,13 @@ from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.config.sizes import VOCAB, Mamba2Size, RWKV4Config
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import ALL_MAPS, edited_maps
+from prosg_lib.text import chitchat
 from prosg_lib.text.library_tokenizer import folder_tokenizer
+from prosg_lib.text.prose import Prose
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import checkpoints, load_or_train
-from prosg_lib.training.checkpoints import kept, load_generator, new_module
-from prosg_lib.training.load_or_train import MemoryBudget
+from prosg_lib.training.checkpoints import header_of, kept, load_generator, new_module
+from prosg_lib.training.load_or_train import MemoryBudget, record_of
 from prosg_lib.training.recipes import checkpoint_name, recipe, recipes
 
 LM, TOKEN = "rwkv4-dialogue", "rwkv4-dialogue-token"
@@ -194,6 +196,21 @@ def test_a_generator_for_a_model_that_others_trained(place, monkeypatch, name):
     assert same(get(name, lm=lm), made)
     with pytest.raises(UserError, match="load that model, in the same quantisation and with the same window"):
         load_generator(str(made.checkpoint), talking(100))
+
+
+def test_the_conversations_that_a_training_read(place, monkeypatch):
+    """Their source is in the provenance. The record is the same on a machine without them, which takes the file."""
+    lm = talking()
+    monkeypatch.setattr(load_or_train, "load_model", lambda *given: lm)
+    monkeypatch.setattr(chitchat, "source", lambda: "talk 1.0")
+    monkeypatch.setattr(chitchat, "load_conversations", lambda: Prose("", {"train": ["A: Hello", "B: Hi"] * 40}))
+    path = get("smollm2-token").checkpoint
+    header = header_of(files.load_meta(path), path)
+    assert header.provenance["conversations"] == "talk 1.0"
+    monkeypatch.setattr(chitchat, "source", lambda: None)
+    assert record_of("smollm2-token", get_profile("tiny"), lm=lm) == files.load_meta(path)["record"]
+    other = get("smollm2-static").checkpoint
+    assert "conversations" not in header_of(files.load_meta(other), other).provenance
 
 
 FINAL = "rwkv4-dialogue-final"
