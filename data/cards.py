@@ -24,7 +24,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.reproduction import ledger, links
 from prosg_lib.tasks import open_world
 from prosg_lib.training.checkpoints import header_of
-from prosg_lib.training.recipes import GRADIENT_STEPS, Recipe, checkpoint_name, recipe, recipes
+from prosg_lib.training.recipes import Recipe, checkpoint_name, recipe, recipes
 
 CHECKPOINTS, CROISSANT = "checkpoints", "croissant.json"
 PROFILE = get_profile("cpu")
@@ -148,7 +148,7 @@ def _measured(name: str) -> Iterator[tuple[str, str, str]]:
 def _code(name: str, made: Recipe) -> str:
     if made.lm is None:
         return f'import prosg_lib as prosg\n\nlm = prosg.load_model("{name}")'
-    if made.kind in GRADIENT_STEPS and made.kind != "adapter":
+    if made.kind in ("weights", "maps"):  # which make no delta
         return (
             "from prosg_lib.config import get_profile\nfrom prosg_lib.training.load_or_train import load_or_train\n\n"
             f'step = load_or_train("{made.name}", get_profile("cpu"))'

@@ -151,6 +151,13 @@ TEMPLATE = ChatTemplate(
 )
 
 
+def causal():
+    """A tiny transformer that sees everything, with the project's tokenizer."""
+    lm = CausalTransformer(library("Llama", **HEADS, vocab_size=2048)).eval().requires_grad_(False)
+    lm.tokenizer = load_tokenizer()
+    return lm
+
+
 def talking(window=200):
     """A tiny transformer with a window, the project's tokenizer and a chat template of its own."""
     lm = WindowTransformer(library("Llama", **HEADS, vocab_size=2048), window).eval().requires_grad_(False)

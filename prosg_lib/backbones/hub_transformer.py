@@ -2,15 +2,20 @@
 
 A transformer looks back at everything it has read, so its "state" is all of that, and grows. `CausalTransformer` runs
 all tokens again, which is simple and slow for long texts: it is for gradient steps, whose texts are short. For long
-texts, `CachedTransformer` keeps keys and values, and `hub_window.WindowTransformer` as many as a window has. Attention
-is eager, since fused attention has no second derivative.
+texts, `CachedTransformer` keeps keys and values, and `hub_window.WindowTransformer` as many as a window has. Where only
+later blocks are changed, `LaterBlocks` keeps what the earlier ones make of a text. Attention is eager, since fused
+attention has no second derivative.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from prosg_lib.backbones.base import LanguageModel
 from prosg_lib.backbones.hub import HubModel
@@ -33,14 +38,11 @@ class CausalTransformer(HubModel):
         if state is not None:
             ids = torch.cat([state.tensors["ids"], ids], 1)
             valid = torch.cat([state.tensors["valid"], valid], 1)
-        body = self.model.base_model
-        hidden = body(
-            input_ids=ids,
-            attention_mask=_causal(valid, next(body.parameters()).dtype),
-            position_ids=(valid.long().cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
-        return hidden[:, -time:], self.state_of({"ids": ids, "valid": valid})
+        return self._read(ids, valid)[:, -time:], self.state_of({"ids": ids, "valid": valid})
+
+    def _read(self, ids: Tensor, valid: Tensor) -> Tensor:
+        """Final hidden states of whole texts, (B, T, D)."""
+        return _run(self.model.base_model, valid, input_ids=ids)
 
     def blank_state(self, batch: int) -> RecurrentState:
         """The state before the first token."""
@@ -85,6 +87,14 @@ class CausalTransformer(HubModel):
         """
         return self._shared(WindowTransformer(self.model, window, sinks))
 
+    def with_later_blocks(self, names: Collection[str]) -> LaterBlocks:
+        """The same model, sharing its weights, for changes of these maps alone: `LaterBlocks`.
+
+        Raises:
+            UserError: none of the maps is in a block, or the class's blocks cannot be run by themselves.
+        """
+        return self._shared(LaterBlocks(self.model, names))
+
     def _shared(self, lm: HubModel) -> HubModel:
         lm.tokenizer, lm.ends = self.tokenizer, self.ends
         return lm.train(self.training)
@@ -98,6 +108,84 @@ class CachedTransformer(Recurrent):
 
     continues_from_state = handles_padding = True
     state_features = LanguageModel.state_features  # there is none of a fixed size
+
+
+class LaterBlocks(CausalTransformer):
+    """A causal transformer of which only the later blocks are changed or differentiated: what the blocks in front of
+    them make of a text is computed once, without a gradient, and kept.
+
+    Texts are known by their tokens, and `KEPT` of them are kept, the latest ones. Each is read alone, so that no number
+    depends on the batch that it first came in.
+
+    Args:
+        names: of the maps that will be changed. The blocks in front of the first of them stay as they are.
+    """
+
+    KEPT = 3000
+    supports_vmap = False  # texts are looked up by their tokens
+
+    def __init__(self, model: PreTrainedModel, names: Collection[str]):
+        super().__init__(model)
+        body, maps = model.base_model, super().editable()
+        blocks, changed = getattr(body, "layers", ()), {maps[name] for name in names if name in maps}
+        numbers = [i for i, block in enumerate(blocks) if not changed.isdisjoint(block.modules())]
+        if not numbers or not hasattr(body, "norm"):
+            raise UserError(
+                f"none of {', '.join(names) or 'no maps'} is in a block of this {type(model).__name__} that can be "
+                "run by itself; take the model without later blocks"
+            )
+        first = numbers[0]
+        later = set(blocks[first:].modules())
+        self._later = {name for name, module in maps.items() if module in later}
+        self._parts = _part(body, blocks[:first], nn.Identity()), _part(body, blocks[first:], body.norm)
+        self._kept = lru_cache(self.KEPT)(self._before)
+        self._check_parts()
+
+    def _read(self, ids, valid):
+        rows = [tuple(row[here].tolist()) for row, here in zip(ids, valid, strict=True)]
+        before = torch.cat([self._kept(row) for row in rows if row])
+        inputs = before.new_zeros(*ids.shape, before.shape[-1])
+        inputs[valid] = before
+        return _run(self._parts[1], valid, inputs_embeds=inputs)
+
+    @torch.no_grad()
+    def _before(self, row: tuple[int, ...]) -> Tensor:
+        """What the later blocks get of a text, (T, D)."""
+        ids = torch.tensor([row], device=next(self.parameters()).device)
+        return _run(self._parts[0], torch.ones_like(ids, dtype=torch.bool), input_ids=ids)[0]
+
+    @torch.no_grad()
+    def _check_parts(self) -> None:
+        ids = self._some_ids()
+        ours, theirs = self.hidden_states(ids), super()._read(ids, torch.ones_like(ids, dtype=torch.bool))
+        if not (ours - theirs).abs().max() < 1e-2 * theirs.abs().max():
+            raise UserError(f"the blocks of a {type(self.model).__name__} cannot be run in two parts")
+
+    def editable(self):
+        """Those of the later blocks."""
+        return {name: module for name, module in super().editable().items() if name in self._later}
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._kept.cache_clear()
+        return self
+
+
+def _part(body: nn.Module, blocks: nn.ModuleList, norm: nn.Module) -> nn.Module:
+    """The body with only some of its blocks, which it shares."""
+    part = copy.copy(body)
+    part._modules = body._modules | {"layers": blocks, "norm": norm}
+    return part
+
+
+def _run(body: nn.Module, valid: Tensor, **inputs: Tensor) -> Tensor:
+    """Hidden states (B, T, D) of whole texts, or of their embeddings."""
+    return body(
+        attention_mask=_causal(valid, next(body.parameters()).dtype),
+        position_ids=(valid.long().cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        **inputs,
+    ).last_hidden_state
 
 
 def _causal(valid: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from prosg_lib.config.sizes import (
     Evaluation,
     Forgetting,
     GeneratorSize,
+    LaterPairSizes,
     Mamba2Size,
     OpenSizes,
     OpenStudy,
@@ -29,6 +30,7 @@ from prosg_lib.config.sizes import (
     Profile,
     RWKV4Config,
     RWKV7Config,
+    SharedPairTraining,
     StateSize,
     SuiteSizes,
     SupervisedSize,
@@ -121,6 +123,9 @@ PROFILES = {
         conversations=ConversationSizes(
             training=ConversationTraining(4, 2, 1e-3, (1, 2), 2, warmup=2),
             static_training=ConversationTraining(4, 2, 1e-3, (1, 2), 2, warmup=2),
+        ),
+        later=LaterPairSizes(
+            passages=SharedPairTraining(2, 4, 1e-3, warmup=1), people=SharedPairTraining(2, 4, 1e-3, warmup=1)
         ),
     ),
     "cpu": Profile(

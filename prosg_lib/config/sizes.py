@@ -147,6 +147,17 @@ class PairTraining(Sizes):
 
 
 @dataclass(frozen=True)
+class SharedPairTraining(PairTraining):
+    """A training on pairs in which several queries share a context.
+
+    Attributes:
+        queries: about each context, at most.
+    """
+
+    queries: int = 4
+
+
+@dataclass(frozen=True)
 class ConversationTraining(Sizes):
     """Sizes of one training stage on conversations.
 
@@ -350,6 +361,19 @@ class AdapterSize(Sizes):
     rank: int
     maps: tuple[str, ...]
     lr: float
+
+
+@dataclass(frozen=True)
+class LaterAdapterSize(AdapterSize):
+    """As `AdapterSize`, in some blocks alone.
+
+    Attributes:
+        layers: numbers of those blocks; none: all.
+    """
+
+    may_be_zero = ("layers",)
+
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -573,6 +597,24 @@ class ConversationSizes:
     static_training: ConversationTraining = ConversationTraining(400, 8, 1e-2, (1, 2, 3, 4, 6), 4, 30)
 
 
+_WRITTEN_MAPS = ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class LaterPairSizes:
+    """One gradient step in an adapter of the last blocks of a transformer that others trained (SmolLM2-135M); the
+    defaults are the cpu profile's.
+
+    Attributes:
+        adapter: of the last 8 of 30 blocks: 32 maps, 1.6 M numbers.
+        passages: its meta-training on passages with several questions each; people: on characters.
+    """
+
+    adapter: LaterAdapterSize = LaterAdapterSize(32, _WRITTEN_MAPS, 300.0, tuple(range(22, 30)))
+    passages: SharedPairTraining = SharedPairTraining(800, 16, 2e-3, warmup=40)
+    people: SharedPairTraining = SharedPairTraining(300, 16, 2e-3, warmup=30)
+
+
 @dataclass(frozen=True)
 class Profile:
     """All sizes of one profile.
@@ -607,3 +649,4 @@ class Profile:
     suite: SuiteSizes = SuiteSizes()
     open: OpenSizes = OpenSizes()
     conversations: ConversationSizes = ConversationSizes()
+    later: LaterPairSizes = LaterPairSizes()

@@ -23,7 +23,7 @@ from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.evaluation.statistics import Estimate, drawn_trainings, resampled
 from prosg_lib.gradient_steps.one_step import Method, adapted
 from prosg_lib.tasks.pair_batches import PairBatch, encoded, pair_batch
-from prosg_lib.tasks.pairs import Pair
+from prosg_lib.tasks.pairs import PLAIN, Form, Pair
 from prosg_lib.text.padding import Rows
 from prosg_lib.text.tokenizer import Tokenizer
 from prosg_lib.training import distributed
@@ -42,6 +42,8 @@ def answered(
     batch: int = 25,
     controls: Collection[str] | None = None,
     known: pd.DataFrame | None = None,
+    form: Form = PLAIN,
+    together: bool = False,
 ) -> pd.DataFrame:
     """Which pairs are answered right, one row a pair, every pair by every method.
 
@@ -53,6 +55,8 @@ def answered(
         batch: pairs at a time; a step on all weights makes as many models.
         controls: names of the methods that also answer after a wrong context; None: all of them.
         known: a table of the same pairs, contexts and seed; its columns are kept and not measured again.
+        form: in which pairs are shown and answers judged.
+        together: pairs about the same context go into the same batch, for methods that read it once for all of them.
     Returns:
         One column of booleans a method: "prompted" (the contexts in front of the query), "none" (the query alone),
         and for every method its name (after the contexts) and "wrong <name>" (after another pair's contexts, without
@@ -73,11 +77,13 @@ def answered(
     controls = methods if controls is None else controls
     lengths = [sum(map(len, encoded(group[0], tokenizer))) for group in groups]
     by_length = sorted(range(len(groups)), key=lengths.__getitem__)  # to keep padding short
+    if together:
+        by_length.sort(key=lambda i: (len(pairs[i].context), pairs[i].context))
 
     def measured(first: int) -> pd.DataFrame:
         which = by_length[first : first + batch]
         own, wrong = (
-            pair_batch([some[i] for i in which], tokenizer, seed, which).to(device) for some in (groups, others)
+            pair_batch([some[i] for i in which], tokenizer, seed, which, form).to(device) for some in (groups, others)
         )
         found = _of_batch(lm, methods, own, wrong.context, successive, controls, known)
         return pd.DataFrame({name: right.cpu().numpy() for name, right in found}, index=which)
@@ -151,27 +157,44 @@ def hits(frame: pd.DataFrame, method: str) -> np.ndarray:
     return frame[columns].to_numpy(float).T
 
 
-def share(frame: pd.DataFrame, method: str) -> Estimate:
-    """Share of pairs that a method answers right, mean over its trainings, with a bootstrap interval over both."""
-    return _resampled(frame, [method], lambda m: m[0])
+def passages_of(pairs: Sequence[Pair]) -> np.ndarray:
+    """Of every pair, the number of its context, (pairs,): the `groups` of an interval over contexts."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(pair.context, len(numbers)) for pair in pairs])
 
 
-def difference(frame: pd.DataFrame, method: str, other: str) -> Estimate:
+def share(frame: pd.DataFrame, method: str, groups: np.ndarray | None = None) -> Estimate:
+    """Share of pairs that a method answers right, mean over its trainings, with a bootstrap interval over both.
+
+    Args:
+        groups: pairs that are drawn together (`passages_of`); None: each by itself.
+    """
+    return _resampled(frame, [method], lambda m: m[0], groups)
+
+
+def difference(frame: pd.DataFrame, method: str, other: str, groups: np.ndarray | None = None) -> Estimate:
     """Share of pairs that a method answers right minus another's, with an interval like that of `share`."""
-    return _resampled(frame, [method, other], lambda m: m[0] - m[1])
+    return _resampled(frame, [method, other], lambda m: m[0] - m[1], groups)
 
 
-def gap_recovered(frame: pd.DataFrame, method: str, start: str = "untrained") -> Estimate:
+def gap_recovered(
+    frame: pd.DataFrame, method: str, start: str = "untrained", groups: np.ndarray | None = None
+) -> Estimate:
     """(method - start) / (prompted - start), the paper's measure, with an interval like that of `share`."""
 
     def recovered(m):
         gap = m[2] - m[1]
         return np.where(np.abs(gap) > 1e-9, (m[0] - m[1]) / np.where(np.abs(gap) > 1e-9, gap, 1.0), np.nan)
 
-    return _resampled(frame, [method, start, "prompted"], recovered)
+    return _resampled(frame, [method, start, "prompted"], recovered, groups)
 
 
-def _resampled(frame: pd.DataFrame, methods: Sequence[str], statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+def _resampled(
+    frame: pd.DataFrame,
+    methods: Sequence[str],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    groups: np.ndarray | None,
+) -> Estimate:
     """Bootstrap in two levels: every resample draws pairs, the same for all methods, and each method's trainings."""
     tables = [hits(frame, method) for method in methods]
     ends = np.cumsum([len(table) for table in tables])[:-1]
@@ -181,7 +204,7 @@ def _resampled(frame: pd.DataFrame, methods: Sequence[str], statistic: Callable[
         """From every training's mean, (trainings of all,) or (trainings of all, resamples)."""
         return statistic(np.stack([_over_trainings(part, rng) for part in np.split(means, ends)]))
 
-    return resampled(np.concatenate(tables), combined)
+    return resampled(np.concatenate(tables), combined, groups)
 
 
 def _over_trainings(means: np.ndarray, rng: np.random.Generator) -> np.ndarray:

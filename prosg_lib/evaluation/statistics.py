@@ -63,16 +63,21 @@ def _draws(trainings: int, prompts: int) -> tuple[np.ndarray, np.ndarray]:
     return often, rng.integers(trainings, size=(drawn_trainings(trainings), _RESAMPLES))
 
 
-def resampled_means(table: np.ndarray) -> np.ndarray:
-    """Means of a table (..., trainings, prompts) ignoring NaN, one a resample: (..., resamples)."""
-    often, which = _draws(*table.shape[-2:])
+def resampled_means(table: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+    """Means of a table (..., trainings, prompts) ignoring NaN, one a resample: (..., resamples). groups: as in
+    `resampled`."""
+    trainings, prompts = table.shape[-2:]
+    often, which = _draws(trainings, prompts if groups is None else int(groups.max()) + 1)
+    often = often if groups is None else often[groups]
     there = ~np.isnan(table)
     with np.errstate(invalid="ignore"):  # a resample with nothing but NaN has the mean NaN
         each = (np.where(there, table, 0.0) @ often) / (there.astype(float) @ often)  # (..., trainings, resamples)
     return each[..., which, np.arange(_RESAMPLES)].mean(-2)
 
 
-def resampled(table: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+def resampled(
+    table: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], groups: np.ndarray | None = None
+) -> Estimate:
     """A statistic of means, with a bootstrap interval over prompts, and over trainings where there are several.
 
     All methods share the resampled prompts and trainings, so differences and ratios are paired. A resample draws
@@ -83,10 +88,12 @@ def resampled(table: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) 
     Args:
         table: (methods, prompts) or (methods, trainings, prompts); NaN where there was no question.
         statistic: means, (methods,) or (methods, resamples) -> one number, or one a resample.
+        groups: of every prompt, the number of the group that is drawn as a whole (questions about one passage), from 0
+            on, (prompts,); None: each prompt is drawn by itself.
     """
     table = table if table.ndim == 3 else table[:, None]
     value = statistic(np.nanmean(table, (1, 2)))
-    spread = statistic(resampled_means(table))
+    spread = statistic(resampled_means(table, groups))
     spread = spread[~np.isnan(spread)]
     low, high = np.percentile(spread, [2.5, 97.5]) if len(spread) else (np.nan, np.nan)
     return Estimate(float(value), float(low), float(high))

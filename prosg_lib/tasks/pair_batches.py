@@ -7,16 +7,17 @@ answer, P tokens of contexts, query and answer. Rows are padded on the left, so 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.examples import Examples
-from prosg_lib.tasks.pairs import Pair
+from prosg_lib.tasks.pairs import PLAIN, Form, Pair
 from prosg_lib.text.padding import Rows, left_padded
 from prosg_lib.text.tokenizer import Tokenizer
 
@@ -29,7 +30,10 @@ class PairBatch(Examples):
         context: (B, n, C); one of the n contexts is the pair's own.
         query: (B, Q), query and answer.
         prompted: (B, P), all contexts, one a line, then query and answer.
-        answer: (B, Q), True at the tokens of the answer and at the newline after it.
+
+    What stands in front of a query stands in front of the contexts of its prompt.
+
+        answer: (B, Q), True at the tokens of the answer and at the newline after it, if it has one.
     """
 
     context: Rows
@@ -43,13 +47,16 @@ class PairBatch(Examples):
         return int(self.answer.sum(1).max())
 
 
-def encoded(pair: Pair, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def encoded(
+    pair: Pair, tokenizer: Tokenizer, form: Form = PLAIN
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Tokens of context, query and answer; context and answer include the newline that ends them.
 
     Raises:
         UserError: the tokenizer gives no tokens for one of them.
     """
-    parts = tuple(tokenizer.encode(t) for t in (f"{pair.context}\n", pair.query, f" {pair.answer}\n"))
+    answer = f" {pair.answer}\n" if form.ended else f" {pair.answer}"
+    parts = tuple(tokenizer.encode(t) for t in (f"{pair.context}\n", pair.query, answer))
     for name, part in zip(("context", "query", "answer"), parts, strict=True):
         if not part:
             raise UserError(f"the tokenizer gives no tokens for this {name}: {getattr(pair, name)!r}")
@@ -57,7 +64,11 @@ def encoded(pair: Pair, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[in
 
 
 def pair_batch(
-    groups: Sequence[Sequence[Pair]], tokenizer: Tokenizer, seed: object = 0, numbers: Iterable[int] | None = None
+    groups: Sequence[Sequence[Pair]],
+    tokenizer: Tokenizer,
+    seed: object = 0,
+    numbers: Iterable[int] | None = None,
+    form: Form = PLAIN,
 ) -> PairBatch:
     """A batch with the query of each group's first pair and the contexts of all pairs of the group.
 
@@ -73,14 +84,15 @@ def pair_batch(
             f"{len(groups)} groups of {sorted({len(g) for g in groups})} contexts; all must have the same number"
         )
     contexts, queries, answers, prompts = [], [], [], []
+    opening = tokenizer.encode(form.opening) if form.opening else ()
     for number, group in zip(range(len(groups)) if numbers is None else numbers, groups, strict=True):
-        _, query, answer = encoded(group[0], tokenizer)
+        _, query, answer = encoded(group[0], tokenizer, form)
         shuffled = [encoded(pair, tokenizer)[0] for pair in group]
         random.Random(f"{seed}/{number}").shuffle(shuffled)
         contexts += shuffled
-        queries.append([*query, *answer])
+        queries.append([*opening, *query, *answer])
         answers.append(len(answer))
-        prompts.append([*chain(*shuffled), *query, *answer])
+        prompts.append([*opening, *chain(*shuffled), *query, *answer])
     context, query = left_padded(contexts), left_padded(queries)
     n = len(groups[0])
     last = torch.arange(query.ids.shape[1], 0, -1)
@@ -157,3 +169,40 @@ class PairDraw:
         length = round(8 * (self.longest / 8) ** max(0.0, 1.5 * step / self.repeats - 0.5))
         batch = max(self.batch // 2, min(2 * self.batch, self.longest * self.batch // (2 * length)))
         return repeated_tokens(batch, vocab, seed, length, piece=min(18, length * 3 // 4), given=2)
+
+
+@dataclass(frozen=True)
+class SharedContextDraw:
+    """Step -> batch in which several queries are about the same context, so that it is read once for all of them. Tasks
+    take turns.
+
+    Attributes:
+        tasks, tokenizer, batch, seed, turns: as in `PairDraw`.
+        queries: about each context, at most; they stand together.
+        forms: of the tasks.
+    """
+
+    tasks: dict[str, tuple[Pair, ...]]
+    tokenizer: Tokenizer
+    batch: int
+    seed: int
+    turns: tuple[str, ...]
+    queries: int
+    forms: Mapping[str, Form]
+
+    @cached_property
+    def _about(self) -> dict[str, list[list[Pair]]]:
+        """Of every task, the pairs of each context."""
+        about = {task: {} for task in self.tasks}
+        for task, pairs in self.tasks.items():
+            for pair in pairs:
+                about[task].setdefault(pair.context, []).append(pair)
+        return {task: list(found.values()) for task, found in about.items()}
+
+    def __call__(self, step: int) -> PairBatch:
+        rng = random.Random(f"shared/{self.seed}/{step}")
+        task = self.turns[step % len(self.turns)]
+        about = self._about[task]
+        sampled = (rng.sample(pairs, min(self.queries, len(pairs))) for pairs in rng.sample(about, len(about)))
+        drawn = [[pair] for pair in islice(chain.from_iterable(sampled), self.batch)]
+        return pair_batch(drawn, self.tokenizer, f"{self.seed}/{step}", form=self.forms[task])

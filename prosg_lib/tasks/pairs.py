@@ -31,6 +31,40 @@ class Pair:
                 raise UserError(f"a pair has an empty {name}; each needs a context, a query and an answer")
 
 
+_QUESTIONS = (
+    "Mr. Brandt opened a bakery in Lund in 1962 and sold it to his niece Klara, who still bakes there.\n"
+    "Question: Who bought the bakery?\nAnswer: Klara\nQuestion: When was the bakery opened?\nAnswer: 1962\n\n"
+)
+_CLOZE = (
+    "Mr. Brandt opened a bakery in Lund. In 1962 he sold it to his niece Klara, who still bakes there.\n"
+    "Complete from the passage:\nIn 1962 he sold it to his niece Klara\n\n"
+    "The ferry to the island leaves from the old pier. It takes forty minutes when the sea is calm.\n"
+    "Complete from the passage:\nThe ferry to the island leaves from the old pier\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How pairs are shown to a model.
+
+    Attributes:
+        opening: examples in front of every query, with and without its context.
+        ended: a newline belongs to the answer. Without it, whatever follows a right answer is right.
+    """
+
+    opening: str = ""
+    ended: bool = True
+
+
+PLAIN = Form()
+
+
+def form_of(task: str) -> Form:
+    """The form of a task for a model that nobody has trained on it: it needs examples, and it completes a sentence to
+    its end where only a name is asked for."""
+    return Form(_QUESTIONS) if task in ("characters", "reversal", "squad") else Form(_CLOZE, ended=False)
+
+
 @dataclass(frozen=True)
 class Fitted:
     """The pairs that fit, in their order, and the number of those that do not."""

@@ -23,6 +23,7 @@ from prosg_lib.config import Profile
 from prosg_lib.config.sizes import (
     AdapterSize,
     GeneratorSize,
+    LaterAdapterSize,
     Mamba2Size,
     ProbeSize,
     RWKV4Config,
@@ -41,7 +42,7 @@ from prosg_lib.generators.normalised import NormalisedStatic, NormalisedTokenGen
 from prosg_lib.generators.states import StateGenerator
 from prosg_lib.generators.static import StaticDelta
 from prosg_lib.generators.token_wise import TokenGenerator
-from prosg_lib.gradient_steps.adapter_step import AdapterStep
+from prosg_lib.gradient_steps.adapter_step import AdapterStep, RatedAdapterStep
 from prosg_lib.gradient_steps.map_step import MapStep
 from prosg_lib.gradient_steps.weight_step import WeightStep
 from prosg_lib.strict import read_as
@@ -87,8 +88,8 @@ def header_of(meta: dict, path: Path) -> Header:
     return read_as(Header, meta, f"{path} is of another version (remove it, and it is trained again)")
 
 
-def _maps(size: GeneratorSize, lm: LanguageModel) -> tuple[str, ...]:
-    """Endings of the names of the maps that a generator changes, or the names of those in its layers."""
+def _maps(size: GeneratorSize | LaterAdapterSize, lm: LanguageModel) -> tuple[str, ...]:
+    """Endings of the names of the maps that a generator or adapter changes, or the names of those in its layers."""
     if not size.layers:
         return size.maps
     found = {layer: [n for n in edited_maps(lm, size.maps) if f".{layer}." in f".{n}"] for layer in size.layers}
@@ -148,6 +149,10 @@ MODULES: dict[str, tuple[type[Size], Callable[..., nn.Module]]] = {
     "static": (GeneratorSize, lambda size, lm: StaticDelta(lm, size.rank, _maps(size, lm))),
     "normalised-static": (GeneratorSize, lambda size, lm: NormalisedStatic(lm, size.rank, _maps(size, lm))),
     "adapter": (AdapterSize, lambda size, lm: AdapterStep(lm, size.rank, size.maps, size.lr)),
+    "rated-adapter": (
+        LaterAdapterSize,
+        lambda size, lm: RatedAdapterStep(lm, size.rank, _maps(size, lm), size.lr),
+    ),
     "weights": (StepSize, lambda size, lm: WeightStep(lm, size.rank or None, size.lr)),
     "maps": (StepSize, lambda size, lm: MapStep(lm, size.lr)),
 }

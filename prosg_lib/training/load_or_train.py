@@ -86,7 +86,7 @@ def load_or_train(
     made, record = _resolved(made, profile, seed, lm)
     keep_freed_memory()
     plain = checkpoint_name(name, profile, seed, changes)
-    own = own or (not made.window and getattr(lm, "checkpoint", Path()).stem == checkpoint_name(made.lm, profile))
+    own = own or (made.window is None and getattr(lm, "checkpoint", Path()).stem == checkpoint_name(made.lm, profile))
     mine = plain if own else checkpoint_name(name, profile, seed, changes, lm.fingerprint())
     path = kept(mine, profile)
     places = [path] if retrain else [shipped(plain), kept(plain, profile), path]
@@ -148,8 +148,10 @@ def _model_for(
         if lm is not None:
             raise UserError(f"{made.name} is a language model itself; leave out lm")
         return None
-    if lm is None and made.window:
-        return in_fastest_precision(load_model(made.lm, made.window))
+    if lm is None and made.window is not None:
+        lm = load_model(made.lm, made.window or None).to(distributed.device()).requires_grad_(False)
+        # Gradients of gradients in half precision would be noise.
+        return lm if made.kind in GRADIENT_STEPS else in_fastest_precision(lm)
     if lm is None and made.lm not in recipes(profile):
         raise UserError(
             f"the profile {profile.name} has no model {made.lm} of its own; give one of the hub, as "

@@ -10,12 +10,14 @@ Glossary of shapes: B pairs, n contexts each, C context tokens, Q tokens of quer
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prosg_lib.backbones.base import LanguageModel
+from prosg_lib.backbones.state import RecurrentState
 from prosg_lib.errors import UserError
 from prosg_lib.gradient_steps.one_step import Method, adapted
 from prosg_lib.tasks.pair_batches import PairBatch
@@ -59,6 +61,7 @@ def pair_objective(
     objective: str,
     everywhere: bool = False,
     repeats: int = 0,
+    teacher: KeptTeacher | None = None,
 ) -> Callable[[int, PairBatch], Loss]:
     """The outer loss of a method that takes contexts in; the model itself stays as it is.
 
@@ -70,6 +73,8 @@ def pair_objective(
         everywhere: over the query's positions as well, not the answer's alone.
         repeats: number of first steps with repeated random tokens (`PairDraw`). They use LG under either objective: a
             language model does not continue with random tokens, even where it has just read them.
+        teacher: remembers what the model says that is given the contexts, for the answer's positions alone; None: the
+            model reads them anew each time.
     Raises:
         UserError: unknown objective.
     """
@@ -88,10 +93,54 @@ def pair_objective(
         if objective == "LG" or step < repeats:
             return Loss(gold, {"gold": gold})
         with torch.no_grad():
-            given = hidden_of(lm, batch.prompted)[:, -last:][where]
-            teacher = F.log_softmax(lm.read_out(given).float(), -1)
-            entropy = -((teacher.exp() * teacher).sum(-1) * share).sum()
-        apart = (F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * share).sum()
+            given = teacher(batch) if teacher else hidden_of(lm, batch.prompted)[:, -last:][where]
+            target = F.log_softmax(lm.read_out(given).float(), -1)
+            entropy = -((target.exp() * target).sum(-1) * share).sum()
+        apart = (F.kl_div(student, target, log_target=True, reduction="none").sum(-1) * share).sum()
         return Loss(apart, {"gold": gold, "entropy": entropy})
 
     return loss_of
+
+
+class KeptTeacher:
+    """What a frozen model makes of pairs with the contexts in front: read once a pair, and kept.
+
+    Queries about the same contexts are read from the state after them. Each is read alone, so that no number depends on
+    the batch that a pair first came in.
+
+    Args:
+        lm: reads on from a state without reading everything again (`CausalTransformer.with_kv_cache`).
+    """
+
+    KEPT = 10_000  # pairs; a few thousand numbers each
+
+    def __init__(self, lm: LanguageModel):
+        self._lm = lm
+        self._state_after = lru_cache(4)(self._read)
+        self._kept = lru_cache(self.KEPT)(self._answer)
+
+    @torch.no_grad()
+    def __call__(self, batch: PairBatch) -> Tensor:
+        """Final hidden states where the tokens of the answers are predicted, those of all pairs, (tokens, D)."""
+        pairs = (
+            (ids[here].tolist(), query[there].tolist(), int(answer.sum()))
+            for ids, here, query, there, answer in zip(*batch.prompted, *batch.query, batch.answer, strict=True)
+        )
+        return torch.cat([self._kept(*_in_two(*pair), pair[-1]) for pair in pairs])
+
+    def _answer(self, front: tuple[int, ...], rest: tuple[int, ...], answer: int) -> Tensor:
+        ids = torch.tensor([rest[:-1]], device=next(self._lm.parameters()).device)
+        return self._lm.hidden_states(ids, self._state_after(front))[0, -answer:].clone()
+
+    def _read(self, front: tuple[int, ...]) -> RecurrentState:
+        ids = torch.tensor([front], device=next(self._lm.parameters()).device)
+        return self._lm.step_through(ids, None, None)[1]
+
+
+def _in_two(prompted: list[int], query: list[int], answer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A prompt, cut behind its contexts: prompts about the same contexts are equal up to there. In front of the
+    contexts is what prompt and query both begin with."""
+    pairs = zip(prompted, query[:-answer], strict=False)
+    opening = next((i for i, (one, other) in enumerate(pairs) if one != other), 0)
+    end = len(prompted) - len(query) + opening
+    return tuple(prompted[:end]), tuple(prompted[end:])

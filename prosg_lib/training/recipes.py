@@ -35,7 +35,7 @@ from prosg_lib.config.sizes import (
 from prosg_lib.errors import UserError
 
 LANGUAGE_MODELS = ("rwkv4", "rwkv7", "llama", "mamba2")
-GRADIENT_STEPS = ("adapter", "weights", "maps")
+GRADIENT_STEPS = ("adapter", "rated-adapter", "weights", "maps")
 """Kinds of module that take a real gradient step; training goes through it and needs second derivatives."""
 
 REPEATS = 0.15
@@ -62,7 +62,8 @@ class Recipe:
             established tests of memory) or "conversations" (with a model that others trained).
         training: steps, batch, learning rate.
         lm: name of the recipe of the language model it is for; None: it is a language model itself.
-        window: the language model is one that others trained, of that name for `load_model`, with such a window.
+        window: the language model is one that others trained, of that name for `load_model`, with such a window; 0: it
+            sees everything.
         start: name of the recipe whose weights it starts from, trained with the same seed; None: fresh weights.
         curriculum: of a generator on dialogues; pairs: what a training on pairs consists of.
         repeats: number of first steps with repeated random tokens, on dialogues and problems.
@@ -101,7 +102,7 @@ def ending(profile: Profile) -> str:
 def recipes(profile: Profile) -> dict[str, Recipe]:
     """All recipes with the sizes of a profile, by name, each model before what is for it."""
     found = [*_dialogues(profile), *_open_world(profile), *_pairs(profile), *_problems(profile)]
-    found += _conversations(profile)
+    found += [*_conversations(profile), *_others_pairs(profile)]
     return {recipe.name: recipe for recipe in found}
 
 
@@ -456,3 +457,28 @@ def _conversations(p: Profile) -> list[Recipe]:
             "40 min, CPU",
         ),
     ]
+
+
+def _others_pairs(p: Profile) -> list[Recipe]:
+    """A gradient step in the last blocks of a transformer that others trained, on the tasks of context and query."""
+    sizes, lm = p.later, "smollm2"
+
+    def step(task, objective, time):
+        people = task in _PEOPLE
+        training = sizes.people if people else sizes.passages
+        return Recipe(
+            f"{lm}-step-{task}-{objective.lower()}",
+            f"gradient step in an adapter of SmolLM2's last blocks; {task}, {objective}",
+            "rated-adapter",
+            sizes.adapter,
+            "pairs",
+            training,
+            lm,
+            pairs=PairCourse((task,), objective, practice="" if people else "named"),
+            at_once=training.batch if people else training.queries,
+            time=time,
+            window=0,
+        )
+
+    times = {"squad": "2 h, CPU", "wikitext": "2 h, CPU", "characters": "1 h, CPU"}
+    return [step(task, objective, time) for task, time in times.items() for objective in ("LC", "LG")]

@@ -20,9 +20,9 @@ from prosg_lib.config.sizes import TASKS, SupervisedSize
 from prosg_lib.tasks import conversations, mqar, open_world
 from prosg_lib.tasks.dialogue import data_hash, load_dialogues
 from prosg_lib.tasks.examples import Examples
-from prosg_lib.tasks.pair_batches import PairDraw, repeated_tokens
+from prosg_lib.tasks.pair_batches import PairDraw, SharedContextDraw, repeated_tokens
 from prosg_lib.tasks.pair_sources import PEOPLE, available, missing, pairs_of, prose_pairs
-from prosg_lib.tasks.pairs import Pair
+from prosg_lib.tasks.pairs import Pair, form_of
 from prosg_lib.tasks.problems import VERSION, Material
 from prosg_lib.tasks.wording import draw_facts
 from prosg_lib.text import chitchat
@@ -32,7 +32,7 @@ from prosg_lib.training import distributed, open_draws
 from prosg_lib.training.conversation_objective import conversation_objective
 from prosg_lib.training.loop import Loss
 from prosg_lib.training.objectives import generator_draw, generator_objective, lm_draw, lm_objective
-from prosg_lib.training.pair_objectives import pair_lm_objective, pair_objective
+from prosg_lib.training.pair_objectives import KeptTeacher, pair_lm_objective, pair_objective
 from prosg_lib.training.problem_objectives import (
     ProblemDraw,
     generator_problem_objective,
@@ -67,7 +67,7 @@ def work(recipe: Recipe, profile: Profile, module: nn.Module, lm: LanguageModel 
     return {
         "dialogues": _dialogue_work,
         "open": _open_work,
-        "pairs": _pair_work,
+        "pairs": _pair_work if recipe.window is None else _others_pair_work,
         "problems": _problem_work,
         "conversations": _conversation_work,
     }[recipe.data](recipe, profile, module, lm, seed)
@@ -88,6 +88,8 @@ def data_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> str | dic
     for task in sorted(set(PEOPLE if recipe.is_model else recipe.pairs.tasks) & set(PEOPLE)):
         for pair in pairs_of(task, "train", PROFILES["cpu"]).pairs:
             digest.update(f"{task}\n{pair.context}\n{pair.query}\n{pair.answer}\n".encode())
+    if recipe.window is not None:
+        digest.update(repr([form_of(task) for task in recipe.pairs.tasks]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -228,6 +230,21 @@ def _pair_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | Non
         context = draw(-1).to(distributed.device()).context
         module.fit_normaliser(lm, context.ids[:, 0], context.valid[:, 0])
     return Work(draw, pair_objective(lm, module, course.objective, course.everywhere, repeats=repeats))
+
+
+def _others_pair_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel, seed: int) -> Work:
+    """Tasks and practice take turns. What is frozen is computed once a text: the blocks below the module's maps, and,
+    under LC, what the model says that is given the contexts."""
+    course, training, tokenizer = recipe.pairs, recipe.training, lm.needed_tokenizer()
+    tasks = {task: pairs_of(task, "train", profile, tokenizer).pairs for task in _tasks(recipe, profile)}
+    tasks |= prose_pairs(course.practice, profile) if course.practice else {}
+    forms = {task: form_of(task) for task in tasks}
+    own, practised = [t for t in tasks if t in TASKS], sorted(t for t in tasks if t not in TASKS)
+    turns = tuple(chain.from_iterable((*own, source) for source in practised)) or tuple(own)
+    draw = SharedContextDraw(tasks, tokenizer, training.batch, seed, turns, training.queries, forms)
+    teacher = KeptTeacher(lm.with_kv_cache()) if course.objective == "LC" else None
+    lm = lm.with_later_blocks(module.names)
+    return Work(draw, pair_objective(lm, module, course.objective, teacher=teacher))
 
 
 def _tasks(recipe: Recipe, profile: Profile) -> list[str]:

@@ -8,7 +8,9 @@ import torch
 from families import FAMILIES, rows_of
 from torch.testing import assert_close
 
-from prosg_lib.backbones.hub_transformer import CausalTransformer, TransformerConfig, new_llama
+from prosg_lib.backbones.hub_transformer import CausalTransformer, LaterBlocks, TransformerConfig, new_llama
+from prosg_lib.deltas.applying import applied
+from prosg_lib.deltas.low_rank import Factors, LowRankDelta
 from prosg_lib.errors import UserError
 
 SIZES = TransformerConfig("llama", 64, width=16, layers=2, ffn=32, heads=2)
@@ -98,3 +100,65 @@ def test_keys_and_values_say_what_reading_everything_again_says(lm):
     for model, state in zip((lm, kept), states, strict=True):
         with pytest.raises(UserError, match=f"a {type(model).__name__} has no state of a fixed size"):
             model.state_features(state)
+
+
+LAST = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize("kind", ["new", "llama", "qwen3"])
+def test_later_blocks_say_what_the_whole_model_says(kind):
+    """Of padded texts, from a blank state and from one, and under a change of a later map; fingerprint and weights are
+    those of the whole model, and only maps of the later blocks may be edited."""
+    lm = transformer(kind)
+    later = lm.with_later_blocks([LAST])
+    assert later.fingerprint() == lm.fingerprint()
+    assert list(later.editable()) == [name for name in lm.editable() if ".1." in name]
+    torch.manual_seed(0)
+    out, size = lm.editable()[LAST].weight.shape
+    delta = LowRankDelta({LAST: Factors(torch.randn(3, out, 2), torch.randn(3, size, 2))}, lm.fingerprint())
+    states = [None, None]
+    for lengths in ((7, 3, 5), (2, 4, 1)):
+        ids, valid = lm.encode_prompts(rows_of(lengths))
+        found = []
+        for number, model in enumerate((lm, later)):
+            with applied(model, delta):
+                hidden, states[number] = model.step_through(ids, states[number], valid)
+            found.append(hidden[valid])
+        assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_in_front_of_the_later_blocks_is_computed_once(monkeypatch):
+    """Once a text, in whatever batch it comes back, until the weights are moved; bit for bit what it was, and without a
+    gradient, which the later blocks have."""
+    later, read = transformer("new").with_later_blocks([LAST]), []
+    body, before = later._parts[0], type(later._parts[0]).forward
+
+    def counted(self, *given, **named):
+        if self is body:
+            read.append(len(named["input_ids"]))
+        return before(self, *given, **named)
+
+    monkeypatch.setattr(type(body), "forward", counted)
+    for parameter in later.parameters():
+        parameter.requires_grad_(True)
+    rows = rows_of((4, 9, 6))
+    first = later._kept(tuple(rows[0]))
+    for part in (rows, rows[:2], rows[1:]):
+        ids, valid = later.encode_prompts(part)
+        hidden = later.hidden_states(ids, valid=valid)
+    assert read == [1, 1, 1]
+    assert later._kept(tuple(rows[0])) is first
+    hidden.sum().backward()
+    assert not first.requires_grad
+    assert {name.split(".")[3] for name, p in later.named_parameters() if p.grad is not None and "layers" in name} == {
+        "1"
+    }
+    later.float()
+    later.hidden_states(ids, valid=valid)
+    assert read == [1] * 5
+
+
+@pytest.mark.parametrize(("kind", "names"), [("gpt2", ["transformer.h.1.mlp.c_fc"]), ("new", ["lm_head"]), ("new", [])])
+def test_later_blocks_that_cannot_be(kind, names):
+    with pytest.raises(UserError, match=r"is in a block of this \w+ that can be run by itself"):
+        LaterBlocks(transformer(kind).model, names)

@@ -15,11 +15,19 @@ from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.config.sizes import RWKV4Config
 from prosg_lib.errors import NotFinite, UserError
 from prosg_lib.evaluation import pair_evaluation
-from prosg_lib.evaluation.pair_evaluation import answered, difference, eight_ways, gap_recovered, hits, share
+from prosg_lib.evaluation.pair_evaluation import (
+    answered,
+    difference,
+    eight_ways,
+    gap_recovered,
+    hits,
+    passages_of,
+    share,
+)
 from prosg_lib.evaluation.statistics import drawn_trainings
 from prosg_lib.gradient_steps.weight_step import WeightStep
 from prosg_lib.tasks.pair_batches import encoded
-from prosg_lib.tasks.pairs import Pair
+from prosg_lib.tasks.pairs import Form, Pair
 from prosg_lib.text.padding import left_padded
 from prosg_lib.text.tokenizer import load_tokenizer
 
@@ -119,6 +127,35 @@ def test_prompted_and_none_are_decided_as_by_generation(lm):
     assert frame.none.tolist() == [generates(lm, p.query, p.answer) for p in PAIRS]
     assert frame.prompted.tolist() == [True, True, False, False, False, False]
     assert frame.none.tolist() == [False, True, True, False, False, False]
+
+
+def test_an_opening_is_read_in_front_of_every_prompt_and_query(lm):
+    """As by generation; the contexts that a method gets have none."""
+    opening, method = "Bea lives in a tent.\n", Looking(PAIRS, lm.tokenizer)
+    frame = answered(lm, {"look": method}, PAIRS, lm.tokenizer, form=Form(opening))
+    assert frame.prompted.tolist() == [generates(lm, f"{opening}{p.context}\n{p.query}", p.answer) for p in PAIRS]
+    assert frame.none.tolist() == [generates(lm, f"{opening}{p.query}", p.answer) for p in PAIRS]
+    assert {text for (text,) in method.calls[0][0]} == {pair.context for pair in PAIRS}
+
+
+def test_an_answer_without_an_end_may_go_on(lm):
+    """Dora's answer, after which the model would say one word more, is right then; no other changes."""
+    frame = answered(lm, {}, PAIRS, lm.tokenizer, form=Form(ended=False))
+    assert frame.prompted.tolist() == [True, True, False, True, False, False]
+
+
+def test_pairs_about_the_same_context_are_measured_together(lm):
+    """In one batch each, whatever the lengths of their queries; and an interval can be over contexts."""
+    pairs = [Pair(f"Room {i % 3}.", "Who is in there? " * (i // 3 + 1), f"Guest {i}") for i in range(9)]
+    method = Looking(pairs, lm.tokenizer)
+    frame = answered(lm, {"look": method}, pairs, lm.tokenizer, batch=3, together=True)
+    assert frame.index.tolist() == list(range(9))
+    assert [{text for (text,) in texts} for texts, _ in method.calls[::2]] == [{f"Room {i}."} for i in range(3)]
+    assert passages_of(pairs).tolist() == [0, 1, 2] * 3
+    frame = pd.DataFrame({"look": [True, False, False] * 3, "untrained": False, "prompted": True})
+    for of in (share, lambda *given: difference(*given[:2], "untrained", given[2])):
+        assert (of(frame, "look", passages_of(pairs)).low, of(frame, "look", None).low > 0) == (0, True)
+    assert gap_recovered(frame, "look", groups=passages_of(pairs)).low == 0 < gap_recovered(frame, "look").low
 
 
 def test_a_method_gets_its_own_contexts_and_then_anothers(lm):

@@ -52,6 +52,19 @@ def test_trainings_that_answer_alike_have_the_interval_over_prompts():
         assert (alike.value, alike.low, alike.high) == pytest.approx((alone.value, alone.low, alone.high), abs=1e-12)
 
 
+def test_what_is_drawn_together_widens_the_interval():
+    """Questions about one passage that are all right or all wrong count as one: the interval is that of the passages,
+    in whatever order questions stand; groups of one question each change nothing."""
+    passages = answered(np.random.default_rng(4), 30)
+    alone = resampled(passages, first)
+    numbers = np.random.default_rng(5).permutation(np.repeat(np.arange(30), 4))
+    together = resampled(passages[..., numbers], first, numbers)
+    assert (together.value, together.low, together.high) == pytest.approx((alone.value, alone.low, alone.high))
+    apart = resampled(passages[..., numbers], first)
+    assert apart.high - apart.low < 0.7 * (together.high - together.low)
+    assert resampled(passages, first, np.arange(30)) == alone
+
+
 def test_trainings_that_differ_widen_the_interval():
     """It is wider than the one over prompts of the trainings' mean, and the wider, the farther they are apart."""
     rng, widths = np.random.default_rng(3), []

@@ -16,7 +16,7 @@ from prosg_lib.backbones.rwkv7 import RWKV7, RWKV7Config
 from prosg_lib.config.sizes import RWKV4Config
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import SCALE, parameter_key
-from prosg_lib.gradient_steps.adapter_step import AdapterStep
+from prosg_lib.gradient_steps.adapter_step import AdapterStep, RatedAdapterStep
 from prosg_lib.gradient_steps.map_step import MapStep
 from prosg_lib.gradient_steps.one_step import adapted
 from prosg_lib.gradient_steps.weight_step import WeightStep
@@ -61,13 +61,19 @@ def lm():
     return rwkv4()
 
 
-def adapter(lm, lr=0.5, second_order=True):
+def adapter(lm, lr=0.5, second_order=True, kind=AdapterStep):
     torch.manual_seed(1)
     endings = ("att.output", "ffn.value") if isinstance(lm, RWKV4 | RWKV7) else ("o_proj", "down_proj")
-    method = AdapterStep(lm, 3, endings, lr, second_order)
+    method = kind(lm, 3, endings, lr, second_order)
     for u in method.U.parameters():
         torch.nn.init.normal_(u, std=0.3)
     return method.to(next(lm.parameters()).dtype)
+
+
+def rated(lm, lr=0.5, second_order=True):
+    method = adapter(lm, lr, second_order, RatedAdapterStep)
+    torch.nn.init.normal_(method.log_rates, mean=0.5, std=0.3)
+    return method
 
 
 def weights(lm, lr=0.05, second_order=True, rank=None):
@@ -91,7 +97,7 @@ def maps(lm, lr=0.02):
     return method
 
 
-METHODS = [adapter, weights, rank_two, maps]
+METHODS = [adapter, rated, weights, rank_two, maps]
 
 
 ids_of = functools.partial(ids_of, vocab=50)
@@ -122,9 +128,12 @@ def plain_start(lm, method):
     if isinstance(method, AdapterStep):
         start = {(n, part): getattr(method, part)[parameter_key(n)] for n in method.names for part in "UV"}
         edited = {n: lm.editable()[n].weight for n in method.names}
+        rates = dict.fromkeys(start, method.lr)
+        if isinstance(method, RatedAdapterStep):
+            rates = {(n, p): method.lr * method.log_rates[method.names.index(n), "UV".index(p)].exp() for n, p in start}
         return (
             start,
-            dict.fromkeys(start, method.lr),
+            rates,
             lambda now: {of_map[n]: w + SCALE * now[n, "U"] @ now[n, "V"].t() for n, w in edited.items()},
         )
     moved = {n: w + method.moved[parameter_key(n)] for n, w in lm.named_parameters()}
@@ -217,7 +226,7 @@ def test_the_order_and_number_of_steps_matter(lm, kind):
     assert_close(logits_of(lm, kind(lm), other, query), once, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", [adapter, weights, rank_two])
+@pytest.mark.parametrize("kind", [adapter, rated, weights, rank_two])
 def test_first_order_is_the_gradient_at_the_step(lm, kind):
     """The step is the same, to rounding; the outer gradient differs from the exact one, and is what it should be."""
     contexts, query = padded(3, 1)[0], ids_of(3, 7, seed=5)
@@ -232,7 +241,7 @@ def test_first_order_is_the_gradient_at_the_step(lm, kind):
     assert_is_plain_sgd(lm, methods[1], 1, False, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize(("kind", "h"), [(adapter, 1e-4), (weights, 3e-6), (rank_two, 3e-6)])
+@pytest.mark.parametrize(("kind", "h"), [(adapter, 1e-4), (rated, 1e-4), (weights, 3e-6), (rank_two, 3e-6)])
 def test_outer_gradient_is_that_of_finite_differences(lm, kind, h):
     """Relative error at most 1e-6 in float64, along random directions through all parameters at once. (Steps on all
     weights are short: relu(k)^2 has kinks.)"""
@@ -274,6 +283,23 @@ def test_an_adapters_step_does_not_depend_on_the_padding(lm):
         assert_same_change(generator.memorize(lm, [prompt]), together.select([number]), rtol=1e-10, atol=1e-12)
 
 
+def test_examples_with_the_same_contexts_share_a_step(lm, monkeypatch):
+    """Four examples with two different contexts are two steps. Each example answers as it would alone, and the outer
+    gradient is the sum of theirs; columns that are padding in every row are not read."""
+    method, query, steps = rated(lm), ids_of(4, 6, seed=8), []
+    (ids, valid), _ = padded(2, 1)
+    which = [1, 0, 1, 1]
+    wider = Rows(*(torch.nn.functional.pad(t[which], (3, 0)) for t in (ids, valid)))
+    delta = method.delta
+    monkeypatch.setattr(method, "delta", lambda lm, *given: steps.append(given[0].ids.shape) or delta(lm, *given))
+    found = logits_of(lm, method, wider, query)
+    assert steps == [ids.shape]
+    alone = [logits_of(lm, method, Rows(*(t[[i]] for t in (ids, valid))), query[[k]]) for k, i in enumerate(which)]
+    assert_close(found, torch.cat(alone), rtol=1e-9, atol=1e-9)
+    grads, same = (torch.autograd.grad(t.square().sum(), list(method.parameters())) for t in (found, torch.cat(alone)))
+    assert_close(grads, same, rtol=1e-8, atol=1e-8)
+
+
 def test_an_untrained_start_is_the_model(lm):
     """Of every weight, free or with a rank. With a rank, only matrices move, and their difference has that rank."""
     own = dict(lm.named_parameters())
@@ -302,14 +328,19 @@ def test_untrained_rates_are_the_given_one(lm):
     assert not torch.allclose(still[valid], moved[valid])
 
 
-def test_rates_are_trained_apart_from_the_start(lm):
+@pytest.mark.parametrize("kind", [maps, rated])
+def test_rates_are_trained_apart_from_the_start(lm, kind):
     """Every parameter is in one group; the rates' gradient is not clipped, and no part of the others' norm."""
-    method = MapStep(lm, 0.02)
+    method = kind(lm)
     start, rates = groups_of(method)
-    assert [id(p) for p in start["params"]] == [id(p) for p in method.moved.parameters()]
+    assert {id(p) for p in start["params"]} == {id(p) for p in method.parameters()} - {id(method.log_rates)}
     assert [id(p) for p in rates["params"]] == [id(method.log_rates)]
     assert len(list(method.parameters())) == len(start["params"]) + 1
     assert (start["factor"], start["clip"], rates["factor"], rates["clip"]) == (1.0, 1.0, 30.0, math.inf)
+
+
+def test_a_rate_is_a_factor_on_the_given_one(lm):
+    method = MapStep(lm, 0.02)
     with torch.no_grad():
         method.log_rates[-1] += math.log(2)
     assert [rate.item() for rate in method.rates(lm).values()][-2:] == pytest.approx([0.02, 0.04])

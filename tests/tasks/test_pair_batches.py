@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from prosg_lib.errors import UserError
-from prosg_lib.tasks.pair_batches import PairDraw, encoded, pair_batch
-from prosg_lib.tasks.pairs import Pair, fitted
+from prosg_lib.tasks.pair_batches import PairDraw, SharedContextDraw, encoded, pair_batch
+from prosg_lib.tasks.pairs import Form, Pair, fitted, form_of
 from prosg_lib.text.padding import Rows, left_padded, right_padded
 from prosg_lib.text.tokenizer import load_tokenizer
 
@@ -294,3 +294,61 @@ def test_the_longest_context_decides_for_the_whole_batch(draw, tokenizer):
         assert batch.context.valid.sum((1, 2)).max() <= 2 * size
         counts.add(batch.context.ids.shape[1])
     assert counts == {2, 5}
+
+
+# Queries that share a context
+
+
+def test_an_opening_stands_in_front_of_query_and_prompt(tokenizer):
+    """Contexts, which are learned from, have none; answers are the same tokens."""
+    plain = pair_batch([[pair] for pair in PAIRS], tokenizer)
+    opened = pair_batch([[pair] for pair in PAIRS], tokenizer, form=Form("Ann keeps tea.\n"))
+    opening = list(tokenizer.encode("Ann keeps tea.\n"))
+    assert all(torch.equal(a, b) for a, b in zip(opened.context, plain.context, strict=True))
+    for part in ("query", "prompted"):
+        assert kept(getattr(opened, part)) == [[*opening, *row] for row in kept(getattr(plain, part))]
+    assert [answer_of(opened, i, tokenizer) for i in range(len(PAIRS))] == [pair.answer for pair in PAIRS]
+
+
+def test_an_answer_without_an_end(tokenizer):
+    """The same rows, without the newline that ends query and prompt."""
+    plain, open_ended = (pair_batch([[pair] for pair in PAIRS], tokenizer, form=Form("", e)) for e in (True, False))
+    for part in ("query", "prompted"):
+        assert kept(getattr(open_ended, part)) == [row[:-1] for row in kept(getattr(plain, part))]
+    assert (plain.answer.sum(1) - open_ended.answer.sum(1)).tolist() == [1] * len(PAIRS)
+    assert [answer_of(open_ended, i, tokenizer) for i in range(len(PAIRS))] == [pair.answer for pair in PAIRS]
+
+
+@pytest.mark.parametrize("task", ["characters", "reversal", "squad", "wikitext", "named from books"])
+def test_openings_are_in_the_form_of_their_task(task):
+    """They end with an empty line, and every query in them has an answer of its own."""
+    opening = form_of(task).opening
+    assert opening.endswith("\n\n")
+    cloze = task in ("wikitext", "named from books")
+    assert ("Question: " in opening, form_of(task).ended) == (not cloze, not cloze)
+    for example in opening.split("\n\n")[:-1]:
+        context, *rest = example.split("\n")
+        assert len(rest) % 2 == 0
+        answers = [line.removeprefix("Answer: ") for line in rest[1::2]]
+        assert all(answer in context for answer in answers)
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_queries_about_a_context_stand_together(tokenizer, step):
+    """At most so many about each, none twice, as many as the batch takes; tasks take turns, with their own openings,
+    and a step's batch follows from its number."""
+    many = tuple(Pair(f"Room {i // 3}.", f"Q{i}?", f"A{i}") for i in range(12))
+    forms = {"many": Form("Rooms:\n"), "one": Form("", ended=False)}
+    draw = SharedContextDraw({"many": many, "one": PAIRS}, tokenizer, 5, 0, ("many", "one"), 2, forms)
+    batch = draw(step)
+    assert_same(batch, draw(step))
+    contexts = [contexts_of(batch, i, tokenizer)[0] for i in range(len(batch))]
+    answers = [answer_of(batch, i, tokenizer) for i in range(len(batch))]
+    assert len(set(answers)) == len(answers) == 5
+    if step % 2:
+        assert set(contexts) <= set(lines(PAIRS))
+        assert len(set(contexts)) == 5
+    else:
+        assert contexts == [contexts[0]] * 2 + [contexts[2]] * 2 + [contexts[4]]
+        assert contexts == [f"Room {int(answer[1:]) // 3}.\n" for answer in answers]
+        assert all(tokenizer.decode(row).startswith("Rooms:") for row in kept(batch.query))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import talking
-from tiny import STEPS, TINY
+from families import causal, talking
+from tiny import STEPS, TINY, assert_parts_add_up
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config
 
 from prosg_lib import files, paths
@@ -23,20 +24,22 @@ from prosg_lib.config import PROFILES, get_profile
 from prosg_lib.config.sizes import VOCAB, Mamba2Size, RWKV4Config
 from prosg_lib.errors import UserError
 from prosg_lib.generators.base import ALL_MAPS, edited_maps
+from prosg_lib.tasks.pairs import Fitted, Pair, form_of
 from prosg_lib.text import chitchat
 from prosg_lib.text.library_tokenizer import folder_tokenizer
 from prosg_lib.text.prose import Prose
 from prosg_lib.text.tokenizer import load_tokenizer
-from prosg_lib.training import checkpoints, load_or_train
+from prosg_lib.training import checkpoints, load_or_train, work
 from prosg_lib.training.checkpoints import header_of, kept, load_generator, new_module
 from prosg_lib.training.load_or_train import MemoryBudget, record_of
+from prosg_lib.training.pair_objectives import pair_objective
 from prosg_lib.training.recipes import checkpoint_name, recipe, recipes
 
 LM, TOKEN = "rwkv4-dialogue", "rwkv4-dialogue-token"
 TRAINED = [
     name
     for name, found in recipes(TINY).items()
-    if "wikitext" not in name and "squad" not in name and "reader" not in name and not found.window
+    if "wikitext" not in name and "squad" not in name and "reader" not in name and found.window is None
 ]
 
 
@@ -211,6 +214,58 @@ def test_the_conversations_that_a_training_read(place, monkeypatch):
     assert record_of("smollm2-token", get_profile("tiny"), lm=lm) == files.load_meta(path)["record"]
     other = get("smollm2-static").checkpoint
     assert "conversations" not in header_of(files.load_meta(other), other).provenance
+
+
+@pytest.mark.parametrize("objective", ["lc", "lg"])
+def test_a_gradient_step_for_a_model_that_others_trained(place, monkeypatch, objective):
+    """Its model is loaded by name, sees everything, and is frozen in full precision; training moves the start and the
+    rates, in the recipe's blocks alone; and it is loaded by name or file, for its model alone."""
+    lm, asked, name = causal(), [], f"smollm2-step-characters-{objective}"
+    lm.requires_grad_(True)
+    monkeypatch.setattr(load_or_train, "load_model", lambda *given: asked.append(given) or lm)
+    made = get(name)
+    assert asked == [("smollm2", None)]
+    assert made.checkpoint.name == f"{name}-tiny.safetensors"
+    assert made.names == [f"model.layers.1.{end}" for end in ("self_attn.o_proj", "mlp.down_proj")]
+    assert made.log_rates.abs().min() > 0
+    assert all(u.abs().max() > 0 for u in made.U.values())
+    assert not any(p.requires_grad or p.grad is not None for p in lm.parameters())
+    assert same(load_generator(str(made.checkpoint), lm), made)
+    assert same(get(name, lm=lm), made)
+    with pytest.raises(UserError, match="load that model"):
+        load_generator(str(made.checkpoint), talking())
+
+
+def test_what_a_step_on_passages_is_trained_on(monkeypatch):
+    """Several questions about each passage; practice in completing sentences takes turns with them, from every source
+    of prose; LC's frozen teacher is the model itself, on the whole, and LG has none."""
+    lm, passages = causal(), tuple(Pair(f"Room {i // 2}.", f"Question: Q{i}?\nAnswer:", f"A{i}") for i in range(8))
+    practice = {f"named from {name}": (Pair(name, "Complete it:\nSo", "on"),) * 3 for name in ("books", "wiki")}
+    monkeypatch.setattr(work, "available", lambda task, profile: True)
+    monkeypatch.setattr(work, "pairs_of", lambda *given: Fitted(passages, 0))
+    monkeypatch.setattr(work, "prose_pairs", lambda kind, profile: practice)
+    losses = {}
+    for objective in ("lc", "lg"):
+        made = recipe(f"smollm2-step-squad-{objective}", TINY)
+        torch.manual_seed(0)
+        module = new_module(made.kind, made.size, lm)
+        batch_of, loss_of = work.work(made, TINY, module, lm, 0)
+        first = [lm.tokenizer.decode(batch_of(step).context.ids[0, 0].tolist()) for step in range(4)]
+        assert [text.split()[0] for text in first] == ["Room", "books", "Room", "wiki"]
+        batch = batch_of(0)
+        assert len(batch) == 3
+        assert torch.equal(batch.context.ids[0], batch.context.ids[1])
+        assert lm.tokenizer.decode(batch.query.ids[0][batch.query.valid[0]].tolist()).startswith(
+            form_of("squad").opening
+        )
+        losses[objective] = loss_of(0, batch)
+        assert_parts_add_up(loss_of, 0, batch, 2, module.parameters(), rtol=1e-4, atol=1e-6)
+        reference = pair_objective(lm, module, objective.upper())
+        expected = reference(0, batch)
+        assert_close(losses[objective].total, expected.total, rtol=1e-4, atol=1e-5)
+        assert_close(losses[objective].parts, expected.parts, rtol=1e-4, atol=1e-5)
+    assert losses["lc"].parts.keys() == {"gold", "entropy"}
+    assert losses["lg"].parts.keys() == {"gold"}
 
 
 FINAL = "rwkv4-dialogue-final"

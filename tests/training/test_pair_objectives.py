@@ -9,6 +9,7 @@ from tiny import assert_parts_add_up
 from torch import nn
 from torch.testing import assert_close
 
+from prosg_lib.backbones.hub_transformer import TransformerConfig, new_llama
 from prosg_lib.backbones.rwkv4 import RWKV4
 from prosg_lib.config.sizes import RWKV4Config
 from prosg_lib.errors import UserError
@@ -16,7 +17,7 @@ from prosg_lib.gradient_steps.adapter_step import AdapterStep
 from prosg_lib.gradient_steps.weight_step import WeightStep
 from prosg_lib.tasks.pair_batches import PairBatch
 from prosg_lib.text.padding import Rows, left_padded
-from prosg_lib.training.pair_objectives import pair_lm_objective, pair_objective
+from prosg_lib.training.pair_objectives import KeptTeacher, hidden_of, pair_lm_objective, pair_objective
 
 VOCAB = 50
 QUERIES, ANSWERS = (5, 1, 3, 7, 2), (2, 1, 4, 1, 3)  # tokens of five examples
@@ -233,3 +234,36 @@ def test_pretraining_counts_answers_fully_and_other_text_less(lm):
     assert len(losses["answer"]) == sum(ANSWERS)
     assert_close(loss.parts, means, rtol=1e-10, atol=1e-12)
     assert_close(loss.total, means["answer"] + 0.3 * means["text"], rtol=1e-10, atol=1e-12)
+
+
+OPENING = [7, 8, 9]
+
+
+@pytest.mark.parametrize("opening", [[], OPENING])
+def test_a_teacher_that_is_kept(monkeypatch, opening):
+    """It says what reading the whole batch anew says, and LC with it is LC. Contexts are read once for their queries,
+    and a pair once, in whatever batch it comes back, with the same bits. A context may begin as the query does."""
+    torch.manual_seed(0)
+    lm = new_llama(TransformerConfig("llama", VOCAB, 16, 2, 32, 2)).eval().requires_grad_(False)
+    found = examples(1)
+    found[1:3] = [(found[0][0], *found[k][1:]) for k in (1, 2)]  # three queries about one context
+    found[4] = ([[*found[4][1][:1], 3, 5]], *found[4][1:])
+    found = [(contexts, [*opening, *ids], answer) for contexts, ids, answer in found]
+    batch = batch_of(found)
+    for row, (contexts, ids, _) in enumerate(found):  # the opening stands in front of the context
+        own = [*opening, *contexts[0], *ids[len(opening) :]]
+        batch.prompted.ids[row, -len(own) :] = torch.tensor(own)
+    reader = lm.with_kv_cache()
+    whole, read = reader.step_through, []
+    monkeypatch.setattr(reader, "step_through", lambda *given: read.append(given[1] is None) or whole(*given))
+    teacher = KeptTeacher(reader)
+
+    said = teacher(batch)
+    where = batch.answer[:, -batch.answers :]
+    assert_close(said, hidden_of(lm, batch.prompted)[:, -batch.answers :][where], rtol=1e-4, atol=1e-5)
+    assert (sum(read), len(read)) == (3, 8)  # contexts, and with the queries
+    again = torch.cat([teacher(part) for part in batch.split(2)])
+    assert torch.equal(again, said)
+    assert len(read) == 8
+    plain, kept = (pair_objective(lm, Plain(), "LC", teacher=each)(0, batch) for each in (None, teacher))
+    assert_close((kept.total, kept.parts), (plain.total, plain.parts), rtol=1e-4, atol=1e-5)

@@ -20,7 +20,7 @@ def test_a_recipe_stands_behind_those_it_needs(profile):
     seen = {}
     for name, found in recipes(profile).items():
         for needed in (found.lm, found.start):
-            assert needed is None or needed in seen or profile.pairs.hub or found.window
+            assert needed is None or needed in seen or profile.pairs.hub or found.window is not None
         assert (found.lm is None) == found.is_model
         assert found.about
         assert found.time

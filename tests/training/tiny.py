@@ -14,12 +14,15 @@ from prosg_lib.config.sizes import (
     Evaluation,
     Forgetting,
     GeneratorSize,
+    LaterAdapterSize,
+    LaterPairSizes,
     Mamba2Size,
     OpenSizes,
     PairTraining,
     ProbeSize,
     RWKV4Config,
     RWKV7Config,
+    SharedPairTraining,
     StateSize,
     SuiteSizes,
     SupervisedSize,
@@ -32,6 +35,7 @@ STEPS = Training(steps=2, batch=2, lr=1e-2, facts=(1,), distances=(0,), warmup=1
 PAIRS = PairTraining(steps=2, batch=2, lr=1e-2, warmup=1)
 MAPS = ("att.output", "ffn.key")
 TALKS = ConversationTraining(steps=2, batch=2, lr=1e-2, facts=(1,), questions=2, warmup=1)
+SHARED = SharedPairTraining(steps=2, batch=3, lr=1e-2, warmup=1, queries=2)
 LATER = GeneratorSize(2, 8, ("o_proj", "down_proj"), layers=(1,))
 SMOKE = PROFILES["smoke"]
 STAGES = ("recurrent", "transformer", "reader", "adapter", "recurrent_adapter", "weights", "maps", "maps_after")
@@ -73,6 +77,7 @@ TINY = replace(
         STEPS,
     ),
     conversations=ConversationSizes(200, LATER, LATER, TALKS, TALKS),
+    later=LaterPairSizes(LaterAdapterSize(2, ("o_proj", "down_proj"), 1.0, (1,)), SHARED, SHARED),
     suite=SuiteSizes(*4 * (PairTraining(2, 2, 1e-3, warmup=1),), longest=150),
 )
 
