@@ -611,8 +611,8 @@ class LaterPairSizes:
     """
 
     adapter: LaterAdapterSize = LaterAdapterSize(32, _WRITTEN_MAPS, 300.0, tuple(range(22, 30)))
-    passages: SharedPairTraining = SharedPairTraining(800, 16, 2e-3, warmup=40)
-    people: SharedPairTraining = SharedPairTraining(300, 16, 2e-3, warmup=30)
+    passages: SharedPairTraining = SharedPairTraining(800, 16, 5e-4, warmup=40)
+    people: SharedPairTraining = SharedPairTraining(300, 16, 5e-4, warmup=30)
 
 
 @dataclass(frozen=True)

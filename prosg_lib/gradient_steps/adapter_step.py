@@ -80,12 +80,13 @@ class RatedAdapterStep(AdapterStep):
     Examples with the same contexts, such as several questions about a passage, share one step.
 
     Attributes:
-        log_rates: logarithms of the rates over `lr`, of U and of V, (maps, 2).
+        log_rates: logarithms of the rates over `lr`, of U and of V, (maps, 2). Those of V start low: a step of V is along
+            the context's own inputs, so it acts on a query's more than V itself does.
     """
 
     def __init__(self, lm: LanguageModel, rank: int, endings: tuple[str, ...], lr: float, second_order: bool = True):
         super().__init__(lm, rank, endings, lr, second_order)
-        self.log_rates = nn.Parameter(torch.zeros(len(self.names), 2))
+        self.log_rates = nn.Parameter(torch.tensor([1.0, 0.01]).log().repeat(len(self.names), 1))
 
     def optimiser_groups(self) -> list[dict]:
         """See `training.loop.groups_of`."""

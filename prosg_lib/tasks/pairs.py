@@ -36,8 +36,6 @@ _QUESTIONS = (
     "Question: Who bought the bakery?\nAnswer: Klara\nQuestion: When was the bakery opened?\nAnswer: 1962\n\n"
 )
 _CLOZE = (
-    "Mr. Brandt opened a bakery in Lund. In 1962 he sold it to his niece Klara, who still bakes there.\n"
-    "Complete from the passage:\nIn 1962 he sold it to his niece Klara\n\n"
     "The ferry to the island leaves from the old pier. It takes forty minutes when the sea is calm.\n"
     "Complete from the passage:\nThe ferry to the island leaves from the old pier\n\n"
 )

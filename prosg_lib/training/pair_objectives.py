@@ -105,8 +105,8 @@ def pair_objective(
 class KeptTeacher:
     """What a frozen model makes of pairs with the contexts in front: read once a pair, and kept.
 
-    Queries about the same contexts are read from the state after them. Each is read alone, so that no number depends on
-    the batch that a pair first came in.
+    Contexts are read from the state after what stands in front of all of them, and queries from the state after their
+    contexts. Each is read alone, so that no number depends on the batch that a pair first came in.
 
     Args:
         lm: reads on from a state without reading everything again (`CausalTransformer.with_kv_cache`).
@@ -116,7 +116,7 @@ class KeptTeacher:
 
     def __init__(self, lm: LanguageModel):
         self._lm = lm
-        self._state_after = lru_cache(4)(self._read)
+        self._state_after = lru_cache(8)(self._read)
         self._kept = lru_cache(self.KEPT)(self._answer)
 
     @torch.no_grad()
@@ -126,21 +126,24 @@ class KeptTeacher:
             (ids[here].tolist(), query[there].tolist(), int(answer.sum()))
             for ids, here, query, there, answer in zip(*batch.prompted, *batch.query, batch.answer, strict=True)
         )
-        return torch.cat([self._kept(*_in_two(*pair), pair[-1]) for pair in pairs])
+        return torch.cat([self._kept(_in_pieces(*pair), pair[-1]) for pair in pairs])
 
-    def _answer(self, front: tuple[int, ...], rest: tuple[int, ...], answer: int) -> Tensor:
-        ids = torch.tensor([rest[:-1]], device=next(self._lm.parameters()).device)
-        return self._lm.hidden_states(ids, self._state_after(front))[0, -answer:].clone()
+    def _answer(self, pieces: tuple[tuple[int, ...], ...], answer: int) -> Tensor:
+        hidden, _ = self._lm.step_through(self._ids(pieces[-1][:-1]), self._state_after(pieces[:-1]), None)
+        return hidden[0, -answer:].clone()
 
-    def _read(self, front: tuple[int, ...]) -> RecurrentState:
-        ids = torch.tensor([front], device=next(self._lm.parameters()).device)
-        return self._lm.step_through(ids, None, None)[1]
+    def _read(self, pieces: tuple[tuple[int, ...], ...]) -> RecurrentState | None:
+        if not pieces or not pieces[-1]:
+            return None
+        return self._lm.step_through(self._ids(pieces[-1]), self._state_after(pieces[:-1]), None)[1]
+
+    def _ids(self, tokens: tuple[int, ...]) -> Tensor:
+        return torch.tensor([tokens], device=next(self._lm.parameters()).device)
 
 
-def _in_two(prompted: list[int], query: list[int], answer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A prompt, cut behind its contexts: prompts about the same contexts are equal up to there. In front of the
-    contexts is what prompt and query both begin with."""
+def _in_pieces(prompted: list[int], query: list[int], answer: int) -> tuple[tuple[int, ...], ...]:
+    """A prompt as three pieces: what prompt and query both begin with; the contexts; the rest of the query."""
     pairs = zip(prompted, query[:-answer], strict=False)
     opening = next((i for i, (one, other) in enumerate(pairs) if one != other), 0)
     end = len(prompted) - len(query) + opening
-    return tuple(prompted[:end]), tuple(prompted[end:])
+    return tuple(prompted[:opening]), tuple(prompted[opening:end]), tuple(prompted[end:])

@@ -261,9 +261,10 @@ def test_a_teacher_that_is_kept(monkeypatch, opening):
     said = teacher(batch)
     where = batch.answer[:, -batch.answers :]
     assert_close(said, hidden_of(lm, batch.prompted)[:, -batch.answers :][where], rtol=1e-4, atol=1e-5)
-    assert (sum(read), len(read)) == (3, 8)  # contexts, and with the queries
+    # Two contexts and the token that the third has in common with its query; or two openings, and three contexts.
+    assert (sum(read), len(read)) == ((2, 2 + 3 + 5) if opening else (3, 3 + 1 + 5))
     again = torch.cat([teacher(part) for part in batch.split(2)])
     assert torch.equal(again, said)
-    assert len(read) == 8
+    assert len(read) == 10 - (not opening)
     plain, kept = (pair_objective(lm, Plain(), "LC", teacher=each)(0, batch) for each in (None, teacher))
     assert_close((kept.total, kept.parts), (plain.total, plain.parts), rtol=1e-4, atol=1e-5)
