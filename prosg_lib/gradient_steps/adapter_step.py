@@ -80,8 +80,8 @@ class RatedAdapterStep(AdapterStep):
     Examples with the same contexts, such as several questions about a passage, share one step.
 
     Attributes:
-        log_rates: logarithms of the rates over `lr`, of U and of V, (maps, 2). Those of V start low: a step of V is along
-            the context's own inputs, so it acts on a query's more than V itself does.
+        log_rates: logarithms of the rates over `lr`, of U and of V, (maps, 2). Those of V start at a hundredth: a step
+            of V is along the context's own inputs, and soon acts on a query's more than V itself does.
     """
 
     def __init__(self, lm: LanguageModel, rank: int, endings: tuple[str, ...], lr: float, second_order: bool = True):
