@@ -244,7 +244,6 @@ def test_what_a_step_on_passages_is_trained_on(monkeypatch):
     monkeypatch.setattr(work, "available", lambda task, profile: True)
     monkeypatch.setattr(work, "pairs_of", lambda *given: Fitted(passages, 0))
     monkeypatch.setattr(work, "prose_pairs", lambda kind, profile: practice)
-    losses = {}
     for objective in ("lc", "lg"):
         made = recipe(f"smollm2-step-squad-{objective}", TINY)
         torch.manual_seed(0)
@@ -255,17 +254,15 @@ def test_what_a_step_on_passages_is_trained_on(monkeypatch):
         batch = batch_of(0)
         assert len(batch) == 3
         assert torch.equal(batch.context.ids[0], batch.context.ids[1])
-        assert lm.tokenizer.decode(batch.query.ids[0][batch.query.valid[0]].tolist()).startswith(
-            form_of("squad").opening
-        )
-        losses[objective] = loss_of(0, batch)
-        assert_parts_add_up(loss_of, 0, batch, 2, module.parameters(), rtol=1e-4, atol=1e-6)
+        shown = lm.tokenizer.decode(batch.query.ids[0][batch.query.valid[0]].tolist())
+        assert shown.startswith(form_of("squad").opening)
         reference = pair_objective(lm, module, objective.upper())
-        expected = reference(0, batch)
-        assert_close(losses[objective].total, expected.total, rtol=1e-4, atol=1e-5)
-        assert_close(losses[objective].parts, expected.parts, rtol=1e-4, atol=1e-5)
-    assert losses["lc"].parts.keys() == {"gold", "entropy"}
-    assert losses["lg"].parts.keys() == {"gold"}
+        for step in (0, 1):
+            batch = batch_of(step)
+            found, expected = loss_of(step, batch), reference(step, batch)
+            assert_close((found.total, found.parts), (expected.total, expected.parts), rtol=1e-4, atol=1e-5)
+            assert_parts_add_up(loss_of, step, batch, 2, module.parameters(), rtol=1e-4, atol=1e-6)
+        assert found.parts.keys() == ({"gold", "entropy"} if objective == "lc" else {"gold"})
 
 
 FINAL = "rwkv4-dialogue-final"
