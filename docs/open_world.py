@@ -4,8 +4,9 @@ python docs/open_world.py                            # validation split; answers
 python docs/open_world.py levels natural             # only some parts
 python docs/open_world.py --split test --out data/measured
 
-A part is kept when it is complete: open_PART.jsonl.gz. All parts take about half an hour on one core. The
-static delta is not shipped: it is trained first, in ten minutes.
+A part is kept when it is complete: open_PART.jsonl.gz. All parts take about three quarters of an hour on
+one core. What is not shipped is trained first: the final-state generator in two hours, the static delta and the probe
+in half an hour.
 """
 
 import argparse

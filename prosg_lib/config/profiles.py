@@ -106,7 +106,7 @@ PROFILES = {
             GeneratorSize(8, 64, _MAPS),
             StateSize(8, 64, _MAPS, terms=8, term=16),
             ProbeSize(64),
-            *2 * (Training(20, 16, 4e-3, (3, 6), (0, 64), warmup=5),),
+            *3 * (Training(20, 16, 4e-3, (3, 6), (0, 64), warmup=5),),
             OpenStudy(
                 prompts=2,
                 fewer=2,

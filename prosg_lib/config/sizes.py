@@ -561,6 +561,7 @@ class OpenSizes:
         token, final: the generators; probe: of what a state holds.
         token_training: of all that is trained for a language model, on as many dialogues.
         static_training: of the static delta, which has next to nothing to learn.
+        probe_training: of the probe, which is asked for six facts of each of its prompts.
         study: what they are asked.
     """
 
@@ -572,6 +573,7 @@ class OpenSizes:
     probe: ProbeSize = ProbeSize(512)
     token_training: Training = Training(9000, 16, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
     static_training: Training = Training(1000, 16, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0, 0, 0, 64, 128, 256, 512))
+    probe_training: Training = Training(3000, 16, 2e-3, (2, 3, 6, 6, 6, 12, 24), (0,))
     study: OpenStudy = OpenStudy()
 
 

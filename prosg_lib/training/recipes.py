@@ -254,9 +254,9 @@ def _open_world(p: Profile) -> list[Recipe]:
                 "probe",
                 sizes.probe,
                 "open",
-                sizes.token_training,
+                sizes.probe_training,
                 lm,
-                time="30 min, CPU",
+                time="20 min, CPU",
             ),
             generator(
                 lm, "static", "control: one delta for all prompts", sizes.token, "10 min, CPU", sizes.static_training

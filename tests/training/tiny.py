@@ -75,6 +75,7 @@ TINY = replace(
         ProbeSize(8),
         STEPS,
         STEPS,
+        STEPS,
     ),
     conversations=ConversationSizes(200, LATER, LATER, TALKS, TALKS),
     later=LaterPairSizes(LaterAdapterSize(2, ("o_proj", "down_proj"), 1.0, (1,)), SHARED, SHARED),
