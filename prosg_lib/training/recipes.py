@@ -445,7 +445,7 @@ def _conversations(p: Profile) -> list[Recipe]:
             sizes.token,
             sizes.training,
             ConversationCurriculum(),
-            "6 h, CPU",
+            "2 h, CPU",
         ),
         generator(
             "static",
