@@ -11,9 +11,12 @@ otherwise: what is chosen on the test split means nothing there.
 
 import argparse
 import math
+from pathlib import Path
 
+from prosg_lib import files
 from prosg_lib.backbones.loading import load_model
 from prosg_lib.backbones.precision import in_fastest_precision
+from prosg_lib.errors import UserError
 from prosg_lib.evaluation import conversation_recall, predictions
 from prosg_lib.tasks import conversations
 from prosg_lib.text import chitchat
@@ -42,10 +45,11 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     chosen = options()
+    files.check_writable(Path(chosen.out).parent, "--out")
     lm = load_model(chosen.model, chosen.window or None)
     lm = in_fastest_precision(lm if chosen.window else lm.with_kv_cache()).requires_grad_(False)
-    files = {"token": chosen.generator, "static": chosen.static}
-    generators = {kind: load_generator(name, lm) for kind, name in files.items() if name}
+    trained = {"token": chosen.generator, "static": chosen.static}
+    generators = {kind: load_generator(name, lm) for kind, name in trained.items() if name}
     methods = [*PLAIN, *(WITH if chosen.generator else ()), *(("static",) if chosen.static else ())]
     methods = chosen.methods or methods
     said = conversations.of_people(chosen.split)[: chosen.prompts]
@@ -67,4 +71,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -12,7 +12,9 @@ in half an hour.
 import argparse
 from pathlib import Path
 
+from prosg_lib import files
 from prosg_lib.config import get_profile
+from prosg_lib.errors import UserError
 from prosg_lib.evaluation import open_recall, open_study, predictions
 
 
@@ -30,6 +32,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     chosen = options()
+    files.check_writable(chosen.out, "--out")
     profile = get_profile(chosen.profile)
     lm, generators = open_study.models(profile)
     for name in chosen.parts or open_study.PARTS:
@@ -45,4 +48,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -15,9 +15,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from prosg_lib import files
 from prosg_lib.backbones.loading import load_model
 from prosg_lib.config import get_profile
 from prosg_lib.config.sizes import TASKS
+from prosg_lib.errors import UserError
 from prosg_lib.evaluation import predictions
 from prosg_lib.evaluation.pair_evaluation import answered, difference, gap_recovered, passages_of, share
 from prosg_lib.gradient_steps.adapter_step import RatedAdapterStep
@@ -48,6 +50,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     chosen, profile = options(), get_profile("cpu")
+    files.check_writable(Path(chosen.out).parent, "--out")
     lm = load_model(chosen.model).to(distributed.device()).requires_grad_(False)
     trained = {Path(name).stem: load_generator(name, lm) for name in chosen.trained}
     methods = {"untrained": untrained(lm, list(trained.values()), profile, chosen.rate), **trained}
@@ -96,4 +99,7 @@ def table(rows: pd.DataFrame, trained: list[str], passages, paper: dict[str, flo
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -29,10 +29,7 @@ class PairBatch(Examples):
     Attributes:
         context: (B, n, C); one of the n contexts is the pair's own.
         query: (B, Q), query and answer.
-        prompted: (B, P), all contexts, one a line, then query and answer.
-
-    What stands in front of a query stands in front of the contexts of its prompt.
-
+        prompted: (B, P), all contexts, one a line, then query and answer; a form's opening stands in front of both.
         answer: (B, Q), True at the tokens of the answer and at the newline after it, if it has one.
     """
 
