@@ -1,8 +1,10 @@
-"""What a model with a window still answers about prompts as people write them, `data/natural_prompts.jsonl`.
+"""What a model with a window still answers about prompts that have left it: as people write them, and others.
 
 python docs/natural_prompts.py                                           # the plain model: in view, and gone
 python docs/natural_prompts.py --window 0 --methods base                 # everything in view
-python docs/natural_prompts.py --generator runs/cpu/checkpoints/smollm2-token.safetensors --distance 0 512 2048
+python docs/natural_prompts.py --generator smollm2-token --distance 0 512 2048
+python docs/natural_prompts.py --generator smollm2-token --about values          # open-world dialogues, new values
+python docs/natural_prompts.py --generator smollm2-token --about passages        # XQuAD's, in PROSG_TEST_DATA
 
 Every answer is kept in runs/natural_prompts.jsonl.gz (--out); then a table, and the perplexity of prose behind each
 prompt, and of conversation where chitchat-dataset is installed. The split is the validation one unless you say
@@ -11,11 +13,13 @@ otherwise: what is chosen on the test split means nothing there.
 
 import argparse
 import math
+from itertools import islice
 from pathlib import Path
 
 from prosg_lib import files
 from prosg_lib.backbones.loading import load_model
 from prosg_lib.backbones.precision import in_fastest_precision
+from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.evaluation import conversation_recall, predictions
 from prosg_lib.tasks import conversations
@@ -23,17 +27,19 @@ from prosg_lib.text import chitchat
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.training.checkpoints import load_generator
 
+WINDOW = 256  # tokens
 PLAIN, WITH = ("none", "base", "repeated"), ("prosg-token", "wrong", "alone", "wrong-alone")
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recall of natural prompts, by method and distance.")
     parser.add_argument("--model", default="smollm2", help="as load_model takes it (default: smollm2)")
-    parser.add_argument("--window", type=int, default=256, help="tokens that it sees; 0: all (default: 256)")
+    parser.add_argument("--window", type=int, default=WINDOW, help="tokens that it sees; 0: all (default: 256)")
     parser.add_argument("--generator", help="token-wise: a shipped name or a file")
     parser.add_argument("--static", help="the control: a shipped name or a file")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
-    parser.add_argument("--prompts", type=int, help="only so many (default: all)")
+    parser.add_argument("--about", default="natural", choices=conversations.SOURCES, help="(default: natural)")
+    parser.add_argument("--prompts", type=int, default=120, help="at most (default: 120)")
     parser.add_argument("--distance", type=int, nargs="+", default=[0, 512], help="tokens of filler (default: 0 512)")
     parser.add_argument("--filler", default="prose", choices=("prose", "conversation"), help="(default: prose)")
     parser.add_argument("--methods", nargs="+", help="default: all that the generators allow")
@@ -52,15 +58,20 @@ def main() -> None:
     generators = {kind: load_generator(name, lm) for kind, name in trained.items() if name}
     methods = [*PLAIN, *(WITH if chosen.generator else ()), *(("static",) if chosen.static else ())]
     methods = chosen.methods or methods
-    said = conversations.of_people(chosen.split)[: chosen.prompts]
     texts = {"prose": load_prose()}
     if chosen.filler == "conversation" or chitchat.source():
         texts["conversation"] = chitchat.load_conversations()
     texts = {kind: ProseTokens.of(text, chosen.split, lm.needed_tokenizer()) for kind, text in texts.items()}
 
     form = conversations.chat(lm.needed_tokenizer()) if chosen.chat else conversations.READING
+    tokenizer = lm.needed_tokenizer()
+    found = conversations.load(chosen.about, chosen.split, tokenizer, get_profile("cpu"))
+    if chosen.about == "passages":  # a plain model has to see the examples and the passage at once
+        room = WINDOW - len(tokenizer.encode(conversations.READING.opening))
+        found = (one for one in found if conversations.fits(one, tokenizer, conversations.READING, room))
+    said = list(islice(found, chosen.prompts))
     rows = conversation_recall.answers(lm, generators, methods, said, texts[chosen.filler], chosen.distance, form)
-    predictions.write_rows(chosen.out, rows.assign(filler=chosen.filler).to_dict("records"))
+    predictions.write_rows(chosen.out, rows.assign(about=chosen.about, filler=chosen.filler).to_dict("records"))
     print(conversation_recall.table(conversation_recall.judged(rows)).round(3).to_markdown(index=False))
     for method in methods if chosen.prose else ():
         for kind, text in texts.items():

@@ -24,16 +24,18 @@ Glossary of shapes: B prompts, P tokens of a prompt, Q questions each, T tokens 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import count, groupby
 
 import torch
 from torch import Tensor
 
+from prosg_lib.config import Profile
 from prosg_lib.errors import UserError
 from prosg_lib.tasks.examples import Examples
-from prosg_lib.tasks.open_world import OpenWorld, Shape, natural_prompts
+from prosg_lib.tasks.open_world import OpenWorld, Shape, load_open_world, natural_prompts
+from prosg_lib.tasks.pair_sources import pairs_of
 from prosg_lib.tasks.pairs import Pair
 from prosg_lib.text.chat_template import BEGUN, format_of
 from prosg_lib.text.padding import left_padded, right_padded
@@ -99,6 +101,29 @@ def of_people(split: str) -> list[Conversation]:
     ]
 
 
+SOURCES = ("natural", "known", "values", "slots", "all", "passages")
+"""What can be asked about: prompts as people write them; open-world dialogues by what is new in them
+(`open_wording.LEVELS`); passages with SQuAD's questions."""
+
+_FACTS = 5  # that an open-world prompt states, all of them asked about
+
+
+def load(source: str, split: str, tokenizer: Tokenizer, profile: Profile) -> Iterator[Conversation]:
+    """Conversations of one of `SOURCES`, in a fixed order; those of the open world do not end.
+
+    Raises:
+        UserError: unknown source, or this machine does not have its data.
+    """
+    if source not in SOURCES:
+        raise UserError(f"unknown source {source!r}; there are {', '.join(SOURCES)}")
+    if source == "natural":
+        return iter(of_people(split))
+    if source == "passages":
+        return iter(of_pairs(pairs_of("squad", split, profile, tokenizer).pairs))
+    data = load_open_world(source, split, 0, tokenizer)
+    return (of_open_world(data, number, Shape(_FACTS, 0, _FACTS)) for number in count())
+
+
 # Forms
 
 
@@ -135,6 +160,13 @@ def chat(tokenizer: Tokenizer) -> Form:
         lambda text: written.question(text, BEGUN),
         lambda text: written.answered("", lead + text, BEGUN),
     )
+
+
+def fits(said: Conversation, tokenizer: Tokenizer, form: Form, room: int) -> bool:
+    """Whether the prompt and any one of its questions, answered, are at most so many tokens."""
+    encode = tokenizer.encode
+    turns = (len(encode(form.question(q.text))) + len(encode(form.answer(q.answers[0]))) for q in said.questions)
+    return len(encode(form.prompt(said.prompt))) + max(turns) <= room
 
 
 # Batches
@@ -226,7 +258,7 @@ class ConversationDraw:
             asked = rng.sample(drawn.questions, min(self.questions, len(drawn.questions)))
             number += 1
             drawn = replace(drawn, questions=tuple(asked))
-            if self._fits(drawn, form):
+            if fits(drawn, self.world.tokenizer, form, self.longest):
                 found.append(drawn)
         texts = [self.world.prose, self.talk or self.world.prose]
         prose = [texts[i % 2].passage(self.passage, rng) for i in range(len(found))]
@@ -248,8 +280,3 @@ class ConversationDraw:
             shape = Shape(rng.choice((1, 2)), 0, 1)
         first = step * 4 * self.batch  # enough numbers, even if some prompts are too long
         return lambda number: of_open_world(world, first + number, shape)
-
-    def _fits(self, drawn: Conversation, form: Form) -> bool:
-        encode = self.world.tokenizer.encode
-        turns = (len(encode(form.question(q.text))) + len(encode(form.answer(q.answers[0]))) for q in drawn.questions)
-        return len(encode(form.prompt(drawn.prompt))) + max(turns) <= self.longest

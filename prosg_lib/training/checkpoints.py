@@ -88,6 +88,27 @@ def header_of(meta: dict, path: Path) -> Header:
     return read_as(Header, meta, f"{path} is of another version (remove it, and it is trained again)")
 
 
+_STEP = "/step"  # ends the name of the steps of a matrix in 8 bits; no parameter's name has a slash
+
+
+def in_eight_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors with every matrix rounded to 8 bits, in steps of 1/127 of a row's largest number."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            step = (tensor.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+            found[name] = (tensor.float() / step).round().to(torch.int8)
+            found[name + _STEP] = step
+    return found
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """`files.load_tensors`, with matrices in 8 bits multiplied out."""
+    tensors, meta = files.load_tensors(path)
+    steps = {name.removesuffix(_STEP): tensors.pop(name) for name in [*tensors] if name.endswith(_STEP)}
+    return tensors | {name: tensors[name] * step for name, step in steps.items() if name in tensors}, meta
+
+
 def _maps(size: GeneratorSize | LaterAdapterSize, lm: LanguageModel) -> tuple[str, ...]:
     """Endings of the names of the maps that a generator or adapter changes, or the names of those in its layers."""
     if not size.layers:
@@ -238,7 +259,7 @@ def load_generator(name: str, lm: LanguageModel) -> Generator:
             model.
     """
     path = generator_file(name)
-    tensors, meta = files.load_tensors(path)
+    tensors, meta = read(path)
     if meta.get("kind") != "generator":
         raise UserError(f"{path} holds a {meta.get('kind', 'file of unknown kind')}, not a generator")
     record = header_of(meta, path).record

@@ -24,7 +24,7 @@ from prosg_lib.config.sizes import Sizes
 from prosg_lib.errors import UserError
 from prosg_lib.text.tokenizer import load_tokenizer
 from prosg_lib.training import distributed
-from prosg_lib.training.checkpoints import VERSION, built, header_of, kept, new_module, retraining, shipped
+from prosg_lib.training.checkpoints import VERSION, built, header_of, kept, new_module, read, retraining, shipped
 from prosg_lib.training.loop import fit
 from prosg_lib.training.recipes import GRADIENT_STEPS, Recipe, checkpoint_name, recipe, recipes
 from prosg_lib.training.work import check_data, course_of, data_of, steps_of, texts_of, work
@@ -174,7 +174,7 @@ def _found(places: list[Path], record: dict, name: str, since: str | None) -> tu
     for path in dict.fromkeys(places):
         if not path.exists():
             continue
-        tensors, meta = files.load_tensors(path)
+        tensors, meta = read(path)
         header = header_of(meta, path)
         if since and header.provenance.get("retraining") != since:
             continue
