@@ -33,11 +33,11 @@ def test_what_it_measures_and_keeps(monkeypatch, tmp_path, capsys, more):
     monkeypatch.setattr(chitchat, "source", lambda: "talk 1.0" if more else None)
     monkeypatch.setattr(chitchat, "load_conversations", lambda: talk)
     monkeypatch.setattr(recall, "answers", lambda *given: filler.append(given[4]) or answers(*given))
-    out = tmp_path / "answers.jsonl.gz"
+    out = tmp_path / "answers"
     given = ["--generator", "token", "--prompts", "2", "--distance", "0", "--prose", "8", "--out", str(out), *more]
     monkeypatch.setattr(sys, "argv", ["natural_prompts.py", *given])
     runpy.run_path(str(SCRIPT), run_name="__main__")
-    shown, rows = capsys.readouterr().out, pd.read_json(out, lines=True)
+    shown, rows = capsys.readouterr().out, pd.read_json(f"{out}.jsonl.gz", lines=True)
     methods = ["none", "base", "repeated", "prosg-token", "wrong", "alone", "wrong-alone"]
     assert rows.method.tolist() == [method for method in methods for _ in range(2)]
     assert rows.predicted.map(len).tolist() == rows.gold.map(len).tolist()
@@ -49,3 +49,7 @@ def test_what_it_measures_and_keeps(monkeypatch, tmp_path, capsys, more):
         assert f"perplexity of prose, {method}: " in shown
         assert (f"perplexity of conversation, {method}: " in shown) == bool(more)
     assert (f"perplexity of conversation: not measured; {chitchat.INSTALL}" in shown) == (not more)
+    losses = pd.read_json(f"{out}_losses.jsonl.gz", lines=True)
+    assert losses.method.tolist() == [method for method in methods for _ in range(2 if more else 1)]
+    assert losses.losses.map(len).eq(2).all()
+    assert losses.losses.map(min).gt(0).all()

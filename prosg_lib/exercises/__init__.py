@@ -25,6 +25,7 @@ MODULES = {
     7: ("gradient_as_prompt",),
     8: ("pretrained_models",),
     9: ("reproduction_report",),
+    10: ("others_models",),
 }
 """By the notebook's number."""
 
