@@ -10,6 +10,7 @@ import pytest
 
 from prosg_lib import checksums, files, paths
 from prosg_lib.backbones import hub_recurrent
+from prosg_lib.reproduction import notebook_files
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_the_page_about_files_names_what_the_code_does():
 def test_every_notebook_is_in_the_table(text):
     """In their order."""
     listed = re.findall(r"\(notebooks/(\w+)\.ipynb\) \|", text)
-    assert listed == sorted(path.stem for path in paths.notebooks_dir().glob("*.ipynb"))
+    assert listed == [path.stem for path in notebook_files.course()]
 
 
 def test_numbers_are_filled_in(text):

@@ -18,18 +18,21 @@ REQUIRED_PARAMETERS = ("profile", "seed")
 FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.DOTALL | re.MULTILINE)
 """Code within Markdown."""
 
+_REPORT = "_reproduction_report"
+
 KERNEL_START_S = 300
 CELL_S = 12 * 3600
 """The longest that a cell may take: more than any training of a shipped profile takes on two cores, or a download."""
 
 
 def course() -> list[Path]:
-    """The course's notebooks in the order of their numbers, 06 before 06b.
+    """The course's notebooks in the order of their numbers, 06 before 06b; the report on all of them comes last.
 
     Raises:
         UserError: there are none.
     """
-    found = sorted(paths.notebooks_dir().glob("[0-9][0-9]*_*.ipynb"))
+    found = paths.notebooks_dir().glob("[0-9][0-9]*_*.ipynb")
+    found = sorted(found, key=lambda path: (path.stem.endswith(_REPORT), path.stem))
     if not found:
         raise UserError(f"{paths.notebooks_dir()} holds no notebook named like 00_tour.ipynb; restore the checkout.")
     return found
