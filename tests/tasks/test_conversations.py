@@ -1,13 +1,15 @@
 """Conversations: what is asked has its answer in the prompt, in the model's own format, and fits the window."""
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 from families import TEMPLATE, talking
 
+from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.tasks import conversations
-from prosg_lib.tasks.conversations import Conversation, ConversationDraw, Question, conversation_batch
+from prosg_lib.tasks.conversations import READING, Conversation, ConversationDraw, Question, conversation_batch
 from prosg_lib.tasks.open_wording import Level
 from prosg_lib.tasks.open_world import OpenWorld, Shape, natural_prompts
 from prosg_lib.tasks.pairs import Pair
@@ -123,6 +125,35 @@ def test_a_prompt_that_does_not_fit_is_not_drawn(world):
     assert replace(draw, sources={"passages": [long, short]})(3).prompt.shape[1] < 20
     with pytest.raises(UserError, match=r"hardly any prompt of kind 'passages' fits into 150 tokens .* larger window"):
         replace(draw, sources={"passages": [long]})(3)
+
+
+@pytest.mark.parametrize("source", ["values", "slots", "natural"])
+def test_what_is_asked_about_by_name(source):
+    """Of the split that is named, the same at every call; a prompt of the open world states five facts, all asked."""
+    tokenizer, cpu = talking().tokenizer, get_profile("cpu")
+    first, again = (list(islice(conversations.load(source, "validation", tokenizer, cpu), 3)) for _ in range(2))
+    assert first == again
+    assert len({c.prompt for c in first}) == 3
+    assert first != list(islice(conversations.load(source, "test", tokenizer, cpu), 3))
+    if source != "natural":
+        assert all(len(c.questions) == 5 for c in first)
+    for conversation in first:
+        used = [
+            len(tokenizer.encode(READING.question(q.text) + READING.answer(q.answers[0])))
+            for q in conversation.questions
+        ]
+        needed = len(tokenizer.encode(READING.prompt(conversation.prompt))) + max(used)
+        assert conversations.fits(conversation, tokenizer, READING, needed + 2)  # a token more, where two texts meet
+        assert not conversations.fits(conversation, tokenizer, READING, needed - 3)
+
+
+def test_passages_are_there_where_their_data_are(monkeypatch):
+    given = talking().tokenizer, get_profile("cpu")
+    monkeypatch.delenv("PROSG_TEST_DATA", raising=False)
+    with pytest.raises(UserError, match="data of squad are not here"):
+        conversations.load("passages", "validation", *given)
+    with pytest.raises(UserError, match="unknown source 'poems'; there are natural, known"):
+        conversations.load("poems", "validation", *given)
 
 
 def test_the_projects_tokenizer_is_untouched():
