@@ -2,7 +2,7 @@
 
 python data/ship.py rwkv7-open rwkv7-open-token     # a language model, and what was trained for it
 python data/ship.py rwkv7-open-static               # later: for the language model as it was trained
-python data/ship.py --eight smollm2-token           # large matrices: 8 bits, with one scale a row
+python data/ship.py --eight smollm2-token           # matrices in 8 bits
 
 A rounded language model is another one, and what was trained for it is written down as the rounded one's. So measure
 after shipping. The provenance says how numbers are stored. Then run data/cards.py and `python data/build.py manifest`.

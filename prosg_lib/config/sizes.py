@@ -322,10 +322,10 @@ class ConversationCurriculum(Sizes):
 
     may_be_zero = ("easy", "teacher", "local", "locality")
 
-    easy: float = 0.15
+    easy: float = 0.225
     teacher: float = 0.0
     local: float = 0.6
-    locality: float = 1.0
+    locality: float = 4.0
     passage: int = 32
 
     def __post_init__(self):
@@ -595,8 +595,8 @@ class ConversationSizes:
     window: int = 256
     token: GeneratorSize = _LATER_MAPS
     static: GeneratorSize = _LATER_MAPS
-    training: ConversationTraining = ConversationTraining(3000, 8, 4e-4, (1, 2, 3, 4, 6), 4)
-    static_training: ConversationTraining = ConversationTraining(400, 8, 1e-2, (1, 2, 3, 4, 6), 4, 30)
+    training: ConversationTraining = ConversationTraining(2000, 8, 4e-4, (1, 2, 3, 4, 6), 4)
+    static_training: ConversationTraining = ConversationTraining(150, 8, 1e-2, (1, 2, 3, 4, 6), 4, 15)
 
 
 _WRITTEN_MAPS = ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")

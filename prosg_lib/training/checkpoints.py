@@ -92,11 +92,13 @@ _STEP = "/step"  # ends the name of the steps of a matrix in 8 bits; no paramete
 
 
 def in_eight_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors with every matrix rounded to 8 bits, in steps of 1/127 of a row's largest number."""
+    """A checkpoint's tensors with every matrix rounded to 8 bits, in steps of 1/127 of the largest number in a row, or in
+    a column where there are fewer of them."""
     found = dict(tensors)
     for name, tensor in tensors.items():
         if tensor.ndim == 2:
-            step = (tensor.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+            along = 1 if len(tensor) <= tensor.shape[1] else 0
+            step = (tensor.float().abs().amax(along, keepdim=True) / 127).clamp(min=1e-30)
             found[name] = (tensor.float() / step).round().to(torch.int8)
             found[name + _STEP] = step
     return found

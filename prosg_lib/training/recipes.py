@@ -454,7 +454,7 @@ def _conversations(p: Profile) -> list[Recipe]:
             sizes.static,
             sizes.static_training,
             ConversationCurriculum(),
-            "40 min, CPU",
+            "10 min, CPU",
         ),
     ]
 

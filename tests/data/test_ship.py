@@ -49,7 +49,7 @@ def test_a_model_and_its_generator(folders):
 
 
 def test_matrices_in_eight_bits(folders):
-    """A third fewer bytes than in 16 at least; each number is off by half a step of its row, and vectors by nothing."""
+    """A third fewer bytes than in 16 at least; each number is off by half a step at most, and vectors by nothing."""
     trained, shipped = folders
     ship.ship(MODEL, trained / f"{MODEL}.safetensors")
     ship.ship(STATIC, trained / f"{STATIC}.safetensors", eight=True)
@@ -60,7 +60,8 @@ def test_matrices_in_eight_bits(folders):
     generator = load_generator(str(file), lm).state_dict()
     assert generator.keys() == kept.keys()
     for name, tensor in kept.items():
-        largest = tensor.float().abs().amax(-1, keepdim=True)
+        tall = tensor.ndim == 2 and len(tensor) > tensor.shape[1]
+        largest = tensor.float().abs().amax(0 if tall else -1, keepdim=True)
         bound = largest / 127 * 0.501 if tensor.ndim == 2 else 0 * largest
         assert ((generator[name] - tensor.float()).abs() <= bound).all()
 
