@@ -13,7 +13,6 @@ import json
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import jinja2
@@ -24,7 +23,7 @@ from prosg_lib.errors import UserError
 from prosg_lib.reproduction import ledger, links
 from prosg_lib.tasks import open_world
 from prosg_lib.training.checkpoints import header_of
-from prosg_lib.training.recipes import Recipe, checkpoint_name, recipe, recipes
+from prosg_lib.training.recipes import Recipe, recipes
 
 CHECKPOINTS, CROISSANT = "checkpoints", "croissant.json"
 PROFILE = get_profile("cpu")
@@ -76,14 +75,16 @@ def card(path: Path) -> str:
     from safetensors import safe_open
 
     header = header_of(files.load_meta(path), path)
-    made, changes = _variant(path.stem, header.record)
+    record, provenance = header.record, header.provenance
+    made = recipes(PROFILE).get(record.recipe)
+    if made is None or made.name != path.stem:
+        raise UserError(f"{path.stem} is of the recipe {record.recipe!r}; a shipped file has its recipe's name")
     with safe_open(path, framework="pt") as opened:
         slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118
         weights = sum(_product(one.get_shape()) for one in slices)
         (dtype,) = {one.get_dtype() for one in slices}
-    provenance, record = header.provenance, header.record
     facts = {
-        "recipe": f"`{made.name}`" + (f" with {_settings(changes)}" if changes else ""),
+        "recipe": f"`{made.name}`",
         "module": _settings(record.module),
         "for": f"[`{made.lm}`]({made.lm}.md), fingerprint `{record.lm}`" if made.lm else None,
         "data": DATA[made.data].format(hash=record.data)
@@ -95,7 +96,6 @@ def card(path: Path) -> str:
         "versions": ", ".join(f"{n} {v}" for n, v in provenance["versions"].items() if v != "unknown"),
         "commit": f"`{provenance['commit']}`",
     }
-    options = "".join(f" --set {key}={_text(value)}" for key, value in changes.items())
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return environment.from_string(files.read_text(Path(__file__).with_name("card.md.jinja"))).render(
         name=path.stem,
@@ -108,33 +108,13 @@ def card(path: Path) -> str:
         record=record,
         facts={key: value for key, value in facts.items() if value not in (None, "")},
         code=_code(path.stem, made),
-        command=f"prosg train {made.name}{options} --retrain",
+        command=f"prosg train {made.name} --retrain",
         rows=list(_measured(path.stem)),
     )
 
 
 def _talk(provenance: dict) -> str:
     return f", and conversations of {provenance['conversations']}" if "conversations" in provenance else ""
-
-
-def _variant(name: str, record) -> tuple[Recipe, dict]:
-    """The recipe of a checkpoint, and the settings in which this one differs from it."""
-    if record.recipe not in recipes(PROFILE):
-        raise UserError(f"{name} is of the recipe {record.recipe!r}, which is not in the table")
-    plain, changes = recipe(record.recipe, PROFILE), {}
-    for part, settings in (("size", record.module), ("training", record.training), ("curriculum", record.course)):
-        own = asdict(getattr(plain, part)) if getattr(plain, part) else {}
-        for key, value in own.items():
-            before = json.loads(json.dumps(value))
-            if before != settings[key] and (part, key, before) != ("training", "steps", 0):  # 0: as the epoch has
-                changes[f"{part}.{key}"] = settings[key]
-    if "training.steps" in changes:
-        shorter = recipe(record.recipe, PROFILE, {"training.steps": changes["training.steps"]})
-        if shorter.training.warmup == changes.get("training.warmup"):
-            del changes["training.warmup"]  # which follows from the steps
-    if checkpoint_name(record.recipe, PROFILE, record.seed, changes) != name:
-        raise UserError(f"{name} is not what its record says: {record.recipe} with {changes}; train it again")
-    return plain, changes
 
 
 def _measured(name: str) -> Iterator[tuple[str, str, str]]:

@@ -517,13 +517,13 @@ def test_a_model_of_another_class_or_tokenizer_gets_what_a_recipe_makes(place, t
 SHIPPED = sorted(path.stem for path in (paths.data_dir() / "checkpoints").glob("*.safetensors"))
 FINGERPRINTS = {
     "rwkv4-dialogue": "b0b08865b6d7ffb7",
-    "mamba2-dialogue": "eb73e910bb229db8",
-    "llama-pairs": "50bfe4ffde1f1606",
+    "mamba2-dialogue": "a15832882040b1d9",
+    "llama-pairs": "1a640431588bc718",
 }
 CPU = get_profile("cpu")
 
 
-@pytest.mark.parametrize("name", [name for name in recipes(CPU) if name in SHIPPED])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_what_is_shipped_still_loads(tmp_path, no_training, monkeypatch, name):
     """The records are those that training now would write, and models have the weights that they were shipped with."""
     monkeypatch.setenv("PROSG_RUNS", str(tmp_path))
@@ -531,13 +531,3 @@ def test_what_is_shipped_still_loads(tmp_path, no_training, monkeypatch, name):
     assert module.checkpoint.parent == paths.data_dir() / "checkpoints"
     if name in FINGERPRINTS:
         assert module.fingerprint() == FINGERPRINTS[name]
-
-
-def test_every_shipped_file_is_of_a_recipe():
-    """Its record reads, and its name is the one of that recipe and seed, perhaps changed."""
-    for stem in SHIPPED:
-        path = checkpoints.shipped(stem)
-        record = checkpoints.header_of(files.load_meta(path), path).record
-        assert stem.startswith(record.recipe)
-        assert record.recipe in recipes(CPU)
-        assert stem.endswith(f"-seed{record.seed}") == bool(record.seed)
