@@ -92,8 +92,8 @@ _STEP = "/step"  # ends the name of the steps of a matrix in 8 bits; no paramete
 
 
 def in_eight_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors with every matrix rounded to 8 bits, in steps of 1/127 of the largest number in a row, or in
-    a column where there are fewer of them."""
+    """A checkpoint's tensors with every matrix rounded to 8 bits, in steps of 1/127 of a row's largest number, or a
+    column's where there are fewer of these."""
     found = dict(tensors)
     for name, tensor in tensors.items():
         if tensor.ndim == 2:
