@@ -22,7 +22,7 @@ from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.reproduction import ledger, links
 from prosg_lib.tasks import open_world
-from prosg_lib.training.checkpoints import header_of
+from prosg_lib.training.checkpoints import STEP, header_of
 from prosg_lib.training.recipes import Recipe, recipes
 
 CHECKPOINTS, CROISSANT = "checkpoints", "croissant.json"
@@ -56,6 +56,8 @@ MEASURED = {
 }
 """The claims that are about a checkpoint: (notebook, claim), of the profile cpu."""
 
+DTYPES = {"I8": "int8", "F16": "float16", "F32": "float32"}
+
 DATA = {
     "dialogues": "constructed dialogues, training split (hash `{hash}`)",
     "open": "dialogues of the open world, training split (hash `{hash}`)",
@@ -80,17 +82,18 @@ def card(path: Path) -> str:
     if made is None or made.name != path.stem:
         raise UserError(f"{path.stem} is of the recipe {record.recipe!r}; a shipped file has its recipe's name")
     with safe_open(path, framework="pt") as opened:
-        slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118
+        slices = [opened.get_slice(name) for name in opened.keys() if not name.endswith(STEP)]
         weights = sum(_product(one.get_shape()) for one in slices)
-        (dtype,) = {one.get_dtype() for one in slices}
+        dtypes = {one.get_dtype() for one in slices}
     facts = {
         "recipe": f"`{made.name}`",
         "module": _settings(record.module),
-        "for": f"[`{made.lm}`]({made.lm}.md), fingerprint `{record.lm}`" if made.lm else None,
+        "for": f"{_model(made.lm)}, fingerprint `{record.lm}`" if made.lm else None,
         "data": DATA[made.data].format(hash=record.data)
         + f"; {PROSE[provenance['prose']]} as prose{_talk(provenance)}",
         "training": _settings(record.training),
         "course": _settings(record.course),
+        "but": provenance.get("schedule"),
         "seed": record.seed,
         "device": f"{provenance['device']}, {provenance['seconds'] / 60:.1f} minutes",
         "versions": ", ".join(f"{n} {v}" for n, v in provenance["versions"].items() if v != "unknown"),
@@ -102,7 +105,7 @@ def card(path: Path) -> str:
         license=_license(),
         about=made.about[:1].upper() + made.about[1:],
         weights=weights,
-        dtype={"F32": "float32", "F16": "float16"}[dtype],
+        dtype=" and ".join(name for key, name in DTYPES.items() if key in dtypes),
         bytes=path.stat().st_size,
         lm=made.lm,
         record=record,
@@ -138,6 +141,11 @@ def _code(name: str, made: Recipe) -> str:
         f'import prosg_lib as prosg\n\nlm = prosg.load_model("{made.lm}"{window})\n'
         f'generator = prosg.load_generator("{name}", lm)'
     )
+
+
+def _model(name: str) -> str:
+    """A model by name, with a link to its card if it is shipped."""
+    return f"[`{name}`]({name}.md)" if name in recipes(PROFILE) else f"`{name}`"
 
 
 def _settings(settings: dict) -> str:

@@ -88,7 +88,7 @@ def header_of(meta: dict, path: Path) -> Header:
     return read_as(Header, meta, f"{path} is of another version (remove it, and it is trained again)")
 
 
-_STEP = "/step"  # ends the name of the steps of a matrix in 8 bits; no parameter's name has a slash
+STEP = "/step"  # ends the name of the steps of a matrix in 8 bits; no parameter's name has a slash
 
 
 def in_eight_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,14 +100,14 @@ def in_eight_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             along = 1 if len(tensor) <= tensor.shape[1] else 0
             step = (tensor.float().abs().amax(along, keepdim=True) / 127).clamp(min=1e-30)
             found[name] = (tensor.float() / step).round().to(torch.int8)
-            found[name + _STEP] = step
+            found[name + STEP] = step
     return found
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """`files.load_tensors`, with matrices in 8 bits multiplied out."""
     tensors, meta = files.load_tensors(path)
-    steps = {name.removesuffix(_STEP): tensors.pop(name) for name in [*tensors] if name.endswith(_STEP)}
+    steps = {name.removesuffix(STEP): tensors.pop(name) for name in [*tensors] if name.endswith(STEP)}
     return tensors | {name: tensors[name] * step for name, step in steps.items() if name in tensors}, meta
 
 
