@@ -82,7 +82,7 @@ def card(path: Path) -> str:
     if made is None or made.name != path.stem:
         raise UserError(f"{path.stem} is of the recipe {record.recipe!r}; a shipped file has its recipe's name")
     with safe_open(path, framework="pt") as opened:
-        slices = [opened.get_slice(name) for name in opened.keys() if not name.endswith(STEP)]
+        slices = [opened.get_slice(name) for name in opened.keys() if not name.endswith(STEP)]  # noqa: SIM118
         weights = sum(_product(one.get_shape()) for one in slices)
         dtypes = {one.get_dtype() for one in slices}
     facts = {
