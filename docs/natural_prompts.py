@@ -30,14 +30,15 @@ from prosg_lib.text import chitchat
 from prosg_lib.text.prose import ProseTokens, load_prose
 from prosg_lib.training.checkpoints import load_generator
 
-WINDOW = 256  # tokens
+PROFILE = get_profile("cpu")
+WINDOW = PROFILE.conversations.window
 PLAIN, WITH = ("none", "base", "repeated"), ("prosg-token", "wrong", "alone", "wrong-alone")
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recall of prompts that have left a window, by method and distance.")
     parser.add_argument("--model", default="smollm2", help="as load_model takes it (default: smollm2)")
-    parser.add_argument("--window", type=int, default=WINDOW, help="tokens that it sees; 0: all (default: 256)")
+    parser.add_argument("--window", type=int, default=WINDOW, help=f"tokens that it sees; 0: all (default: {WINDOW})")
     parser.add_argument("--generator", help="token-wise: a shipped name or a file")
     parser.add_argument("--static", help="the control: a shipped name or a file")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
@@ -55,7 +56,7 @@ def options() -> argparse.Namespace:
 def said_of(chosen: argparse.Namespace, lm: LanguageModel) -> list[Conversation]:
     """What is asked about. A plain model has to see a passage, the examples and the question at once."""
     tokenizer = lm.needed_tokenizer()
-    found = conversations.load(chosen.about, chosen.split, tokenizer, get_profile("cpu"))
+    found = conversations.load(chosen.about, chosen.split, tokenizer, PROFILE)
     if chosen.about == "passages":
         room = WINDOW - len(tokenizer.encode(READING.opening))
         found = (one for one in found if conversations.fits(one, tokenizer, READING, room))

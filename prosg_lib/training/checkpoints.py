@@ -286,12 +286,8 @@ def generator_file(name: str) -> Path:
     return Path(name) if name.endswith(".safetensors") else shipped(name)
 
 
-_BEGUN = ("smollm2-token",)
-"""Shipped generators that are not trained far enough for a chat (docs/smollm2.md); they are used when named."""
-
-
 def own_generator(model: str) -> str | None:
     """The name of the token-wise generator that is shipped with a shipped model; None where there is none."""
     own = f"{model}-token"
     named = Path(model).name == model and not Path(model).exists()
-    return own if named and own not in _BEGUN and generator_file(own).is_file() else None
+    return own if named and shipped(model).is_file() and generator_file(own).is_file() else None

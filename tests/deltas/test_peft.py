@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 VOCAB = 2048  # the project's tokenizer's
-CLOSE = {"rtol": 1e-5, "atol": 3e-5}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 KINDS = ("rwkv4", "llama", "gpt2")
 IDS = ids_of(2, 9)
 
@@ -175,13 +175,14 @@ def written_by_peft(model, folder, **config):
     ],
 )
 def test_we_load_what_peft_writes(pair, tmp_path, kind, config):
-    """Ranks and scales of every map as PEFT has them, by its own logits."""
+    """Ranks and scales of every map as PEFT has them, by its own logits; in float64, because float32 rounds either by
+    nearly the tolerance."""
     lm, theirs = pair(kind)
     plain = theirs(IDS).logits
-    model = written_by_peft(theirs, tmp_path / "adapter", **config)
+    model = written_by_peft(theirs, tmp_path / "adapter", **config).double()
     found = model(input_ids=IDS).logits
     delta = LowRankDelta.load_peft(tmp_path / "adapter", lm)
-    assert_close(ours(lm, delta), found, **CLOSE)
+    assert_close(ours(lm.double(), delta), found, **CLOSE)
     assert (found - plain).abs().max() > 0.1
     assert delta.batch == 1
 

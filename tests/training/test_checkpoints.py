@@ -67,5 +67,6 @@ def test_a_models_own_generator():
     assert own_generator("rwkv4-dialogue") == "rwkv4-dialogue-token"
     assert own_generator("mamba2-dialogue") == "mamba2-dialogue-token"
     assert own_generator("rwkv4-suite-adapter") is None
+    assert own_generator("smollm2") is None  # a model that others trained; whoever wants its generator names it
     assert own_generator(str(paths.data_dir() / "checkpoints" / "rwkv4-dialogue.safetensors")) is None
     assert own_generator("owner/rwkv4-dialogue") is None
