@@ -243,13 +243,17 @@ def croissant() -> str:
                 "One prompt with questions about it.",
                 {
                     "id": "of the prompt",
-                    "split": "validation or test; none is for training",
-                    "kind": "system prompt, instructions, notes, persona, story or correction",
+                    "split": "train, validation or test",
+                    "kind": "of text; system prompt, instructions, notes, persona, story or correction where measured",
                     "text": "the prompt",
                     "questions": {
                         "question": "about the prompt",
                         "answer": "the right one, which stands in the prompt",
                         "accept": "*what is accepted in its place",
+                    },
+                    "values": {
+                        "value": "a string of the text that another of its kind could stand for; training only",
+                        "kind": "person, place, word, number, code, date or time",
                     },
                 },
             ),

@@ -316,16 +316,17 @@ class ConversationCurriculum(Sizes):
         easy: share of the steps in which prompts state one fact or two, and nothing else.
         teacher: weight of the KL to the model with the prompt in front of it, beside the loss of the right answers; a
             step then takes half as long again.
-        local: share of the steps after which locality counts as well: KL to the model without the delta, on prose.
+        local: share of the steps after which, at every second one, locality counts as well: KL to the model without
+            the delta, on prose.
         locality: its weight; passage: tokens of such a prose.
     """
 
     may_be_zero = ("easy", "teacher", "local", "locality")
 
-    easy: float = 0.225
+    easy: float = 0.1
     teacher: float = 0.0
-    local: float = 0.6
-    locality: float = 4.0
+    local: float = 0.5
+    locality: float = 8.0
     passage: int = 32
 
     def __post_init__(self):
@@ -595,7 +596,7 @@ class ConversationSizes:
     window: int = 256
     token: GeneratorSize = _LATER_MAPS
     static: GeneratorSize = _LATER_MAPS
-    training: ConversationTraining = ConversationTraining(2000, 8, 4e-4, (1, 2, 3, 4, 6), 4)
+    training: ConversationTraining = ConversationTraining(4100, 8, 5e-4, (1, 2, 3, 4, 6), 4)
     static_training: ConversationTraining = ConversationTraining(150, 8, 1e-2, (1, 2, 3, 4, 6), 4, 15)
 
 

@@ -24,8 +24,9 @@ Glossary of shapes: B prompts, P tokens of a prompt, Q questions each, T tokens 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count, groupby
 
 import torch
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from prosg_lib.config import Profile
 from prosg_lib.errors import UserError
+from prosg_lib.tasks import open_wording as wording
 from prosg_lib.tasks.examples import Examples
 from prosg_lib.tasks.open_world import OpenWorld, Shape, load_open_world, natural_prompts
 from prosg_lib.tasks.pair_sources import pairs_of
@@ -42,13 +44,18 @@ from prosg_lib.text.padding import left_padded, right_padded
 from prosg_lib.text.prose import ProseTokens
 from prosg_lib.text.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
 """Increased whenever the same seed would give different conversations."""
 
 COINED = 0.5
 """Share of the values and slots that are coined, so that answers are copied and not learned by heart."""
 
+UNKNOWN = 0.1
+"""Share of the open-world prompts of which something is asked that they do not say. With two thirds a generator learned
+to say so of everything."""
+
 _ATTEMPTS = 100  # draws for each prompt of a batch
+_CHOICE = 4  # times as many prompts as a batch has are drawn, and those of about the same length are taken together
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt, and questions about it."""
+    """A prompt, and questions about it.
+
+    Attributes:
+        values: strings in all of these texts that any other of their kind (of `open_values.json`) could stand for.
+    """
 
     prompt: str
     questions: tuple[Question, ...]
+    values: Mapping[str, str] = field(default_factory=dict)
 
 
 # Sources
@@ -96,9 +108,25 @@ def of_people(split: str) -> list[Conversation]:
         Conversation(
             row["text"],
             tuple(Question(q["question"], (q["answer"], *q["accept"])) for q in row["questions"]),
+            {swapped["value"]: swapped["kind"] for swapped in row["values"]},
         )
         for row in natural_prompts(split)
     ]
+
+
+def retold(said: Conversation, rng: random.Random) -> Conversation:
+    """The same with another of the training's values in the place of each of its own, so that it has to be read."""
+    if not said.values:
+        return said
+    others = {own: rng.choice(wording.values()[kind]["train"]) for own, kind in said.values.items()}
+    longest_first = sorted(others, key=len, reverse=True)
+    any_value = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)")
+
+    def told(text: str) -> str:
+        return any_value.sub(lambda found: others[found[0]], text)
+
+    questions = (replace(q, text=told(q.text), answers=tuple(map(told, q.answers))) for q in said.questions)
+    return Conversation(told(said.prompt), tuple(questions))
 
 
 SOURCES = ("natural", "known", "values", "slots", "all", "passages")
@@ -220,7 +248,7 @@ class ConversationDraw:
 
     Attributes:
         sources: conversations by kind, beside those of the open world.
-        turns: the order of the kinds; "open" is the open world.
+        turns: the order of the kinds, of which each has two steps; "open" is the open world.
         forms: of which a step draws one.
         facts: numbers of facts of an open-world prompt, of which a step draws one.
         easy: number of first steps whose prompts state at most two facts and nothing else.
@@ -245,10 +273,11 @@ class ConversationDraw:
 
     def __call__(self, step: int) -> ConversationBatch:
         rng = random.Random(f"{VERSION}/{self.seed}/{step}")
-        kind = "open" if step < self.easy else self.turns[step % len(self.turns)]
-        draw = self._open(step, rng) if kind == "open" else lambda _: rng.choice(self.sources[kind])
+        kind = "open" if step < self.easy else self.turns[step // 2 % len(self.turns)]
+        draw = self._open(step, rng) if kind == "open" else lambda _: self._chosen(kind, rng)
         form, found, number = rng.choice(self.forms), [], 0
-        while len(found) < self.batch:
+        many = 1 if kind == "open" else _CHOICE
+        while len(found) < many * self.batch:
             if number > _ATTEMPTS * self.batch:
                 raise UserError(
                     f"hardly any prompt of kind {kind!r} fits into {self.longest} tokens with its questions; load the "
@@ -260,9 +289,15 @@ class ConversationDraw:
             drawn = replace(drawn, questions=tuple(asked))
             if fits(drawn, self.world.tokenizer, form, self.longest):
                 found.append(drawn)
+        begin = rng.randrange(len(found) - self.batch + 1)
+        found = sorted(found, key=lambda one: len(one.prompt))[begin : begin + self.batch]
         texts = [self.world.prose, self.talk or self.world.prose]
         prose = [texts[i % 2].passage(self.passage, rng) for i in range(len(found))]
         return conversation_batch(self.world.tokenizer, form, found, prose)
+
+    def _chosen(self, kind: str, rng: random.Random) -> Conversation:
+        said = rng.choice(self.sources[kind])
+        return retold(said, rng) if rng.random() < COINED else said
 
     def _open(self, step: int, rng: random.Random) -> Callable[[int], Conversation]:
         level = replace(self.world.level, coined=COINED, further=True)
@@ -272,7 +307,7 @@ class ConversationDraw:
             0,
             probes=facts,
             others=rng.choice((0, 1, 2)),
-            unknown=rng.choice((0, 1, 1)),
+            unknown=int(rng.random() < UNKNOWN),
             instructions=rng.choice((0, 0, 1)),
             updates=min(rng.choice((0, 0, 1)), facts),
         )

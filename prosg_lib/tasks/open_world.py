@@ -374,7 +374,8 @@ def open_batch(data: OpenWorld, items: list[Item]) -> OpenBatch:
 
 
 def natural_prompts(split: str) -> list[dict]:
-    """Prompts without templates: rows with id, split, kind, text, and questions (question, answer, accept)."""
+    """Prompts without templates: rows with id, split, kind, text, questions (question, answer, accept), and, of the
+    training split, values (value, kind), in whose place any other of their kind could stand."""
     return [row for row in files.read_rows(data_dir() / "natural_prompts.jsonl") if row["split"] == split]
 
 

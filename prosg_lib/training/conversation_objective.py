@@ -2,8 +2,8 @@
 
 The student reads a question from a blank state, with the prompt's delta in the weights. It learns the right answers
 (LG) and, if the curriculum says so, to predict what the same model predicts with examples of the form and the prompt in
-its window (LC; Zhang, Choshen and Andreas 2025, arXiv 2506.20989, section 2). Last come other texts: locality,
-KL(model without the change || with it) on prose, and at every second step prose stands in front of the questions.
+its window (LC; Zhang, Choshen and Andreas 2025, arXiv 2506.20989, section 2). At every second step other text counts,
+too: it stands in front of the questions, and locality is KL(model without the change || with it) on it.
 
 What costs time is kept short: a prompt is read once for all of its questions, below the first changed map nothing is
 differentiated, and only answers are read out over the vocabulary.
@@ -45,10 +45,10 @@ def conversation_objective(
         parts, begin = {}, None
         with autocast_on(ids.device, autocast):
             delta, _ = generator(lm, batch.prompt, batch.valid)
-            if step >= int(curriculum.local * steps):
+            if step % 2 and step >= int(curriculum.local * steps):
                 loss, read = _locality(lm, delta, batch.prose)
                 parts["locality"] = loss * len(batch) / len(batch.whole)
-                begin = read.detach().select(owner) if step % 2 else None
+                begin = read.detach().select(owner)
             with applied(lm, delta.select(owner)):
                 hidden = lm.hidden_states(ids, begin)
             student = _log_softmax(lm, hidden[predicts])

@@ -445,7 +445,7 @@ def _conversations(p: Profile) -> list[Recipe]:
             sizes.token,
             sizes.training,
             ConversationCurriculum(),
-            "2 h, CPU",
+            "3 h, CPU",
         ),
         generator(
             "static",

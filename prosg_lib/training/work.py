@@ -163,14 +163,20 @@ def _problem_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | 
     return Work(draw, generator_problem_objective(lm, module, seed, autocast))
 
 
+_KINDS = ("people", "open", "people", "squad", "people", "open", "cloze")  # of conversations, in turn
+
+
 def _conversation_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:
-    """Of four steps, two are about open-world dialogues; two are about passages, as far as this machine has any:
-    questions of SQuAD's form, and sentences to complete. What stands before a question, or is to be left as it was, is
-    prose; half of it is real conversation where the package for it is installed."""
+    """Prompts as people write them, open-world dialogues, and passages as far as this machine has any: questions of
+    SQuAD's form, and sentences to complete. What stands before a question, or is to be left as it was, is prose; half
+    of it is real conversation where the package for it is installed."""
     training, curriculum = recipe.training, recipe.curriculum
     tokenizer = lm.needed_tokenizer()
     world = open_world.load_open_world("known", "train", seed, tokenizer)
-    sources = {"cloze": [c for pairs in prose_pairs("named", profile).values() for c in conversations.of_pairs(pairs)]}
+    sources = {
+        "people": conversations.of_people("train"),
+        "cloze": [c for pairs in prose_pairs("named", profile).values() for c in conversations.of_pairs(pairs)],
+    }
     if available("squad", profile):
         sources["squad"] = conversations.of_pairs(pairs_of("squad", "train", profile).pairs)
     sources = {name: found for name, found in sources.items() if found}
@@ -179,7 +185,7 @@ def _conversation_work(recipe: Recipe, profile: Profile, module, lm: LanguageMod
     draw = conversations.ConversationDraw(
         world,
         sources,
-        turns=("open", "squad", "open", "cloze") if len(sources) == 2 else ("open", *sources),
+        turns=tuple(kind for kind in _KINDS if kind in ("open", *sources)),
         forms=(conversations.READING, conversations.READING, conversations.chat(tokenizer)),
         batch=training.batch,
         facts=training.facts,

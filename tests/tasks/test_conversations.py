@@ -1,14 +1,18 @@
 """Conversations: what is asked has its answer in the prompt, in the model's own format, and fits the window."""
 
+import random
+import re
 from dataclasses import replace
 from itertools import islice
 
 import pytest
+import torch
 from families import TEMPLATE, talking
 
 from prosg_lib.config import get_profile
 from prosg_lib.errors import UserError
 from prosg_lib.tasks import conversations
+from prosg_lib.tasks import open_wording as wording
 from prosg_lib.tasks.conversations import READING, Conversation, ConversationDraw, Question, conversation_batch
 from prosg_lib.tasks.open_wording import Level
 from prosg_lib.tasks.open_world import OpenWorld, Shape, natural_prompts
@@ -53,11 +57,27 @@ def test_pairs_about_one_context_are_one_conversation():
     assert second == Conversation("Bo is ill.", (Question("Bo is", ("ill.",)),))
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_prompts_as_people_write_them(split):
     rows, found = natural_prompts(split), conversations.of_people(split)
     assert [c.prompt for c in found] == [row["text"] for row in rows]
     assert [q.answers[0] for c in found for q in c.questions] == [q["answer"] for r in rows for q in r["questions"]]
+
+
+def test_values_are_swapped_everywhere():
+    """The same one for the same string in prompt, question and answer; nothing else changes, nor part of a word."""
+    said = Conversation(
+        "Ada, room 4, has 42 keys; Adam has 4.",
+        (Question("What has Ada?", ("42 keys", "42")), Question("Adam?", ("4",))),
+        {"Ada": "person", "4": "number", "42": "number"},
+    )
+    told = conversations.retold(said, random.Random(0))
+    name, room, keys = re.fullmatch(r"(\w+), room (\d+), has (\d+) keys; Adam has \2\.", told.prompt).groups()
+    assert name in wording.values()["person"]["train"]
+    assert {room, keys} <= set(wording.values()["number"]["train"])
+    assert told.questions == (Question(f"What has {name}?", (f"{keys} keys", keys)), Question("Adam?", (room,)))
+    assert told == conversations.retold(said, random.Random(0)) != conversations.retold(said, random.Random(1))
+    assert conversations.retold(told, random.Random(0)) is told
 
 
 SAID = [
@@ -103,8 +123,8 @@ def test_what_a_step_draws(world):
         assert (one.valid.sum(1) + (one.turns != 0).sum(-1).max(1).values <= WINDOW).all()
         assert one.prose.shape == (3, 16)
         passages = "Number" in tokenizer.decode(one.prompt[0])
-        assert passages == (step >= 2 and step % 2 == 1)
-    assert not draw(2).prompt.equal(draw(4).prompt)
+        assert passages == (step in (2, 3))
+    assert not draw(4).prompt.equal(draw(5).prompt)
 
 
 def test_every_second_passage_is_conversation(world):
@@ -116,6 +136,22 @@ def test_every_second_passage_is_conversation(world):
         assert kinds == [False, True, False]
         assert draw(step).turns.equal(alone(step).turns)
         assert draw(step).prompt.equal(alone(step).prompt)
+
+
+def test_prompts_of_about_the_same_length_are_drawn_together(world):
+    """So that little of a batch is padding."""
+    said = [Conversation("rain " * n, (Question("Rain?", ("Yes.",)),)) for n in range(1, 60)]
+    draw = replace(draw_of(world, ("passages",)), sources={"passages": said})
+    lengths = torch.stack([draw(step).valid.sum(1) for step in range(2, 42)])  # (steps, 3)
+    spread, whole = lengths.amax(1) - lengths.amin(1), int(lengths.max() - lengths.min())
+    assert spread.float().mean() < 0.25 * whole  # any three would be half of the whole range apart
+    assert len(lengths.float().mean(1).unique()) > 30  # short, middling and long ones have their turns
+
+
+def test_some_prompts_are_asked_what_they_do_not_say(world):
+    draw = draw_of(world, ("open",))
+    unknown = [wording.UNKNOWN in world.tokenizer.decode(draw(step).turns.flatten()) for step in range(2, 102)]
+    assert 0.02 < sum(unknown) / len(unknown) < 0.3
 
 
 def test_a_prompt_that_does_not_fit_is_not_drawn(world):

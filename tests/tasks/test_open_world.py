@@ -405,7 +405,7 @@ def test_the_largest_prompt_holds_every_slot_but_one():
 
 
 @pytest.mark.parametrize(
-    ("split", "prompts", "questions"), [("train", 0, 0), ("validation", 20, 107), ("test", 120, 600)]
+    ("split", "prompts", "questions"), [("train", 1248, 5505), ("validation", 20, 107), ("test", 120, 600)]
 )
 def test_natural_prompts(split, prompts, questions):
     """Every answer stands in its text and in none of its questions, and is judged right; so is all that is accepted."""
@@ -418,6 +418,31 @@ def test_natural_prompts(split, prompts, questions):
         assert q["answer"].casefold() not in q["question"].casefold()
         for right in (q["answer"], *q["accept"]):
             assert judge(f" {right}.", {}) == Verdict(right, None)
+
+
+def test_natural_prompts_of_training_are_others():
+    """No six words of theirs stand in a prompt that is measured, and no question about one of those is asked."""
+
+    def sixes(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.casefold())
+        return set(zip(*(words[i:] for i in range(6)), strict=False))
+
+    trained, measured = natural_prompts("train"), [*natural_prompts("validation"), *natural_prompts("test")]
+    held = set().union(*(sixes(row["text"]) for row in measured))
+    assert not [row["id"] for row in trained if sixes(row["text"]) & held]
+    asked = {(q["question"], q["answer"]) for row in measured for q in row["questions"]}
+    assert not [row["id"] for row in trained for q in row["questions"] if (q["question"], q["answer"]) in asked]
+
+
+def test_values_of_natural_prompts_can_be_swapped():
+    """They stand in the text as whole words and are of a kind that has values. What is measured has none."""
+    rows = natural_prompts("train")
+    for row in rows:
+        for value in row["values"]:
+            assert re.search(rf"(?<!\w){re.escape(value['value'])}(?!\w)", row["text"])
+            assert wording.values()[value["kind"]]["train"]
+    assert sum(bool(row["values"]) for row in rows) > len(rows) / 2
+    assert not any(row["values"] for split in ("validation", "test") for row in natural_prompts(split))
 
 
 def test_natural_prompts_have_a_body():

@@ -45,13 +45,13 @@ def test_parts_add_up(lm, generator, step, size):
 
 
 def test_what_counts_when(lm, generator):
-    """Right answers and the prompted model always; prose in the last steps; no teacher, no such part."""
+    """Right answers and the prompted model always; prose at every second of the last steps; no teacher, no such part."""
     batch = batch_of(lm)
     loss_of = conversation_objective(lm, generator, CURRICULUM, 10)
-    early, late = loss_of(4, batch), loss_of(5, batch)
-    assert early.parts.keys() == {"answer", "teacher", "prompted", "right"}
+    early, late, between = (loss_of(step, batch) for step in (4, 5, 6))
+    assert early.parts.keys() == between.parts.keys() == {"answer", "teacher", "prompted", "right"}
     assert late.parts.keys() == {"answer", "teacher", "prompted", "locality", "right"}
-    assert late.parts["answer"] != early.parts["answer"] == loss_of(6, batch).parts["answer"]  # 5: behind prose
+    assert late.parts["answer"] != early.parts["answer"] == between.parts["answer"]  # 5: behind prose
     parts = {name: part.detach() for name, part in late.parts.items()}
     assert late.total.item() == pytest.approx(
         (parts["answer"] + 0.5 * parts["teacher"] + 2 * parts["locality"]).item(), rel=1e-5
