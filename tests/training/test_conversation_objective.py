@@ -45,7 +45,7 @@ def test_parts_add_up(lm, generator, step, size):
 
 
 def test_what_counts_when(lm, generator):
-    """Right answers and the prompted model always; prose at every second of the last steps; no teacher, no such part."""
+    """Right answers and the prompted model always; prose at every second of the last steps; no teacher, none of it."""
     batch = batch_of(lm)
     loss_of = conversation_objective(lm, generator, CURRICULUM, 10)
     early, late, between = (loss_of(step, batch) for step in (4, 5, 6))
