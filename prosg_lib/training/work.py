@@ -163,7 +163,7 @@ def _problem_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | 
     return Work(draw, generator_problem_objective(lm, module, seed, autocast))
 
 
-_KINDS = ("people", "open", "people", "squad", "people", "open", "cloze")  # of conversations, in turn
+_KINDS = ("people", "open", "people", "squad", "people", "cloze")  # of conversations, in turn
 
 
 def _conversation_work(recipe: Recipe, profile: Profile, module, lm: LanguageModel | None, seed: int) -> Work:
@@ -179,7 +179,8 @@ def _conversation_work(recipe: Recipe, profile: Profile, module, lm: LanguageMod
     }
     if available("squad", profile):
         sources["squad"] = conversations.of_pairs(pairs_of("squad", "train", profile).pairs)
-    sources = {name: found for name, found in sources.items() if found}
+    # Each as often as it has questions, of which few are asked at once.
+    sources = {name: [said for said in found for _ in said.questions] for name, found in sources.items() if found}
     examples = len(tokenizer.encode(conversations.READING.opening)) if curriculum.teacher else 0
     talk = ProseTokens.of(chitchat.load_conversations(), "train", tokenizer) if chitchat.source() else None
     draw = conversations.ConversationDraw(
