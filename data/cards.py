@@ -63,7 +63,8 @@ DATA = {
     "open": "dialogues of the open world, training split (hash `{hash}`)",
     "pairs": "contexts and queries, training split (hash `{hash}`)",
     "problems": "the established memory tests, training split",
-    "conversations": "dialogues of the open world, passages with questions, sentences to complete; training split",
+    "conversations": "prompts as people write them, dialogues of the open world, passages with questions, sentences to "
+    "complete; training split",
 }
 PROSE = {"books": "19 public-domain books", "own": "the project's own sentences"}
 

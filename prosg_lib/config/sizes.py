@@ -596,7 +596,7 @@ class ConversationSizes:
     window: int = 256
     token: GeneratorSize = _LATER_MAPS
     static: GeneratorSize = _LATER_MAPS
-    training: ConversationTraining = ConversationTraining(4100, 8, 5e-4, (1, 2, 3, 4, 6), 4)
+    training: ConversationTraining = ConversationTraining(3890, 8, 5e-4, (1, 2, 3, 4, 6), 4)
     static_training: ConversationTraining = ConversationTraining(150, 8, 1e-2, (1, 2, 3, 4, 6), 4, 15)
 
 

@@ -80,7 +80,8 @@ def data_of(recipe: Recipe, profile: Profile, tokenizer: Tokenizer) -> str | dic
     if recipe.data == "open":
         return open_world.data_hash(tokenizer)
     if recipe.data == "conversations":
-        return {"conversations": conversations.VERSION, "open": open_world.data_hash(tokenizer)}
+        people = hashlib.sha256(repr(conversations.of_people("train")).encode()).hexdigest()[:16]
+        return {"conversations": conversations.VERSION, "people": people, "open": open_world.data_hash(tokenizer)}
     if recipe.data == "problems":
         suite = profile.suite
         return {"problems": VERSION, "mqar": mqar.VOCAB, "cells": suite.practice.cells, "longest": suite.longest}
