@@ -48,6 +48,10 @@ MEASURED = {
         for level in ("known", "values", "slots", "all")
         for d in (0, 4096)
     ],
+    "smollm2-token": [
+        *(("10_a_model_that_others_trained", f"{about}/alone@512") for about in ("natural", "values", "passages")),
+        *(("10_a_model_that_others_trained", f"locality/{text}") for text in ("prose", "conversation")),
+    ],
     "mamba2-dialogue": [("08_pretrained_models", f"recall/base@{d}") for d in (0, 1024)],
     "mamba2-dialogue-token": [("08_pretrained_models", "recall/prosg-token@1024")],
     "llama-pairs": [("07_gradient_as_prompt", f"right/{task}/prompted") for task in ("characters", "reversal")],
@@ -110,6 +114,8 @@ def card(path: Path) -> str:
         bytes=path.stat().st_size,
         lm=made.lm,
         record=record,
+        conversations=made.data == "conversations",
+        split="validation" if made.data == "conversations" else "test",
         facts={key: value for key, value in facts.items() if value not in (None, "")},
         code=_code(path.stem, made),
         command=f"prosg train {made.name} --retrain",
