@@ -405,7 +405,7 @@ def test_the_largest_prompt_holds_every_slot_but_one():
 
 
 @pytest.mark.parametrize(
-    ("split", "prompts", "questions"), [("train", 1795, 9875), ("validation", 20, 107), ("test", 120, 600)]
+    ("split", "prompts", "questions"), [("train", 1795, 9874), ("validation", 20, 107), ("test", 120, 600)]
 )
 def test_natural_prompts(split, prompts, questions):
     """Every answer stands in its text and in none of its questions, and is judged right; so is all that is accepted."""
