@@ -50,7 +50,7 @@ VERSION = 2
 COINED = 0.5
 """Share of the values and slots that are coined, so that answers are copied and not learned by heart."""
 
-UNKNOWN = 0.1
+UNANSWERABLE = 0.1
 """Share of the open-world prompts of which something is asked that they do not say. With two thirds a generator learned
 to say so of everything."""
 
@@ -307,7 +307,7 @@ class ConversationDraw:
             0,
             probes=facts,
             others=rng.choice((0, 1, 2)),
-            unknown=int(rng.random() < UNKNOWN),
+            unknown=int(rng.random() < UNANSWERABLE),
             instructions=rng.choice((0, 0, 1)),
             updates=min(rng.choice((0, 0, 1)), facts),
         )
